@@ -1,0 +1,36 @@
+"""`remoe generate`."""
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from remoe.cli.parsing import parse
+from remoe.generation import SamplingOptions
+
+PROG = "remoe generate"
+
+
+@dataclass
+class GenerateOptions:
+    """Write text with a trained model; the same seed writes the same text."""
+
+    run: tyro.conf.Positional[str]
+    """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
+    prompt: str = ""
+    """Text to go on from; empty for a new document."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
+
+
+def generate_command(argv: list[str]) -> int:
+    """Prints the prompt and what the model writes after it."""
+    options = parse(GenerateOptions, argv, prog=PROG)
+    options.sampling.check()
+
+    from remoe.cli.quiet import quiet_transformers
+    from remoe.generation import generate_text
+    from remoe.training.rundir import load_run
+
+    quiet_transformers()
+    model, tokenizer, _ = load_run(options.run)
+    print(options.prompt + generate_text(model, tokenizer, options.prompt, options.sampling))
+    return 0

@@ -1,0 +1,75 @@
+"""`remoe COMMAND ...`: finds the command, and turns a user's mistake into one line and exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+import remoe
+from remoe.cli.parsing import fail
+from remoe.errors import RemoeError
+
+# name: (module, function, what it does)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "train": (
+        "remoe.cli.train",
+        "train_command",
+        "train a language model; without flags a small one, at once",
+    ),
+    "generate": ("remoe.cli.generate", "generate_command", "write text with a trained model"),
+    "eval": ("remoe.cli.eval", "eval_command", "loss, perplexity, bits per byte and sparsity, per domain"),
+    "plan": (
+        "remoe.cli.plan",
+        "plan_command",
+        "parameters, FLOPs and memory of a model, before it is trained",
+    ),
+    "data prepare": ("remoe.cli.data", "prepare_command", "turn text into token shards"),
+    "data check": ("remoe.cli.data", "check_command", "verify prepared data and show what is in it"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"remoe {remoe.__version__}")
+        return 0
+    name = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    if name not in COMMANDS:
+        if argv[:1] == ["data"] and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+            print(_help())
+            return 0 if len(argv) > 1 else 2
+        return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
+    module, function, _ = COMMANDS[name]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    command: Callable[[list[str]], int] = getattr(import_module(module), function)
+    try:
+        return command(argv[len(name.split()) :])
+    except RemoeError as error:
+        return fail(str(error))
+    except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
+        if error.filename is None and error.errno is None:
+            raise
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [
+        "remoe: mixture-of-experts with ReLU routing (arXiv 2412.14711)",
+        "",
+        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains each option",
+        "",
+    ]
+    lines += [f"  {name:<14}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`remoe plan`."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from remoe.cli.parsing import parse
+from remoe.errors import ConfigError
+from remoe.models.presets import preset
+
+PROG = "remoe plan"
+
+
+@dataclass
+class PlanOptions:
+    """Parameters, FLOPs and memory of a model; nothing is allocated."""
+
+    preset: tyro.conf.Positional[str]
+    """tiny, mini, 182m, 469m or 978m."""
+    router: str = "relu"
+    """relu, topk or dense."""
+    num_experts: int = 8
+    """Experts E per layer, before the split by granularity."""
+    k: int = 1
+    """Wanted active experts per token."""
+    granularity: int = 1
+    """Split each expert into this many narrower ones."""
+    seq_len: int | None = None
+    """Tokens per sequence; the preset's by default."""
+    micro_batch_size: int | None = None
+    """Sequences per forward and backward pass; the preset's by default."""
+
+
+def plan_command(argv: list[str]) -> int:
+    """Prints the figures of the model and of its dense counterpart."""
+    options = parse(PlanOptions, argv, prog=PROG)
+    settings = preset(options.preset)
+    seq_len = options.seq_len or settings["seq_len"]
+    micro_batch_size = options.micro_batch_size or settings["micro_batch_size"]
+    if seq_len < 1 or micro_batch_size < 1:
+        raise ConfigError("--seq-len and --micro-batch-size must be at least 1")
+
+    from remoe.models.configuration_remoe import RemoeConfig
+    from remoe.models.plan import plan
+
+    def planned(router: str):
+        config = RemoeConfig(
+            **settings["model"],
+            vocab_size=settings["vocab_size"],
+            router=router,
+            num_experts=options.num_experts,
+            num_experts_per_tok=options.k,
+            granularity=options.granularity,
+        )
+        return plan(config, seq_len, micro_batch_size)
+
+    columns = {options.router: planned(options.router)}
+    if options.router != "dense":
+        columns["dense"] = planned("dense")
+    title = (
+        f"{options.preset}, E {options.num_experts}, k {options.k}, G {options.granularity}: "
+        f"vocabulary {settings['vocab_size']:,}, sequence {seq_len}, micro-batch {micro_batch_size}"
+    )
+    _print_table(title, columns)
+    return 0
+
+
+def _print_table(title: str, columns: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def gib(count: int) -> str:
+        return f"{count / 2**30:,.2f} GiB"
+
+    rows = [
+        ("parameters, total", lambda p: f"{p.total_parameters / 1e6:,.1f}M"),
+        ("parameters, active per token", lambda p: f"{p.active_parameters / 1e6:,.1f}M"),
+        ("GFLOPs per sequence, forward + backward", lambda p: f"{p.flops_per_sequence / 1e9:,.1f}"),
+        (
+            "  while half of the experts are active",
+            lambda p: f"{p.dense_stage_flops_per_sequence / 1e9:,.1f}",
+        ),
+        ("weights, gradients, AdamW (float32)", lambda p: gib(p.state_bytes)),
+        ("activations of a micro-batch (float32)", lambda p: gib(p.activation_bytes)),
+        ("  while half of the experts are active", lambda p: gib(p.dense_stage_activation_bytes)),
+        ("training memory at the most", lambda p: gib(p.state_bytes + p.dense_stage_activation_bytes)),
+    ]
+    table = Table("", title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, value in rows:
+        table.add_row(label, *(value(p) for p in columns.values()))
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,36 @@
+"""`remoe train`."""
+
+from pathlib import Path
+
+from remoe.cli.parsing import parse
+from remoe.training.config import TrainConfig, config_from_dict, config_from_yaml
+
+PROG = "remoe train"
+
+
+def train_command(argv: list[str]) -> int:
+    """Trains, or continues, a run."""
+    given = parse(TrainConfig, argv, prog=PROG)  # which preset, file or run the other flags are laid over
+
+    from remoe.training.rundir import RunFolder, new_run_path, newest_run
+
+    saved = None
+    preset_given = any(arg.split("=")[0] == "--preset" for arg in argv)
+    if given.resume:
+        run = RunFolder(given.out or newest_run())
+        saved = base = run.load_config()
+    elif given.config:
+        base = config_from_yaml(given.config, **({"preset": given.preset} if preset_given else {}))
+    else:
+        base = config_from_dict({"preset": given.preset}, "preset")
+    config = parse(TrainConfig, argv, prog=PROG, default=base)
+    if not given.resume:
+        run = RunFolder(Path(config.out) if config.out else new_run_path(config))
+    config.out = str(run.path)
+
+    from remoe.cli.quiet import quiet_transformers
+    from remoe.training.run import run_training
+
+    quiet_transformers()
+    run_training(config, run, saved)
+    return 0

@@ -1,0 +1,84 @@
+"""Text from a trained model."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from remoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+
+@dataclass
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 120
+    """Tokens to write at the most; fewer when the model ends its text."""
+    temperature: float = 0.8
+    """Sharpness: 0 always takes the likeliest token, 1 samples from the model as it is."""
+    top_k: int = 50
+    """Sample from the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens already written become less likely."""
+    seed: int = 0
+    """Seed of the random numbers: the same seed writes the same text."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values out of range."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ConfigError("need temperature >= 0, top-k >= 0, 0 < top-p <= 1 and repetition-penalty > 0")
+
+
+def generate_text(
+    model: "RemoeForCausalLM", tokenizer: "PreTrainedTokenizerBase", prompt: str, options: SamplingOptions
+) -> str:
+    """The text that the model writes after `prompt`, with its KV cache.
+
+    Args:
+        model: used in eval mode.
+        tokenizer: the model's own.
+        prompt: where to start; the empty prompt starts a new document.
+        options: sampling.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        ConfigError: for sampling options out of range.
+    """
+    options.check()
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    input_ids = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # a sample must not disturb a training run's random numbers
+        torch.manual_seed(options.seed)
+        output_ids = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=options.max_new_tokens,
+            repetition_penalty=options.repetition_penalty,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    model.train(was_training)
+    return tokenizer.decode(output_ids[0, len(ids) :], skip_special_tokens=True)

@@ -1,0 +1,1 @@
+"""The ReMoE language model on transformers' base classes."""

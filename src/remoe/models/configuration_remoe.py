@@ -1,0 +1,130 @@
+"""Configuration of the ReMoE language model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from remoe.errors import ConfigError
+from remoe.experts import BACKENDS
+from remoe.routing import ROUTERS
+from remoe.sparsity import RULES
+
+NORMALIZATIONS = ("paper", "official")
+
+
+@strict
+class RemoeConfig(PreTrainedConfig):
+    """A LLaMA-style transformer whose feed-forward layers are mixtures of experts.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+            max_position_embeddings, initializer_range, rms_norm_eps, rope_parameters, tie_word_embeddings,
+            attention_bias, attention_dropout, use_cache: as in transformers' LlamaConfig; RoPE base 1e6.
+        intermediate_size: width of one expert before the split by granularity; 4 * hidden_size when None.
+        num_experts: E.
+        num_experts_per_tok: k, wanted active experts per token: mean for "relu", exact for "topk".
+        granularity: G; each layer has E G experts of width intermediate_size / G, of which k G are active.
+        router: "relu", "topk" or "dense".
+        load_balance: for "relu": weight the penalty by each expert's load (Eq. 10, 11) instead of plain L1 (Eq. 9).
+        max_experts_per_token: for "relu": cap on the executed experts of a token; None for no cap.
+        regularizer_normalization: "paper": the penalty is the mean over layers (the 1/L of Eq. 9 and 11).
+            "official": the sum, as in the authors' code; lambda is then L times smaller at equal penalty.
+            "topk" always sums, as the paper's baseline does.
+        router_aux_loss_coef: weight of the Switch loss of "topk".
+        sparsity_rule, lambda_init, lambda_alpha, lambda_fast_start: see `SparsityController`.
+        experts_backend: see `remoe.MoE`.
+
+    Raises:
+        ConfigError: for sizes that do not fit together or unknown names.
+    """
+
+    model_type = "remoe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    vocab_size: int = 51_200
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.01
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    granularity: int = 1
+    router: str = "relu"
+    load_balance: bool = True
+    max_experts_per_token: int | None = None
+    regularizer_normalization: str = "paper"
+    router_aux_loss_coef: float = 0.01
+    sparsity_rule: str = "sign"
+    lambda_init: float = 1e-8
+    lambda_alpha: float = 1.2
+    lambda_fast_start: bool = False
+    experts_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"the number of attention heads must divide the width: {self.num_attention_heads} heads, "
+                    f"hidden_size = {self.hidden_size}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.head_dim % 2:
+            raise ConfigError(f"rotary embeddings need an even head width, but head_dim = {self.head_dim}")
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"the number of key-value heads must divide the number of attention heads: "
+                f"{self.num_key_value_heads} and {self.num_attention_heads}"
+            )
+        if self.hidden_act != "silu":
+            raise ConfigError(f"experts are SwiGLU: hidden_act must be 'silu', not {self.hidden_act!r}")
+        for name, value, choices in (
+            ("router", self.router, ROUTERS),
+            ("sparsity rule", self.sparsity_rule, RULES),
+            ("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS),
+            ("experts backend", self.experts_backend, ("auto", *BACKENDS)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"k must be between 1 and the number of experts, but k = {self.num_experts_per_tok} "
+                f"and E = {self.num_experts}"
+            )
+        if self.granularity < 1 or self.intermediate_size % self.granularity:
+            raise ConfigError(
+                f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
+            )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    @property
+    def router_options(self) -> dict[str, object]:
+        """Keyword arguments for the router's class."""
+        if self.router != "relu":
+            return {}
+        return {"load_balance": self.load_balance, "max_experts_per_token": self.max_experts_per_token}

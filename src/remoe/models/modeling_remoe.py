@@ -1,0 +1,320 @@
+"""ReMoE language model: LLaMA with a mixture of experts in place of each feed-forward layer.
+
+Attention (GQA, rotary embeddings, SDPA and flash, KV cache), norms and generation are transformers' own. What is
+ours: the MoE layer, the routing statistics that flow out of each layer, and the loss.
+
+Legend: B batch, S sequence, T = B S tokens, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from remoe.experts import Experts
+from remoe.layer import MoE
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.routing import Routing
+from remoe.routing.base import Router
+from remoe.sparsity import SparsityController
+
+
+@dataclass
+class RemoeModelOutput(ModelOutput):
+    """Hidden states of the transformer, and how each layer routed.
+
+    Attributes:
+        last_hidden_state: (B, S, D), after the final norm.
+        past_key_values: the cache, when used.
+        hidden_states: (B, S, D) before each layer and at the end, when asked for.
+        routings: one `Routing` a layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class RemoeCausalLMOutput(ModelOutput):
+    """Logits, and the loss with its parts.
+
+    Attributes:
+        loss: lm_loss + coefficient * reg_loss, when labels are given. The coefficient is lambda for "relu" and
+            `router_aux_loss_coef` for "topk".
+        logits: (B, S, V).
+        past_key_values: the cache, when used.
+        hidden_states: as in `RemoeModelOutput`.
+        lm_loss: cross-entropy in nats per predicted token.
+        reg_loss: the regulariser over all layers, without its coefficient.
+        routings: one `Routing` a layer.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    reg_loss: Tensor | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+class RemoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention and mixture of experts, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = MoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.router,
+            config.granularity,
+            experts=config.experts_backend,
+            init_std=config.initializer_range,
+            router_options=config.router_options,
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, **attention
+    ) -> tuple[Tensor, Routing]:
+        # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
+        attended_BSD, _ = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
+        hidden_BSD = hidden_BSD + attended_BSD
+        expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS)
+        return hidden_BSD + expert_BSD, routing
+
+
+class RemoePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every ReMoE model."""
+
+    config: RemoeConfig
+    config_class = RemoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RemoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # lambda moves by a few percent a step and spans decades: it is float32 whatever the model's dtype.
+    _keep_in_fp32_modules_strict = {"sparsity"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class RemoeModel(RemoePreTrainedModel):
+    """The transformer without its language-model head."""
+
+    def __init__(self, config: RemoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(RemoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> RemoeModelOutput:
+        """Runs the transformer; arguments are those of transformers' decoder models.
+
+        Args:
+            input_ids: (B, S) int64; or `inputs_embeds`, (B, S, D).
+            attention_mask: (B, past + S), zero for padding: not attended to, not routed, not counted.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        S, device = hidden_BSD.shape[1], hidden_BSD.device
+        # Only positions that a caller gave can mark packed documents; looking for them costs a host synchronisation.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
+        position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
+        token_mask_BS = _token_mask(attention_mask, S)
+
+        routings, states = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden_BSD)
+            hidden_BSD, routing = layer(
+                hidden_BSD,
+                token_mask_BS,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            routings.append(routing)
+        hidden_BSD = self.norm(hidden_BSD)
+        if output_hidden_states:
+            states.append(hidden_BSD)
+        return RemoeModelOutput(hidden_BSD, past_key_values, tuple(states) or None, tuple(routings))
+
+
+class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
+    """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
+
+    In training mode each forward pass adds its statistics to `self.sparsity`; call `self.sparsity.update()` once per
+    optimiser step. For "topk" and "dense" the controller only measures.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RemoeConfig) -> None:
+        super().__init__(config)
+        self.model = RemoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        dense = config.router == "dense"
+        self.sparsity = SparsityController(
+            config.num_hidden_layers,
+            1 if dense else config.num_experts * config.granularity,
+            1 if dense else config.num_experts_per_tok * config.granularity,
+            rule=config.sparsity_rule if config.router == "relu" else "none",
+            lambda_init=config.lambda_init,
+            alpha=config.lambda_alpha,
+            fast_start=config.lambda_fast_start,
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> RemoeCausalLMOutput:
+        """Logits, and with labels the loss.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
+            labels: (B, S) int64, the tokens themselves; shifted here. -100, and padding, is no target.
+            shift_labels: (B, S) int64, targets already shifted, instead of `labels`.
+            logits_to_keep: as in transformers: only the last n positions, or these.
+            num_items_in_batch: targets in all micro-batches of the optimiser step. Both losses are then this
+                micro-batch's share, so that their sum over micro-batches is the loss of the whole batch (the
+                load-balanced penalty only as far as the loads agree: see `load_balanced_l1_loss`).
+            num_tokens_in_batch: non-padding tokens in all those micro-batches, where their ratio to targets varies;
+                by default the regulariser's share is the micro-batch's share of the targets.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if self.training:
+            self.sparsity.observe(outputs.routings)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        reg_loss = self._regularizer(outputs.routings)
+
+        loss = lm_loss = None
+        target_BS = _targets(labels, shift_labels, attention_mask)
+        if target_BS is not None:
+            num_targets = (target_BS != -100).sum().clamp(min=1)
+            items = num_targets if num_items_in_batch is None else num_items_in_batch
+            lm_loss = self.loss_function(
+                logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS
+            )
+            if num_tokens_in_batch is not None:
+                reg_loss = reg_loss * (outputs.routings[0].num_tokens / num_tokens_in_batch)
+            else:
+                reg_loss = reg_loss * (num_targets / items)
+            loss = lm_loss + self.regularizer_coefficient * reg_loss.to(lm_loss.device)
+        return RemoeCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            lm_loss=lm_loss,
+            reg_loss=reg_loss,
+            routings=outputs.routings,
+        )
+
+    @property
+    def regularizer_coefficient(self) -> Tensor | float:
+        """What multiplies the regulariser in the loss: lambda for "relu", a constant for "topk", 0 for "dense"."""
+        if self.config.router == "relu":
+            return self.sparsity.lam.clone()  # a copy: `update` changes lambda in place
+        return self.config.router_aux_loss_coef if self.config.router == "topk" else 0.0
+
+    def _regularizer(self, routings: tuple[Routing, ...]) -> Tensor:
+        total = torch.stack([routing.regularizer.to(self.sparsity.lam.device) for routing in routings]).sum()
+        if self.config.router == "relu" and self.config.regularizer_normalization == "paper":
+            return total / len(routings)
+        return total
+
+
+def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
+    """(B, S) bool, false for padding, from a mask over past and present tokens; None when there is no padding mask."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -S:].bool()
+
+
+def _targets(
+    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
+    """(B, S) targets of each position, -100 where there is none: shifted labels, without padding."""
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        return None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        labels = labels.masked_fill(~attention_mask[:, -labels.shape[1] :].bool(), -100)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

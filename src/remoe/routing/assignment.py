@@ -1,0 +1,87 @@
+"""What a router returns: the routed pairs, ragged, and what regularisers and statistics need.
+
+Legend: T tokens, E experts, R routed pairs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The routed (token, expert) pairs of one layer: the currency between routers and experts.
+
+    Pairs are sorted by expert and, within an expert, by token, so that an expert's tokens are one
+    contiguous slice. A token may be in 0 to E pairs; nothing is padded to k.
+
+    Attributes:
+        token_R: (R,) int64, row of the token.
+        expert_R: (R,) int64, non-decreasing.
+        gate_R: (R,) float32, weight of the expert's output; differentiable.
+        count_E: (E,) int64, pairs per expert; sums to R.
+        num_tokens: T, rows of the input, padding included.
+    """
+
+    token_R: Tensor
+    expert_R: Tensor
+    gate_R: Tensor
+    count_E: Tensor
+    num_tokens: int
+
+    @classmethod
+    def from_gates(cls, gate_TE: Tensor, active_TE: Tensor) -> "Assignment":
+        """The pairs where `active_TE` is true, each with its gate.
+
+        Args:
+            gate_TE: (T, E) float32.
+            active_TE: (T, E) bool.
+        """
+        active_ET = active_TE.t().contiguous()
+        expert_R, token_R = active_ET.nonzero(as_tuple=True)
+        # masked_select walks (E, T) in the same order as nonzero, and its backward is a scatter without atomics.
+        gate_R = gate_TE.t().masked_select(active_ET)
+        return cls(token_R, expert_R, gate_R, active_ET.sum(dim=1), gate_TE.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.count_E.shape[0]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How one layer routed its tokens.
+
+    Attributes:
+        assignment: the pairs that the experts execute.
+        gate_TE: (T, E) float32, the gates of the executed pairs and zero elsewhere; differentiable.
+        logits_TE: (T, E) float32 router logits, or None where a router has none.
+        num_tokens: 0-dim int64, tokens that are not padding.
+        regularizer: 0-dim float32, the layer's auxiliary loss as a mean over its tokens; differentiable.
+    """
+
+    assignment: Assignment
+    gate_TE: Tensor
+    logits_TE: Tensor | None
+    num_tokens: Tensor
+    regularizer: Tensor
+
+    @property
+    def count_E(self) -> Tensor:
+        """(E,) int64, routed pairs per expert."""
+        return self.assignment.count_E
+
+    @property
+    def sparsity(self) -> Tensor:
+        """0-dim float32: 1 - R / (T E), one layer's share of Eq. 8; padding does not count."""
+        slots = (self.num_tokens * self.assignment.num_experts).clamp(min=1)
+        return 1 - (self.count_E.sum() / slots).float()
+
+
+def count_tokens(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+    """0-dim int64: the tokens that `mask_T` keeps, all of them when it is None."""
+    if mask_T is None:
+        return torch.tensor(x_TD.shape[0], device=x_TD.device)
+    return mask_T.sum()

@@ -1,0 +1,192 @@
+"""Steering sparsity: the coefficient lambda of the L1 penalty, moved once per optimiser step.
+
+Sign rule: arXiv 2412.14711, Eq. 7 and 8. The smooth rule is ours; `docs/architecture.md` gives its reasons.
+
+Legend: L layers, T tokens, E experts.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from remoe.errors import ConfigError
+from remoe.routing.assignment import Routing
+
+RULES = ("sign", "official", "smooth", "none")
+
+# The smooth rule, in units of log lambda per unit of log density error, and its bound on one step.
+SMOOTH_GAIN = 0.06
+SMOOTH_DAMPING = 0.6
+SMOOTH_MAX_STEP = math.log(1.5)
+# The fast start multiplies lambda by this much until the penalty first shows in S.
+FAST_START_FACTOR = 4.0
+FAST_START_SHOWS = 0.04
+# Keeps lambda a normal float32 number, from which it can rise again.
+LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30
+DEAD_AFTER_STEPS = 100
+UNKNOWN = -1.0
+
+
+class SparsityController(nn.Module):
+    """Holds lambda and moves it so that the sparsity S (Eq. 8) reaches 1 - k/E.
+
+    Call `observe` with each micro-batch's routings and `update` once per optimiser step; add
+    `lam * mean over layers of routing.regularizer` to the loss. Everything that a resumed run needs is in the state
+    dict, float32 even when the model is cast to another dtype.
+
+    Args:
+        num_layers: L.
+        num_experts: E of each layer (times granularity).
+        k: wanted mean of active experts per token (times granularity).
+        rule: "sign": lambda *= alpha ** sign(target - S), Eq. 7. "official": the same, but S equal to the target
+            counts as too sparse, as in the authors' code. "smooth": a step of log lambda proportional to the error of
+            the log density, damped by its change and bounded. "none": lambda stays; S is only measured.
+        lambda_init: lambda_0.
+        alpha: factor of the sign rules, above 1.
+        fast_start: multiply lambda by 4 each step until the penalty first moves S; for short runs and fine-tuning.
+
+    Attributes:
+        lam: 0-dim float32 buffer, lambda.
+        sparsity: 0-dim float32, S of the last update, -1 before the first.
+        dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
+        load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
+
+    Raises:
+        ConfigError: for an unknown rule, k not in 1..E, lambda_init <= 0 or alpha <= 1.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        k: int,
+        *,
+        rule: str = "sign",
+        lambda_init: float = 1e-8,
+        alpha: float = 1.2,
+        fast_start: bool = False,
+    ) -> None:
+        super().__init__()
+        if rule not in RULES:
+            raise ConfigError(f"unknown sparsity rule {rule!r}; choose one of: {', '.join(RULES)}")
+        if not 1 <= k <= num_experts:
+            raise ConfigError(
+                f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}"
+            )
+        if lambda_init <= 0 or alpha <= 1:
+            raise ConfigError(f"need lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
+        self.num_experts = num_experts
+        self.rule = rule
+        self.target_density = k / num_experts
+        self.log_alpha = math.log(alpha)
+        self.fast_start = fast_start
+
+        def state(name: str, value: Tensor, persistent: bool = True) -> None:
+            self.register_buffer(name, value, persistent=persistent)
+
+        state("lam", torch.tensor(float(lambda_init)))
+        state("sparsity", torch.tensor(UNKNOWN))
+        state("first_sparsity", torch.tensor(UNKNOWN))
+        state("starting", torch.tensor(1.0))
+        state("dead_steps_L", torch.zeros(num_layers))
+        state("load_LE", torch.zeros(num_layers, num_experts), persistent=False)
+        # Sums since the last update; integers, so that a cast of the model leaves them alone.
+        state("_pairs_LE", torch.zeros(num_layers, num_experts, dtype=torch.int64), persistent=False)
+        state("_tokens_L", torch.zeros(num_layers, dtype=torch.int64), persistent=False)
+
+    @property
+    def target(self) -> float:
+        """The wanted sparsity, 1 - k/E."""
+        return 1 - self.target_density
+
+    @property
+    def sparsity_L(self) -> Tensor:
+        """(L,) float32, sparsity of each layer at the last update."""
+        return 1 - self.load_LE.mean(dim=1)
+
+    @torch.no_grad()
+    def observe(self, routings: Sequence[Routing]) -> None:
+        """Adds the statistics of one forward pass, one routing per layer.
+
+        A forward pass that recomputes activations inside a backward pass is not counted again.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._pairs_LE += torch.stack([routing.count_E for routing in routings])
+        self._tokens_L += torch.stack([routing.num_tokens for routing in routings])
+
+    @torch.no_grad()
+    def update(self, group: dist.ProcessGroup | None = None) -> None:
+        """Moves lambda by the statistics since the last call, summed over all ranks, and starts new ones.
+
+        Without any token since the last call nothing changes. No host synchronisation.
+
+        Args:
+            group: ranks to sum over, when torch.distributed is initialised; all of them by default.
+        """
+        pairs_LE, tokens_L = self._pairs_LE, self._tokens_L
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(pairs_LE, group=group)
+            dist.all_reduce(tokens_L, group=group)
+        seen = tokens_L.sum() > 0
+        slots = (tokens_L.sum() * self.num_experts).clamp(min=1)
+        density = (pairs_LE.sum().double() / slots).float()
+
+        step = self._log_step(density)
+        new_lam = (self.lam * step.exp()).clamp(LAMBDA_MIN, LAMBDA_MAX)
+        self.lam.copy_(torch.where(seen, new_lam, self.lam))
+        self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
+        self.load_LE.copy_(pairs_LE / tokens_L.clamp(min=1)[:, None])
+        no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
+        counted_L = torch.where(no_pair_L, self.dead_steps_L + 1, 0.0)
+        self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
+        pairs_LE.zero_()
+        tokens_L.zero_()
+
+    def _log_step(self, density: Tensor) -> Tensor:
+        """0-dim: the step of log lambda."""
+        if self.rule == "none":
+            return torch.zeros_like(density)
+        error = self.target - (1 - density)  # positive: too dense, lambda must rise
+        if self.rule == "smooth":
+            step = self._smooth_step(density)
+        elif self.rule == "official":
+            step = torch.where(error > 0, self.log_alpha, -self.log_alpha)
+        else:
+            step = torch.sign(error) * self.log_alpha
+        if self.fast_start:
+            first = torch.where(self.first_sparsity == UNKNOWN, 1 - density, self.first_sparsity)
+            self.first_sparsity.copy_(first)
+            shows = (1 - density - first) > FAST_START_SHOWS * (self.target - first)
+            self.starting.mul_(torch.where(shows | (error <= 0), 0.0, 1.0))
+            step = torch.where(self.starting > 0, math.log(FAST_START_FACTOR), step)
+        return step
+
+    def _smooth_step(self, density: Tensor) -> Tensor:
+        """Proportional to the error of log density, plus its change: the change brakes before S arrives."""
+        floor = self.target_density / 100  # an empty batch is very sparse, not infinitely so
+        error = (density.clamp(min=floor) / self.target_density).log()
+        last = ((1 - self.sparsity).clamp(min=floor) / self.target_density).log()
+        change = torch.where(self.sparsity == UNKNOWN, 0.0, error - last)
+        step = SMOOTH_GAIN * error + SMOOTH_DAMPING * change
+        return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP)
+
+    def dead_layers(self) -> list[int]:
+        """Layers without a pair for 100 updates in a row. Synchronises with the host."""
+        return (self.dead_steps_L >= DEAD_AFTER_STEPS).nonzero().flatten().tolist()
+
+    def _apply(self, fn, recurse: bool = True) -> "SparsityController":
+        """Moves to devices as any module, but keeps the state in float32 with its full value."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}, target={self.target:.4g}"

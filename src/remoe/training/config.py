@@ -1,0 +1,255 @@
+"""Options of `remoe train`: dataclasses that the command line, YAML files and a run's folder share.
+
+Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `--help` must be quick.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from remoe.errors import ConfigError
+from remoe.models.presets import preset
+
+
+@dataclass
+class ModelOptions:
+    """Shape of the transformer; a preset sets it."""
+
+    hidden_size: int = 128
+    """Width D."""
+    num_hidden_layers: int = 4
+    """Layers L."""
+    num_attention_heads: int = 4
+    """Attention heads H; must divide the width."""
+    num_key_value_heads: int = 2
+    """Key-value groups (GQA); must divide the heads."""
+    intermediate_size: int | None = None
+    """Width of one expert before the split by granularity; 4 * hidden_size by default."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    max_experts_per_token: int | None = None
+    """Cap on the experts a token may use (relu only)."""
+    load_balance: bool = True
+    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu only)."""
+    regularizer_normalization: str = "paper"
+    """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
+    experts_backend: str = "auto"
+    """How experts are run: auto, loop, or naive (slow, the specification)."""
+
+
+@dataclass
+class OptimOptions:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    warmup_ratio: float = 0.02
+    """Share of the steps in which the learning rate rises linearly."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms are not decayed."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+
+@dataclass
+class SparsityOptions:
+    """Control of lambda (relu only)."""
+
+    rule: str = "smooth"
+    """'sign': the paper's Eq. 7; 'official': the authors' code; 'smooth': proportional, damped, bounded."""
+    lambda_init: float = 1e-8
+    """lambda_0."""
+    alpha: float = 1.2
+    """Factor of the sign rules."""
+    fast_start: bool = True
+    """Multiply lambda by 4 each step until the penalty first shows in the sparsity."""
+
+
+@dataclass
+class ValidationOptions:
+    """Validation during training."""
+
+    every: int = 200
+    """Steps between validations; there is always one at the end."""
+    max_tokens: int = 100_000
+    """Tokens of each domain used for a validation during training; the last one uses all."""
+    batch_size: int = 32
+    """Sequences per forward pass."""
+
+
+@dataclass
+class CheckpointOptions:
+    """Saving."""
+
+    every: int = 200
+    """Steps between checkpoints; there is always one at the end and at SIGINT or SIGTERM."""
+    keep: int = 2
+    """The newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Keep for good each checkpoint whose step is a multiple of this; 0 for none."""
+
+
+@dataclass
+class TrainConfig:
+    """Train a ReMoE language model. Without any argument: a small one, on Python's own standard library."""
+
+    preset: str = "tiny"
+    """Model size and training settings: tiny, mini, 182m, 469m or 978m."""
+    data: str | None = None
+    """Folder written by `remoe data prepare`; by default the standard library is prepared beside the run."""
+    out: str | None = None
+    """The run's folder; by default a new one: runs/PRESET-ROUTER-seedN."""
+    steps: int = 600
+    """Optimiser steps."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    router: str = "relu"
+    """relu, topk or dense."""
+    num_experts: int = 8
+    """Experts E per layer, before the split by granularity."""
+    k: int = 1
+    """Wanted active experts per token: mean for relu, exact for topk; dense gets the width of k experts."""
+    granularity: int = 1
+    """Split each expert into this many narrower ones; k is multiplied likewise."""
+    resume: bool = False
+    """Continue the run in --out (or the newest one under runs/) from its last checkpoint."""
+    config: str | None = None
+    """YAML file with any of these options, nested like the dotted flags."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    batch_size: int = 16
+    """Sequences per optimiser step."""
+    micro_batch_size: int = 16
+    """Sequences per forward and backward pass; divides the batch size (gradient accumulation)."""
+    vocab_size: int = 4096
+    """Vocabulary of the tokenizer trained for the default data; other data brings its own."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu) or a torch device."""
+    dtype: str = "auto"
+    """auto (bfloat16 autocast on a GPU that has it, else float32), float32 or bfloat16."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler)."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    log_every: int = 1
+    """Steps between records in metrics.jsonl and TensorBoard."""
+    print_every: int = 20
+    """Steps between progress lines."""
+    prompt: str | None = None
+    """Prompt of the text sample at the end; by default the start of a validation text."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    sparsity: SparsityOptions = field(default_factory=SparsityOptions)
+    validate: ValidationOptions = field(default_factory=ValidationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that cannot work and that no later part checks."""
+        for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}"
+                )
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
+        for name, value in (
+            ("validate.every", self.validate.every),
+            ("validate.max-tokens", self.validate.max_tokens),
+            ("validate.batch-size", self.validate.batch_size),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.keep", self.checkpoint.keep),
+        ):
+            if value < 1:
+                raise ConfigError(f"--{name} must be at least 1, but is {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as stored in a run's config.yaml."""
+        return dataclasses.asdict(self)
+
+
+_ADAPTER = pydantic.TypeAdapter(TrainConfig)
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
+    """A checked TrainConfig.
+
+    Args:
+        values: nested options; missing ones take the defaults of the preset that `values` names.
+        source: where they come from, for error messages.
+
+    Raises:
+        ConfigError: for an unknown option or a value of the wrong type.
+    """
+    merged = _merge(preset_values(values.get("preset", "tiny")), values)
+    known = TrainConfig().to_dict()
+    for path in _unknown(merged, known):
+        raise ConfigError(f"{source}: unknown option {path!r}")
+    try:
+        return _ADAPTER.validate_python(merged)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
+    """TrainConfig of a YAML file; `overrides` go first.
+
+    Raises:
+        ConfigError: when the file is missing, is no mapping, or holds unknown options.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path} is not a mapping of options")
+    return config_from_dict({**values, **overrides}, str(path))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """Options that a preset sets, the preset's name among them."""
+    return {"preset": name, **preset(name)}
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options in which two configurations differ, by dotted name: (old, new)."""
+    flat_old, flat_new = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+
+
+def _flatten(values: dict[str, Any], prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = ""):
+    for key, value in values.items():
+        if key not in known:
+            yield prefix + key
+        elif isinstance(known[key], dict) and isinstance(value, dict):
+            yield from _unknown(value, known[key], f"{prefix}{key}.")

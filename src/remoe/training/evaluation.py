@@ -1,0 +1,112 @@
+"""Loss of a model on validation data, overall and per domain.
+
+Legend: N sequences, S sequence length.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from remoe.data import ValidationWindows
+from remoe.models.modeling_remoe import RemoeForCausalLM
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a set of tokens, and the figures drawn from them.
+
+    Attributes:
+        nats: summed cross-entropy.
+        targets: predicted tokens.
+        text_bytes: UTF-8 bytes of the text that was predicted.
+        pairs: routed pairs over all layers.
+        slots: tokens * experts over all layers.
+    """
+
+    nats: float
+    targets: int
+    text_bytes: int
+    pairs: int
+    slots: int
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy, nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of text: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def sparsity(self) -> float:
+        """S over these tokens."""
+        return 1 - self.pairs / self.slots
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures by name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "sparsity": self.sparsity,
+            "tokens": self.targets,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: RemoeForCausalLM,
+    windows: ValidationWindows,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast: torch.autocast | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluation of each domain; their sum is the whole.
+
+    Args:
+        model: put into eval mode for the time, then back.
+        windows: validation data; padding at the end of a domain is masked.
+        batch_size: sequences per forward pass.
+        max_tokens: of each domain, a prefix of whole documents; None for all.
+        autocast: context of the forward pass.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    results = {}
+    for domain in windows.domains:
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        targets = pairs = slots = 0
+        for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, max_tokens):
+            target_NS = target_NS.to(device)
+            with autocast or torch.autocast(device.type, enabled=False):
+                out = model(input_NS.to(device), attention_mask=mask_NS.to(device), use_cache=False)
+            nats_batch = F.cross_entropy(
+                out.logits.flatten(0, 1).float(), target_NS.flatten(), ignore_index=-100, reduction="sum"
+            )
+            nats += nats_batch.double()
+            targets += int((target_NS != -100).sum())
+            for routing in out.routings:
+                pairs += int(routing.count_E.sum())
+                slots += int(routing.num_tokens) * routing.assignment.num_experts
+        results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, max_tokens), pairs, slots)
+    model.train(was_training)
+    return results
+
+
+def total(results: dict[str, Evaluation]) -> Evaluation:
+    """All domains together, each token counted once."""
+    return sum(results.values(), Evaluation(0.0, 0, 0, 0, 0))

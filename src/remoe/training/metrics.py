@@ -1,0 +1,110 @@
+"""Records of a run: metrics.jsonl, TensorBoard, and the measures drawn from the course of S."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from remoe.errors import RemoeError
+
+DENSE_ABOVE = 0.45
+SPARSE_BELOW = 1.5
+
+
+def stage(sparsity: float, target: float) -> str:
+    """The stage of training (arXiv 2412.14711, section 3.4) that a sparsity S belongs to.
+
+    "dense" while more than 45 % of the pairs are active (random weights activate a half), "sparse" once they are
+    at most 1.5 times the wanted number, "sparsifying" in between.
+    """
+    density = 1 - sparsity
+    if density <= SPARSE_BELOW * (1 - target):
+        return "sparse"
+    return "dense" if density >= DENSE_ABOVE else "sparsifying"
+
+
+def settling_time(
+    sparsities: Sequence[float], target: float, tolerance: float = 0.01, steps: int = 50
+) -> int | None:
+    """Stages I and II in steps: the first index from which |S - target| stays within `tolerance` for `steps` steps.
+
+    Args:
+        sparsities: S of each step, from the first.
+
+    Returns:
+        Index (steps before it are stages I and II), or None when S never settles.
+    """
+    within = 0
+    for index, sparsity in enumerate(sparsities):
+        within = within + 1 if abs(sparsity - target) <= tolerance else 0
+        if within == steps:
+            return index - steps + 1
+    return None
+
+
+class MetricsWriter:
+    """Appends one JSON object a record to metrics.jsonl and the same numbers to TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        first_step: records of this step and later ones, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        self._drop_from(first_step)
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, record: dict[str, object]) -> None:
+        """Writes a record; it must have "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in _scalars(record):
+            self._board.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        """Makes the records durable, so that no checkpoint is newer than its metrics."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        self._board.close()
+
+    def _drop_from(self, first_step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [record for record in read_metrics(self.path) if record["step"] < first_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, self.path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Records of a metrics.jsonl, in order; a last line that a crash cut off is left out.
+
+    Raises:
+        RemoeError: when a line in the middle is no JSON.
+    """
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
+    return records
+
+
+def _scalars(record: dict[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield prefix + name, value
+        elif name == "sparsity_per_layer":
+            yield from ((f"{prefix}{name}/{layer}", sparsity) for layer, sparsity in enumerate(value))

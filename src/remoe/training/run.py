@@ -1,0 +1,157 @@
+"""From options to a finished run: data, folder, training, summary."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import remoe
+from remoe.data import Dataset, PrepareOptions, open_dataset, prepare
+from remoe.errors import CheckpointError
+from remoe.generation import SamplingOptions, generate_text
+from remoe.training.config import TrainConfig, differences
+from remoe.training.evaluation import Evaluation, total
+from remoe.training.metrics import read_metrics, settling_time
+from remoe.training.rundir import RunFolder
+from remoe.training.trainer import Trainer
+
+# Options that do not change what is computed: a resumed run may have others.
+MAY_CHANGE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
+MAY_CHANGE_GROUPS = ("validate.", "checkpoint.")
+
+
+def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> dict | None:
+    """Trains, or continues, a run.
+
+    Args:
+        config: options; `config.resume` decides between a new run and a continued one.
+        run: the run's folder.
+        saved: options of the run when it is continued.
+
+    Returns:
+        The summary, also written to the run's folder; None when a signal stopped the run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `Trainer`.
+        CheckpointError: when a resumed run was started with other options.
+    """
+    if saved is not None:
+        _check_unchanged(saved, config, run)
+    config.check()
+    started = time.perf_counter()
+    dataset = (
+        open_dataset(Path(config.data))
+        if config.data
+        else default_dataset(run.path.parent, config.vocab_size)
+    )
+    trainer = Trainer(config, dataset, run)
+    if saved is None:
+        run.create(config, dataset.tokenizer_path)
+    else:
+        trainer.resume()
+    _print_header(trainer)
+    validation = trainer.train()
+    if validation is None:
+        print(f"stopped at step {trainer.step}; checkpoint {run.last_checkpoint()}")
+        print(f"continue with: remoe train --out {run.path} --resume")
+        return None
+    summary = _summarise(trainer, validation, time.perf_counter() - started)
+    run.summary.write_text(json.dumps(summary, indent=2))
+    _print_summary(summary, trainer)
+    return summary
+
+
+def default_dataset(parent: Path, vocab_size: int) -> Dataset:
+    """The running Python's standard library, prepared once in `parent`/data."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
+    prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05))
+    return open_dataset(out)
+
+
+def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) -> None:
+    for name, (old, new) in differences(saved, config).items():
+        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_GROUPS):
+            flag = name.replace("_", "-")
+            raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
+
+
+def _print_header(trainer: Trainer) -> None:
+    model, config, dataset = trainer.model, trainer.config, trainer.dataset
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = "bfloat16 autocast" if trainer.autocast._enabled else "float32"
+    backend = model.model.layers[0].mlp.experts.backend
+    print(
+        f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
+        f"E {config.num_experts}, k {config.k}, G {config.granularity}, experts backend {backend}"
+    )
+    print(
+        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, domains {', '.join(dataset.domains)}; "
+        f"device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); run {trainer.run.path}"
+    )
+    if trainer.step:
+        print(f"resumed at step {trainer.step}")
+
+
+def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: float) -> dict:
+    config, target = trainer.config, trainer.model.sparsity.target
+    records = read_metrics(trainer.run.metrics)
+    sparsities = [record["sparsity"] for record in records]
+    settled = settling_time(sparsities, target)
+    after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
+    tokenizer = trainer.dataset.load_tokenizer()
+    prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
+    sample = prompt + generate_text(trainer.model, tokenizer, prompt, SamplingOptions(seed=config.seed))
+    trainer.run.sample.write_text(sample)
+    return {
+        "steps": trainer.step,
+        "router": config.router,
+        "seconds": seconds,
+        "validation_loss": total(validation).loss,
+        "validation": {"all": total(validation).to_dict()}
+        | {domain: result.to_dict() for domain, result in validation.items()},
+        "target_sparsity": target,
+        "final_sparsity": sparsities[-1],
+        "settling_step": None if settled is None else records[settled]["step"],
+        "sparsity_mean": after.mean().item() if len(after) else None,
+        "sparsity_deviation": after.std().item() if len(after) > 1 else None,
+        "sample": sample,
+        "checkpoint": str(trainer.run.last_checkpoint()),
+    }
+
+
+def _validation_prompt(trainer: Trainer, tokenizer) -> str:
+    """The first tokens of a validation text: a prompt in the language of the data."""
+    input_NS, _, mask_NS = next(iter(trainer.windows.batches(trainer.windows.domains[0], 1)))
+    return tokenizer.decode(input_NS[0, : min(12, int(mask_NS[0].sum()))].tolist(), skip_special_tokens=True)
+
+
+def _print_summary(summary: dict, trainer: Trainer) -> None:
+    run, everything = trainer.run, summary["validation"]["all"]
+    print(
+        f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes, data preparation included"
+    )
+    print(
+        f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
+        f"bits per byte {everything['bits_per_byte']:.4f}"
+    )
+    for domain in trainer.windows.domains:
+        print(f"  {domain:<16} {summary['validation'][domain]['loss']:.4f}")
+    if trainer.config.router == "relu":
+        if summary["settling_step"] is None:
+            print(
+                f"sparsity has not settled; last {summary['final_sparsity']:.4f}, target {summary['target_sparsity']:.4g}"
+            )
+        else:
+            print(
+                f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation "
+                f"{summary['sparsity_deviation']:.4f}, target {summary['target_sparsity']:.4g}; "
+                f"settled at step {summary['settling_step']}"
+            )
+    print(f"\nsample:\n{summary['sample']}\n")
+    print(f"run          {run.path}")
+    print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
+    print(f"metrics      {run.metrics}   tensorboard --logdir {run.path / 'tensorboard'}")
+    print(f'next         remoe generate {run.path} --prompt "import "   |   remoe eval {run.path}')

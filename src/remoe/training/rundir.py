@@ -1,0 +1,120 @@
+"""A run's folder: where everything of a run lies, and how to load a trained model from it.
+
+RUN/config.yaml            every option of the run
+RUN/tokenizer/             loads with transformers.AutoTokenizer
+RUN/metrics.jsonl          one record a step; RUN/tensorboard/ holds the same
+RUN/checkpoints/step-N/    loads with RemoeForCausalLM.from_pretrained
+RUN/summary.json           final figures
+RUN/sample.txt             text written by the trained model
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from remoe.errors import CheckpointError, ConfigError
+from remoe.training.checkpoint import check_weights, list_checkpoints
+from remoe.training.config import TrainConfig, config_from_yaml
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.summary = self.path / "summary.json"
+        self.sample = self.path / "sample.txt"
+
+    def create(self, config: TrainConfig, tokenizer_path: Path) -> None:
+        """Starts a run's folder.
+
+        Raises:
+            ConfigError: when the folder already holds something.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            what = (
+                "holds a run; add --resume to continue it"
+                if self.config.exists()
+                else "exists and is not empty"
+            )
+            raise ConfigError(f"{self.path} already {what}, or choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(tokenizer_path, self.tokenizer)
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        os.replace(partial, self.config)  # last: a folder with a config.yaml is a run that can be resumed
+
+    def load_config(self) -> TrainConfig:
+        """The run's options.
+
+        Raises:
+            CheckpointError: when the folder is no run.
+        """
+        if not self.config.exists():
+            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml")
+        return config_from_yaml(self.config)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def new_run_path(config: TrainConfig) -> Path:
+    """runs/PRESET-ROUTER-seedN, with a number behind it when that is taken."""
+    name = f"{config.preset}-{config.router}-seed{config.seed}"
+    path, number = RUNS / name, 2
+    while path.exists():
+        path, number = RUNS / f"{name}-{number}", number + 1
+    return path
+
+
+def newest_run() -> Path:
+    """The run under runs/ that was written to last.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    found = [path.parent for path in RUNS.glob("*/config.yaml")]
+    if not found:
+        raise CheckpointError(f"nothing to resume: no run under {RUNS}/; name one with --out")
+    return max(found, key=lambda path: max(item.stat().st_mtime for item in path.iterdir()))
+
+
+def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizerBase", Path]:
+    """Model, tokenizer and checkpoint of a run's folder, or of one of its checkpoints.
+
+    Raises:
+        CheckpointError: when there is no checkpoint or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+    path = Path(path)
+    run = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist or is not a folder")
+    checkpoint = path if run.path != path else run.last_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run"
+        )
+    check_weights(checkpoint)
+    model = RemoeForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    return model.eval(), tokenizer, checkpoint
