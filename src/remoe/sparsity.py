@@ -17,13 +17,12 @@ from remoe.routing.assignment import Routing
 
 RULES = ("sign", "official", "smooth", "none")
 
-# The smooth rule, in units of log lambda per unit of log density error, and its bound on one step.
-SMOOTH_GAIN = 0.06
-SMOOTH_DAMPING = 0.6
+# The smooth rule: step of log lambda per unit of log density error, and per unit of its change; and its bound.
+SMOOTH_GAIN = 0.5
+SMOOTH_DAMPING = 2.0
 SMOOTH_MAX_STEP = math.log(1.5)
-# The fast start multiplies lambda by this much until the penalty first shows in S.
-FAST_START_FACTOR = 4.0
-FAST_START_SHOWS = 0.04
+# The fast start sets lambda * L_reg to this at the first update, in units of the task's loss.
+FAST_START_PENALTY = 3e-3
 # Keeps lambda a normal float32 number, from which it can rise again.
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30
 DEAD_AFTER_STEPS = 100
@@ -46,7 +45,9 @@ class SparsityController(nn.Module):
             the log density, damped by its change and bounded. "none": lambda stays; S is only measured.
         lambda_init: lambda_0.
         alpha: factor of the sign rules, above 1.
-        fast_start: multiply lambda by 4 each step until the penalty first moves S; for short runs and fine-tuning.
+        fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
+            language model): the dense stage, in which a tiny lambda grows unnoticed, is left out. For short runs and
+            fine-tuning.
 
     Attributes:
         lam: 0-dim float32 buffer, lambda.
@@ -89,13 +90,13 @@ class SparsityController(nn.Module):
 
         state("lam", torch.tensor(float(lambda_init)))
         state("sparsity", torch.tensor(UNKNOWN))
-        state("first_sparsity", torch.tensor(UNKNOWN))
-        state("starting", torch.tensor(1.0))
         state("dead_steps_L", torch.zeros(num_layers))
         state("load_LE", torch.zeros(num_layers, num_experts), persistent=False)
         # Sums since the last update; integers, so that a cast of the model leaves them alone.
         state("_pairs_LE", torch.zeros(num_layers, num_experts, dtype=torch.int64), persistent=False)
         state("_tokens_L", torch.zeros(num_layers, dtype=torch.int64), persistent=False)
+        state("_regularizer_sum", torch.zeros(()), persistent=False)
+        state("_passes", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def target(self) -> float:
@@ -117,6 +118,8 @@ class SparsityController(nn.Module):
             return
         self._pairs_LE += torch.stack([routing.count_E for routing in routings])
         self._tokens_L += torch.stack([routing.num_tokens for routing in routings])
+        self._regularizer_sum += torch.stack([routing.regularizer for routing in routings]).mean()
+        self._passes += 1
 
     @torch.no_grad()
     def update(self, group: dist.ProcessGroup | None = None) -> None:
@@ -127,43 +130,39 @@ class SparsityController(nn.Module):
         Args:
             group: ranks to sum over, when torch.distributed is initialised; all of them by default.
         """
-        pairs_LE, tokens_L = self._pairs_LE, self._tokens_L
+        sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(pairs_LE, group=group)
-            dist.all_reduce(tokens_L, group=group)
+            for tensor in sums:
+                dist.all_reduce(tensor, group=group)
+        pairs_LE, tokens_L, *_ = sums
         seen = tokens_L.sum() > 0
         slots = (tokens_L.sum() * self.num_experts).clamp(min=1)
         density = (pairs_LE.sum().double() / slots).float()
 
-        step = self._log_step(density)
-        new_lam = (self.lam * step.exp()).clamp(LAMBDA_MIN, LAMBDA_MAX)
-        self.lam.copy_(torch.where(seen, new_lam, self.lam))
+        lam = self.lam * self._log_step(density).exp()
+        if self.fast_start:
+            penalty = self._regularizer_sum / self._passes.clamp(min=1)
+            first = (self.sparsity == UNKNOWN) & (penalty > 0)
+            lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
+        self.lam.copy_(torch.where(seen, lam.clamp(LAMBDA_MIN, LAMBDA_MAX), self.lam))
         self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
         self.load_LE.copy_(pairs_LE / tokens_L.clamp(min=1)[:, None])
         no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
         counted_L = torch.where(no_pair_L, self.dead_steps_L + 1, 0.0)
         self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
-        pairs_LE.zero_()
-        tokens_L.zero_()
+        for tensor in sums:
+            tensor.zero_()
 
     def _log_step(self, density: Tensor) -> Tensor:
         """0-dim: the step of log lambda."""
-        if self.rule == "none":
-            return torch.zeros_like(density)
         error = self.target - (1 - density)  # positive: too dense, lambda must rise
+        if self.rule == "none":
+            return torch.zeros_like(error)
         if self.rule == "smooth":
-            step = self._smooth_step(density)
-        elif self.rule == "official":
-            step = torch.where(error > 0, self.log_alpha, -self.log_alpha)
-        else:
-            step = torch.sign(error) * self.log_alpha
-        if self.fast_start:
-            first = torch.where(self.first_sparsity == UNKNOWN, 1 - density, self.first_sparsity)
-            self.first_sparsity.copy_(first)
-            shows = (1 - density - first) > FAST_START_SHOWS * (self.target - first)
-            self.starting.mul_(torch.where(shows | (error <= 0), 0.0, 1.0))
-            step = torch.where(self.starting > 0, math.log(FAST_START_FACTOR), step)
-        return step
+            return self._smooth_step(density)
+        if self.rule == "official":
+            return torch.where(error > 0, self.log_alpha, -self.log_alpha)
+        return torch.sign(error) * self.log_alpha
 
     def _smooth_step(self, density: Tensor) -> Tensor:
         """Proportional to the error of log density, plus its change: the change brakes before S arrives."""

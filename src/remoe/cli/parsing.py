@@ -1,4 +1,4 @@
-"""One way to parse options for every command: tyro, with each mistake reported in one line and exit code 2."""
+"""One way to parse options for every command: tyro, with each mistake reported in one line."""
 
 import contextlib
 import io

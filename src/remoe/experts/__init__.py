@@ -67,7 +67,7 @@ class Experts(nn.Module):
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """A custom autograd function sees raw tensors: under autocast they are cast before it, as for a linear layer."""
+    """Under autocast a custom autograd function must be given tensors that are cast already."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,8 +1,9 @@
 """Sorted pairs, one GEMM per active expert and projection, in a single autograd function.
 
-The gate multiplies the hidden activation, before the down projection: its gradient then needs no stored expert
-output. The backward pass recomputes the activation from the stored pre-activations. Gathers and the combine run once
-over all pairs; the combine is a segment sum per token in a fixed order, so two runs agree bit for bit.
+The gate multiplies the hidden activation, before the down projection: its gradient then needs no stored
+expert output. The backward pass recomputes the activation from the stored pre-activations. Gathers and the
+combine run once over all pairs; the combine is a segment sum per token in a fixed order, so two runs agree
+bit for bit.
 
 Legend: T tokens, D model width, F expert width, E experts, R routed pairs, r pairs of one expert.
 """
@@ -26,9 +27,9 @@ class _LoopExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, gate_up_E2FD, down_EDF, gate_R, token_R, count_E):
         experts = _active_slices(count_E)
-        num_pairs, (_, D, F_) = token_R.shape[0], down_EDF.shape
+        F_ = down_EDF.shape[2]
         x_RD = x_TD[token_R]
-        pre_R2F = x_TD.new_empty(num_pairs, 2 * F_)
+        pre_R2F = x_TD.new_empty(token_R.shape[0], 2 * F_)
         for e, pairs in experts:
             torch.mm(x_RD[pairs], gate_up_E2FD[e].t(), out=pre_R2F[pairs])
         hidden_RF = F.silu(pre_R2F[:, :F_]).mul_(pre_R2F[:, F_:]).mul_(gate_R[:, None])
@@ -53,7 +54,7 @@ class _LoopExperts(torch.autograd.Function):
         dy_RD = dy_TD[token_R]
         dhidden_RF = torch.empty_like(hidden_RF)
         ddown_EDF = torch.empty_like(down_EDF)
-        gated_RF = hidden_RF * gate_R[:, None]
+        gated_RF = torch.mul(hidden_RF, gate_R[:, None], out=torch.empty_like(hidden_RF))
         for e, pairs in ctx.experts:
             torch.mm(dy_RD[pairs], down_EDF[e], out=dhidden_RF[pairs])
             torch.mm(dy_RD[pairs].t(), gated_RF[pairs], out=ddown_EDF[e])

@@ -14,7 +14,7 @@ _PAPER = {
     "vocab_size": 51_200,
     "optim": {"lr": 5e-4, "final_lr_ratio": 0.1, "warmup_ratio": 0.01},
     "sparsity": {"rule": "sign", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": False},
-    "validate": {"every": 1000},
+    "validate": {"every": 1000, "max_tokens": 100_000},
     "checkpoint": {"every": 1000},
 }
 _SMALL = {
@@ -24,8 +24,8 @@ _SMALL = {
     "vocab_size": 4096,
     "optim": {"lr": 2e-3, "final_lr_ratio": 0.1, "warmup_ratio": 0.02},
     "sparsity": {"rule": "smooth", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": True},
-    "validate": {"every": 200},
-    "checkpoint": {"every": 200},
+    "validate": {"every": 100, "max_tokens": 20_000},
+    "checkpoint": {"every": 100},
 }
 
 
@@ -40,7 +40,7 @@ def _model(width: int, layers: int, heads: int, groups: int, std: float) -> dict
 
 
 PRESETS: dict[str, dict] = {
-    "tiny": {**_SMALL, "steps": 600, "model": _model(128, 4, 4, 2, 0.02)},
+    "tiny": {**_SMALL, "steps": 500, "model": _model(128, 4, 4, 2, 0.02)},
     "mini": {**_SMALL, "steps": 1200, "model": _model(192, 4, 6, 2, 0.02)},
     "182m": {**_PAPER, "model": _model(768, 12, 12, 4, 0.01)},
     "469m": {**_PAPER, "model": _model(1024, 24, 16, 4, 0.01)},

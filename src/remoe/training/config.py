@@ -72,16 +72,16 @@ class SparsityOptions:
     alpha: float = 1.2
     """Factor of the sign rules."""
     fast_start: bool = True
-    """Multiply lambda by 4 each step until the penalty first shows in the sparsity."""
+    """Raise lambda after the first step to where the penalty is 0.003 nats: no dense stage."""
 
 
 @dataclass
 class ValidationOptions:
     """Validation during training."""
 
-    every: int = 200
+    every: int = 100
     """Steps between validations; there is always one at the end."""
-    max_tokens: int = 100_000
+    max_tokens: int = 20_000
     """Tokens of each domain used for a validation during training; the last one uses all."""
     batch_size: int = 32
     """Sequences per forward pass."""
@@ -91,7 +91,7 @@ class ValidationOptions:
 class CheckpointOptions:
     """Saving."""
 
-    every: int = 200
+    every: int = 100
     """Steps between checkpoints; there is always one at the end and at SIGINT or SIGTERM."""
     keep: int = 2
     """The newest checkpoints that are kept."""
@@ -109,7 +109,7 @@ class TrainConfig:
     """Folder written by `remoe data prepare`; by default the standard library is prepared beside the run."""
     out: str | None = None
     """The run's folder; by default a new one: runs/PRESET-ROUTER-seedN."""
-    steps: int = 600
+    steps: int = 500
     """Optimiser steps."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""

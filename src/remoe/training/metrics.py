@@ -18,6 +18,8 @@ def stage(sparsity: float, target: float) -> str:
     at most 1.5 times the wanted number, "sparsifying" in between.
     """
     density = 1 - sparsity
+    if target == 0:
+        return "dense"
     if density <= SPARSE_BELOW * (1 - target):
         return "sparse"
     return "dense" if density >= DENSE_ABOVE else "sparsifying"

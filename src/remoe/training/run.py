@@ -13,6 +13,7 @@ from remoe.errors import CheckpointError
 from remoe.generation import SamplingOptions, generate_text
 from remoe.training.config import TrainConfig, differences
 from remoe.training.evaluation import Evaluation, total
+from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer
@@ -40,6 +41,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is not None:
         _check_unchanged(saved, config, run)
     config.check()
+    keep_freed_memory()
     started = time.perf_counter()
     dataset = (
         open_dataset(Path(config.data))

@@ -1,0 +1,103 @@
+"""Writing so that a kill at any moment leaves either the old file or the new one, never half of one."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from remoe.errors import DataError
+
+TEMPORARY = ".tmp"
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a whole file through to the disk; raises DataError where it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write a file or a folder to, which becomes `path` when the block ends.
+
+    A folder must not be there yet. Raises DataError where writing fails.
+    """
+    # a folder to write in, because safetensors leaves a file of a random name beside its own when killed
+    workspace = path.with_name(path.name + TEMPORARY)
+    written = workspace / path.name
+    with disk_errors(path):
+        remove(workspace)
+        workspace.mkdir()
+        try:
+            yield written
+            for file in written.iterdir() if written.is_dir() else [written]:
+                file.chmod(workspace.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                _sync(file)
+            os.replace(written, path)
+            _sync(path.parent)
+        finally:
+            remove(workspace)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk, raised by Python or by a Rust library, into one line of DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _rust_errno(error)
+        if number is None:
+            raise
+        hint = ""
+        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            hint = "; what was finished is kept: make room and run the same command again"
+        raise DataError(f"{path}: cannot be written: {os.strerror(number)}{hint}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other preparations out of `folder` meanwhile; raises DataError if one is in it already."""
+    if os.name != "posix":  # elsewhere a folder cannot be locked
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another preparation is writing to this folder") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there; a link is removed, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rust_errno(error: Exception) -> int | None:
+    # safetensors and tokenizers pass the system's error on as text only
+    match = _RUST_ERROR.search(str(error))
+    return int(match.group(1)) if match else None
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""Tokenizers: training a byte-level BPE, loading any that transformers knows, and fingerprints."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from remoe.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SAMPLE_CHARACTERS = 65_536  # documents are sampled in pieces of this size, so that one huge one is as well
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE with all 256 bytes and `<|endoftext|>`, which ends and begins documents.
+
+    The vocabulary is smaller than `vocab_size` if the text has too few different words.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sample_evenly(texts: Iterator[str], total_bytes: int, limit_bytes: int) -> Iterator[str]:
+    """Yield pieces of `texts`, in order and spread evenly over `total_bytes`, of `limit_bytes` at most."""
+    characters = max(1, min(SAMPLE_CHARACTERS, limit_bytes // 16))
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), characters):
+            piece = text[start : start + characters]
+            size = len(piece.encode("utf-8"))
+            seen += size
+            if total_bytes <= limit_bytes or (taken + size) * total_bytes <= seen * limit_bytes:
+                taken += size
+                yield piece
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from a folder or by its name on the hub, as transformers does.
+
+    Raises DataError if there is none, or if it has no end-of-text (EOS) token to end documents with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # transformers, the hub's client and tokenizers have no common base of errors
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"tokenizer {name}: cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {name}: has no end-of-text (EOS) token, which must end every document")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the largest token id, added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Sha256 (hex) over a tokenizer's definition: the same after saving and loading, and in every process."""
+    if tokenizer.is_fast:
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        for setting in ("truncation", "padding"):  # of the last call, not of the tokenizer
+            definition.pop(setting, None)
+    else:
+        definition = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+class Encoder:
+    """Texts to token ids, in batches, on all cores where the tokenizer has a Rust core.
+
+    Special tokens that are spelled out in a text are encoded as the text they are, so that no document
+    can end another one.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._backend = None
+        if tokenizer.is_fast:
+            from tokenizers import Tokenizer
+
+            self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Encode `texts`; nothing is added to or cut from them."""
+        if self._backend is not None:
+            return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
+        )["input_ids"]

@@ -1,0 +1,134 @@
+"""Commands on a trained run, and one clear line with exit code 2 for each mistake."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from tiny_run import FLAGS
+
+from remoe.cli.main import COMMANDS, main
+from remoe.data import PrepareOptions, prepare
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--data", str(corpus), "--out", str(out), "--steps", "30", *FLAGS]) == 0
+    return out
+
+
+def test_generate_repeats_itself_by_seed(run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(run), "--prompt", "cow ", "--max-new-tokens", "20", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("cow ")
+
+
+def test_generate_options_and_empty_prompt(run, capsys):
+    assert main(["generate", str(run), "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    greedy = capsys.readouterr().out
+    assert main(["generate", str(run), "--top-k", "1", "--max-new-tokens", "5", "--seed", "7"]) == 0
+    assert capsys.readouterr().out == greedy
+
+
+def test_eval_agrees_with_the_run_and_with_itself(run, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert main(["eval", str(run), "--json", str(figures)]) == 0
+    assert "farm" in capsys.readouterr().out
+    rows = json.loads(figures.read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    assert rows["all"]["loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+    assert rows["all"]["perplexity"] == pytest.approx(math.exp(rows["all"]["loss"]))
+    assert rows["all"]["tokens"] == rows["farm"]["tokens"] + rows["town"]["tokens"]
+    assert 0 < rows["all"]["sparsity"] < 1
+
+
+def test_eval_and_generate_take_a_single_checkpoint(run, capsys):
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert main(["eval", str(checkpoint), "--max-tokens", "100"]) == 0
+    assert main(["generate", str(checkpoint), "--max-new-tokens", "3"]) == 0
+
+
+def test_plan_prints_the_papers_figures(capsys):
+    assert main(["plan", "182m"]) == 0
+    output = capsys.readouterr().out
+    assert "777.1M" in output
+    assert "995.4" in output
+
+
+def test_yaml_and_flags(corpus, tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(f"data: {corpus}\nsteps: 7\nnum_experts: 4\nmodel:\n  hidden_size: 32\n  num_hidden_layers: 1\n")
+    flags = ["--seq-len", "32", "--batch-size", "2", "--micro-batch-size", "2", "--steps", "3"]
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "run"), *flags]) == 0
+    assert "finished: 3 steps" in capsys.readouterr().out
+    path.write_text("stepz: 7\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert "unknown option 'stepz'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--k", "9"], "k = 9 and E = 8"),
+        (["train", "--router", "soft"], "unknown router 'soft'"),
+        (["train", "--preset", "huge"], "unknown preset 'huge'"),
+        (["train", "--model.num-attention-heads", "3"], "heads must divide the width"),
+        (["train", "--granularity", "7"], "granularity must divide"),
+        (["train", "--steps", "0"], "--steps must be at least 1"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--colour", "red"], "--colour"),
+        (["train", "--micro-batch-size", "3"], "does not divide"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--seq-len", "100000"], "100001"),
+        (["train", "--out", "nowhere", "--resume"], "nowhere is not a run"),
+        (["generate", "nowhere"], "nowhere does not exist"),
+        (["generate", "nowhere", "--top-p", "2"], "top-p"),
+        (["eval", "nowhere"], "nowhere does not exist"),
+        (["eval", "nowhere", "--split", "test"], "unknown --split 'test'"),
+        (["plan", "huge"], "unknown preset 'huge'"),
+        (["plan", "tiny", "--k", "9"], "k = 9 and E = 8"),
+        (["trian"], "unknown command 'trian'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "train" and "--data" not in arguments:
+        arguments = [*arguments, "--data", str(corpus)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("\n".join(f"quite another text {i}" for i in range(400)))
+    (tmp_path / "held.txt").write_text("held out")
+    sources = {"sources": (str(tmp_path / "other.txt"),), "validation": (str(tmp_path / "held.txt"),)}
+    data = prepare(PrepareOptions(**sources, out=tmp_path / "data", vocab_size=280, quiet=True))
+    assert main(["eval", str(run), "--data", str(data)]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(run), "--data", str(data)]) == 2
+    assert "not the data" in capsys.readouterr().err
+
+
+def test_every_command_has_help_that_starts_without_torch(tmp_path):
+    for name in COMMANDS:
+        code = (
+            f"import sys; from remoe.cli.main import main\n"
+            f"try: main({[*name.split(), '--help']!r})\n"
+            f"except SystemExit as stop: assert not stop.code\n"
+            f"assert 'torch' not in sys.modules, 'help imports torch'"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, (name, done.stderr)
+        assert "usage" in done.stdout.lower()

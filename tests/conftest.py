@@ -1,0 +1,36 @@
+"""Shared by all tests: no network, fixed seeds, one small corpus."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+from remoe.data import PrepareOptions, prepare
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Prepared data for training: two domains of made-up, regular text."""
+    root = tmp_path_factory.mktemp("corpus")
+    for domain, words in {"farm": "cow sheep hen goat barn", "town": "road shop bus tram lamp"}.items():
+        names = words.split()
+        (root / "text" / domain).mkdir(parents=True)
+        for i in range(30):
+            text = " ".join(f"{names[(i + j) % 5]} {i * j % 7}." for j in range(60))
+            (root / "text" / domain / f"{i}.txt").write_text(text)
+    return prepare(
+        PrepareOptions(
+            sources=(str(root / "text"),), out=root / "data", vocab_size=300, validation_fraction=0.1, quiet=True
+        )
+    )

@@ -1,0 +1,57 @@
+"""The paper's figures (arXiv 2412.14711, section 4), and the plan against a model that really ran."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import remoe
+from remoe.models.plan import plan
+from remoe.models.presets import PRESETS
+
+# preset: dense parameters (M), parameters with E = 8 (M), GFLOPs per sequence
+PAPER = {"182m": (182.5, 777, 995.4), "469m": (469.8, 2584, 2873.3), "978m": (978.4, 5735, 5991.5)}
+
+
+def config(name, **options):
+    return remoe.RemoeConfig(**PRESETS[name]["model"], vocab_size=PRESETS[name]["vocab_size"], **options)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_figures(name):
+    dense_parameters, total_parameters, gflops = PAPER[name]
+    dense, sparse = plan(config(name, router="dense"), 1024, 1), plan(config(name), 1024, 1)
+    assert dense.total_parameters / 1e6 == pytest.approx(dense_parameters, abs=0.05)
+    assert sparse.total_parameters / 1e6 == pytest.approx(total_parameters, abs=0.5)
+    assert dense.flops_per_sequence / 1e9 == pytest.approx(gflops, abs=0.05)
+    assert sparse.flops_per_sequence == dense.flops_per_sequence
+
+
+def test_granularity_changes_neither_flops_nor_weights_but_the_router():
+    coarse, fine = (plan(config("tiny", granularity=g), 256, 1) for g in (1, 4))
+    assert fine.flops_per_sequence == coarse.flops_per_sequence
+    assert fine.total_parameters - coarse.total_parameters == 4 * 128 * 8 * 3
+
+
+@pytest.mark.parametrize("router", ["topk", "dense"])
+def test_flops_and_activations_of_a_step_that_ran(router):
+    settings = config("tiny", router=router, attn_implementation="eager")
+    model = remoe.RemoeForCausalLM(settings).train()
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    router_flops = 6 * 128 * 128 * 8 * 4 if router == "topk" else 0  # the formula leaves the router out
+    planned = 2 * plan(settings, 64, 2).flops_per_sequence
+    assert counter.get_total_flops() == pytest.approx(planned + router_flops, rel=1e-6)
+
+    settings = config("tiny", router=router)
+    model = remoe.RemoeForCausalLM(settings).train()
+    stored = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(ids, labels=ids, use_cache=False)
+    assert plan(settings, 64, 2).activation_bytes == pytest.approx(sum(s.nbytes() for s in stored.values()), rel=0.01)

@@ -1,0 +1,153 @@
+"""Routers against the formulas in plain float64 loops: gates, counts, regulariser and every gradient."""
+
+import pytest
+import reference
+import torch
+
+from remoe.errors import ConfigError
+from remoe.routing import ROUTERS, ReLURouter, TopKRouter, build_router
+
+T, D, E = 63, 60, 5
+
+
+def router_and_input(cls, k=2, **options):
+    router = cls(D, E, k, **options)
+    torch.nn.init.normal_(router.weight)
+    return router, torch.randn(T, D, requires_grad=True)
+
+
+def check(router, x, gate_ref, regularizer_ref, weight64, x64):
+    routing = router(x)
+    probe = torch.randn(T, E)
+    ((routing.gate_TE * probe).sum() + routing.regularizer).backward()
+    ((gate_ref * probe.double()).sum() + regularizer_ref).backward()
+    assert reference.relative_error(routing.gate_TE, gate_ref) < 1e-5
+    assert reference.relative_error(routing.regularizer, regularizer_ref) < 1e-5
+    assert reference.relative_error(x.grad, x64.grad) < 1e-5
+    assert reference.relative_error(router.weight.grad, weight64.grad) < 1e-5
+    assert routing.count_E.tolist() == (gate_ref > 0).sum(dim=0).tolist()
+    return routing
+
+
+def double(tensor):
+    return tensor.detach().double().requires_grad_()
+
+
+@pytest.mark.parametrize("load_balance", [True, False], ids=["balanced", "plain"])
+def test_relu_equals_the_formulas(load_balance):
+    router, x = router_and_input(ReLURouter, load_balance=load_balance)
+    x64, weight64 = double(x), double(router.weight)
+    gate = reference.relu_gates(x64, weight64)
+    penalty = reference.balanced_l1(gate, k=2) if load_balance else reference.l1(gate)
+    routing = check(router, x, gate, penalty, weight64, x64)
+    assert routing.sparsity.item() == pytest.approx(1 - (gate > 0).double().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_topk_equals_the_formulas(k):
+    router, x = router_and_input(TopKRouter, k=k)
+    x64, weight64 = double(x), double(router.weight)
+    gate = reference.topk_gates(x64, weight64, k)
+    prob = reference.topk_gates(x64, weight64, E)
+    routing = check(router, x, gate, reference.switch(prob, gate, k), weight64, x64)
+    assert routing.count_E.sum().item() == T * k
+
+
+def test_pairs_are_sorted_and_carry_their_gates():
+    router, x = router_and_input(ReLURouter)
+    routing = router(x)
+    pairs = routing.assignment
+    order = pairs.expert_R * T + pairs.token_R
+    assert (order[1:] > order[:-1]).all()
+    assert torch.equal(pairs.gate_R, routing.gate_TE[pairs.token_R, pairs.expert_R])
+    assert (pairs.gate_R > 0).all()
+    assert len(pairs.gate_R) == (routing.gate_TE > 0).sum()
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_padding_is_in_no_pair_no_count_and_no_loss(name):
+    router = build_router(name, D, E, 2)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(T, D)
+    mask = torch.rand(T) > 0.3
+    with_padding, without = router(x, mask), router(x[mask])
+    assert torch.equal(with_padding.count_E, without.count_E)
+    assert with_padding.num_tokens == mask.sum()
+    assert torch.equal(with_padding.gate_TE[mask], without.gate_TE)
+    assert not with_padding.gate_TE[~mask].any()
+    torch.testing.assert_close(with_padding.regularizer, without.regularizer)
+    torch.testing.assert_close(with_padding.sparsity, without.sparsity)
+    assert mask[with_padding.assignment.token_R].all()
+    assert router(x, torch.zeros(T, dtype=torch.bool)).regularizer == 0
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4, 5, 9])
+def test_cap_keeps_the_largest_gates_and_the_penalty(cap):
+    router, x = router_and_input(ReLURouter, max_experts_per_token=cap)
+    free = ReLURouter(D, E, 2)
+    free.load_state_dict(router.state_dict())
+    routing, uncapped = router(x), free(x)
+    per_token = (routing.gate_TE > 0).sum(dim=1)
+    assert per_token.max() <= cap
+    assert torch.equal(per_token, (uncapped.gate_TE > 0).sum(dim=1).clamp(max=cap))
+    for kept, all_gates in zip(routing.gate_TE, uncapped.gate_TE, strict=True):
+        count = int((kept > 0).sum())
+        assert torch.equal(kept.sort().values[E - count :], all_gates.sort().values[E - count :])
+    assert routing.regularizer == uncapped.regularizer
+
+
+@pytest.mark.parametrize("name", ["relu", "topk"])
+@pytest.mark.parametrize("mode", ["bfloat16 input", "autocast"])
+def test_logits_and_gates_are_float32(name, mode):
+    router = build_router(name, D, E, 2)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(T, D).bfloat16()
+    exact = x.float() @ router.weight.t()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        routing = router(x if mode == "bfloat16 input" else x.float())
+    assert routing.logits_TE.dtype == routing.gate_TE.dtype == routing.assignment.gate_R.dtype == torch.float32
+    torch.testing.assert_close(routing.logits_TE, exact)
+
+
+def test_relu_gradcheck():
+    # Away from zero logits, where ReLU has no derivative.
+    router = ReLURouter(4, 3, 1).double()
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    assert (router(x).logits_TE.abs() > 1e-3).all()
+    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(router, {"weight": w}, x).gate_TE, (x, router.weight))
+
+
+def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_difference():
+    x = torch.randn(64, D)
+    for load_balance in (False, True):
+        router = ReLURouter(D, E, 2, load_balance=load_balance)
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
+        whole = router(x)
+        parts = [router(part) for part in x.split(16)]
+        mean = torch.stack([part.regularizer for part in parts]).mean()
+        if load_balance:
+            # f is taken per micro-batch: the difference is the covariance of load and gates over micro-batches.
+            load = torch.stack([part.count_E / 16 for part in parts]).double()
+            gates = torch.stack([part.gate_TE.mean(dim=0) for part in parts]).double()
+            covariance = ((load - load.mean(0)) * (gates - gates.mean(0))).mean(0)
+            assert (mean - whole.regularizer).item() == pytest.approx((E / 2 * covariance.sum()).item(), rel=1e-3)
+            assert covariance.sum() != 0
+        else:
+            torch.testing.assert_close(mean, whole.regularizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "options", "words"),
+    [
+        ("relux", 1, {}, "unknown router 'relux'"),
+        ("relu", 6, {}, "k = 6 and E = 5"),
+        ("topk", 0, {}, "k = 0 and E = 5"),
+        ("relu", 1, {"max_experts_per_token": 0}, "at least 1"),
+        ("topk", 1, {"max_experts_per_token": 2}, "max_experts_per_token"),
+    ],
+)
+def test_bad_settings_are_named(name, k, options, words):
+    with pytest.raises(ConfigError, match=words):
+        build_router(name, D, E, k, **options)

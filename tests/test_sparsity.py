@@ -1,0 +1,245 @@
+"""The controller: lambda's course, statistics, state, and the plain loop that a user writes."""
+
+import math
+import socket
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import remoe
+from remoe.errors import ConfigError
+from remoe.routing.assignment import Assignment, Routing
+from remoe.sparsity import DEAD_AFTER_STEPS, FAST_START_PENALTY, SMOOTH_MAX_STEP, SparsityController
+
+
+def routing(active_TE, num_tokens=None):
+    gate_TE = active_TE.float()
+    tokens = torch.tensor(len(active_TE) if num_tokens is None else num_tokens)
+    return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, None, tokens, gate_TE.sum())
+
+
+def batch(pairs, tokens=100, experts=8):
+    """A routing with exactly `pairs` routed pairs."""
+    return routing((torch.arange(tokens * experts) < pairs).view(tokens, experts))
+
+
+def drive(controller, course_of_pairs):
+    values = []
+    for pairs in course_of_pairs:
+        controller.observe([batch(pairs)])
+        controller.update()
+        values.append(controller.lam.item())
+    return values
+
+
+COURSE = [400, 420, 380, 300, 160, 90, 100, 100, 80, 110, 120, 99, 101, 0, 800] * 4  # 100 of 800 is the target
+
+
+def test_sign_rule_is_equation_7():
+    controller = SparsityController(1, 8, 1)
+    expected = reference.lambda_course([1 - pairs / 800 for pairs in COURSE], 1 - 1 / 8)
+    assert drive(controller, COURSE) == pytest.approx(expected, rel=1e-5)
+
+
+def test_official_rule_counts_equality_as_too_sparse():
+    assert drive(SparsityController(1, 8, 1, lambda_init=1.0), [100]) == [1.0]
+    assert drive(SparsityController(1, 8, 1, rule="official", lambda_init=1.0), [100]) == pytest.approx([1 / 1.2])
+    assert drive(SparsityController(1, 8, 1, rule="official", lambda_init=1.0), [101]) == pytest.approx([1.2])
+
+
+def test_smooth_rule_is_bounded_rests_at_the_target_and_moves_towards_it():
+    controller = SparsityController(1, 8, 1, rule="smooth", lambda_init=1.0)
+    values = [1.0, *drive(controller, COURSE)]
+    steps = [math.log(b / a) for a, b in zip(values, values[1:], strict=False)]
+    assert max(abs(step) for step in steps) <= SMOOTH_MAX_STEP + 1e-6
+    drive(controller, [100])
+    before = controller.lam.item()
+    assert drive(controller, [100, 100]) == [before, before]
+    assert drive(controller, [110, 110])[-1] > before
+    drive(controller, [100])
+    before = controller.lam.item()
+    assert drive(controller, [90, 90])[-1] < before
+
+
+def test_smooth_rule_holds_a_noisy_lagging_plant_closer_than_the_sign_rule():
+    """A plant like the one seen in training: log density follows log lambda through momentum, with noise."""
+
+    def deviation(rule):
+        controller = SparsityController(1, 8, 1, rule=rule, lambda_init=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        log_density, speed, errors = math.log(0.5), 0.0, []
+        for step in range(600):
+            push = math.tanh(math.log(controller.lam.item() / 1e-2) - 0.5 * (log_density - math.log(0.125)))
+            speed = 0.9 * speed - 0.1 * 0.05 * push
+            log_density = min(log_density + speed, 0.0)
+            noise = 0.02 * torch.randn((), generator=generator).item()
+            pairs = round(80_000 * math.exp(min(log_density + noise, 0)))
+            controller.observe([batch(pairs, tokens=10_000)])
+            controller.update()
+            if step >= 300:
+                errors.append(controller.sparsity.item() - controller.target)
+        return (sum(e * e for e in errors) / len(errors)) ** 0.5
+
+    assert deviation("smooth") < deviation("sign")
+
+
+def test_fast_start_sets_the_penalty_once_and_then_leaves_the_rule_alone():
+    controller = SparsityController(2, 8, 1, fast_start=True)
+    first, second = batch(400), batch(200)
+    for _ in range(2):
+        controller.observe([first, second])
+    controller.update()
+    penalty = (first.regularizer + second.regularizer) / 2
+    assert controller.lam.item() * penalty.item() == pytest.approx(FAST_START_PENALTY)
+    before = controller.lam.item()
+    controller.observe([first, second])
+    controller.update()
+    assert controller.lam.item() == pytest.approx(before * 1.2)
+
+
+def test_fast_start_neither_lowers_lambda_nor_divides_by_zero():
+    controller = SparsityController(1, 8, 1, fast_start=True, lambda_init=0.5)
+    assert drive(controller, [400]) == pytest.approx([0.6])
+    assert drive(SparsityController(1, 8, 1, fast_start=True, lambda_init=0.5), [0]) == pytest.approx([0.5 / 1.2])
+
+
+def test_statistics_are_summed_over_layers_and_micro_batches_and_ignore_padding():
+    controller = SparsityController(2, 8, 1)
+    first, second = torch.rand(30, 8) < 0.3, torch.rand(50, 8) < 0.6
+    mask = torch.rand(50) > 0.5
+    second &= mask[:, None]
+    for layers in ((first, first[:20]), (second, second)):
+        counts = [len(layers[0]), len(layers[1])]
+        if layers[0] is second:
+            counts = [int(mask.sum())] * 2
+        controller.observe([routing(a, n) for a, n in zip(layers, counts, strict=True)])
+    controller.update()
+    pairs = first.sum() + first[:20].sum() + 2 * second.sum()
+    slots = 8 * (30 + 20 + 2 * mask.sum())
+    assert controller.sparsity.item() == pytest.approx((1 - pairs / slots).item(), abs=1e-6)
+    load = (first.sum(0) + second.sum(0)) / (30 + mask.sum())
+    torch.testing.assert_close(controller.load_LE[0], load)
+    torch.testing.assert_close(controller.sparsity_L[0], 1 - load.mean())
+
+
+def test_without_tokens_nothing_moves():
+    controller = SparsityController(1, 8, 1)
+    drive(controller, [400])
+    before = {name: value.clone() for name, value in controller.state_dict().items()}
+    controller.update()
+    controller.observe([routing(torch.zeros(5, 8, dtype=torch.bool), num_tokens=0)])
+    controller.update()
+    assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
+
+
+def test_dead_layers_are_named_after_100_steps():
+    controller = SparsityController(3, 8, 1)
+    alive, dead = batch(100), batch(0)
+    for _ in range(DEAD_AFTER_STEPS - 1):
+        controller.observe([alive, dead, alive])
+        controller.update()
+    assert controller.dead_layers() == []
+    controller.observe([alive, dead, alive])
+    controller.update()
+    assert controller.dead_layers() == [1]
+    controller.observe([alive, batch(1), alive])
+    controller.update()
+    assert controller.dead_layers() == []
+
+
+def test_state_is_float32_in_the_state_dict_whatever_the_dtype():
+    controller = SparsityController(2, 8, 1, lambda_init=1.2345678e-8)
+    controller.observe([batch(400), batch(300)])
+    controller.update()
+    before = controller.lam.clone()
+    controller.to(torch.bfloat16)
+    assert torch.equal(controller.lam, before)
+    assert all(value.dtype == torch.float32 for value in controller.state_dict().values())
+    other = SparsityController(2, 8, 1)
+    other.load_state_dict(controller.state_dict())
+    for c in (controller, other):
+        c.observe([batch(200), batch(100)])
+        c.update()
+    assert torch.equal(controller.lam, other.lam)
+
+
+def test_lambda_never_becomes_zero_or_infinite():
+    controller = SparsityController(1, 8, 8)
+    drive(controller, [0] * 400)
+    assert 0 < controller.lam.item() < 1e-20
+    controller = SparsityController(1, 8, 1, alpha=10)
+    drive(controller, [800] * 100)
+    assert math.isfinite(controller.lam.item())
+
+
+def test_recomputation_of_the_whole_model_counts_once():
+    layer = remoe.MoE(16, 32, 4, 1)
+    controller = SparsityController(1, 4, 1)
+    x = torch.randn(10, 16, requires_grad=True)
+
+    def forward(x):
+        y, routing = layer(x)
+        controller.observe([routing])
+        return y + routing.regularizer
+
+    torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
+    assert controller._tokens_L.tolist() == [10]
+
+
+def test_a_plain_loop_reaches_the_target():
+    """What a user of the bare layer writes; also with a random task, S must settle at 1 - k/E."""
+    torch.manual_seed(3)
+    layer = remoe.MoE(32, 64, 8, 2, init_std=0.1)
+    controller = SparsityController(1, 8, 2, rule="smooth", lambda_init=1e-3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+    x = torch.randn(512, 32)
+    goal = torch.tanh(x @ torch.randn(32, 32) / 5)
+    course = []
+    for _ in range(400):
+        # Inputs symmetric about zero would keep half of the pairs whatever lambda is: the router has no bias.
+        y, routing = layer(x + 0.5)
+        loss = (y - goal).square().mean() + controller.lam * routing.regularizer
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.observe([routing])
+        controller.update()
+        course.append(controller.sparsity.item())
+    assert sum(course[-50:]) / 50 == pytest.approx(0.75, abs=0.02)
+
+
+def _rank(rank, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    controller = SparsityController(1, 8, 1)
+    controller.observe([batch(400 if rank == 0 else 0, tokens=100 if rank == 0 else 300)])
+    controller.update()
+    results[rank] = (controller.lam.item(), controller.sparsity.item())
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_sum_of_their_statistics():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, args=(port, results), nprocs=2)
+        assert results[0] == results[1]
+        assert results[0][1] == pytest.approx(1 - 400 / 3200)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "signs"}, "unknown sparsity rule 'signs'"),
+        ({"k": 9}, "k = 9 and E = 8"),
+        ({"alpha": 1.0}, "alpha > 1"),
+        ({"lambda_init": 0.0}, "lambda_init > 0"),
+    ],
+)
+def test_bad_settings_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SparsityController(**{"num_layers": 1, "num_experts": 8, "k": 1, **options})

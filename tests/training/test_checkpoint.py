@@ -1,0 +1,176 @@
+"""Resuming is exact, a crash loses nothing, and a bad checkpoint is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import FLAGS
+from safetensors.torch import load_file
+
+from remoe.cli.main import main
+from remoe.training.checkpoint import list_checkpoints
+
+STEPS = 24
+
+
+def train(corpus, out, *flags):
+    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", str(STEPS), *FLAGS, *flags])
+
+
+def start(corpus, out, *flags) -> subprocess.Popen:
+    command = [sys.executable, "-m", "remoe.cli.main", "train", "--data", str(corpus), "--out", str(out)]
+    command += ["--steps", str(STEPS), *FLAGS, "--checkpoint.every", "5", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def steps_recorded(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors")
+
+
+def same_run(a: Path, b: Path):
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for x, y in zip(*(map(json.loads, (p / "metrics.jsonl").read_text().splitlines()) for p in (a, b)), strict=True):
+        assert {**x, "tokens_per_second": 0} == {**y, "tokens_per_second": 0}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(corpus, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("step", [2, 8, 20])
+def test_killed_at_any_step_and_resumed_equals_uninterrupted(corpus, uninterrupted, tmp_path, step):
+    out = tmp_path / "killed"
+    process = start(corpus, out)
+    wait_for(lambda: steps_recorded(out) >= step, process)
+    process.kill()
+    process.wait()
+    assert steps_recorded(out) < STEPS
+    assert train(corpus, out, "--resume", "--checkpoint.every", "5") == 0
+    same_run(uninterrupted, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(corpus, uninterrupted, tmp_path, number):
+    out = tmp_path / "stopped"
+    process = start(corpus, out, "--checkpoint.every", "1000")
+    wait_for(lambda: steps_recorded(out) >= 3, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "--resume" in output
+    assert list_checkpoints(out / "checkpoints")
+    assert train(corpus, out, "--resume") == 0
+    same_run(uninterrupted, out)
+
+
+def test_retention_keeps_the_newest_and_the_marked(corpus, tmp_path):
+    out = tmp_path / "kept"
+    train(corpus, out, "--checkpoint.every", "4", "--checkpoint.keep", "2", "--checkpoint.keep-every", "8")
+    names = [int(path.name.split("-")[1]) for path in list_checkpoints(out / "checkpoints")]
+    assert names == [8, 16, 20, 24]
+
+
+def test_left_overs_of_a_crash_are_ignored_and_cleaned(corpus, uninterrupted, tmp_path):
+    out = tmp_path / "crashed"
+    train(corpus, out, "--checkpoint.every", "8", "--checkpoint.keep", "9")
+    folder = out / "checkpoints"
+    for step in (16, 24):  # as a crash while writing step 24, and while deleting step 16, would leave them
+        os.rename(folder / f"step-{step:08}", folder / f".partial-step-{step:08}")
+    (folder / f".partial-step-{24:08}" / "model.safetensors").write_bytes(b"half")
+    assert train(corpus, out, "--resume", "--checkpoint.every", "8", "--checkpoint.keep", "9") == 0
+    same_run(uninterrupted, out)
+    assert not list(folder.glob(".partial*"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(corpus, uninterrupted, tmp_path, capsys, file):
+    out = tmp_path / "damaged"
+    train(corpus, out)
+    path = list_checkpoints(out / "checkpoints")[-1] / file
+    path.write_bytes(path.read_bytes()[:100] if file != "training.json" else b"{")
+    before = path.read_bytes()
+    assert train(corpus, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert path.parent.name in error
+    assert len(error.strip().splitlines()) == 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-experts", "6"], "--num-experts 6: it was started with 4"),
+        (["--router", "topk"], "--router topk: it was started with relu"),
+        (["--model.hidden-size", "64"], "--model.hidden-size 64: it was started with 32"),
+        (["--seed", "3"], "--seed 3"),
+        (["--k", "2"], "--k 2"),
+    ],
+)
+def test_resuming_with_another_architecture_is_refused(corpus, uninterrupted, capsys, flags, words):
+    before = weights(uninterrupted)
+    assert train(corpus, uninterrupted, "--resume", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
+
+
+def test_a_run_is_never_overwritten(corpus, uninterrupted, capsys):
+    before = weights(uninterrupted)
+    assert train(corpus, uninterrupted) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
+
+
+def test_a_finished_run_resumes_to_its_end(corpus, uninterrupted, capsys):
+    assert train(corpus, uninterrupted, "--resume") == 0
+    assert "finished: 24 steps" in capsys.readouterr().out
+
+
+LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from remoe.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
+    """The system refuses to let a file grow, as it does on a full disk: first the checkpoint's weights do not fit."""
+    out = tmp_path / "full"
+    assert train(corpus, out, "--checkpoint.every", "6") == 0
+    for path in list_checkpoints(out / "checkpoints")[1:]:
+        path.rename(path.parent / f".partial-{path.name}")
+    kept = list_checkpoints(out / "checkpoints")[-1]
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    command = [sys.executable, "-c", LIMIT, "train", "--data", str(corpus), "--out", str(out), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"last good checkpoint is {kept}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert not list((out / "checkpoints").glob(".partial*"))

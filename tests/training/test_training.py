@@ -1,0 +1,114 @@
+"""A run from the command line: what it writes, how it stops, and that it learns."""
+
+import json
+import math
+
+import pytest
+import reference
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import FLAGS
+
+from remoe.cli.main import main
+from remoe.data import open_dataset
+from remoe.training.checkpoint import list_checkpoints
+from remoe.training.config import OptimOptions, config_from_dict
+from remoe.training.metrics import read_metrics
+from remoe.training.optimizer import learning_rate
+from remoe.training.rundir import RunFolder, load_run
+from remoe.training.trainer import Trainer
+
+REQUIRED = {
+    "step", "lm_loss", "reg_loss", "loss", "lambda", "sparsity", "sparsity_per_layer", "load_per_expert",
+    "grad_norm", "tokens_per_second",
+}  # fmt: skip
+
+
+def train(corpus, out, *flags):
+    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", "40", *FLAGS, *flags])
+
+
+@pytest.mark.parametrize("router", ["relu", "topk", "dense"])
+def test_a_run_learns_and_leaves_everything_in_its_folder(corpus, tmp_path, capsys, router):
+    out = tmp_path / "run"
+    assert train(corpus, out, "--router", router, "--validate.every", "10") == 0
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert all(record.keys() >= REQUIRED for record in records)
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
+    for record in records:
+        assert record["loss"] == pytest.approx(record["lm_loss"] + record["lambda"] * record["reg_loss"], rel=1e-6)
+        assert len(record["sparsity_per_layer"]) == len(record["load_per_expert"]) == 2
+        mean = sum(record["sparsity_per_layer"]) / 2
+        assert record["sparsity"] == pytest.approx(mean, abs=1e-5)
+    validated = [record for record in records if "validation_loss" in record]
+    assert [record["step"] for record in validated] == [10, 20, 30, 40]
+    assert set(validated[0]["validation_loss_per_domain"]) == {"farm", "town"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["validation_loss"] == validated[-1]["validation_loss"]
+    assert (out / "sample.txt").read_text() == summary["sample"]
+    board = EventAccumulator(str(out / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("lm_loss")] == list(range(1, 41))
+    output = capsys.readouterr().out
+    for words in ("lambda", "sparsity", "tokens/s", "left", "validation loss", str(out)):
+        assert words in output
+
+
+def test_lambda_of_a_run_follows_equation_7(corpus, tmp_path):
+    out = tmp_path / "run"
+    assert train(corpus, out, "--sparsity.rule", "sign", "--sparsity.no-fast-start") == 0
+    records = read_metrics(out / "metrics.jsonl")
+    course = reference.lambda_course([record["sparsity"] for record in records], 0.75)
+    assert [record["lambda"] for record in records] == pytest.approx([1e-8, *course[:-1]], rel=1e-5)
+
+
+def test_same_seed_same_run_other_seed_other_run(corpus, tmp_path):
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(corpus, tmp_path / name, "--seed", str(seed))
+        losses.append([record["lm_loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_harms(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--optim.lr", "1e30", "--optim.warmup-ratio", "0", "--checkpoint.every", "1", "--optim.clip", "1e30"]
+    assert train(corpus, out, *flags) == 2
+    error = capsys.readouterr().err
+    last = list_checkpoints(out / "checkpoints")[-1]
+    assert f"the last good checkpoint is {last}" in error
+    assert "step " in error
+    assert len(error.strip().splitlines()) == 1
+    model, _, _ = load_run(out)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):
+    dataset = open_dataset(corpus)
+    grads = []
+    for micro in (4, 1):
+        options = {"seq_len": 32, "batch_size": 4, "micro_batch_size": micro, "device": "cpu"}
+        model = {"hidden_size": 32, "num_hidden_layers": 2, "load_balance": False}
+        config = config_from_dict({**options, "num_experts": 4, "model": model}, "test")
+        trainer = Trainer(config, dataset, RunFolder(tmp_path))
+        losses = trainer._backward(trainer.batches.batch(0))
+        grads.append(([loss.item() for loss in losses], [p.grad for p in trainer.model.parameters()]))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
+    for whole, parts in zip(grads[0][1], grads[1][1], strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("flags", [["--recompute"], ["--dtype", "bfloat16"], ["--model.max-experts-per-token", "2"]])
+def test_options_that_change_the_computation_still_learn(corpus, tmp_path, flags):
+    out = tmp_path / "run"
+    assert train(corpus, out, *flags) == 0
+    records = read_metrics(out / "metrics.jsonl")
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    options = OptimOptions(lr=1.0, warmup_ratio=0.1, final_lr_ratio=0.1)
+    assert [learning_rate(step, 100, options) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(55, 100, options) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert learning_rate(100, 100, options) == pytest.approx(0.1)
