@@ -31,6 +31,10 @@ def corpus(tmp_path_factory) -> Path:
             (root / "text" / domain / f"{i}.txt").write_text(text)
     return prepare(
         PrepareOptions(
-            sources=(str(root / "text"),), out=root / "data", vocab_size=300, validation_fraction=0.1, quiet=True
+            sources=(str(root / "text"),),
+            out=root / "data",
+            vocab_size=300,
+            validation_fraction=0.1,
+            quiet=True,
         )
     )

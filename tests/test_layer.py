@@ -115,7 +115,7 @@ def test_a_token_without_an_expert_is_zero_and_the_others_do_not_notice():
 def test_granularity_splits_experts_and_keeps_the_compute():
     layer = remoe.MoE(D, F, E, 2, "topk", granularity=3)
     assert layer.experts.down_proj.shape == (15, D, 12)
-    y, routing = layer(torch.randn(T, D))
+    _, routing = layer(torch.randn(T, D))
     assert routing.count_E.sum() == T * 6
     assert sum(p.numel() for p in layer.experts.parameters()) == sum(
         p.numel() for p in remoe.MoE(D, F, E, 2).experts.parameters()

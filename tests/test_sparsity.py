@@ -2,6 +2,7 @@
 
 import math
 import socket
+from itertools import pairwise
 
 import pytest
 import reference
@@ -35,7 +36,23 @@ def drive(controller, course_of_pairs):
     return values
 
 
-COURSE = [400, 420, 380, 300, 160, 90, 100, 100, 80, 110, 120, 99, 101, 0, 800] * 4  # 100 of 800 is the target
+COURSE = [
+    400,
+    420,
+    380,
+    300,
+    160,
+    90,
+    100,
+    100,
+    80,
+    110,
+    120,
+    99,
+    101,
+    0,
+    800,
+] * 4  # 100 of 800 is the target
 
 
 def test_sign_rule_is_equation_7():
@@ -53,7 +70,7 @@ def test_official_rule_counts_equality_as_too_sparse():
 def test_smooth_rule_is_bounded_rests_at_the_target_and_moves_towards_it():
     controller = SparsityController(1, 8, 1, rule="smooth", lambda_init=1.0)
     values = [1.0, *drive(controller, COURSE)]
-    steps = [math.log(b / a) for a, b in zip(values, values[1:], strict=False)]
+    steps = [math.log(b / a) for a, b in pairwise(values)]
     assert max(abs(step) for step in steps) <= SMOOTH_MAX_STEP + 1e-6
     drive(controller, [100])
     before = controller.lam.item()
@@ -125,8 +142,9 @@ def test_statistics_are_summed_over_layers_and_micro_batches_and_ignore_padding(
     torch.testing.assert_close(controller.sparsity_L[0], 1 - load.mean())
 
 
-def test_without_tokens_nothing_moves():
-    controller = SparsityController(1, 8, 1)
+@pytest.mark.parametrize("rule", ["sign", "official", "smooth", "none"])
+def test_without_tokens_nothing_moves(rule):
+    controller = SparsityController(1, 8, 1, rule=rule, fast_start=True)
     drive(controller, [400])
     before = {name: value.clone() for name, value in controller.state_dict().items()}
     controller.update()

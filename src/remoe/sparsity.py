@@ -17,8 +17,10 @@ from remoe.routing.assignment import Routing
 
 RULES = ("sign", "official", "smooth", "none")
 
-# The smooth rule: step of log lambda per unit of log density error, and per unit of its change; and its bound.
-SMOOTH_GAIN = 0.5
+# The smooth rule averages the error of log density exponentially, with this weight on the newest: batches differ.
+# Then: step of log lambda per unit of the mean error, and per unit of its change; and the bound of a step.
+SMOOTH_AVERAGE = 0.3
+SMOOTH_GAIN = 0.4
 SMOOTH_DAMPING = 2.0
 SMOOTH_MAX_STEP = math.log(1.5)
 # The fast start sets lambda * L_reg to this at the first update, in units of the task's loss.
@@ -41,8 +43,8 @@ class SparsityController(nn.Module):
         num_experts: E of each layer (times granularity).
         k: wanted mean of active experts per token (times granularity).
         rule: "sign": lambda *= alpha ** sign(target - S), Eq. 7. "official": the same, but S equal to the target
-            counts as too sparse, as in the authors' code. "smooth": a step of log lambda proportional to the error of
-            the log density, damped by its change and bounded. "none": lambda stays; S is only measured.
+            counts as too sparse, as in the authors' code. "smooth": a step of log lambda proportional to the averaged
+            error of the log density, damped by its change and bounded. "none": lambda stays; S is only measured.
         lambda_init: lambda_0.
         alpha: factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
@@ -74,9 +76,7 @@ class SparsityController(nn.Module):
         if rule not in RULES:
             raise ConfigError(f"unknown sparsity rule {rule!r}; choose one of: {', '.join(RULES)}")
         if not 1 <= k <= num_experts:
-            raise ConfigError(
-                f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}"
-            )
+            raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
         if lambda_init <= 0 or alpha <= 1:
             raise ConfigError(f"need lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
         self.num_experts = num_experts
@@ -90,6 +90,7 @@ class SparsityController(nn.Module):
 
         state("lam", torch.tensor(float(lambda_init)))
         state("sparsity", torch.tensor(UNKNOWN))
+        state("mean_error", torch.tensor(0.0))
         state("dead_steps_L", torch.zeros(num_layers))
         state("load_LE", torch.zeros(num_layers, num_experts), persistent=False)
         # Sums since the last update; integers, so that a cast of the model leaves them alone.
@@ -139,13 +140,15 @@ class SparsityController(nn.Module):
         slots = (tokens_L.sum() * self.num_experts).clamp(min=1)
         density = (pairs_LE.sum().double() / slots).float()
 
-        lam = self.lam * self._log_step(density).exp()
+        step, mean_error = self._log_step(density)
+        lam = self.lam * step.exp()
         if self.fast_start:
             penalty = self._regularizer_sum / self._passes.clamp(min=1)
             first = (self.sparsity == UNKNOWN) & (penalty > 0)
             lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
         self.lam.copy_(torch.where(seen, lam.clamp(LAMBDA_MIN, LAMBDA_MAX), self.lam))
         self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
+        self.mean_error.copy_(torch.where(seen, mean_error, self.mean_error))
         self.load_LE.copy_(pairs_LE / tokens_L.clamp(min=1)[:, None])
         no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
         counted_L = torch.where(no_pair_L, self.dead_steps_L + 1, 0.0)
@@ -153,25 +156,19 @@ class SparsityController(nn.Module):
         for tensor in sums:
             tensor.zero_()
 
-    def _log_step(self, density: Tensor) -> Tensor:
-        """0-dim: the step of log lambda."""
-        error = self.target - (1 - density)  # positive: too dense, lambda must rise
-        if self.rule == "none":
-            return torch.zeros_like(error)
-        if self.rule == "smooth":
-            return self._smooth_step(density)
-        if self.rule == "official":
-            return torch.where(error > 0, self.log_alpha, -self.log_alpha)
-        return torch.sign(error) * self.log_alpha
-
-    def _smooth_step(self, density: Tensor) -> Tensor:
-        """Proportional to the error of log density, plus its change: the change brakes before S arrives."""
+    def _log_step(self, density: Tensor) -> tuple[Tensor, Tensor]:
+        """0-dim each: the step of log lambda, and the averaged error of log density."""
         floor = self.target_density / 100  # an empty batch is very sparse, not infinitely so
-        error = (density.clamp(min=floor) / self.target_density).log()
-        last = ((1 - self.sparsity).clamp(min=floor) / self.target_density).log()
-        change = torch.where(self.sparsity == UNKNOWN, 0.0, error - last)
-        step = SMOOTH_GAIN * error + SMOOTH_DAMPING * change
-        return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP)
+        error = (density.clamp(min=floor) / self.target_density).log()  # positive: too dense, lambda must rise
+        last = torch.where(self.sparsity == UNKNOWN, error, self.mean_error)
+        mean = last + SMOOTH_AVERAGE * (error - last)
+        if self.rule == "smooth":
+            step = SMOOTH_GAIN * mean + SMOOTH_DAMPING * (mean - last)
+            return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP), mean
+        sign = torch.sign(self.target - (1 - density))
+        if self.rule == "official":
+            sign = torch.where(sign > 0, 1.0, -1.0)
+        return sign * (0.0 if self.rule == "none" else self.log_alpha), mean
 
     def dead_layers(self) -> list[int]:
         """Layers without a pair for 100 updates in a row. Synchronises with the host."""

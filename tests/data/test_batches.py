@@ -51,9 +51,7 @@ def test_batch_size_changes_the_grouping_not_the_order(opened: Dataset) -> None:
 
 
 def test_too_few_tokens_for_a_window(opened: Dataset) -> None:
-    with pytest.raises(
-        DataError, match=r"the train split has \d+ tokens, too few for one window of 5000 \+ 1"
-    ):
+    with pytest.raises(DataError, match=r"the train split has \d+ tokens, too few for one window of 5000 \+ 1"):
         TrainBatches(opened.train, 5000, 1, seed=0)
     with pytest.raises(ConfigError):
         TrainBatches(opened.train, 0, 1, seed=0)
@@ -69,9 +67,7 @@ def domain_stream(dataset: Dataset, domain: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(63, 4), (1, 3), (64, 1), (100_000, 2)])
-def test_validation_predicts_every_token_but_the_first_once(
-    opened: Dataset, seq_len: int, batch_size: int
-) -> None:
+def test_validation_predicts_every_token_but_the_first_once(opened: Dataset, seq_len: int, batch_size: int) -> None:
     # the train split, for it has many shards that cut through the domains
     windows = ValidationWindows(opened.train, seq_len)
     assert windows.domains == ("a", "b", "c")
@@ -108,9 +104,7 @@ def test_limited_validation_takes_whole_documents(
 ) -> None:
     windows = ValidationWindows(opened.train, SEQ_LEN)
     own = [text for name, text in document_texts(opened, opened.train) if name == "b"]
-    lengths = np.diff(
-        [i for i, t in enumerate(domain_stream(opened, "b"), 1) if t == opened.eos_token_id], prepend=0
-    )
+    lengths = np.diff([i for i, t in enumerate(domain_stream(opened, "b"), 1) if t == opened.eos_token_id], prepend=0)
     for count in (1, 2, len(own) // 2, len(own)):
         tokens = int(lengths[:count].sum())
         for limit in (tokens, tokens + int(lengths[count]) - 1 if count < len(own) else tokens + 999):

@@ -18,9 +18,7 @@ def test_prepare_and_check(
     make_texts: Callable[..., list[str]],
     write_jsonl: Callable[..., Path],
 ) -> None:
-    sources = [
-        str(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(30, seed=i))) for i, name in enumerate("ab")
-    ]
+    sources = [str(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(30, seed=i))) for i, name in enumerate("ab")]
     held = str(write_jsonl(tmp_path / "held.jsonl", make_texts(5, seed=9), domain="a"))
     out = tmp_path / "out"
     flags = ["--out", str(out), "--validation", held, "--vocab-size", "300", "--shard-tokens", "2000"]
@@ -49,9 +47,7 @@ def test_prepare_and_check(
         check_command([str(out)])
 
 
-def test_quiet_is_silent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_jsonl: Callable[..., Path]
-) -> None:
+def test_quiet_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str], write_jsonl: Callable[..., Path]) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two", "three"])
     prepare_command([str(source), "--out", str(tmp_path / "out"), "--vocab-size", "260", "--quiet"])
     assert capsys.readouterr() == ("", "")

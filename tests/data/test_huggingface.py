@@ -26,10 +26,7 @@ def test_folder_of_save_to_disk(tmp_path: Path, prefix: str) -> None:
 
 
 def test_split_of_a_saved_dictionary(tmp_path: Path) -> None:
-    parts = {
-        name: datasets.Dataset.from_dict({"text": [name, ""], "domain": ["d", "d"]})
-        for name in ("train", "test")
-    }
+    parts = {name: datasets.Dataset.from_dict({"text": [name, ""], "domain": ["d", "d"]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert read(str(tmp_path / "saved")) == [("train", "d")]
     assert read(f"hf:{tmp_path / 'saved'}::test") == [("test", "d")]
@@ -70,6 +67,4 @@ def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=True
     )
     assert done.stdout.count("\n") == 1
-    assert done.stdout.startswith(
-        "hf:no-such-owner/no-such-data: cannot be loaded from the Hugging Face hub: "
-    )
+    assert done.stdout.startswith("hf:no-such-owner/no-such-data: cannot be loaded from the Hugging Face hub: ")

@@ -104,17 +104,13 @@ def sources(
 
 
 @pytest.fixture
-def uninterrupted(
-    tmp_path: Path, sources: tuple[Path, Path], small_options: Callable[..., PrepareOptions]
-) -> Path:
+def uninterrupted(tmp_path: Path, sources: tuple[Path, Path], small_options: Callable[..., PrepareOptions]) -> Path:
     source, held = sources
     settings = {"validation": (str(held),), "validation_fraction": 0.02}
     return prepare(small_options(tmp_path / "uninterrupted", source, **settings))
 
 
-def test_killed_at_every_step_and_resumed(
-    tmp_path: Path, sources: tuple[Path, Path], uninterrupted: Path
-) -> None:
+def test_killed_at_every_step_and_resumed(tmp_path: Path, sources: tuple[Path, Path], uninterrupted: Path) -> None:
     kills = int(run_script(KILL_AT_EVERY_STEP, *sources, tmp_path / "killed"))
     # journal, tokenizer and journal, two for each of at least four shards, manifest and journal
     assert kills > 10
@@ -128,9 +124,7 @@ def test_full_disk_is_one_line_and_loses_nothing(
     sizes = sorted(path.stat().st_size for path in uninterrupted.glob("train-*.safetensors"))
     limit = sizes[-1] - 1000  # all but the large last shard fit
     assert max(sizes[-2], *(path.stat().st_size for path in (uninterrupted / "tokenizer").iterdir())) < limit
-    message, state, leftovers, resumed = run_script(
-        FILL_THE_DISK, *sources, tmp_path / "full", limit
-    ).splitlines()
+    message, state, leftovers, resumed = run_script(FILL_THE_DISK, *sources, tmp_path / "full", limit).splitlines()
     assert "train-" in message
     assert "cannot be written: File too large; what was finished is kept" in message
     assert state == f"2 {len(sizes) - 1}"

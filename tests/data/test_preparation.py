@@ -23,9 +23,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_document_arrives_once_in_order_with_its_domain(
-    opened: Dataset, document_texts: Decoder
-) -> None:
+def test_every_document_arrives_once_in_order_with_its_domain(opened: Dataset, document_texts: Decoder) -> None:
     source = Path(opened.manifest.sources[0])
     given = [(row["domain"], row["text"]) for row in map(json.loads, source.read_text("utf-8").splitlines())]
     train, validation = document_texts(opened, opened.train), document_texts(opened, opened.validation)
@@ -76,9 +74,7 @@ def test_preparing_twice_gives_the_same_bytes(
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_fingerprint_is_of_the_data_not_of_its_place(
-    tmp_path: Path, opened: Dataset, small_options: Options
-) -> None:
+def test_fingerprint_is_of_the_data_not_of_its_place(tmp_path: Path, opened: Dataset, small_options: Options) -> None:
     moved = shutil.copy(opened.manifest.sources[0], tmp_path / "moved.jsonl")
     assert open_dataset(prepare(small_options(tmp_path / "a", moved))).fingerprint == opened.fingerprint
     other = small_options(tmp_path / "b", moved, shard_tokens=3000)
@@ -102,9 +98,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(tmp_path / "given")
     texts = [f"w{size - 1} w{i} w2" for i in range(5, 25)]
     source = write_jsonl(tmp_path / "d.jsonl", texts)
-    dataset = open_dataset(
-        prepare(small_options(tmp_path / "out", source, tokenizer=str(tmp_path / "given")))
-    )
+    dataset = open_dataset(prepare(small_options(tmp_path / "out", source, tokenizer=str(tmp_path / "given"))))
     assert dataset.vocab_size == size
     assert dataset.manifest.token_dtype == dataset.train.shards[0].tokens.dtype.name == dtype
     found = document_texts(dataset, dataset.train) + document_texts(dataset, dataset.validation)
@@ -218,9 +212,7 @@ def test_changed_source_is_refused_until_overwritten(
     prepare(small_options(tmp_path / "out", source))
 
 
-def test_damaged_shard_stops_a_resumed_preparation(
-    copied: Path, opened: Dataset, small_options: Options
-) -> None:
+def test_damaged_shard_stops_a_resumed_preparation(copied: Path, opened: Dataset, small_options: Options) -> None:
     journal = json.loads((copied / "preparation.json").read_text())
     (copied / "preparation.json").write_text(json.dumps(journal | {"finished": False}))
     (copied / "train-00001.safetensors").write_bytes(b"short")
@@ -228,9 +220,7 @@ def test_damaged_shard_stops_a_resumed_preparation(
         prepare(small_options(copied, opened.manifest.sources[0]))
 
 
-def test_failed_overwrite_leaves_the_old_dataset(
-    copied: Path, tmp_path: Path, small_options: Options
-) -> None:
+def test_failed_overwrite_leaves_the_old_dataset(copied: Path, tmp_path: Path, small_options: Options) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
     before = files_of(copied)
     with pytest.raises(DataError, match=r"bad\.jsonl: line 2"):
@@ -256,9 +246,7 @@ def test_folder_of_others_is_left_alone(
         prepare(small_options(source, source))
 
 
-def test_two_at_once_in_one_folder_are_refused(
-    tmp_path: Path, small_options: Options, write_jsonl: Writer
-) -> None:
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, small_options: Options, write_jsonl: Writer) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two"])
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"), pytest.raises(DataError, match="another preparation is writing"):
@@ -266,9 +254,7 @@ def test_two_at_once_in_one_folder_are_refused(
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": "  "}\n'], ids=["nothing", "blank"])
-def test_empty_corpus_is_refused(
-    tmp_path: Path, small_options: Options, content: str, write_jsonl: Writer
-) -> None:
+def test_empty_corpus_is_refused(tmp_path: Path, small_options: Options, content: str, write_jsonl: Writer) -> None:
     (tmp_path / "d.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"d\.jsonl: no text found"):
         prepare(small_options(tmp_path / "out", tmp_path / "d.jsonl"))

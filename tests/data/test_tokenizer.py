@@ -41,9 +41,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_every_text_survives_the_saved_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str
-) -> None:
+def test_every_text_survives_the_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.decode(loaded(text)["input_ids"]) == text
@@ -74,9 +72,7 @@ def test_fingerprint_survives_saving_use_and_other_processes(
         "import sys; from remoe.data.tokenizer import load_tokenizer, tokenizer_fingerprint;"
         "print(tokenizer_fingerprint(load_tokenizer(sys.argv[1])))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint
     assert tokenizer_fingerprint(train_tokenizer(iter(["the router sends"] * 20), 300)) != fingerprint
 

@@ -116,7 +116,9 @@ def test_relu_gradcheck():
     torch.nn.init.normal_(router.weight)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     assert (router(x).logits_TE.abs() > 1e-3).all()
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(router, {"weight": w}, x).gate_TE, (x, router.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(router, {"weight": w}, x).gate_TE, (x, router.weight)
+    )
 
 
 def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_difference():

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import FLAGS
 from safetensors.torch import load_file
+from tiny_run import FLAGS
 
 from remoe.cli.main import main
 from remoe.training.checkpoint import list_checkpoints

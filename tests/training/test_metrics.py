@@ -45,7 +45,11 @@ def test_records_survive_a_cut_and_continue_without_doubles(tmp_path):
     writer = MetricsWriter(tmp_path, first_step=3)
     writer.write({"step": 3, "loss": 9.0})
     writer.close()
-    assert [(r["step"], r["loss"]) for r in map(json.loads, path.read_text().splitlines())] == [(1, 0.5), (2, 1), (3, 9)]
+    assert [(r["step"], r["loss"]) for r in map(json.loads, path.read_text().splitlines())] == [
+        (1, 0.5),
+        (2, 1),
+        (3, 9),
+    ]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

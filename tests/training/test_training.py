@@ -73,7 +73,16 @@ def test_same_seed_same_run_other_seed_other_run(corpus, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_harms(corpus, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--optim.lr", "1e30", "--optim.warmup-ratio", "0", "--checkpoint.every", "1", "--optim.clip", "1e30"]
+    flags = [
+        "--optim.lr",
+        "1e30",
+        "--optim.warmup-ratio",
+        "0",
+        "--checkpoint.every",
+        "1",
+        "--optim.clip",
+        "1e30",
+    ]
     assert train(corpus, out, *flags) == 2
     error = capsys.readouterr().err
     last = list_checkpoints(out / "checkpoints")[-1]

@@ -24,9 +24,7 @@ class TrainBatches:
 
     def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int) -> None:
         if seq_len < 1 or batch_size < 1:
-            raise ConfigError(
-                f"sequence length and batch size must be positive, not {seq_len} and {batch_size}"
-            )
+            raise ConfigError(f"sequence length and batch size must be positive, not {seq_len} and {batch_size}")
         self.split = split
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -93,9 +91,7 @@ class ValidationWindows:
         token has no prediction but its few bytes count.
         """
         spans = self._document_spans(domain, max_tokens)
-        return sum(
-            int(self.split.shards[shard].document_bytes[documents].sum()) for shard, documents in spans
-        )
+        return sum(int(self.split.shards[shard].document_bytes[documents].sum()) for shard, documents in spans)
 
     def batches(
         self, domain: str, batch_size: int, max_tokens: int | None = None

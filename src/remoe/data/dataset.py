@@ -125,15 +125,11 @@ def verify_hashes(dataset: Dataset) -> None:
 
 def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
     record = manifest.splits[name]
-    shards = tuple(
-        _open_shard(folder, manifest, name, number, entry) for number, entry in enumerate(record.shards)
-    )
+    shards = tuple(_open_shard(folder, manifest, name, number, entry) for number, entry in enumerate(record.shards))
     return Split(name, folder, tuple(manifest.domains), shards, record)
 
 
-def _open_shard(
-    folder: Path, manifest: Manifest, split: SplitName, number: int, record: ShardRecord
-) -> Shard:
+def _open_shard(folder: Path, manifest: Manifest, split: SplitName, number: int, record: ShardRecord) -> Shard:
     path = folder / record.file
     shard = read_shard(path)
     header = shard.header

@@ -71,9 +71,7 @@ class HoldoutBuilder:
         # no domain gives its highest hash, so the highest of all stays in training
         always = {number for items in domains for number in items.choose(self.fraction)} or {lowest}
         never = {items.highest for items in domains} - always
-        return Holdout(
-            seed=self.seed, fraction=self.fraction, always=frozenset(always), never=frozenset(never)
-        )
+        return Holdout(seed=self.seed, fraction=self.fraction, always=frozenset(always), never=frozenset(never))
 
 
 class _DomainItems:

@@ -64,9 +64,7 @@ def _saved_source(name: str, folder: Path, config: str, split: str, columns: Col
     from datasets import DatasetDict, load_from_disk
 
     if config:
-        raise DataError(
-            f"{name}: a saved dataset has no configurations; write hf:{folder}::SPLIT for a split"
-        )
+        raise DataError(f"{name}: a saved dataset has no configurations; write hf:{folder}::SPLIT for a split")
     try:
         dataset = load_from_disk(str(folder))
     except Exception as error:  # a damaged folder shows itself by errors of Arrow, JSON or the file system
@@ -74,9 +72,7 @@ def _saved_source(name: str, folder: Path, config: str, split: str, columns: Col
     if isinstance(dataset, DatasetDict):
         wanted = split or "train"
         if wanted not in dataset:
-            raise DataError(
-                f"{name}: no split {wanted!r}; write hf:{folder}::SPLIT (has {', '.join(dataset)})"
-            )
+            raise DataError(f"{name}: no split {wanted!r}; write hf:{folder}::SPLIT (has {', '.join(dataset)})")
         dataset = dataset[wanted]
     elif split:
         raise DataError(f"{name}: {folder} is a single split, so none can be chosen")
@@ -89,9 +85,7 @@ def _hub_source(name: str, target: str, config: str, split: str, columns: Column
 
     try:
         dataset = load_dataset(target, config or None, split=split)
-    except (
-        Exception
-    ) as error:  # the hub, its client and the dataset's own files have no common base of errors
+    except Exception as error:  # the hub, its client and the dataset's own files have no common base of errors
         raise DataError(f"{name}: cannot be loaded from the Hugging Face hub: {_reason(error)}") from error
     files = sorted(dataset.info.download_checksums or {})  # their addresses name the revision
     identity: Signature = [[name, dataset.num_rows, 0], *([address, 0, 0] for address in files)]

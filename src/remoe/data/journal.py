@@ -84,9 +84,7 @@ def find_journal(folder: Path) -> Journal | None:
     if (folder / JOURNAL_NAME).exists():
         return read_record(folder / JOURNAL_NAME, Journal, FORMAT, VERSION)
     if (folder / MANIFEST_NAME).exists():
-        raise DataError(
-            f"{folder}: holds a dataset whose {JOURNAL_NAME} is gone; --overwrite makes a new one"
-        )
+        raise DataError(f"{folder}: holds a dataset whose {JOURNAL_NAME} is gone; --overwrite makes a new one")
     # a kill while the very first journal was written leaves only its temporary file
     foreign = sorted(path.name for path in folder.iterdir() if path.name != JOURNAL_NAME + TEMPORARY)
     if foreign:

@@ -116,9 +116,7 @@ def read_record(path: Path, kind: type[RecordT], name: str, version: int) -> Rec
     if not isinstance(content, dict) or content.get("format") != name:
         raise DataError(f"{path}: not a file of the format {name!r}")
     if content.get("version") != version:
-        raise DataError(
-            f"{path}: format version {content.get('version')}, but this remoe reads version {version}"
-        )
+        raise DataError(f"{path}: format version {content.get('version')}, but this remoe reads version {version}")
     try:
         return kind.model_validate(content)
     except ValidationError as error:

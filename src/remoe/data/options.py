@@ -54,9 +54,7 @@ class PrepareOptions:
         if not self.sources:
             raise ConfigError("no sources: name at least one file, folder, hf:NAME or stdlib")
         if not 0.0 < self.validation_fraction < 1.0:
-            raise ConfigError(
-                f"--validation-fraction must lie between 0 and 1, not {self.validation_fraction}"
-            )
+            raise ConfigError(f"--validation-fraction must lie between 0 and 1, not {self.validation_fraction}")
         if self.tokenizer is None and self.vocab_size <= BYTE_ALPHABET:
             raise ConfigError(f"--vocab-size must be at least {BYTE_ALPHABET + 1}, not {self.vocab_size}")
         if self.tokenizer_sample_mb <= 0:

@@ -97,9 +97,7 @@ class _Preparation:
         tokenizer = self._tokenizer()
         self._tokenise(tokenizer)
         if self.inputs.signatures() != signatures:
-            raise DataError(
-                f"{self.folder}: a source changed while it was read; use --overwrite to start again"
-            )
+            raise DataError(f"{self.folder}: a source changed while it was read; use --overwrite to start again")
         self._finish(tokenizer)
 
     def _earlier(self, signatures: dict[str, Signature]) -> Journal | None:
@@ -136,9 +134,7 @@ class _Preparation:
         tokenizer = load_tokenizer(path)  # the saved one, which is what any later run has
         fingerprint = tokenizer_fingerprint(tokenizer)
         if recorded not in (None, fingerprint):
-            raise DataError(
-                f"{path}: has changed since the preparation began; use --overwrite to start again"
-            )
+            raise DataError(f"{path}: has changed since the preparation began; use --overwrite to start again")
         self._record(self.journal.model_copy(update={"tokenizer_fingerprint": fingerprint}))
         return tokenizer
 
@@ -208,9 +204,7 @@ class _Preparation:
         )
         splits = manifest.splits
         if sum(split.documents for split in splits.values()) != self.journal.scan.documents:
-            raise DataError(
-                f"{self.folder}: the sources changed while they were read; start again with --overwrite"
-            )
+            raise DataError(f"{self.folder}: the sources changed while they were read; start again with --overwrite")
         manifest = manifest.model_copy(update={"fingerprint": manifest.content_fingerprint()})
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_bytes())
         self._record(self.journal.model_copy(update={"finished": True}))

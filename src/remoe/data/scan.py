@@ -57,9 +57,7 @@ class Inputs:
 
 
 def _file_paths(sources: list[Source]) -> set[Path]:
-    return {
-        path.resolve() for source in sources if isinstance(source, FileSource) for path, _ in source.files
-    }
+    return {path.resolve() for source in sources if isinstance(source, FileSource) for path, _ in source.files}
 
 
 def check_apart(options: PrepareOptions) -> None:

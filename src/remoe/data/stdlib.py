@@ -14,9 +14,11 @@ from remoe.data.documents import Document, is_blank
 from remoe.data.sources import Signature, files_signature, walk_files
 from remoe.errors import DataError
 
-# tests and other people's packages, and `pydoc_data`, whose text is the domain `manual`
+# Tests and other people's packages; `encodings`, which is mostly generated tables of characters, neither code that
+# anybody wrote nor prose; and `pydoc_data`, whose text is the domain `manual`.
 SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "_bundled"}
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
+    | {"encodings", "pydoc_data"}
 )
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -35,9 +37,7 @@ class StdlibSource:
     @cached_property
     def files(self) -> list[Path]:
         """Modules to read; raises DataError where Python came without its sources."""
-        files = (
-            [path for path in walk_files(self.root) if self._is_wanted(path)] if self.root.is_dir() else []
-        )
+        files = [path for path in walk_files(self.root) if self._is_wanted(path)] if self.root.is_dir() else []
         if not files:
             raise DataError(f"stdlib: this Python keeps no source files in {self.root}; name another source")
         return files

@@ -35,9 +35,7 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, d_model: int, d_expert: int, backend: str = "auto") -> None:
         super().__init__()
         if backend != "auto" and backend not in BACKENDS:
-            raise ConfigError(
-                f"unknown experts backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}"
-            )
+            raise ConfigError(f"unknown experts backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * d_expert, d_model))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         self.backend = "loop" if backend == "auto" else backend

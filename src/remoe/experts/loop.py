@@ -18,9 +18,7 @@ from remoe.routing.assignment import Assignment
 
 def loop_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment) -> Tensor:
     """Same contract as `naive_experts`."""
-    return _LoopExperts.apply(
-        x_TD, gate_up_E2FD, down_EDF, assignment.gate_R, assignment.token_R, assignment.count_E
-    )
+    return _LoopExperts.apply(x_TD, gate_up_E2FD, down_EDF, assignment.gate_R, assignment.token_R, assignment.count_E)
 
 
 class _LoopExperts(torch.autograd.Function):

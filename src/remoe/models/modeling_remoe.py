@@ -88,9 +88,7 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, **attention
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, **attention) -> tuple[Tensor, Routing]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
         attended_BSD, _ = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
         hidden_BSD = hidden_BSD + attended_BSD
@@ -307,9 +305,7 @@ def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
     return attention_mask[:, -S:].bool()
 
 
-def _targets(
-    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
-) -> Tensor | None:
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """(B, S) targets of each position, -100 where there is none: shifted labels, without padding."""
     if shift_labels is not None:
         return shift_labels

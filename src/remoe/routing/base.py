@@ -26,9 +26,7 @@ class Router(nn.Module):
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
         if not 1 <= k <= num_experts:
-            raise ConfigError(
-                f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}"
-            )
+            raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
         self.num_experts = num_experts
         self.k = k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))

@@ -52,9 +52,7 @@ class ReLURouter(Router):
         active_TE = gate_TE > 0
         num_tokens = count_tokens(x_TD, mask_T)
         if self.load_balance:
-            regularizer = load_balanced_l1_loss(
-                gate_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens
-            )
+            regularizer = load_balanced_l1_loss(gate_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
         else:
             regularizer = l1_loss(gate_TE, num_tokens=num_tokens)
 

@@ -1,7 +1,7 @@
 """Checkpoints: written beside, then renamed, so that a crash at any moment leaves the last good one whole.
 
-A checkpoint is a folder `step-00000200` that transformers can load (`config.json`, `model.safetensors`), plus
-`training.safetensors` (optimiser moments and random state) and `training.json` (step and what it belongs to). No pickle.
+A checkpoint is a folder `step-00000200` that transformers can load (`config.json`, `model.safetensors`), with
+`training.safetensors` (optimiser moments, random state) and `training.json` (step, what it belongs to). No pickle.
 """
 
 import contextlib
@@ -80,9 +80,7 @@ def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
     try:
         info = json.loads((path / "training.json").read_text())
         weights = {
-            name: tensor
-            for file in sorted(path.glob("model*.safetensors"))
-            for name, tensor in load_file(file).items()
+            name: tensor for file in sorted(path.glob("model*.safetensors")) for name, tensor in load_file(file).items()
         }
         state = load_file(path / "training.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -157,9 +157,7 @@ class TrainConfig:
         """Raises ConfigError for settings that cannot work and that no later part checks."""
         for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}"
-                )
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"

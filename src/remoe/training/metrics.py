@@ -25,9 +25,7 @@ def stage(sparsity: float, target: float) -> str:
     return "dense" if density >= DENSE_ABOVE else "sparsifying"
 
 
-def settling_time(
-    sparsities: Sequence[float], target: float, tolerance: float = 0.01, steps: int = 50
-) -> int | None:
+def settling_time(sparsities: Sequence[float], target: float, tolerance: float = 0.01, steps: int = 50) -> int | None:
     """Stages I and II in steps: the first index from which |S - target| stays within `tolerance` for `steps` steps.
 
     Args:

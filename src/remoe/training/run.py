@@ -43,11 +43,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     config.check()
     keep_freed_memory()
     started = time.perf_counter()
-    dataset = (
-        open_dataset(Path(config.data))
-        if config.data
-        else default_dataset(run.path.parent, config.vocab_size)
-    )
+    dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
@@ -132,9 +128,7 @@ def _validation_prompt(trainer: Trainer, tokenizer) -> str:
 
 def _print_summary(summary: dict, trainer: Trainer) -> None:
     run, everything = trainer.run, summary["validation"]["all"]
-    print(
-        f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes, data preparation included"
-    )
+    print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes, data preparation included")
     print(
         f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
         f"bits per byte {everything['bits_per_byte']:.4f}"
@@ -142,18 +136,19 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     for domain in trainer.windows.domains:
         print(f"  {domain:<16} {summary['validation'][domain]['loss']:.4f}")
     if trainer.config.router == "relu":
-        if summary["settling_step"] is None:
-            print(
-                f"sparsity has not settled; last {summary['final_sparsity']:.4f}, target {summary['target_sparsity']:.4g}"
-            )
-        else:
-            print(
-                f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation "
-                f"{summary['sparsity_deviation']:.4f}, target {summary['target_sparsity']:.4g}; "
-                f"settled at step {summary['settling_step']}"
-            )
+        print(_sparsity_line(summary))
     print(f"\nsample:\n{summary['sample']}\n")
     print(f"run          {run.path}")
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
     print(f"metrics      {run.metrics}   tensorboard --logdir {run.path / 'tensorboard'}")
     print(f'next         remoe generate {run.path} --prompt "import "   |   remoe eval {run.path}')
+
+
+def _sparsity_line(summary: dict) -> str:
+    target = f"target {summary['target_sparsity']:.4g}"
+    if summary["settling_step"] is None:
+        return f"sparsity has not settled; last {summary['final_sparsity']:.4f}, {target}"
+    return (
+        f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation {summary['sparsity_deviation']:.4f}, "
+        f"{target}; settled at step {summary['settling_step']}"
+    )

@@ -46,11 +46,7 @@ class RunFolder:
             ConfigError: when the folder already holds something.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = (
-                "holds a run; add --resume to continue it"
-                if self.config.exists()
-                else "exists and is not empty"
-            )
+            what = "holds a run; add --resume to continue it" if self.config.exists() else "exists and is not empty"
             raise ConfigError(f"{self.path} already {what}, or choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         shutil.copytree(tokenizer_path, self.tokenizer)
@@ -111,9 +107,7 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
         raise CheckpointError(f"{path} does not exist or is not a folder")
     checkpoint = path if run.path != path else run.last_checkpoint()
     if checkpoint is None:
-        raise CheckpointError(
-            f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run"
-        )
+        raise CheckpointError(f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run")
     check_weights(checkpoint)
     model = RemoeForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)

@@ -202,16 +202,14 @@ class Trainer:
     def _report_dead(self, dead_steps_L: list[float]) -> None:
         dead = {layer for layer, count in enumerate(dead_steps_L) if count >= DEAD_AFTER_STEPS}
         if new := sorted(dead - self.dead_layers):
-            logger.warning(
-                "step %d: no token was routed for %d steps in layers %s", self.step, DEAD_AFTER_STEPS, new
-            )
+            logger.warning("step %d: no token was routed for %d steps in layers %s", self.step, DEAD_AFTER_STEPS, new)
         self.dead_layers = dead
 
 
 def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
     """Configuration of the model that `config` describes, for the dataset's tokenizer."""
     return RemoeConfig(
-        **{name: value for name, value in vars(config.model).items()},
+        **vars(config.model),
         vocab_size=math.ceil(dataset.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         max_position_embeddings=config.seq_len,
         eos_token_id=dataset.eos_token_id,

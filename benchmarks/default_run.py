@@ -1,0 +1,97 @@
+"""The README's figures: `remoe train` with each router and seed, one after the other, and a table of the results.
+
+    python benchmarks/default_run.py --out runs/default --results benchmarks/results/NAME.json
+
+Finished runs are not repeated, so the script can be stopped and started again.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+import remoe
+
+
+@dataclass
+class Options:
+    """Compare routers at the default run."""
+
+    out: Path
+    """Folder of the runs."""
+    results: Path
+    """JSON file to write."""
+    routers: tuple[str, ...] = ("relu", "topk", "dense")
+    """Routers to train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each."""
+
+
+def summary_of(folder: Path, flags: list[str]) -> dict:
+    """The summary of a run, trained first unless it is there."""
+    path = folder / "summary.json"
+    if not path.exists():
+        resume = ["--resume"] if (folder / "config.yaml").exists() else []
+        subprocess.run(
+            [sys.executable, "-m", "remoe.cli.main", "train", "--out", str(folder), *flags, *resume], check=True
+        )
+    return json.loads(path.read_text())
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": date.today().isoformat(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "remoe": remoe.__version__,
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    keys = ("validation_loss", "seconds", "final_sparsity", "settling_step", "sparsity_mean", "sparsity_deviation")
+    runs = []
+    for seed in options.seeds:
+        for router in options.routers:
+            flags = ["--router", router, "--seed", str(seed)]
+            summary = summary_of(options.out / f"{router}-seed{seed}", flags)
+            validation = {domain: row["loss"] for domain, row in summary["validation"].items()}
+            runs.append(
+                {
+                    "command": " ".join(["remoe train", *flags]),
+                    "router": router,
+                    "seed": seed,
+                    **{key: summary[key] for key in keys},
+                    "validation": validation,
+                }
+            )
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=2))
+    print("| router | validation loss, mean | deviation | minutes |")
+    print("|---|---|---|---|")
+    for router in options.routers:
+        losses = [run["validation_loss"] for run in runs if run["router"] == router]
+        minutes = statistics.mean(run["seconds"] for run in runs if run["router"] == router) / 60
+        deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        print(f"| {router} | {statistics.mean(losses):.4f} | {deviation:.4f} | {minutes:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
