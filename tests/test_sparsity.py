@@ -72,35 +72,42 @@ def test_smooth_rule_is_bounded_rests_at_the_target_and_moves_towards_it():
     values = [1.0, *drive(controller, COURSE)]
     steps = [math.log(b / a) for a, b in pairwise(values)]
     assert max(abs(step) for step in steps) <= SMOOTH_MAX_STEP + 1e-6
-    drive(controller, [100])
-    before = controller.lam.item()
-    assert drive(controller, [100, 100]) == [before, before]
-    assert drive(controller, [110, 110])[-1] > before
-    drive(controller, [100])
-    before = controller.lam.item()
-    assert drive(controller, [90, 90])[-1] < before
+    resting = drive(controller, [100] * 60)
+    assert resting[-1] == pytest.approx(resting[-2], rel=1e-6)
+    assert drive(controller, [110] * 5)[-1] > resting[-1]
+    resting = drive(controller, [100] * 60)
+    assert drive(controller, [90] * 5)[-1] < resting[-1]
 
 
-def test_smooth_rule_holds_a_noisy_lagging_plant_closer_than_the_sign_rule():
-    """A plant like the one seen in training: log density follows log lambda through momentum, with noise."""
+def train_layer(controller, steps):
+    """A layer trained on a made-up task, as the user of the bare layer would; S of each step."""
+    torch.manual_seed(3)
+    layer = remoe.MoE(32, 64, 8, 1, init_std=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    first, second, offset = torch.randn(32, 32) / 5, torch.randn(32, 32) / 5, torch.randn(32) * 0.3
+    course = []
+    for _ in range(steps):
+        # Inputs symmetric about zero would keep half of the pairs whatever lambda is: the router has no bias.
+        x = torch.randn(512, 32) + offset
+        goal = torch.tanh(x @ first) * torch.sign(x[:, :1]) + torch.sin(3 * x @ second)
+        y, routing = layer(x)
+        loss = (y - goal).square().mean() + controller.lam * routing.regularizer
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.observe([routing])
+        controller.update()
+        course.append(controller.sparsity.item())
+    return torch.tensor(course, dtype=torch.float64)
 
-    def deviation(rule):
-        controller = SparsityController(1, 8, 1, rule=rule, lambda_init=1e-3)
-        generator = torch.Generator().manual_seed(0)
-        log_density, speed, errors = math.log(0.5), 0.0, []
-        for step in range(600):
-            push = math.tanh(math.log(controller.lam.item() / 1e-2) - 0.5 * (log_density - math.log(0.125)))
-            speed = 0.9 * speed - 0.1 * 0.05 * push
-            log_density = min(log_density + speed, 0.0)
-            noise = 0.02 * torch.randn((), generator=generator).item()
-            pairs = round(80_000 * math.exp(min(log_density + noise, 0)))
-            controller.observe([batch(pairs, tokens=10_000)])
-            controller.update()
-            if step >= 300:
-                errors.append(controller.sparsity.item() - controller.target)
-        return (sum(e * e for e in errors) / len(errors)) ** 0.5
 
-    assert deviation("smooth") < deviation("sign")
+def test_smooth_rule_settles_a_trained_layer_closer_to_the_target_than_the_sign_rule():
+    deviation = {}
+    for rule in ("sign", "smooth"):
+        course = train_layer(SparsityController(1, 8, 1, rule=rule, lambda_init=1e-3), 400)
+        deviation[rule] = (course[200:] - 0.875).square().mean().sqrt().item()
+    assert deviation["smooth"] < 0.05
+    assert deviation["smooth"] < 0.5 * deviation["sign"]
 
 
 def test_fast_start_sets_the_penalty_once_and_then_leaves_the_rule_alone():
@@ -205,28 +212,6 @@ def test_recomputation_of_the_whole_model_counts_once():
 
     torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
     assert controller._tokens_L.tolist() == [10]
-
-
-def test_a_plain_loop_reaches_the_target():
-    """What a user of the bare layer writes; also with a random task, S must settle at 1 - k/E."""
-    torch.manual_seed(3)
-    layer = remoe.MoE(32, 64, 8, 2, init_std=0.1)
-    controller = SparsityController(1, 8, 2, rule="smooth", lambda_init=1e-3)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
-    x = torch.randn(512, 32)
-    goal = torch.tanh(x @ torch.randn(32, 32) / 5)
-    course = []
-    for _ in range(400):
-        # Inputs symmetric about zero would keep half of the pairs whatever lambda is: the router has no bias.
-        y, routing = layer(x + 0.5)
-        loss = (y - goal).square().mean() + controller.lam * routing.regularizer
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        controller.observe([routing])
-        controller.update()
-        course.append(controller.sparsity.item())
-    assert sum(course[-50:]) / 50 == pytest.approx(0.75, abs=0.02)
 
 
 def _rank(rank, port, results):

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +53,8 @@ def generate_text(
     Raises:
         ConfigError: for sampling options out of range.
     """
+    import torch  # here, so that the command line can show the options' help at once
+
     options.check()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)

@@ -86,7 +86,7 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["train", "--seq-len", "100000"], "100001"),
+        (["train", "--seq-len", "100000"], "too few for one window of 100000"),
         (["train", "--out", "nowhere", "--resume"], "nowhere is not a run"),
         (["generate", "nowhere"], "nowhere does not exist"),
         (["generate", "nowhere", "--top-p", "2"], "top-p"),

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     command: Callable[[list[str]], int] = getattr(import_module(module), function)
     try:
         return command(argv[len(name.split()) :])
