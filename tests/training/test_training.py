@@ -15,6 +15,7 @@ from remoe.training.checkpoint import list_checkpoints
 from remoe.training.config import OptimOptions, config_from_dict
 from remoe.training.metrics import read_metrics
 from remoe.training.optimizer import learning_rate
+from remoe.training.progress import ProgressLine
 from remoe.training.rundir import RunFolder, load_run
 from remoe.training.trainer import Trainer
 
@@ -114,6 +115,18 @@ def test_options_that_change_the_computation_still_learn(corpus, tmp_path, flags
     assert train(corpus, out, *flags) == 0
     records = read_metrics(out / "metrics.jsonl")
     assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
+
+
+def test_a_dead_layer_is_reported_once(corpus, tmp_path, caplog):
+    options = {"seq_len": 16, "batch_size": 2, "micro_batch_size": 2, "device": "cpu", "steps": 110}
+    model = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = config_from_dict({**options, "num_experts": 4, "model": model}, "test")
+    trainer = Trainer(config, open_dataset(corpus), RunFolder(tmp_path))
+    torch.nn.init.zeros_(trainer.model.model.layers[1].mlp.router.weight)
+    progress = ProgressLine(config, 0.75, 0)
+    for _ in range(105):
+        trainer._train_step(progress)
+    assert caplog.messages == ["step 100: no token was routed for 100 steps in layers [1]"]
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():

@@ -41,7 +41,6 @@ class RemoeConfig(PreTrainedConfig):
     model_type = "remoe"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 1_000_000.0
-    attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 51_200
     hidden_size: int = 768

@@ -35,7 +35,7 @@ def checkpoint_step(path: Path) -> int:
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, object]
 ) -> Path:
-    """Writes a checkpoint atomically and durably; an older one of the same step is replaced.
+    """Writes a checkpoint atomically and durably.
 
     Args:
         folder: the run's `checkpoints`.
@@ -57,7 +57,6 @@ def save_checkpoint(
         (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
         for path in partial.iterdir():
             _sync(path)
-        _remove(final)
         os.rename(partial, final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -80,25 +79,28 @@ def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
     try:
         info = json.loads((path / "training.json").read_text())
         weights = {
-            name: tensor for file in sorted(path.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+            name: value for file in sorted(path.glob("model*.safetensors")) for name, value in load_file(file).items()
         }
         state = load_file(path / "training.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        if wrong := [*(set(missing) - tied), *unexpected]:
+            raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
+        _restore_training(state, model, optimizer)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if wrong := [*(set(missing) - tied), *unexpected]:
-        raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
-    torch.set_rng_state(state.pop(_RNG_CPU))
+    return info
+
+
+def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.set_rng_state(state[_RNG_CPU])
     if torch.cuda.is_available() and _RNG_CUDA in state:
-        torch.cuda.set_rng_state(state.pop(_RNG_CUDA))
+        torch.cuda.set_rng_state(state[_RNG_CUDA])
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = state[f"{name}.{key}"]
-            device = value.device if key == "step" and not optimizer.defaults["fused"] else parameter.device
-            optimizer.state[parameter][key] = value.to(device)
-    return info
+            # Fused AdamW keeps its step counter beside the parameter.
+            optimizer.state[parameter][key] = state[f"{name}.{key}"].to(parameter.device)
 
 
 def clean(folder: Path, keep: int, keep_every: int = 0) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from remoe.data import ValidationWindows, open_dataset, tokenizer_fingerprint
 from remoe.errors import CheckpointError, DataError
 from remoe.training.evaluation import evaluate, total
+from remoe.training.memory import keep_freed_memory
 from remoe.training.rundir import RunFolder, load_run
 from remoe.training.trainer import pick_device
 
@@ -28,6 +29,7 @@ def evaluate_run(
         CheckpointError: when there is no usable checkpoint, or the run's data is not known.
         DataError: when the data was made with another tokenizer.
     """
+    keep_freed_memory()
     model, tokenizer, checkpoint = load_run(path)
     model.to(pick_device("auto"))
     run = RunFolder(checkpoint.parent.parent)

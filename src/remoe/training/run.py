@@ -16,7 +16,7 @@ from remoe.training.evaluation import Evaluation, total
 from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
-from remoe.training.trainer import Trainer
+from remoe.training.trainer import Trainer, wants_bfloat16
 
 # Options that do not change what is computed: a resumed run may have others.
 MAY_CHANGE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
@@ -44,6 +44,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     keep_freed_memory()
     started = time.perf_counter()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
+    config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
@@ -79,7 +80,7 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = "bfloat16 autocast" if trainer.autocast._enabled else "float32"
+    dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
     backend = model.model.layers[0].mlp.experts.backend
     print(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
@@ -111,7 +112,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "validation": {"all": total(validation).to_dict()}
         | {domain: result.to_dict() for domain, result in validation.items()},
         "target_sparsity": target,
-        "final_sparsity": sparsities[-1],
+        "final_sparsity": trainer.model.sparsity.sparsity.item(),
         "settling_step": None if settled is None else records[settled]["step"],
         "sparsity_mean": after.mean().item() if len(after) else None,
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
