@@ -67,6 +67,14 @@ def test_official_rule_counts_equality_as_too_sparse():
     assert drive(SparsityController(1, 8, 1, rule="official", lambda_init=1.0), [101]) == pytest.approx([1.2])
 
 
+@pytest.mark.parametrize(("experts", "k"), [(3, 1), (5, 3), (6, 2), (7, 5), (24, 6), (64, 7)])
+def test_exactly_at_the_target_lambda_rests(experts, k):
+    controller = SparsityController(1, experts, k, lambda_init=1.0)
+    controller.observe([batch(100 * k, tokens=100, experts=experts)])
+    controller.update()
+    assert controller.lam == 1.0
+
+
 def test_smooth_rule_is_bounded_rests_at_the_target_and_moves_towards_it():
     controller = SparsityController(1, 8, 1, rule="smooth", lambda_init=1.0)
     values = [1.0, *drive(controller, COURSE)]
@@ -147,6 +155,12 @@ def test_statistics_are_summed_over_layers_and_micro_batches_and_ignore_padding(
     load = (first.sum(0) + second.sum(0)) / (30 + mask.sum())
     torch.testing.assert_close(controller.load_LE[0], load)
     torch.testing.assert_close(controller.sparsity_L[0], 1 - load.mean())
+
+
+def test_fast_start_leaves_measuring_and_dense_models_alone():
+    for options in ({"rule": "none"}, {"k": 8}):
+        controller = SparsityController(**{"num_layers": 1, "num_experts": 8, "k": 1, "fast_start": True, **options})
+        assert drive(controller, [400])[0] <= 1.2e-8
 
 
 @pytest.mark.parametrize("rule", ["sign", "official", "smooth", "none"])

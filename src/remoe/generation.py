@@ -1,5 +1,7 @@
 """Text from a trained model."""
 
+import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from remoe.models.modeling_remoe import RemoeForCausalLM
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +37,20 @@ class SamplingOptions:
         """Raises ConfigError for values out of range."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ConfigError("need temperature >= 0, top-k >= 0, 0 < top-p <= 1 and repetition-penalty > 0")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf) or not 0 < self.top_p <= 1:
+            raise ConfigError("need temperature 0 or from 0.001, and 0 < top-p <= 1")
+        if self.top_k < 0 or not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError("need top-k >= 0 and repetition-penalty > 0")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be from 0 to 2**63 - 1, but is {self.seed}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ConfigError for a prompt that is not valid Unicode, as broken bytes on a command line give."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not valid UTF-8 text: {error}") from error
 
 
 def generate_text(
@@ -51,13 +68,16 @@ def generate_text(
         The continuation, without the prompt.
 
     Raises:
-        ConfigError: for sampling options out of range.
+        ConfigError: for sampling options out of range, or a prompt that is not text.
     """
     import torch  # here, so that the command line can show the options' help at once
 
     options.check()
+    check_prompt(prompt)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
+    if len(ids) + options.max_new_tokens > (context := model.config.max_position_embeddings):
+        logger.warning("prompt and text may pass %d tokens, the longest sequence the model was trained on", context)
     sampling = {"do_sample": False}
     if options.temperature > 0:
         sampling = {

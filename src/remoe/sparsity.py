@@ -49,7 +49,8 @@ class SparsityController(nn.Module):
         alpha: factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
             language model): the dense stage, in which a tiny lambda grows unnoticed, is left out. For short runs and
-            fine-tuning.
+            fine-tuning. Without effect for rule "none" and for k = E.
+        sum_layers: the loss adds the layers' regularisers up instead of taking their mean; for `fast_start` only.
 
     Attributes:
         lam: 0-dim float32 buffer, lambda.
@@ -71,6 +72,7 @@ class SparsityController(nn.Module):
         lambda_init: float = 1e-8,
         alpha: float = 1.2,
         fast_start: bool = False,
+        sum_layers: bool = False,
     ) -> None:
         super().__init__()
         if rule not in RULES:
@@ -83,7 +85,8 @@ class SparsityController(nn.Module):
         self.rule = rule
         self.target_density = k / num_experts
         self.log_alpha = math.log(alpha)
-        self.fast_start = fast_start
+        self.fast_start = fast_start and rule != "none" and k < num_experts
+        self.sum_layers = sum_layers
 
         def state(name: str, value: Tensor, persistent: bool = True) -> None:
             self.register_buffer(name, value, persistent=persistent)
@@ -92,12 +95,24 @@ class SparsityController(nn.Module):
         state("sparsity", torch.tensor(UNKNOWN))
         state("mean_error", torch.tensor(0.0))
         state("dead_steps_L", torch.zeros(num_layers))
-        state("load_LE", torch.zeros(num_layers, num_experts), persistent=False)
-        # Sums since the last update; integers, so that a cast of the model leaves them alone.
-        state("_pairs_LE", torch.zeros(num_layers, num_experts, dtype=torch.int64), persistent=False)
-        state("_tokens_L", torch.zeros(num_layers, dtype=torch.int64), persistent=False)
-        state("_regularizer_sum", torch.zeros(()), persistent=False)
-        state("_passes", torch.zeros((), dtype=torch.int64), persistent=False)
+        for name, value in self._no_statistics(num_layers).items():
+            state(name, value, persistent=False)
+
+    def _no_statistics(self, num_layers: int) -> dict[str, Tensor]:
+        """Buffers that are not saved: the load at the last update, and the sums since then."""
+        shape = (num_layers, self.num_experts)
+        return {
+            "load_LE": torch.zeros(shape),
+            "_pairs_LE": torch.zeros(shape, dtype=torch.int64),
+            "_tokens_L": torch.zeros(num_layers, dtype=torch.int64),
+            "_regularizer_sum": torch.zeros(()),
+            "_passes": torch.zeros((), dtype=torch.int64),
+        }
+
+    def reset_statistics(self) -> None:
+        """Forgets the load and the sums since the last update; needed where a loader leaves such buffers undefined."""
+        for name, value in self._no_statistics(len(self.dead_steps_L)).items():
+            setattr(self, name, value.to(self.lam.device))
 
     @property
     def target(self) -> float:
@@ -119,7 +134,8 @@ class SparsityController(nn.Module):
             return
         self._pairs_LE += torch.stack([routing.count_E for routing in routings])
         self._tokens_L += torch.stack([routing.num_tokens for routing in routings])
-        self._regularizer_sum += torch.stack([routing.regularizer for routing in routings]).mean()
+        regularizer_L = torch.stack([routing.regularizer for routing in routings])
+        self._regularizer_sum += regularizer_L.sum() if self.sum_layers else regularizer_L.mean()
         self._passes += 1
 
     @torch.no_grad()
@@ -165,7 +181,7 @@ class SparsityController(nn.Module):
         if self.rule == "smooth":
             step = SMOOTH_GAIN * mean + SMOOTH_DAMPING * (mean - last)
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP), mean
-        sign = torch.sign(self.target - (1 - density))
+        sign = torch.sign(density - self.target_density)
         if self.rule == "official":
             sign = torch.where(sign > 0, 1.0, -1.0)
         return sign * (0.0 if self.rule == "none" else self.log_alpha), mean

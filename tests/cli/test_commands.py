@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -66,9 +67,20 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
     flags = ["--seq-len", "32", "--batch-size", "2", "--micro-batch-size", "2", "--steps", "3"]
     assert main(["train", "--config", str(path), "--out", str(tmp_path / "run"), *flags]) == 0
     assert "finished: 3 steps" in capsys.readouterr().out
-    path.write_text("stepz: 7\n")
-    assert main(["train", "--config", str(path)]) == 2
-    assert "unknown option 'stepz'" in capsys.readouterr().err
+    for text, words in (
+        (b"stepz: 7", "unknown option 'stepz'"),
+        (b"1: 2", "unknown option '1'"),
+        (b"preset: [a]", "unknown preset"),
+        (b"steps: many", "steps"),
+        (b"\xff\xfe\x00", "cannot read configuration"),
+        (b"a: [", "cannot read configuration"),
+        (b"7", "not a mapping"),
+    ):
+        path.write_bytes(text)
+        assert main(["train", "--config", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,17 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--steps", "0"], "--steps must be at least 1"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--colour", "red"], "--colour"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--seed", "18446744073709551616"], "--seed"),
+        (["train", "--optim.lr", "nan"], "--optim.lr"),
+        (["train", "--optim.beta1", "1.5"], "--optim.beta1"),
+        (["train", "--optim.clip", "0"], "--optim.clip"),
+        (["train", "--optim.warmup-ratio", "-3"], "--optim.warmup-ratio"),
+        (["train", "--sparsity.lambda-init", "inf"], "--sparsity.lambda-init"),
+        (["train", "--model.initializer-range", "-1"], "--model.initializer-range"),
+        (["train", "--model.max-experts-per-token", "1", "--k", "2"], "at least k = 2"),
+        (["train", "--device", "meta"], "--device meta"),
+        (["train", "--prompt", "x\udcff"], "not valid UTF-8"),
         (["train", "--micro-batch-size", "3"], "does not divide"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--data", "nowhere"], "nowhere"),
@@ -90,6 +113,9 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--out", "nowhere", "--resume"], "nowhere is not a run"),
         (["generate", "nowhere"], "nowhere does not exist"),
         (["generate", "nowhere", "--top-p", "2"], "top-p"),
+        (["generate", "nowhere", "--temperature", "nan"], "temperature"),
+        (["generate", "nowhere", "--seed", "99999999999999999999999"], "--seed"),
+        (["plan", "tiny", "--seq-len", "0"], "at least 1"),
         (["eval", "nowhere"], "nowhere does not exist"),
         (["eval", "nowhere", "--split", "test"], "unknown --split 'test'"),
         (["plan", "huge"], "unknown preset 'huge'"),
@@ -108,6 +134,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, corpus, tmp_pat
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "empty tokenizer", "no config", "other config", "garbage config"])
+def test_a_damaged_run_is_one_line(run, tmp_path, capsys, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = next((copy / "checkpoints").iterdir()) / "config.json"
+    if damage == "no tokenizer":
+        shutil.rmtree(copy / "tokenizer")
+    elif damage == "empty tokenizer":
+        (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    elif damage == "no config":
+        config.unlink()
+    else:
+        config.write_text('{"vocab_size": 7}' if damage == "other config" else "garbage")
+    assert main(["generate", str(copy), "--max-new-tokens", "3"]) == 2
+    error = capsys.readouterr().err
+    assert str(copy) in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):

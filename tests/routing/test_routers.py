@@ -82,7 +82,7 @@ def test_padding_is_in_no_pair_no_count_and_no_loss(name):
     assert router(x, torch.zeros(T, dtype=torch.bool)).regularizer == 0
 
 
-@pytest.mark.parametrize("cap", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("cap", [2, 3, 4, 5, 9])
 def test_cap_keeps_the_largest_gates_and_the_penalty(cap):
     router, x = router_and_input(ReLURouter, max_experts_per_token=cap)
     free = ReLURouter(D, E, 2)
@@ -146,7 +146,7 @@ def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_diff
         ("relux", 1, {}, "unknown router 'relux'"),
         ("relu", 6, {}, "k = 6 and E = 5"),
         ("topk", 0, {}, "k = 0 and E = 5"),
-        ("relu", 1, {"max_experts_per_token": 0}, "at least 1"),
+        ("relu", 2, {"max_experts_per_token": 1}, "at least k = 2"),
         ("topk", 1, {"max_experts_per_token": 2}, "max_experts_per_token"),
     ],
 )

@@ -146,6 +146,18 @@ def test_a_run_is_never_overwritten(corpus, uninterrupted, capsys):
     assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
 
 
+def test_a_half_started_run_can_be_started_again(corpus, tmp_path):
+    out = tmp_path / "half"
+    (tmp_path / ".half.partial" / "tokenizer").mkdir(parents=True)  # as a kill while the folder is made leaves it
+    assert train(corpus, out) == 0
+    assert not (tmp_path / ".half.partial").exists()
+
+
+def test_resume_takes_no_configuration_file(corpus, uninterrupted, capsys):
+    assert train(corpus, uninterrupted, "--resume", "--config", "other.yaml") == 2
+    assert "leave --config out" in capsys.readouterr().err
+
+
 def test_a_finished_run_resumes_to_its_end(corpus, uninterrupted, capsys):
     assert train(corpus, uninterrupted, "--resume") == 0
     assert "finished: 24 steps" in capsys.readouterr().out

@@ -94,6 +94,24 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms(corpus, tmp_path, capsy
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--optim.lr", "1e39", "--optim.warmup-ratio", "0", "--checkpoint.every", "1", "--optim.clip", "1e30"]
+    assert train(corpus, out, *flags) == 2
+    assert "step 1: weights are not finite, not saved" in capsys.readouterr().err
+    assert not list_checkpoints(out / "checkpoints")
+
+
+def test_settling_does_not_depend_on_how_often_records_are_written(corpus, tmp_path):
+    summaries = []
+    for every in ("1", "7"):
+        out = tmp_path / every
+        assert train(corpus, out, "--log-every", every) == 0
+        summaries.append(json.loads((out / "summary.json").read_text()))
+    for key in ("final_sparsity", "settling_step", "sparsity_mean", "validation_loss"):
+        assert summaries[0][key] == summaries[1][key]
+
+
 def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):
     dataset = open_dataset(corpus)
     grads = []

@@ -46,15 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    command: Callable[[list[str]], int] = getattr(import_module(module), function)
     try:
+        command: Callable[[list[str]], int] = getattr(import_module(module), function)
         return command(argv[len(name.split()) :])
     except RemoeError as error:
         return fail(str(error))
     except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
-        if error.filename is None and error.errno is None:
-            raise
-        return fail(str(error))
+        return fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -35,8 +35,8 @@ def plan_command(argv: list[str]) -> int:
     """Prints the figures of the model and of its dense counterpart."""
     options = parse(PlanOptions, argv, prog=PROG)
     settings = preset(options.preset)
-    seq_len = options.seq_len or settings["seq_len"]
-    micro_batch_size = options.micro_batch_size or settings["micro_batch_size"]
+    seq_len = settings["seq_len"] if options.seq_len is None else options.seq_len
+    micro_batch_size = settings["micro_batch_size"] if options.micro_batch_size is None else options.micro_batch_size
     if seq_len < 1 or micro_batch_size < 1:
         raise ConfigError("--seq-len and --micro-batch-size must be at least 1")
 

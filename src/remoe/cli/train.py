@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from remoe.cli.parsing import parse
+from remoe.errors import ConfigError
 from remoe.training.config import TrainConfig, config_from_dict, config_from_yaml
 
 PROG = "remoe train"
@@ -14,6 +15,8 @@ def train_command(argv: list[str]) -> int:
 
     from remoe.training.rundir import RunFolder, new_run_path, newest_run
 
+    if given.resume and given.config:
+        raise ConfigError("--resume takes the run's own options: leave --config out")
     saved = None
     preset_given = any(arg.split("=")[0] == "--preset" for arg in argv)
     if given.resume:

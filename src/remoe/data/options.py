@@ -1,5 +1,6 @@
 """What `prepare` is asked to do: plain data, importable without torch or transformers."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class PrepareOptions:
             raise ConfigError(f"--validation-fraction must lie between 0 and 1, not {self.validation_fraction}")
         if self.tokenizer is None and self.vocab_size <= BYTE_ALPHABET:
             raise ConfigError(f"--vocab-size must be at least {BYTE_ALPHABET + 1}, not {self.vocab_size}")
-        if self.tokenizer_sample_mb <= 0:
+        if not 0 < self.tokenizer_sample_mb < math.inf:
             raise ConfigError(f"--tokenizer-sample-mb must be positive, not {self.tokenizer_sample_mb}")
         if self.shard_tokens < 1:
             raise ConfigError(f"--shard-tokens must be positive, not {self.shard_tokens}")

@@ -55,6 +55,8 @@ def _json_document(line: bytes, columns: Columns, domain: str, place: str) -> Do
         raise DataError(f"{place}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+        raise DataError(f"{place}: not JSON that can be read ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: not a JSON object")
     check_columns(columns, list(row), place)

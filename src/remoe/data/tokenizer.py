@@ -65,7 +65,7 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # transformers, the hub's client and tokenizers have no common base of errors
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"tokenizer {name}: cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {name}: has no end-of-text (EOS) token, which must end every document")

@@ -16,9 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from remoe.errors import ConfigError
 from remoe.experts import Experts
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
@@ -121,6 +121,8 @@ class RemoePreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, SparsityController):
+            module.reset_statistics()  # from_pretrained leaves buffers that are not saved undefined
 
 
 class RemoeModel(RemoePreTrainedModel):
@@ -170,6 +172,8 @@ class RemoeModel(RemoePreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
+        if self.training:
+            _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
         token_mask_BS = _token_mask(attention_mask, S)
 
@@ -216,6 +220,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
             lambda_init=config.lambda_init,
             alpha=config.lambda_alpha,
             fast_start=config.lambda_fast_start,
+            sum_layers=config.regularizer_normalization == "official",
         )
         self.post_init()
 
@@ -258,7 +263,8 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         )
         if self.training:
             self.sparsity.observe(outputs.routings)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         reg_loss = self._regularizer(outputs.routings)
 
         loss = lm_loss = None
@@ -298,6 +304,13 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         return total
 
 
+def _refuse_reentrant_recomputation(layer: GradientCheckpointingLayer) -> None:
+    """Reentrant checkpointing follows tensors, not objects that hold them: it would cut the router's gradients off."""
+    recompute = getattr(layer, "_gradient_checkpointing_func", None)
+    if layer.gradient_checkpointing and getattr(recompute, "keywords", {}).get("use_reentrant"):
+        raise ConfigError("recomputation of a ReMoE model needs use_reentrant=False")
+
+
 def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
     """(B, S) bool, false for padding, from a mask over past and present tokens; None when there is no padding mask."""
     if attention_mask is None or attention_mask.ndim != 2:
@@ -306,11 +319,14 @@ def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """(B, S) targets of each position, -100 where there is none: shifted labels, without padding."""
-    if shift_labels is not None:
-        return shift_labels
-    if labels is None:
+    """(B, S) targets of each position, -100 where there is none: padding neither is predicted nor predicts."""
+    if labels is None and shift_labels is None:
         return None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        labels = labels.masked_fill(~attention_mask[:, -labels.shape[1] :].bool(), -100)
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    keep_BS = None if attention_mask is None or attention_mask.ndim != 2 else attention_mask.bool()
+    if shift_labels is None:
+        if keep_BS is not None:
+            labels = labels.masked_fill(~keep_BS[:, -labels.shape[1] :], -100)
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if keep_BS is not None:
+        shift_labels = shift_labels.masked_fill(~keep_BS[:, -shift_labels.shape[1] :], -100)
+    return shift_labels

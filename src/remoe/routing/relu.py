@@ -26,7 +26,7 @@ class ReLURouter(Router):
             alone can close them.
 
     Raises:
-        ConfigError: when k is not in 1..E or the cap is below 1.
+        ConfigError: when k is not in 1..E or the cap is below k.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class ReLURouter(Router):
         max_experts_per_token: int | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, k)
-        if max_experts_per_token is not None and max_experts_per_token < 1:
-            raise ConfigError(f"max_experts_per_token must be at least 1, but is {max_experts_per_token}")
+        if max_experts_per_token is not None and max_experts_per_token < k:
+            raise ConfigError(f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
         self.load_balance = load_balance
         self.max_experts_per_token = max_experts_per_token
 

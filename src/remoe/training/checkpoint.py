@@ -19,7 +19,7 @@ from remoe.errors import CheckpointError
 
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
-_RNG_CPU, _RNG_CUDA = "rng.cpu", "rng.cuda"
+_RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -33,7 +33,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, object]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    info: dict[str, object],
+    course_of_sparsity: list[float],
 ) -> Path:
     """Writes a checkpoint atomically and durably.
 
@@ -43,6 +48,7 @@ def save_checkpoint(
         model: with `save_pretrained`.
         optimizer: over `model`'s parameters.
         info: small JSON values: what the checkpoint belongs to.
+        course_of_sparsity: S of each step so far.
 
     Raises:
         CheckpointError: when it cannot be written, a full disk for one; the earlier checkpoints are untouched.
@@ -53,7 +59,8 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
-        save_file(_training_tensors(model, optimizer), partial / "training.safetensors")
+        tensors = _training_tensors(model, optimizer) | {_COURSE: torch.tensor(course_of_sparsity)}
+        save_file(tensors, partial / "training.safetensors")
         (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
         for path in partial.iterdir():
             _sync(path)
@@ -67,11 +74,13 @@ def save_checkpoint(
     return final
 
 
-def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def load_training_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, object], list[float]]:
     """Restores weights, buffers, optimiser and random state in place.
 
     Returns:
-        `info` as given to `save_checkpoint`, and "step".
+        `info` as given to `save_checkpoint`, with "step"; and S of each step so far.
 
     Raises:
         CheckpointError: when a file is missing or damaged, or tensors do not fit the model.
@@ -87,10 +96,11 @@ def load_training_state(path: Path, model: nn.Module, optimizer: torch.optim.Opt
         if wrong := [*(set(missing) - tied), *unexpected]:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
         _restore_training(state, model, optimizer)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        info = {key: info[key] for key in ("step", "data")}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error
-    return info
+    return info, state[_COURSE].tolist()
 
 
 def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -4,6 +4,7 @@ Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pydantic
 import yaml
 
 from remoe.errors import ConfigError
+from remoe.generation import check_prompt
 from remoe.models.presets import preset
 
 
@@ -32,7 +34,7 @@ class ModelOptions:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     max_experts_per_token: int | None = None
-    """Cap on the experts a token may use (relu only)."""
+    """Cap on the experts a token may use, counted after the split by granularity; at least k (relu only)."""
     load_balance: bool = True
     """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu only)."""
     regularizer_normalization: str = "paper"
@@ -164,15 +166,36 @@ class TrainConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
-        for name, value in (
-            ("validate.every", self.validate.every),
-            ("validate.max-tokens", self.validate.max_tokens),
-            ("validate.batch-size", self.validate.batch_size),
-            ("checkpoint.every", self.checkpoint.every),
-            ("checkpoint.keep", self.checkpoint.keep),
-        ):
-            if value < 1:
-                raise ConfigError(f"--{name} must be at least 1, but is {value}")
+        for name, allowed, value in self._ranges():
+            low, high = allowed
+            if not low <= value < high:
+                raise ConfigError(f"--{name} must be at least {low:g} and below {high:g}, but is {value}")
+        if self.prompt is not None:
+            check_prompt(self.prompt)
+
+    def _ranges(self) -> list[tuple[str, tuple[float, float], float]]:
+        """(flag, (lowest, first too high), value); NaN is in no range."""
+        some, above_zero, share = (1, math.inf), (1e-45, math.inf), (0, math.nextafter(1, 2))
+        optim = self.optim
+        return [
+            ("seed", (0, 2**63), self.seed),
+            ("optim.lr", above_zero, optim.lr),
+            ("optim.final-lr-ratio", share, optim.final_lr_ratio),
+            ("optim.warmup-ratio", share, optim.warmup_ratio),
+            ("optim.weight-decay", (0, math.inf), optim.weight_decay),
+            ("optim.beta1", (0, 1), optim.beta1),
+            ("optim.beta2", (0, 1), optim.beta2),
+            ("optim.clip", above_zero, optim.clip),
+            ("sparsity.lambda-init", above_zero, self.sparsity.lambda_init),
+            ("sparsity.alpha", (math.nextafter(1, 2), math.inf), self.sparsity.alpha),
+            ("model.initializer-range", above_zero, self.model.initializer_range),
+            ("validate.every", some, self.validate.every),
+            ("validate.max-tokens", some, self.validate.max_tokens),
+            ("validate.batch-size", some, self.validate.batch_size),
+            ("checkpoint.every", some, self.checkpoint.every),
+            ("checkpoint.keep", some, self.checkpoint.keep),
+            ("checkpoint.keep-every", (0, math.inf), self.checkpoint.keep_every),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in a run's config.yaml."""
@@ -192,7 +215,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     Raises:
         ConfigError: for an unknown option or a value of the wrong type.
     """
-    merged = _merge(preset_values(values.get("preset", "tiny")), values)
+    merged = _merge(preset_values(str(values.get("preset", "tiny"))), values)
     known = TrainConfig().to_dict()
     for path in _unknown(merged, known):
         raise ConfigError(f"{source}: unknown option {path!r}")
@@ -211,7 +234,7 @@ def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is not a mapping of options")
@@ -248,6 +271,6 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = ""):
     for key, value in values.items():
         if key not in known:
-            yield prefix + key
+            yield f"{prefix}{key}"
         elif isinstance(known[key], dict) and isinstance(value, dict):
             yield from _unknown(value, known[key], f"{prefix}{key}.")

@@ -93,10 +93,14 @@ def read_metrics(path: Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
+            if number == len(lines):
+                break
+            raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise RemoeError(f"{path}, line {number}: not a record of a step")
+        records.append(record)
     return records
 
 

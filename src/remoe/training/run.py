@@ -14,7 +14,7 @@ from remoe.generation import SamplingOptions, generate_text
 from remoe.training.config import TrainConfig, differences
 from remoe.training.evaluation import Evaluation, total
 from remoe.training.memory import keep_freed_memory
-from remoe.training.metrics import read_metrics, settling_time
+from remoe.training.metrics import settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, wants_bfloat16
 
@@ -45,6 +45,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     started = time.perf_counter()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
+    dataset.load_tokenizer()  # before the work, not after it
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
@@ -53,7 +54,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     _print_header(trainer)
     validation = trainer.train()
     if validation is None:
-        print(f"stopped at step {trainer.step}; checkpoint {run.last_checkpoint()}")
+        print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
         print(f"continue with: remoe train --out {run.path} --resume")
         return None
     summary = _summarise(trainer, validation, time.perf_counter() - started)
@@ -96,8 +97,7 @@ def _print_header(trainer: Trainer) -> None:
 
 def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: float) -> dict:
     config, target = trainer.config, trainer.model.sparsity.target
-    records = read_metrics(trainer.run.metrics)
-    sparsities = [record["sparsity"] for record in records]
+    sparsities = trainer.sparsities
     settled = settling_time(sparsities, target)
     after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
     tokenizer = trainer.dataset.load_tokenizer()
@@ -113,7 +113,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         | {domain: result.to_dict() for domain, result in validation.items()},
         "target_sparsity": target,
         "final_sparsity": trainer.model.sparsity.sparsity.item(),
-        "settling_step": None if settled is None else records[settled]["step"],
+        "settling_step": None if settled is None else settled + 1,
         "sparsity_mean": after.mean().item() if len(after) else None,
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
         "sample": sample,

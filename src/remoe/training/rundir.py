@@ -44,15 +44,23 @@ class RunFolder:
 
         Raises:
             ConfigError: when the folder already holds something.
+            CheckpointError: when it cannot be written.
         """
+        if self.config.exists():
+            raise ConfigError(f"{self.path} already holds a run: add --resume to continue it, or choose another --out")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "holds a run; add --resume to continue it" if self.config.exists() else "exists and is not empty"
-            raise ConfigError(f"{self.path} already {what}, or choose another --out")
-        self.path.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(tokenizer_path, self.tokenizer)
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        os.replace(partial, self.config)  # last: a folder with a config.yaml is a run that can be resumed
+            raise ConfigError(f"{self.path} already exists and is not an empty folder: choose another --out")
+        # Renamed when it is whole: a kill leaves no half of a run.
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(tokenizer_path, partial / self.tokenizer.name)
+            (partial / self.config.name).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            os.rename(partial, self.path)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"cannot write the run's folder {self.path}: {reason}") from error
 
     def load_config(self) -> TrainConfig:
         """The run's options.
@@ -97,8 +105,7 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
     Raises:
         CheckpointError: when there is no checkpoint or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
+    from remoe.data import load_tokenizer
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
     path = Path(path)
@@ -109,6 +116,10 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run")
     check_weights(checkpoint)
-    model = RemoeForCausalLM.from_pretrained(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    return model.eval(), tokenizer, checkpoint
+    if not (checkpoint / "config.json").is_file() or not run.tokenizer.is_dir():
+        raise CheckpointError(f"{run.path} is incomplete: {checkpoint / 'config.json'} or {run.tokenizer} is missing")
+    try:
+        model = RemoeForCausalLM.from_pretrained(checkpoint)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), load_tokenizer(run.tokenizer), checkpoint

@@ -64,7 +64,8 @@ class Trainer:
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step = 0
-        self.saved_step: int | None = None
+        self.saved_step = 0
+        self.sparsities: list[float] = []  # S of each step
         self.dead_layers: set[int] = set()
 
     def resume(self) -> None:
@@ -76,7 +77,7 @@ class Trainer:
         checkpoint = self.run.last_checkpoint()
         if checkpoint is None:
             return
-        info = load_training_state(checkpoint, self.model, self.optimizer)
+        info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
         self.step = self.saved_step = info["step"]
@@ -136,6 +137,7 @@ class Trainer:
             raise self._non_finite(step, lm_loss, reg_loss, grad_norm)
         self.optimizer.step()
         self.step = step
+        self.sparsities.append(sparsity)
         self._report_dead(dead_steps_L)
         tokens = config.batch_size * config.seq_len
         seconds = time.perf_counter() - start
@@ -185,19 +187,23 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and applies the retention rule."""
-        info = {"data": self.dataset.fingerprint, "tokenizer": self.dataset.tokenizer_fingerprint}
-        path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info)
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
+        info = {"data": self.dataset.fingerprint}
+        path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info, self.sparsities)
         self.saved_step = self.step
         clean(self.run.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         return path
 
     def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
-        last = self.run.last_checkpoint()
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         return NonFiniteLoss(
             f"step {step}: not finite: lm_loss = {lm_loss:g}, reg_loss = {reg_loss:g}, grad_norm = {grad_norm:g}; "
-            f"stopped before the update, nothing was overwritten; {kept}"
+            f"stopped before the update, nothing was overwritten; {self._last_checkpoint()}"
         )
+
+    def _last_checkpoint(self) -> str:
+        last = self.run.last_checkpoint()
+        return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
 
     def _report_dead(self, dead_steps_L: list[float]) -> None:
         dead = {layer for layer, count in enumerate(dead_steps_L) if count >= DEAD_AFTER_STEPS}
@@ -234,6 +240,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ConfigError(f"--device {name}: training needs cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
