@@ -79,8 +79,8 @@ class SparsityController(nn.Module):
             raise ConfigError(f"unknown sparsity rule {rule!r}; choose one of: {', '.join(RULES)}")
         if not 1 <= k <= num_experts:
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
-        if lambda_init <= 0 or alpha <= 1:
-            raise ConfigError(f"need lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
+        if not (0 < lambda_init < math.inf and 1 < alpha < math.inf):
+            raise ConfigError(f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
         self.num_experts = num_experts
         self.rule = rule
         self.target_density = k / num_experts
