@@ -48,6 +48,15 @@ def test_eval_agrees_with_the_run_and_with_itself(run, tmp_path, capsys):
     assert 0 < rows["all"]["sparsity"] < 1
 
 
+def test_eval_of_a_part_shares_it_out_over_the_domains(run, tmp_path):
+    rows = []
+    for flags in ([], ["--max-tokens", "300"]):
+        assert main(["eval", str(run), "--json", str(tmp_path / "figures.json"), *flags]) == 0
+        rows.append(json.loads((tmp_path / "figures.json").read_text()))
+    for domain in ("farm", "town"):
+        assert 0 < rows[1][domain]["tokens"] < rows[0][domain]["tokens"]
+
+
 def test_eval_and_generate_take_a_single_checkpoint(run, capsys):
     checkpoint = next((run / "checkpoints").iterdir())
     assert main(["eval", str(checkpoint), "--max-tokens", "100"]) == 0

@@ -23,7 +23,7 @@ class EvalOptions:
     split: str = "validation"
     """validation or train."""
     max_tokens: int | None = None
-    """Tokens of each domain, at most; all by default."""
+    """About so many tokens in all, shared out over the domains by size; everything by default."""
     batch_size: int = 32
     """Sequences per forward pass."""
     json: str | None = None

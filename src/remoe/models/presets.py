@@ -14,7 +14,7 @@ _PAPER = {
     "vocab_size": 51_200,
     "optim": {"lr": 5e-4, "final_lr_ratio": 0.1, "warmup_ratio": 0.01},
     "sparsity": {"rule": "sign", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": False},
-    "validate": {"every": 1000, "max_tokens": 100_000},
+    "validate": {"every": 1000, "max_tokens": 1_000_000},
     "checkpoint": {"every": 1000},
 }
 _SMALL = {
@@ -24,7 +24,7 @@ _SMALL = {
     "vocab_size": 4096,
     "optim": {"lr": 2e-3, "final_lr_ratio": 0.1, "warmup_ratio": 0.02},
     "sparsity": {"rule": "smooth", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": True},
-    "validate": {"every": 100, "max_tokens": 20_000},
+    "validate": {"every": 100, "max_tokens": 40_000},
     "checkpoint": {"every": 100},
 }
 

@@ -83,8 +83,8 @@ class ValidationOptions:
 
     every: int = 100
     """Steps between validations; there is always one at the end."""
-    max_tokens: int = 20_000
-    """Tokens of each domain used for a validation during training; the last one uses all."""
+    max_tokens: int = 40_000
+    """About so many tokens, shared out over the domains by size, during training; the last validation uses all."""
     batch_size: int = 32
     """Sequences per forward pass."""
 

@@ -19,7 +19,7 @@ def evaluate_run(
         path: a run's folder or one of its checkpoints.
         data: prepared data; None for the data that the run was trained with.
         split: "validation" or "train".
-        max_tokens: of each domain; None for all.
+        max_tokens: in all, shared out over the domains by size; None for all.
         batch_size: sequences per forward pass.
 
     Returns:

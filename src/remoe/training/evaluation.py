@@ -80,17 +80,19 @@ def evaluate(
         model: put into eval mode for the time, then back.
         windows: validation data; padding at the end of a domain is masked.
         batch_size: sequences per forward pass.
-        max_tokens: of each domain, a prefix of whole documents; None for all.
+        max_tokens: in all, about; each domain gives a prefix of whole documents by its share. None for everything.
         autocast: context of the forward pass.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    size = {domain: windows.num_predictions(domain) for domain in windows.domains}
     results = {}
     for domain in windows.domains:
+        limit = None if max_tokens is None else max(1, max_tokens * size[domain] // sum(size.values()))
         nats = torch.zeros((), dtype=torch.float64, device=device)
         targets = pairs = slots = 0
-        for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, max_tokens):
+        for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
             target_NS = target_NS.to(device)
             with autocast or torch.autocast(device.type, enabled=False):
                 out = model(input_NS.to(device), attention_mask=mask_NS.to(device), use_cache=False)
@@ -102,7 +104,7 @@ def evaluate(
             for routing in out.routings:
                 pairs += int(routing.count_E.sum())
                 slots += int(routing.num_tokens) * routing.assignment.num_experts
-        results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, max_tokens), pairs, slots)
+        results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
     model.train(was_training)
     return results
 
