@@ -3,6 +3,8 @@
 Legend: T tokens, D model width, E experts.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from remoe.errors import ConfigError
 from remoe.routing.assignment import Routing
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """A linear router; subclasses turn its logits into a `Routing`.
 
     Args:
@@ -37,6 +39,7 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
+    @abstractmethod
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
         """Routes tokens.
 
@@ -44,7 +47,6 @@ class Router(nn.Module):
             x_TD: (T, D).
             mask_T: (T,) bool, false for padding, which is in no pair and in no statistic.
         """
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"d_model={self.weight.shape[1]}, num_experts={self.num_experts}, k={self.k}"
