@@ -23,7 +23,7 @@ class MoE(nn.Module):
         k: wanted active experts per token (mean for "relu", exact for "topk").
         router: "relu", "topk" or "dense".
         granularity: G, a divisor of d_ffn.
-        experts: backend of the experts: "auto", "loop" or "naive".
+        experts: backend of the experts: "auto" or one of `remoe.experts.BACKENDS`; see `Experts`.
         init_std: standard deviation of the normal initialisation of every weight.
         router_options: keyword arguments of the router's class, e.g. {"max_experts_per_token": 4}.
 
@@ -56,9 +56,9 @@ class MoE(nn.Module):
             router, d_model, num_experts * granularity, k * granularity, **(router_options or {})
         )
         if router == "dense":
-            self.experts = Experts(1, d_model, k * d_ffn, experts)
+            self.experts = Experts(1, d_model, k * d_ffn, experts, 1)
         else:
-            self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts)
+            self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=init_std)
 

@@ -57,11 +57,11 @@ def test_pairs_are_sorted_and_carry_their_gates():
     router, x = router_and_input(ReLURouter)
     routing = router(x)
     pairs = routing.assignment
-    order = pairs.expert_R * T + pairs.token_R
+    order = pairs.expert_N * T + pairs.token_N
     assert (order[1:] > order[:-1]).all()
-    assert torch.equal(pairs.gate_R, routing.gate_TE[pairs.token_R, pairs.expert_R])
-    assert (pairs.gate_R > 0).all()
-    assert len(pairs.gate_R) == (routing.gate_TE > 0).sum()
+    assert torch.equal(pairs.gate_N, routing.gate_TE[pairs.token_N, pairs.expert_N])
+    assert (pairs.gate_N > 0).all()
+    assert len(pairs.gate_N) == (routing.gate_TE > 0).sum()
 
 
 @pytest.mark.parametrize("name", list(ROUTERS))
@@ -78,7 +78,7 @@ def test_padding_is_in_no_pair_no_count_and_no_loss(name):
     assert not with_padding.gate_TE[~mask].any()
     torch.testing.assert_close(with_padding.regularizer, without.regularizer)
     torch.testing.assert_close(with_padding.sparsity, without.sparsity)
-    assert mask[with_padding.assignment.token_R].all()
+    assert mask[with_padding.assignment.token_N].all()
     assert router(x, torch.zeros(T, dtype=torch.bool)).regularizer == 0
 
 
@@ -106,7 +106,7 @@ def test_logits_and_gates_are_float32(name, mode):
     exact = x.float() @ router.weight.t()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
         routing = router(x if mode == "bfloat16 input" else x.float())
-    assert routing.logits_TE.dtype == routing.gate_TE.dtype == routing.assignment.gate_R.dtype == torch.float32
+    assert routing.logits_TE.dtype == routing.gate_TE.dtype == routing.assignment.gate_N.dtype == torch.float32
     torch.testing.assert_close(routing.logits_TE, exact)
 
 

@@ -3,20 +3,22 @@
 Legend: T tokens, D model width, F expert width, E experts.
 """
 
-import logging
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError
-from remoe.experts.loop import loop_experts
+from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
+from remoe.experts.ops import ragged_experts
 from remoe.routing.assignment import Assignment
 
-BACKENDS = {"naive": naive_experts, "loop": loop_experts}
+__all__ = ["BACKENDS", "Experts", "naive_experts", "resolve_backend", "run_experts"]
 
-logger = logging.getLogger(__name__)
+# Pairs whose pre-activations are kept for the backward pass, as a multiple of the wanted ones. A layer that has more
+# active, in the dense stage above all, computes those of the others again.
+STORED_RATIO = 1.25
 
 
 class Experts(nn.Module):
@@ -26,20 +28,29 @@ class Experts(nn.Module):
         num_experts: E.
         d_model: D.
         d_expert: F, the width of one expert.
-        backend: "auto", "loop" or "naive" (the specification: slow, for tests).
+        backend: "auto" or a name in BACKENDS. "loop" runs everywhere and is the one for CPUs; "grouped", "triton" and
+            "sonic" need CUDA; "naive" is the specification, slow, for tests.
+        pairs_per_token: wanted mean of routed pairs per token; bounds the memory for the backward pass to
+            STORED_RATIO times as many. None keeps the pre-activations of all pairs.
 
     Raises:
-        ConfigError: for an unknown backend.
+        ConfigError: for an unknown backend; from `forward`, for one that cannot run on its input.
     """
 
-    def __init__(self, num_experts: int, d_model: int, d_expert: int, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_expert: int,
+        backend: str = "auto",
+        pairs_per_token: float | None = None,
+    ) -> None:
         super().__init__()
-        if backend != "auto" and backend not in BACKENDS:
-            raise ConfigError(f"unknown experts backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
+        check_backend(backend)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * d_expert, d_model))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
-        self.backend = "loop" if backend == "auto" else backend
-        logger.debug("experts backend: %s (asked for: %s)", self.backend, backend)
+        self.backend = backend
+        self.pairs_per_token = pairs_per_token
 
     def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """Runs the routed pairs and sums them per token.
@@ -52,7 +63,9 @@ class Experts(nn.Module):
             (T, D), zero for a token without an expert; in the autocast dtype under autocast, else in x's.
         """
         x_TD, gate_up, down = _autocast(x_TD, self.gate_up_proj, self.down_proj)
-        return BACKENDS[self.backend](x_TD, gate_up, down, assignment)
+        T, E = x_TD.shape[0], down.shape[0]
+        per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
+        return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=math.ceil(per_token * T))
 
     def run_first(self, x_TD: Tensor) -> Tensor:
         """(T, D): every token through expert 0 with gate one; the dense layer, without gathers."""
@@ -64,8 +77,44 @@ class Experts(nn.Module):
         return f"num_experts={E}, d_model={D}, d_expert={F_}, backend={self.backend}"
 
 
+def run_experts(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    assignment: Assignment,
+    backend: str = "auto",
+    stored: int | None = None,
+) -> Tensor:
+    """Experts as a function of their weights: what `Experts.forward` calls.
+
+    Args:
+        x_TD, gate_up_E2FD, down_EDF: (T, D), (E, 2F, D), (E, D, F), of one dtype and on one device.
+        assignment: pairs over these tokens and experts.
+        backend: "auto" or a name in BACKENDS.
+        stored: pairs whose pre-activations may be kept for the backward pass; all when None. "naive" and "sonic" keep
+            all in any case.
+
+    Returns:
+        (T, D).
+
+    Raises:
+        ConfigError: for a backend that is unknown or cannot run on these tensors.
+    """
+    D, F_ = down_EDF.shape[1:]
+    name = resolve_backend(backend, x_TD.device.type, x_TD.dtype, D, F_)
+    if name == "naive":
+        return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
+    if name == "sonic":
+        from remoe.experts.sonic import sonic_experts
+
+        return sonic_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
+    a = assignment
+    stored = a.token_N.shape[0] if stored is None else stored
+    return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=name)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast a custom autograd function must be given tensors that are cast already."""
+    """Under autocast a custom operator must be given tensors that are cast already."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from remoe.routing.assignment import Assignment
 
 
+def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> None:
+    """None: it runs everywhere."""
+
+
 def naive_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment) -> Tensor:
     """One expert after the other, in plain differentiable operations.
 
@@ -27,9 +31,9 @@ def naive_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignme
     y_TD = torch.zeros_like(x_TD)
     # Experts without tokens take part with empty slices, so that their gradients are zero and not missing.
     for e in range(assignment.num_experts):
-        pairs = assignment.expert_R == e
-        token_r = assignment.token_R[pairs]
+        pairs = assignment.expert_N == e
+        token_r = assignment.token_N[pairs]
         gate_rF, up_rF = F.linear(x_TD[token_r], gate_up_E2FD[e]).chunk(2, dim=-1)
         out_rD = F.linear(F.silu(gate_rF) * up_rF, down_EDF[e])
-        y_TD = y_TD.index_add(0, token_r, (assignment.gate_R[pairs, None] * out_rD).to(y_TD.dtype))
+        y_TD = y_TD.index_add(0, token_r, (assignment.gate_N[pairs, None] * out_rD).to(y_TD.dtype))
     return y_TD

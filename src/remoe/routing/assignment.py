@@ -1,12 +1,13 @@
 """What a router returns: the routed pairs, ragged, and what regularisers and statistics need.
 
-Legend: T tokens, E experts, R routed pairs.
+Legend: T tokens, E experts, N listed pairs, of which the first R are routed.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -16,33 +17,47 @@ class Assignment:
     Pairs are sorted by expert and, within an expert, by token, so that an expert's tokens are one
     contiguous slice. A token may be in 0 to E pairs; nothing is padded to k.
 
+    Where the number of pairs must not be asked of the device (CUDA, `torch.compile`), the lists have room for every
+    possible pair: the R = sum(count_E) pairs come first, and the entries behind them mean nothing.
+
     Attributes:
-        token_R: (R,) int64, row of the token.
-        expert_R: (R,) int64, non-decreasing.
-        gate_R: (R,) float32, weight of the expert's output; differentiable.
-        count_E: (E,) int64, pairs per expert; sums to R.
+        token_N: (N,) int64, row of the token.
+        expert_N: (N,) int64, non-decreasing; E in entries that are no pairs.
+        gate_N: (N,) float32, weight of the expert's output; differentiable.
+        count_E: (E,) int64, pairs per expert; sums to R <= N.
         num_tokens: T, rows of the input, padding included.
     """
 
-    token_R: Tensor
-    expert_R: Tensor
-    gate_R: Tensor
+    token_N: Tensor
+    expert_N: Tensor
+    gate_N: Tensor
     count_E: Tensor
     num_tokens: int
 
     @classmethod
-    def from_gates(cls, gate_TE: Tensor, active_TE: Tensor) -> "Assignment":
+    def from_gates(cls, gate_TE: Tensor, active_TE: Tensor, max_pairs: int | None = None) -> "Assignment":
         """The pairs where `active_TE` is true, each with its gate.
 
         Args:
             gate_TE: (T, E) float32.
             active_TE: (T, E) bool.
+            max_pairs: what the number of pairs cannot exceed, where it is less than T E.
         """
+        T, E = gate_TE.shape
         active_ET = active_TE.t().contiguous()
-        expert_R, token_R = active_ET.nonzero(as_tuple=True)
+        count_E = active_ET.sum(dim=1)
+        if gate_TE.is_cuda or torch.compiler.is_compiling():
+            N = T * E if max_pairs is None else max_pairs
+            expert_N, token_N = torch.nonzero_static(active_ET, size=N, fill_value=E).unbind(dim=1)
+            # Entries behind the pairs take their gate from one extra slot, so that no two read, or in the backward
+            # pass write, the same gate.
+            slot_N = torch.where(expert_N < E, token_N * E + expert_N, T * E)
+            gate_N = F.pad(gate_TE.reshape(-1), (0, 1)).index_select(0, slot_N)
+            return cls(token_N, expert_N, gate_N, count_E, T)
+        expert_N, token_N = active_ET.nonzero(as_tuple=True)
         # masked_select walks (E, T) in the same order as nonzero, and its backward is a scatter without atomics.
-        gate_R = gate_TE.t().masked_select(active_ET)
-        return cls(token_R, expert_R, gate_R, active_ET.sum(dim=1), gate_TE.shape[0])
+        gate_N = gate_TE.t().masked_select(active_ET)
+        return cls(token_N, expert_N, gate_N, count_E, T)
 
     @property
     def num_experts(self) -> int:

@@ -11,12 +11,12 @@ class DenseRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
         T, device = x_TD.shape[0], x_TD.device
-        token_R = torch.arange(T, device=device) if mask_T is None else mask_T.nonzero().squeeze(1)
-        count_E = torch.full((1,), token_R.shape[0], device=device)
-        gate_TE = torch.ones(T, 1, device=device)
-        if mask_T is not None:
-            gate_TE = gate_TE * mask_T[:, None]
-        assignment = Assignment(
-            token_R, torch.zeros_like(token_R), torch.ones_like(token_R, dtype=torch.float32), count_E, T
-        )
-        return Routing(assignment, gate_TE, None, count_tokens(x_TD, mask_T), torch.zeros((), device=device))
+        gate_T1 = torch.ones(T, 1, device=device)
+        if mask_T is None:
+            token_N = torch.arange(T, device=device)
+            count_E = torch.full((1,), T, device=device)
+            assignment = Assignment(token_N, torch.zeros_like(token_N), gate_T1.squeeze(1), count_E, T)
+        else:
+            gate_T1 = gate_T1 * mask_T[:, None]
+            assignment = Assignment.from_gates(gate_T1, mask_T[:, None])
+        return Routing(assignment, gate_T1, None, count_tokens(x_TD, mask_T), torch.zeros((), device=device))

@@ -1,0 +1,60 @@
+"""Which backends there are, which of them can run where, and which one "auto" takes.
+
+A backend `name` is the module `remoe.experts.name`. Besides what `remoe.experts.ops` asks of it, it has
+
+    obstacle(device, dtype, d_model, d_expert) -> str | None      why it cannot run there, or None when it can
+"""
+
+import logging
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from remoe.errors import ConfigError
+
+BACKENDS = ("naive", "loop", "grouped", "triton", "sonic")
+# In the order of preference. "loop" runs everywhere.
+_AUTO = {"cpu": ("loop",), "cuda": ("triton", "grouped", "loop")}
+
+logger = logging.getLogger(__name__)
+
+
+def check_backend(name: str) -> None:
+    """Raises ConfigError unless `name` is "auto" or a backend."""
+    if name != "auto" and name not in BACKENDS:
+        raise ConfigError(f"unknown experts backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
+
+
+@cache
+def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str:
+    """The backend to run: `name` itself, or the first that "auto" finds able. The choice is logged, once.
+
+    Raises:
+        ConfigError: when a backend that was asked for by name cannot run; the message says why.
+    """
+    check_backend(name)
+    if name != "auto":
+        if reason := _obstacle(name, device_type, dtype, d_model, d_expert):
+            raise ConfigError(f"experts backend {name!r} cannot run here: {reason}")
+        chosen, passed_over = name, ""
+    else:
+        reasons = {}
+        for candidate in _AUTO.get(device_type, ("loop",)):
+            reasons[candidate] = _obstacle(candidate, device_type, dtype, d_model, d_expert)
+            if reasons[candidate] is None:
+                break
+        chosen = candidate
+        passed_over = "".join(f"; not {other}: {reason}" for other, reason in reasons.items() if reason)
+    logger.info(
+        "experts backend: %s (asked for: %s) on %s in %s%s", chosen, name, device_type, _short(dtype), passed_over
+    )
+    return chosen
+
+
+def _obstacle(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+    return import_module(f"remoe.experts.{name}").obstacle(torch.device(device_type), dtype, d_model, d_expert)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,117 @@
+"""The compiled kernels of the loop backend on a CPU: built once with the machine's C++ compiler, if it has one.
+
+The shared library is kept under the user's cache folder (`REMOE_CACHE`, else `$XDG_CACHE_HOME/remoe`), named by a
+hash of its source, compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
+_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+_COMPILER_SECONDS = 120
+
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "gather": (_P, _P, _I, _I, _P),
+    "scatter_add": (_P, _P, _I, _I, _P),
+    "swiglu": (_P, _P, _I, _I, _P),
+    "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
+    "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
+}
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Kernels:
+    """The functions of kernels.cpp for one dtype; arguments are addresses and sizes."""
+
+    def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+            setattr(self, name, function)
+
+
+@cache
+def compiled_kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for `dtype`, or None where it has none or the machine cannot build them (logged once)."""
+    library = _library() if dtype in _SUFFIXES else None
+    return None if library is None else Kernels(library, _SUFFIXES[dtype])
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("REMOE_KERNELS") == "0":
+        logger.info("compiled CPU kernels are switched off by REMOE_KERNELS=0")
+        return None
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        logger.info("no C++ compiler: the experts use plain torch operations between their matrix products")
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        logger.warning("compiled CPU kernels are not available, plain torch operations are used: %s", detail.strip())
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """Path of the shared library, built unless it is in the cache."""
+    openmp = _openmp_runtime()
+    flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\0".join((_SOURCE.read_text(), version, *flags, str(openmp), _processor()))
+    folder = _cache_folder()
+    library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+        # Linked by path to the OpenMP runtime that torch runs on: a second one would fight it for the cores.
+        _run(compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled))
+        _run(compiler, "-shared", str(compiled), *([openmp] if openmp else []), "-o", str(linked))
+        linked.replace(library)
+    logger.info("built the CPU kernels: %s", library)
+    return library
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("REMOE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe"
+
+
+def _openmp_runtime() -> str | None:
+    """The GNU or LLVM OpenMP library that torch has loaded; None where it cannot be found: kernels have one thread."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if line.count("/")}
+    return min((p for p in loaded if Path(p).name.startswith(("libgomp", "libomp", "libiomp5"))), default=None)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join([platform.machine(), *features[:2]])

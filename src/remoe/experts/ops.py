@@ -1,0 +1,112 @@
+"""Ragged expert execution as two custom operators, forward and backward, whatever the backend.
+
+PyTorch's tracers (`torch.compile`, `torch.export`, fake tensors) see two opaque operators whose output shapes follow
+from their input shapes: nothing in them depends on how many pairs were routed. Autograd knows the second as the
+derivative of the first.
+
+A backend is a module with
+
+    forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored) -> y_TD, pre_C2F
+    backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+        -> dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
+
+where C = min(N, stored): the pre-activations of the first C pairs are kept for the backward pass, those of the others
+are computed again. That bounds the memory when far more experts are active than wanted. A backend writes no
+pre-activation of pairs that do not exist and reads none.
+
+Legend: T tokens, D model width, F expert width, E experts, N listed pairs (routed pairs, then padding), C stored pairs.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MODULES = {name: f"remoe.experts.{name}" for name in ("loop", "grouped", "triton")}
+
+
+def ragged_experts(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_N: Tensor,
+    token_N: Tensor,
+    count_E: Tensor,
+    *,
+    stored: int,
+    backend: str,
+) -> Tensor:
+    """Runs the routed pairs and sums them per token; differentiable in the first four arguments.
+
+    Args:
+        x_TD, gate_up_E2FD, down_EDF: (T, D), (E, 2F, D), (E, D, F), of one dtype.
+        gate_N, token_N, count_E: as in `Assignment`.
+        stored: pairs whose pre-activations may be kept for the backward pass; the others' are computed again.
+        backend: a name in MODULES.
+
+    Returns:
+        (T, D); zero rows for tokens without an expert.
+    """
+    inputs = (x_TD, gate_up_E2FD, down_EDF, gate_N)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        stored = 0
+    return _forward(*inputs, token_N, count_E, stored, backend)[0]
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(MODULES[backend])
+
+
+@torch.library.custom_op("remoe::experts_forward", mutates_args=())
+def _forward(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_N: Tensor,
+    token_N: Tensor,
+    count_E: Tensor,
+    stored: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _module(backend).forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored)
+
+
+@_forward.register_fake
+def _(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored, backend):
+    return torch.empty_like(x_TD), x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
+
+
+@torch.library.custom_op("remoe::experts_backward", mutates_args=())
+def _backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_N: Tensor,
+    token_N: Tensor,
+    count_E: Tensor,
+    pre_C2F: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _module(backend).backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+
+
+@_backward.register_fake
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F, backend):
+    return tuple(torch.empty_like(t) for t in (x_TD, gate_up_E2FD, down_EDF, gate_N))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *saved, _, ctx.backend = inputs
+    ctx.save_for_backward(*saved, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy_TD, _):
+    if dy_TD is None:
+        return (None,) * 8
+    return *_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
