@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "kernels.cpp", "ragged.cpp"))
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _COMPILER_SECONDS = 120
@@ -32,6 +32,12 @@ _ARGUMENTS = {
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
 }
+_RAGGED_ARGUMENTS = {
+    "forward_scratch": (_I,) * 4,
+    "backward_scratch": (_I,) * 4,
+    "experts_forward": (_P,) * 7 + (_I,) * 7 + (_P,) * 3,
+    "experts_backward": (_P,) * 9 + (_I,) * 7 + (_P,) * 5,
+}
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -43,6 +49,34 @@ class Kernels:
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
             setattr(self, name, function)
+
+
+class RaggedKernels:
+    """The functions of ragged.cpp, with the BLAS product that they call."""
+
+    def __init__(self, library: ctypes.CDLL, sgemm: int) -> None:
+        self.sgemm = sgemm
+        for name, arguments in _RAGGED_ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _I if name.endswith("scratch") else None
+            setattr(self, name, function)
+
+
+@cache
+def ragged_kernels() -> RaggedKernels | None:
+    """Whole passes for float32; None without kernels or without MKL, the BLAS that may be called from many threads."""
+    library, sgemm = _library(), _mkl_sgemm()
+    return None if library is None or sgemm is None else RaggedKernels(library, sgemm)
+
+
+def _mkl_sgemm() -> int | None:
+    """Address of the matrix product in torch's own library."""
+    if not torch.backends.mkl.is_available():
+        return None
+    for library in Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"):
+        if sgemm := getattr(ctypes.CDLL(str(library)), "sgemm_", None):
+            return ctypes.cast(sgemm, _P).value
+    return None
 
 
 @cache
@@ -74,17 +108,20 @@ def _build(compiler: str) -> Path:
     openmp = _openmp_runtime()
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\0".join((_SOURCE.read_text(), version, *flags, str(openmp), _processor()))
+    identity = "\0".join((*(p.read_text() for p in _SOURCES), version, *flags, str(openmp), _processor()))
     folder = _cache_folder()
     library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+        linked, objects = Path(scratch, "kernels.so"), []
+        for source in _SOURCES:
+            if source.suffix == ".cpp":
+                objects.append(str(Path(scratch, source.stem + ".o")))
+                _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
         # Linked by path to the OpenMP runtime that torch runs on: a second one would fight it for the cores.
-        _run(compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled))
-        _run(compiler, "-shared", str(compiled), *([openmp] if openmp else []), "-o", str(linked))
+        _run(compiler, "-shared", *objects, *([openmp] if openmp else []), "-o", str(linked))
         linked.replace(library)
     logger.info("built the CPU kernels: %s", library)
     return library

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.experts.kernels import Kernels, compiled_kernels
+from remoe.experts import compiled
+from remoe.experts.kernels import Kernels, RaggedKernels, compiled_kernels, ragged_kernels
 
 BLOCK = 1024  # pairs
-# At most so many pairs per active expert, matrix products no longer pay: reading the weights is all there is to do.
-FEW_PAIRS = 8
+# Up to so many pairs per active expert, reading the weights is what takes the time, and a GEMM would pack them first.
+FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> None:
@@ -41,18 +42,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
     x_TD, gate_up_E2FD, down_EDF = x_TD.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
-    gate_N = gate_N.contiguous()
-    count = count_E.tolist()
-    F_ = down_EDF.shape[2]
-    pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), 2 * F_)
-    kernels = _kernels(x_TD)
-    if kernels is not None and stored == 0 and sum(count) <= FEW_PAIRS * sum(c > 0 for c in count):
-        return _few_tokens(kernels, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count), pre_C2F
+    gate_N, token_N, count_E = gate_N.contiguous(), token_N.contiguous(), count_E.contiguous()
+    count, kernels = count_E.tolist(), _kernels(x_TD)
+    pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
+    if kernels is not None and stored == 0 and sum(count) <= FEW_PAIRS[x_TD.dtype] * sum(c > 0 for c in count):
+        return compiled.few_tokens(kernels, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count), pre_C2F
+    if ragged := _ragged_kernels(x_TD):
+        return compiled.forward(ragged, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, count, pre_C2F), pre_C2F
 
     steps = _Compiled(kernels, token_N) if kernels is not None else _Plain(token_N)
     blocks = _blocks(count)
     m = max((block.size for block in blocks), default=0)
-    x_mD, hidden_mF, scratch_m2F = (x_TD.new_empty(m, width) for width in (x_TD.shape[1], F_, 2 * F_))
+    D, F_ = down_EDF.shape[1:]
+    x_mD, hidden_mF, scratch_m2F = (x_TD.new_empty(m, width) for width in (D, F_, 2 * F_))
     y_TD = _accumulator(x_TD)
     gate_up_ED2F, down_EFD = gate_up_E2FD.transpose(1, 2).unbind(), down_EDF.transpose(1, 2).unbind()
     for block in blocks:
@@ -79,8 +81,12 @@ def backward(
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
     dy_TD, x_TD, gate_N = dy_TD.contiguous(), x_TD.contiguous(), gate_N.contiguous()
     gate_up_E2FD, down_EDF = gate_up_E2FD.contiguous(), down_EDF.contiguous()
-    count = count_E.tolist()
-    kernels = _kernels(x_TD)
+    token_N, count_E = token_N.contiguous(), count_E.contiguous()
+    count, kernels = count_E.tolist(), _kernels(x_TD)
+    if ragged := _ragged_kernels(x_TD):
+        inputs = (dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E)
+        return compiled.backward(ragged, *inputs, count, pre_C2F)
+
     steps = _Compiled(kernels, token_N) if kernels is not None else _Plain(token_N)
     blocks = _blocks(count)
     m = max((block.size for block in blocks), default=0)
@@ -157,29 +163,8 @@ def _kernels(x_TD: Tensor) -> Kernels | None:
     return compiled_kernels(x_TD.dtype) if x_TD.device.type == "cpu" else None
 
 
-def _few_tokens(
-    kernels: Kernels,
-    x_TD: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    gate_N: Tensor,
-    token_N: Tensor,
-    count: list[int],
-) -> Tensor:
-    """Each weight of the active experts is read once; no gathered copies."""
-    D, F_ = down_EDF.shape[1:]
-    y_TD = _accumulator(x_TD)
-    rows, start = [], 0
-    for expert, pairs in enumerate(count):
-        if pairs:
-            rows.append((expert, start, pairs))
-        start += pairs
-    expert_L, start_L, count_L = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).t().contiguous().unbind()
-    hidden_NF = x_TD.new_empty(start, F_)
-    sizes = (len(rows), D, F_)
-    addresses = (t.data_ptr() for t in (x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, expert_L, start_L, count_L))
-    kernels.few_tokens(*addresses, *sizes, hidden_NF.data_ptr(), y_TD.data_ptr())
-    return y_TD.to(x_TD.dtype)
+def _ragged_kernels(x_TD: Tensor) -> RaggedKernels | None:
+    return ragged_kernels() if x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 else None
 
 
 class _Compiled:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -20,8 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
+from remoe.gemm import Linear
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.linear_cross_entropy import linear_cross_entropy
 from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
@@ -51,7 +54,7 @@ class RemoeCausalLMOutput(ModelOutput):
     Attributes:
         loss: lm_loss + coefficient * reg_loss, when labels are given. The coefficient is lambda for "relu" and
             `router_aux_loss_coef` for "topk".
-        logits: (B, S, V).
+        logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         past_key_values: the cache, when used.
         hidden_states: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
@@ -68,12 +71,22 @@ class RemoeCausalLMOutput(ModelOutput):
     routings: tuple[Routing, ...] | None = None
 
 
+class RemoeAttention(LlamaAttention):
+    """LLaMA's attention, its projections by the faster matrix product."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for name, module in list(self.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(self, name, Linear(module.in_features, module.out_features, module.bias is not None))
+
+
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Attention and mixture of experts, each behind a norm and beside a residual connection."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = RemoeAttention(config, layer_idx)
         self.mlp = MoE(
             config.hidden_size,
             config.intermediate_size,
@@ -237,9 +250,14 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        return_logits: bool | None = None,
         **kwargs,
     ) -> RemoeCausalLMOutput:
         """Logits, and with labels the loss.
+
+        Without logits to return, the loss comes from `linear_cross_entropy`, which never holds them. Where that would
+        pass by something of the user's (a `loss_function` of one's own, an adapter on `lm_head` or a hook), the
+        logits are computed and returned in any case.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
@@ -251,6 +269,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
                 load-balanced penalty only as far as the loads agree: see `load_balanced_l1_loss`).
             num_tokens_in_batch: non-padding tokens in all those micro-batches, where their ratio to targets varies;
                 by default the regulariser's share is the micro-batch's share of the targets.
+            return_logits: whether to return logits; by default always, but for a loss in training mode.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -263,18 +282,20 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         )
         if self.training:
             self.sparsity.observe(outputs.routings)
-        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         reg_loss = self._regularizer(outputs.routings)
+        target_BS = _targets(labels, shift_labels, attention_mask)
+        if return_logits is None:
+            return_logits = target_BS is None or not self.training
+        logits = None
+        if return_logits or target_BS is None or not self._fuses_loss():
+            kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         loss = lm_loss = None
-        target_BS = _targets(labels, shift_labels, attention_mask)
         if target_BS is not None:
             num_targets = (target_BS != -100).sum().clamp(min=1)
             items = num_targets if num_items_in_batch is None else num_items_in_batch
-            lm_loss = self.loss_function(
-                logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS
-            )
+            lm_loss = self._language_model_loss(outputs.last_hidden_state, logits, target_BS, items)
             if num_tokens_in_batch is not None:
                 reg_loss = reg_loss * (outputs.routings[0].num_tokens / num_tokens_in_batch)
             else:
@@ -296,6 +317,24 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         if self.config.router == "relu":
             return self.sparsity.lam.clone()  # a copy: `update` changes lambda in place
         return self.config.router_aux_loss_coef if self.config.router == "topk" else 0.0
+
+    def _fuses_loss(self) -> bool:
+        """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do."""
+        head = self.lm_head
+        hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+        plain_head = type(head) is nn.Linear and head.bias is None and not hooks
+        return plain_head and self.loss_function is ForCausalLMLoss
+
+    def _language_model_loss(
+        self, hidden_BSD: Tensor, logits: Tensor | None, target_BS: Tensor, items: Tensor | int
+    ) -> Tensor:
+        """0-dim: summed cross-entropy of the targets / items, from the logits where there are any."""
+        if logits is not None:
+            return self.loss_function(logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS)
+        weight_VD = self.lm_head.weight
+        hidden_TD, target_T = hidden_BSD.flatten(0, 1).to(weight_VD.device), target_BS.flatten().to(weight_VD.device)
+        nats = linear_cross_entropy(hidden_TD, weight_VD, target_T)
+        return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)
 
     def _regularizer(self, routings: tuple[Routing, ...]) -> Tensor:
         total = torch.stack([routing.regularizer.to(self.sparsity.lam.device) for routing in routings]).sum()

@@ -1,0 +1,58 @@
+"""Timing of functions against each other: interleaved, so that a slow moment of the machine meets all of them."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+WARM_UP = 2
+
+
+def median_seconds(functions: dict[str, Callable], device: torch.device, repetitions: int) -> dict[str, float]:
+    """Median time of each function over `repetitions` rounds; in every round each one runs once."""
+    if device.type == "cuda":
+        return _median_seconds_cuda(functions, repetitions)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(WARM_UP + repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_ >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than the L2 cache
+    events: dict[str, list[tuple]] = {name: [] for name in functions}
+    for round_ in range(WARM_UP + repetitions):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            if round_ >= WARM_UP:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs) for name, pairs in events.items()}
+
+
+def peak_bytes(function: Callable, device: torch.device) -> int:
+    """Most memory that `function` holds at once, beyond what was held before it ran."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

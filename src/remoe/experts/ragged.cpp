@@ -1,0 +1,235 @@
+// Forward and backward pass of all experts in float32, one thread per block of an expert's pairs.
+//
+// A matrix product of a few hundred rows is too small to be shared by threads without loss, but there are many of
+// them. So each thread takes a block through gather, up projection, SwiGLU and down projection with one-thread BLAS
+// calls, in scratch memory of its own. Windows of blocks bound the memory for what threads hand to each other: the
+// rows to be summed per token, and what the weight gradients are made of. Each sum is done by one thread in the order
+// of the pairs, whatever the number of threads.
+//
+// Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m pairs of a block, W pairs of a
+// window; it has room for W + m.
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_num_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace {
+
+typedef void (*Sgemm)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+                      const int *, const float *, const int *, const float *, float *, const int *);
+
+struct Block {
+    int64_t expert, start, rows;
+};
+
+struct Sizes {
+    int64_t T, D, F, E, C, W, m;  // m: most rows of a block
+};
+
+// Row-major c_MN = op(a) op(b) + beta c. BLAS is column-major: it is given b before a.
+void product(Sgemm sgemm, char op_a, char op_b, int64_t M, int64_t N, int64_t K, const float *a, int64_t lda,
+             const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+    int m = int(M), n = int(N), k = int(K), a_stride = int(lda), b_stride = int(ldb), c_stride = int(ldc);
+    float one = 1;
+    sgemm(&op_b, &op_a, &n, &m, &k, &one, b, &b_stride, a, &a_stride, &beta, c, &c_stride);
+}
+
+std::vector<Block> split(const int64_t *count_E, const Sizes &n) {
+    std::vector<Block> blocks;
+    int64_t start = 0;
+    for (int64_t e = 0; e < n.E; e++) {
+        int64_t parts = (count_E[e] + n.m - 1) / n.m;
+        for (int64_t p = 0; p < parts; p++) {
+            int64_t from = count_E[e] * p / parts, to = count_E[e] * (p + 1) / parts;
+            blocks.push_back({e, start + from, to - from});
+        }
+        start += count_E[e];
+    }
+    return blocks;
+}
+
+// End of the window of blocks that begins at `first`: the first W pairs from there, and what their last block has more.
+size_t window_end(const std::vector<Block> &blocks, size_t first, int64_t W) {
+    size_t end = first;
+    while (end < blocks.size() && blocks[end].start - blocks[first].start < W) end++;
+    return end;
+}
+
+void gather_rows(const float *x_TD, const int64_t *token_m, int64_t m, int64_t D, float *out_mD) {
+    for (int64_t i = 0; i < m; i++) std::memcpy(out_mD + i * D, x_TD + token_m[i] * D, D * sizeof(float));
+}
+
+// y_TD[token] += row for the rows of blocks [first, end). Each thread has a range of tokens; an expert's tokens are
+// sorted, so the thread's rows are one slice of each block.
+void combine(const std::vector<Block> &blocks, size_t first, size_t end, const float *out_WD, const int64_t *token_N,
+             const Sizes &n, float *y_TD) {
+#pragma omp parallel
+    {
+        int64_t from = n.T * omp_get_thread_num() / omp_get_num_threads();
+        int64_t to = n.T * (omp_get_thread_num() + 1) / omp_get_num_threads();
+        for (size_t b = first; b < end; b++) {
+            const int64_t *token = token_N + blocks[b].start, *last = token + blocks[b].rows;
+            const float *out_mD = out_WD + (blocks[b].start - blocks[first].start) * n.D;
+            for (const int64_t *t = std::lower_bound(token, last, from); t < last && *t < to; t++)
+                add_row(out_mD + (t - token) * n.D, n.D, y_TD + *t * n.D);
+        }
+    }
+}
+
+// What the weight gradients are made of.
+struct Factors {
+    float *x_D, *dy_D, *hidden_F, *dpre_2F;
+
+    Factors row(int64_t i, const Sizes &n) const {
+        return {x_D + i * n.D, dy_D + i * n.D, hidden_F + i * n.F, dpre_2F + i * 2 * n.F};
+    }
+
+    static Factors in(float *memory, int64_t rows, const Sizes &n) {
+        return {memory, memory + rows * n.D, memory + rows * 2 * n.D, memory + rows * (2 * n.D + n.F)};
+    }
+
+    static int64_t floats(int64_t rows, int64_t D, int64_t F) { return rows * (2 * D + 3 * F); }
+};
+
+// Rows [from, to) of one expert's weight gradient, over its pairs [start, start + rows).
+struct Tile {
+    bool down;
+    int64_t expert, start, rows, from, to;
+    bool first;  // of the expert's windows
+};
+
+void weight_gradient(Sgemm sgemm, const Tile &t, const Factors &a, const Sizes &n, float *dgate_up_E2FD,
+                     float *ddown_EDF) {
+    const int64_t size = t.to - t.from;
+    const float beta = t.first ? 0 : 1;
+    if (t.down)
+        product(sgemm, 'T', 'N', size, n.F, t.rows, a.dy_D + t.from, n.D, a.hidden_F, n.F, beta,
+                ddown_EDF + (t.expert * n.D + t.from) * n.F, n.F);
+    else
+        product(sgemm, 'T', 'N', size, n.D, t.rows, a.dpre_2F + t.from, 2 * n.F, a.x_D, n.D, beta,
+                dgate_up_E2FD + (t.expert * 2 * n.F + t.from) * n.D, n.D);
+}
+
+bool is_whole(const Block &block, const int64_t *count_E) { return block.rows == count_E[block.expert]; }
+
+// Tiles for the experts of a window that have several blocks.
+std::vector<Tile> weight_tiles(const std::vector<Block> &blocks, size_t first, size_t end, const int64_t *count_E,
+                               const Sizes &n) {
+    std::vector<Tile> tiles;
+    const int64_t parts = omp_get_max_threads();
+    for (size_t b = first; b < end;) {
+        if (is_whole(blocks[b], count_E)) {
+            b++;
+            continue;
+        }
+        const int64_t e = blocks[b].expert, start = blocks[b].start;
+        const bool fresh = b == 0 || blocks[b - 1].expert != e;
+        int64_t rows = 0;
+        for (; b < end && blocks[b].expert == e; b++) rows += blocks[b].rows;
+        for (int64_t p = 0; p < parts; p++) {
+            tiles.push_back({false, e, start, rows, 2 * n.F * p / parts, 2 * n.F * (p + 1) / parts, fresh});
+            tiles.push_back({true, e, start, rows, n.D * p / parts, n.D * (p + 1) / parts, fresh});
+        }
+    }
+    return tiles;
+}
+
+}  // namespace
+
+// Floats of scratch memory that the passes need.
+extern "C" int64_t forward_scratch(int64_t D, int64_t F, int64_t W, int64_t m) {
+    return (W + m) * D + omp_get_max_threads() * m * (D + 3 * F);
+}
+
+extern "C" int64_t backward_scratch(int64_t D, int64_t F, int64_t W, int64_t m) {
+    return (W + m) * D + Factors::floats(W + m, D, F) + omp_get_max_threads() * (Factors::floats(m, D, F) + m * 3 * F);
+}
+
+extern "C" void experts_forward(Sgemm sgemm, const float *x_TD, const float *gate_up_E2FD, const float *down_EDF,
+                                const float *gate_N, const int64_t *token_N, const int64_t *count_E, int64_t T,
+                                int64_t D, int64_t F, int64_t E, int64_t C, int64_t W, int64_t m, float *scratch,
+                                float *pre_C2F, float *y_TD) {
+    const Sizes n{T, D, F, E, C, W, m};
+    const std::vector<Block> blocks = split(count_E, n);
+    float *out_WD = scratch, *of_threads = scratch + (W + m) * D;
+    for (size_t first = 0, end; first < blocks.size(); first = end) {
+        end = window_end(blocks, first, W);
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t b = first; b < end; b++) {
+            const auto [e, start, rows] = blocks[b];
+            float *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
+            float *pre_m2F = start + rows <= C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
+            gather_rows(x_TD, token_N + start, rows, D, x_mD);
+            product(sgemm, 'N', 'T', rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, 0, pre_m2F, 2 * F);
+            for (int64_t i = 0; i < rows; i++)
+                swiglu_row(pre_m2F + i * 2 * F, gate_N[start + i], F, hidden_mF + i * F);
+            float *out_mD = out_WD + (start - blocks[first].start) * D;
+            product(sgemm, 'N', 'T', rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, 0, out_mD, D);
+        }
+        combine(blocks, first, end, out_WD, token_N, n, y_TD);
+    }
+}
+
+extern "C" void experts_backward(Sgemm sgemm, const float *dy_TD, const float *x_TD, const float *gate_up_E2FD,
+                                 const float *down_EDF, const float *gate_N, const int64_t *token_N,
+                                 const int64_t *count_E, const float *pre_C2F, int64_t T, int64_t D, int64_t F,
+                                 int64_t E, int64_t C, int64_t W, int64_t m, float *scratch, float *dx_TD,
+                                 float *dgate_up_E2FD, float *ddown_EDF, float *dgate_N) {
+    const Sizes n{T, D, F, E, C, W, m};
+    const std::vector<Block> blocks = split(count_E, n);
+    const int64_t of_thread = Factors::floats(m, D, F) + m * 3 * F;
+    float *dx_WD = scratch, *of_window = dx_WD + (W + m) * D, *of_threads = of_window + Factors::floats(W + m, D, F);
+    const Factors window = Factors::in(of_window, W + m, n);
+#pragma omp parallel for schedule(static)
+    for (int64_t e = 0; e < E; e++) {
+        if (count_E[e]) continue;
+        std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(float));
+        std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(float));
+    }
+    for (size_t first = 0, end; first < blocks.size(); first = end) {
+        end = window_end(blocks, first, W);
+        const int64_t base = blocks[first].start;
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t b = first; b < end; b++) {
+            const auto [e, start, rows] = blocks[b];
+            const float *gate_up_2FD = gate_up_E2FD + e * 2 * F * D, *pre_m2F = pre_C2F + start * 2 * F;
+            float *own = of_threads + omp_get_thread_num() * of_thread;
+            float *dhidden_mF = own + Factors::floats(m, D, F), *again_m2F = dhidden_mF + m * F;
+            // All of an expert's pairs in one block: its weight gradients are made while the factors are in cache.
+            const bool whole = is_whole(blocks[b], count_E);
+            const Factors a = whole ? Factors::in(own, m, n) : window.row(start - base, n);
+            gather_rows(x_TD, token_N + start, rows, D, a.x_D);
+            gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
+            if (start + rows > C) {
+                product(sgemm, 'N', 'T', rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, 0, again_m2F, 2 * F);
+                pre_m2F = again_m2F;
+            }
+            product(sgemm, 'N', 'N', rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, 0, dhidden_mF, F);
+            for (int64_t i = 0; i < rows; i++) {
+                const Factors row = a.row(i, n);
+                dgate_N[start + i] = swiglu_backward_row(pre_m2F + i * 2 * F, dhidden_mF + i * F, gate_N[start + i], F,
+                                                         row.hidden_F, row.dpre_2F);
+            }
+            float *dx_mD = dx_WD + (start - base) * D;
+            product(sgemm, 'N', 'N', rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, 0, dx_mD, D);
+            if (whole) {
+                weight_gradient(sgemm, {false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
+                weight_gradient(sgemm, {true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
+            }
+        }
+        combine(blocks, first, end, dx_WD, token_N, n, dx_TD);
+        const std::vector<Tile> tiles = weight_tiles(blocks, first, end, count_E, n);
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t i = 0; i < tiles.size(); i++)
+            weight_gradient(sgemm, tiles[i], window.row(tiles[i].start - base, n), n, dgate_up_E2FD, ddown_EDF);
+    }
+}

@@ -1,0 +1,187 @@
+"""Launches of the kernels in `triton_kernels.py`: tile sizes, grids and the tables of one call.
+
+Tile sizes are a table and not found by trials on the first call: trials would wait for the device, delay the start,
+and let two runs differ.
+
+Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, W rows of a window.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is cut: columns, depth of a step, warps, stages of the pipeline, programs per multiprocessor."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The cuts of all products on one kind of device; `rows` is the height of all their tiles."""
+
+    rows: int
+    up: Tile
+    down: Tile
+    hidden_gradient: Tile
+    rows_gradient: Tile
+    weight_gradient: Tile
+
+
+TILES = {
+    # 16-bit numbers, 200 KiB of shared memory and more: compute capability 9.0, 10.0
+    "large": Tiles(
+        rows=128,
+        up=Tile(256, 64, 8, 3),
+        down=Tile(256, 64, 8, 3),
+        hidden_gradient=Tile(128, 64, 8, 3),
+        rows_gradient=Tile(256, 64, 8, 3),
+        weight_gradient=Tile(256, 64, 8, 3),
+    ),
+    # 16-bit numbers elsewhere
+    "small": Tiles(
+        rows=128,
+        up=Tile(128, 32, 8, 3, 2),
+        down=Tile(128, 32, 8, 3, 2),
+        hidden_gradient=Tile(64, 32, 4, 3, 2),
+        rows_gradient=Tile(128, 32, 8, 3, 2),
+        weight_gradient=Tile(128, 32, 8, 3, 2),
+    ),
+    "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2)] * 5),
+    "interpreted": Tiles(16, *[Tile(32, 32, 1, 1)] * 5),
+}
+GROUP = 8  # rows of tiles that are worked on together
+SUM_BLOCK = 1024
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device: TRITON_INTERPRET=1 before its first import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+class Launcher:
+    """The kernels over the windows of one list of pairs. Each method launches one kernel for window `w`."""
+
+    def __init__(
+        self, x_TD: Tensor, down_EDF: Tensor, gate_N: Tensor, token_N: Tensor, count_E: Tensor, slices: list[range]
+    ) -> None:
+        from remoe.experts import triton_kernels
+
+        self.kernels = triton_kernels
+        self.tiles, self.processors = _device(x_TD.device, x_TD.dtype)
+        self.T, (self.E, self.D, self.F), self.W = x_TD.shape[0], down_EDF.shape, len(slices[0])
+        self.gate_N, self.token_N = gate_N.contiguous(), token_N.contiguous()
+        self.rows = min(self.tiles.rows, max(16, _power_of_two(self.T)))
+        self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
+        # The place of each pair in the list, -1 where there is none.
+        self.pair_TE = torch.full((self.T, self.E), -1, dtype=torch.int32, device=x_TD.device)
+        shapes = (4,), (self.max_tiles, 3), (self.E, 3)
+        self.head, self.tile, self.span = (self.pair_TE.new_empty(len(slices), *shape) for shape in shapes)
+        self.kernels.plan_windows[len(slices), self.E](
+            count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles,
+            E=self.E, EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
+        )  # fmt: skip
+        self.kernels.list_pairs[len(slices), self.max_tiles](
+            self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, E=self.E, ROWS=self.rows
+        )
+
+    def up_projection(
+        self, w: int, x_TD: Tensor, gate_up_E2FD: Tensor, pre: Tensor, first: int, end: int, hidden_WF: Tensor | None = None
+    ) -> None:
+        """Pre-activations of the pairs before `end`, into `pre`, whose row 0 is the pair `first`; hidden activation."""
+        self._rowwise(self.kernels.up_projection, self.tiles.up, 2 * self.F)(
+            x_TD, gate_up_E2FD, self.gate_N, self.token_N, self.head, self.tile, pre,
+            pre if hidden_WF is None else hidden_WF, w, self.W, self.max_tiles, first, end,
+            D=self.D, F=self.F, HIDDEN=hidden_WF is not None,
+        )  # fmt: skip
+
+    def project(self, w: int, rows_WK: Tensor, weight: Tensor, out_WN: Tensor, up: bool = False) -> None:
+        """Rows through `down`, or where `up` their gradient through `gate_up`."""
+        K, N = rows_WK.shape[1], out_WN.shape[1]
+        self._rowwise(self.kernels.project, self.tiles.rows_gradient if up else self.tiles.down, N)(
+            rows_WK, weight, self.head, self.tile, out_WN, w, self.W, self.max_tiles, K=K, N=N, TRANSPOSED=not up
+        )
+
+    def combine(self, w: int, rows_WD: Tensor, out_TD: Tensor) -> None:
+        """Each token's sum of rows."""
+        block = min(2048, _power_of_two(self.D))
+        programs = min(self.T * -(-self.D // block), 16 * self.processors)
+        self.kernels.combine[(programs,)](
+            rows_WD, self.head, self.pair_TE, out_TD, w, self.W, self.T,
+            D=self.D, E=self.E, EXPERTS=_power_of_two(self.E), BLOCK=block,
+        )  # fmt: skip
+
+    def hidden_gradient(
+        self, w: int, dy_TD: Tensor, down_EDF: Tensor, pre: Tensor, pre_first: int,
+        dpre_W2F: Tensor, hidden_WF: Tensor, dgate_N: Tensor,
+    ) -> None:  # fmt: skip
+        """Gradients of pre-activations and gates, and the gated hidden activation again."""
+        tile = self.tiles.hidden_gradient
+        parts = -(-self.F // _block(self.F, tile.columns))
+        part = torch.empty(parts, self.W, dtype=torch.float32, device=dy_TD.device)
+        self._rowwise(self.kernels.hidden_gradient, tile, self.F)(
+            dy_TD, down_EDF, self.gate_N, self.token_N, self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
+            w, self.W, self.max_tiles, pre_first, D=self.D, F=self.F,
+        )  # fmt: skip
+        self.kernels.sum_gate_gradient[(-(-self.W // SUM_BLOCK),)](
+            part, self.head, dgate_N, w, self.W, PARTS=parts, BLOCK=SUM_BLOCK
+        )
+
+    def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EIJ: Tensor, up: bool = False) -> None:
+        """Gradient of `gate_up` where `up`, else of `down`; experts without pairs get zeros."""
+        (E, I, J), tile = out_EIJ.shape, self.tiles.weight_gradient
+        rows, columns = _block(I, self.tiles.rows), _block(J, tile.columns)
+        items = E * -(-I // rows) * -(-J // columns)
+        self.kernels.weight_gradient[self._grid(tile, items)](
+            left, right, self.token_N, self.head, self.span, out_EIJ, w, self.W,
+            E=E, I=I, J=J, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def _rowwise(self, kernel, tile: Tile, width: int) -> Callable[..., None]:
+        columns = _block(width, tile.columns)
+        grid = self._grid(tile, self.max_tiles * -(-width // columns))
+
+        def launch(*args, **constants) -> None:
+            kernel[grid](
+                *args, **constants, ROWS=self.rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        return launch
+
+    def _grid(self, tile: Tile, items: int) -> tuple[int]:
+        return (min(items, tile.programs * self.processors),)
+
+
+@cache
+def _device(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, int]:
+    """Tiles, and the number of multiprocessors."""
+    if interpreted():
+        return TILES["interpreted"], 3  # few, so that a program has several tiles
+    properties = torch.cuda.get_device_properties(device)
+    large = properties.shared_memory_per_block_optin >= 200 * 1024
+    name = "float32" if dtype == torch.float32 else "large" if large else "small"
+    return TILES[name], properties.multi_processor_count
+
+
+def _block(width: int, largest: int) -> int:
+    """The largest power of two up to `largest` that leaves at most an eighth of its columns unused, or else 16."""
+    block = largest
+    while block > 16 and 8 * -(-width // block) * block > 9 * width:
+        block //= 2
+    return block
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

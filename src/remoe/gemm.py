@@ -1,0 +1,73 @@
+"""Matrix products on the CPU by the faster of the two libraries that PyTorch carries.
+
+PyTorch sends float32 products to MKL, which on processors that are not Intel's stays with AVX2 even where they have
+AVX-512. oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 its products run about twice as fast. The choice is a
+function of the machine and not of a measurement, so that two runs on it agree bit for bit.
+
+`torch.backends.mkldnn.enabled = False` switches it off.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b, (M, N). Differentiate it yourself: autograd does not know every library's product.
+
+    The second operand may be a transposed view at no cost; of the first one, a transposed view is copied.
+    """
+    if prefers_onednn(a_MK):
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+    return torch.mm(a_MK, b_KN)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N), as nn.Linear."""
+        if self.bias is None and self.weight.dtype is x.dtype and prefers_onednn(x):
+            return _LinearFunction.apply(x, self.weight)
+        return super().forward(x)
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_NK)
+        return product(x.flatten(0, -2), weight_NK.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_NK = ctx.saved_tensors
+        dy_MN = dy.flatten(0, -2)
+        dx = product(dy_MN, weight_NK).view_as(x) if ctx.needs_input_grad[0] else None
+        dweight_NK = product(dy_MN.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return dx, dweight_NK
+
+
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether a product of x is oneDNN's: float32, not under autocast, on a CPU where that pays."""
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()  # the compiler has its own choice of libraries
+        and _onednn_is_faster()
+    )
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text()
