@@ -1,8 +1,8 @@
 """Matrix products on the CPU by the faster of the two libraries that PyTorch carries.
 
 PyTorch sends float32 products to MKL, which on processors that are not Intel's stays with AVX2 even where they have
-AVX-512. oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 its products run about twice as fast. The choice is a
-function of the machine and not of a measurement, so that two runs on it agree bit for bit.
+AVX-512. oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 its products run about twice as fast. The
+choice is a function of the machine and not of a measurement, so that two runs on it agree bit for bit.
 
 `torch.backends.mkldnn.enabled = False` switches it off.
 """
@@ -38,16 +38,17 @@ class Linear(nn.Linear):
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_NK)
-        return product(x.flatten(0, -2), weight_NK.t()).view(*x.shape[:-1], -1)
+        x_MK = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(x_MK, weight_NK)
+        return product(x_MK, weight_NK.t()).view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight_NK = ctx.saved_tensors
-        dy_MN = dy.flatten(0, -2)
-        dx = product(dy_MN, weight_NK).view_as(x) if ctx.needs_input_grad[0] else None
-        dweight_NK = product(dy_MN.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        x_MK, weight_NK = ctx.saved_tensors
+        dy_MN = dy.reshape(-1, dy.shape[-1])
+        dx = product(dy_MN, weight_NK).view(*dy.shape[:-1], weight_NK.shape[1]) if ctx.needs_input_grad[0] else None
+        dweight_NK = product(dy_MN.t(), x_MK) if ctx.needs_input_grad[1] else None
         return dx, dweight_NK
 
 

@@ -1,34 +1,25 @@
 """Every backend against naive.py: output and all gradients, odd sizes, empty and full experts, poisoned memory."""
 
 import functools
+from importlib.util import find_spec
 
 import pytest
 import reference
 import torch
+from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, run
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, run_experts
+from remoe.experts.backends import resolve_backend
 from remoe.routing.assignment import Assignment
 
-FAST = ["loop", "loop without kernels"]
-SHAPES = {
-    "odd": (63, 60, 36, 5, 0.4),
-    "one token": (1, 60, 36, 5, 0.5),
-    "one expert": (63, 60, 36, 1, 0.5),
-    "all on": (63, 60, 36, 5, 1.0),
-    "all off": (63, 60, 36, 5, 0.0),
-    "width one": (9, 1, 1, 3, 0.5),
-    "many experts": (63, 16, 8, 64, 0.05),
-}
-
-
-def problem(T, D, F, E, density, dtype=torch.float32):
-    active_TE = torch.rand(T, E) < density
-    gate_TE = torch.rand(T, E).mul(active_TE).requires_grad_()
-    x = torch.randn(T, D, dtype=dtype, requires_grad=True)
-    gate_up = torch.randn(E, 2 * F, D, dtype=dtype).div(D**0.5).requires_grad_()
-    down = torch.randn(E, D, F, dtype=dtype).div(F**0.5).requires_grad_()
-    return (x, gate_up, down, gate_TE), active_TE
+EVERYWHERE = ["loop", "loop without kernels"]
+triton = pytest.param(
+    "triton",
+    # With a GPU, tests/gpu runs the same kernels compiled.
+    marks=pytest.mark.skipif(torch.cuda.is_available() or not find_spec("triton"), reason="runs Triton's interpreter"),
+)
+RAGGED = ["grouped", triton]
 
 
 @pytest.fixture
@@ -40,30 +31,23 @@ def backend(request, monkeypatch):
     return functools.partial(run_experts, backend=name)
 
 
-every_backend = pytest.mark.parametrize("backend", FAST, indirect=True)
+every_backend = pytest.mark.parametrize("backend", EVERYWHERE + RAGGED, indirect=True)
 
 
-def run(backend, leaves, active_TE, dy):
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    x, gate_up, down, gate_TE = leaves
-    y = backend(x, gate_up, down, Assignment.from_gates(gate_TE, active_TE))
-    y.backward(dy)
-    return y, [leaf.grad for leaf in leaves]
+def skip_unless_able(backend, leaves):
+    x, _, down, _ = leaves
+    try:
+        resolve_backend(backend.keywords["backend"], "cpu", x.dtype, *down.shape[1:])
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @every_backend
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_equals_naive_in_float64(backend, shape):
     leaves, active = problem(*shape)
-    dy = torch.randn(shape[0], shape[1])
-    exact = run(naive_experts, [leaf.double() for leaf in leaves], active, dy.double())
-    poison = torch.full((4_000_000,), torch.nan)  # freed memory that a backend may be handed as "empty"
-    del poison
-    y, grads = run(backend, leaves, active, dy)
-    assert reference.relative_error(y, exact[0]) < 1e-5
-    for name, grad, expected in zip(("x", "gate_up", "down", "gate"), grads, exact[1], strict=True):
-        assert grad is not None, name
-        assert reference.relative_error(grad, expected) < 1e-5, name
+    skip_unless_able(backend, leaves)
+    check_equals_naive(backend, leaves, active, 1e-5)
 
 
 def test_naive_equals_the_reference_loops():
@@ -79,7 +63,7 @@ def test_naive_equals_the_reference_loops():
         assert reference.relative_error(grad, copy.grad) < 1e-12
 
 
-@every_backend
+@pytest.mark.parametrize("backend", EVERYWHERE, indirect=True)
 def test_gradcheck(backend):
     leaves, active = problem(6, 4, 3, 3, 0.6, torch.float64)
     x, gate_up, down, gate_TE = leaves
@@ -90,25 +74,17 @@ def test_gradcheck(backend):
 
 
 @every_backend
-def test_bfloat16(backend):
-    leaves, active = problem(63, 60, 36, 5, 0.4, torch.bfloat16)
-    dy = torch.randn(63, 60).bfloat16()
-    exact = run(naive_experts, [leaf.double() for leaf in leaves], active, dy.double())
-    y, grads = run(backend, leaves, active, dy)
-    assert y.dtype == torch.bfloat16
-    assert grads[3].dtype == torch.float32
-    assert reference.relative_error(y, exact[0]) < 1e-2
-    for grad, expected in zip(grads, exact[1], strict=True):
-        assert reference.relative_error(grad, expected) < 1e-2
+@pytest.mark.parametrize("widths", [(60, 36), (64, 40)], ids=["odd", "16 bytes"])
+def test_bfloat16(backend, widths):
+    leaves, active = problem(63, *widths, 5, 0.4, torch.bfloat16)
+    skip_unless_able(backend, leaves)
+    check_equals_naive(backend, leaves, active, 1e-2)
 
 
 @every_backend
 def test_two_runs_are_bitwise_equal(backend):
     leaves, active = problem(63, 60, 36, 5, 0.4)
-    dy = torch.randn(63, 60)
-    first, second = (run(backend, leaves, active, dy) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    check_repeats(backend, leaves, active)
 
 
 @every_backend
@@ -116,12 +92,41 @@ def test_one_expert_takes_everything(backend):
     leaves, _ = problem(63, 60, 36, 5, 1.0)
     active = torch.zeros(63, 5, dtype=torch.bool)
     active[:, 3] = True
-    dy = torch.randn(63, 60)
-    exact = run(naive_experts, [leaf.double() for leaf in leaves], active, dy.double())
-    y, grads = run(backend, leaves, active, dy)
-    assert reference.relative_error(y, exact[0]) < 1e-5
-    assert all(reference.relative_error(a, b) < 1e-5 for a, b in zip(grads, exact[1], strict=True))
+    grads = check_equals_naive(backend, leaves, active, 1e-5)
     assert not grads[1][[0, 1, 2, 4]].any()
+
+
+@pytest.mark.parametrize("backend", RAGGED, indirect=True)
+@pytest.mark.parametrize("stored", [0, 7, 40, 64, None], ids=lambda stored: f"stored={stored}")
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_windows_of_lists_with_room(backend, density, stored, monkeypatch):
+    """Neither the room behind the pairs nor the number of windows or of stored pairs changes a result."""
+    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 16)
+    leaves, active = problem(19, 20, 12, 5, density)
+    active[:, 2] = False
+    backend.keywords["stored"] = stored
+    check_equals_naive(backend, leaves, active, 1e-5, room=True)
+
+
+@pytest.mark.parametrize("backend", RAGGED, indirect=True)
+def test_a_value_that_is_not_finite_stays_with_its_token(backend):
+    leaves, active = problem(19, 20, 12, 3, 1.0)
+    active[0] = torch.tensor([False, True, False])
+    with torch.no_grad():
+        leaves[0][0] = torch.nan
+        x, gate_up, down, gate_TE = leaves
+        y = backend(x, gate_up, down, Assignment.from_gates(gate_TE, active))
+    assert y[0].isnan().all()
+    assert y[1:].isfinite().all()
+
+
+def test_what_a_backend_cannot_run_it_says():
+    with pytest.raises(ConfigError, match="'triton' cannot run here: no kernels for torch.float64"):
+        resolve_backend("triton", "cpu", torch.float64, 16, 16)
+    with pytest.raises(ConfigError, match="'grouped' cannot run here: rows of 6 and 16 numbers"):
+        resolve_backend("grouped", "cpu", torch.float32, 6, 16)
+    with pytest.raises(ConfigError, match="'sonic' cannot run here: needs CUDA"):
+        resolve_backend("sonic", "cpu", torch.bfloat16, 16, 16)
 
 
 def test_unknown_backend():

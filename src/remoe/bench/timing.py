@@ -40,8 +40,9 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int) -> di
 
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
-    """Most memory that `function` holds at once, beyond what was held before it ran."""
+    """Most memory that `function` holds at once, beyond what it had not yet freed of older blocks."""
     if device.type == "cuda":
+        function()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -50,9 +51,10 @@ def peak_bytes(function: Callable, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    held = peak = 0
+    held = least = peak = 0
     events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
+        least = min(least, held)
+        peak = max(peak, held - least)
     return peak

@@ -5,17 +5,17 @@ Same arguments as in `remoe.experts.ops`, contiguous; `count` is count_E as a li
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, L active experts.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from remoe.experts.kernels import Kernels, RaggedKernels
+from remoe.experts.kernels import Kernels, RaggedKernels, Sizes
 
-BLOCK = 1024  # most pairs that one thread takes through an expert at once
+BLOCK, MIN_BLOCK = 1024, 64  # pairs that one thread takes through an expert at once
 BLOCKS_PER_THREAD = 2  # at least, where all pairs are one expert's
-# Pairs per thread whose rows wait in scratch memory to be summed over experts; no more than pre-activations are stored,
-# so that memory does not grow when all experts are active, but not fewer than a few.
-WINDOW = 4096
-MIN_WINDOW = 1024
+WINDOW = 4096  # pairs per thread whose rows wait in scratch memory to be summed over experts
+
 
 
 def few_tokens(
@@ -55,10 +55,10 @@ def forward(
 ) -> Tensor:
     """Output; pre_C2F takes the pre-activations of the first C pairs."""
     y_TD = torch.zeros_like(x_TD)
-    sizes, windows = _sizes(x_TD, down_EDF, pre_C2F, count)
-    scratch = x_TD.new_empty(kernels.forward_scratch(*windows))
+    sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
+    scratch = x_TD.new_empty(kernels.forward_scratch(sizes))
     inputs = _addresses(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E)
-    kernels.experts_forward(kernels.sgemm, *inputs, *sizes, *_addresses(scratch, pre_C2F, y_TD))
+    kernels.experts_forward(kernels.sgemm, *inputs, sizes, *_addresses(scratch, pre_C2F, y_TD))
     return y_TD
 
 
@@ -77,28 +77,31 @@ def backward(
     """Gradients of x, gate_up, down and gate."""
     dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
     dgate_up_E2FD, ddown_EDF = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
-    sizes, windows = _sizes(x_TD, down_EDF, pre_C2F, count)
-    scratch = x_TD.new_empty(kernels.backward_scratch(*windows))
+    sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
+    scratch = x_TD.new_empty(kernels.backward_scratch(sizes))
     inputs = _addresses(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
     outputs = _addresses(scratch, dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N)
-    kernels.experts_backward(kernels.sgemm, *inputs, *sizes, *outputs)
+    kernels.experts_backward(kernels.sgemm, *inputs, sizes, *outputs)
     return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
 
-def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) -> tuple[tuple, tuple]:
-    """(T, D, F, E, C, W, m) of the passes and (D, F, W, m) of their scratch memory.
+def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) -> ctypes.Array:
+    """T, D, F, E, C and the rows that scratch memory is for: W, m, window_factors, thread_factors (see ragged.cpp).
 
-    Blocks follow from the counts and the number of threads alone, so that both passes have the same: a pre-activation
+    Blocks follow from the counts, C and the number of threads, so that both passes have the same: a pre-activation
     that is computed again is bit for bit the one that was not stored.
     """
     (T, D), (E, _, F_) = x_TD.shape, down_EDF.shape
-    threads, pairs = torch.get_num_threads(), sum(count)
-    block = min(BLOCK, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0))
-    block = max(1, block)
-    C = pre_C2F.shape[0]
-    windows = max(1, -(-pairs // (WINDOW * threads)), -(-pairs // max(C, MIN_WINDOW)))
+    threads, pairs, C = torch.get_num_threads(), sum(count), pre_C2F.shape[0]
+    block, window = BLOCK, WINDOW * threads
+    if 0 < C < pairs:  # more experts are active than wanted: no more scratch memory than else
+        block, window = min(block, max(C // (8 * threads), MIN_BLOCK)), min(window, max(C // 4, MIN_BLOCK))
+    block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
+    windows = max(1, -(-pairs // window))
     window = -(-pairs // windows)
-    return (T, D, F_, E, C, window, block), (D, F_, window, block)
+    window_factors = window + block if any(pairs > block for pairs in count) else 0
+    thread_factors = block if any(0 < pairs <= block for pairs in count) else 0
+    return Sizes(T, D, F_, E, C, window, block, window_factors, thread_factors)
 
 
 def _addresses(*tensors: Tensor) -> list[int]:

@@ -32,11 +32,12 @@ _ARGUMENTS = {
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
 }
+Sizes = _I * 9  # the struct of that name in ragged.cpp
 _RAGGED_ARGUMENTS = {
-    "forward_scratch": (_I,) * 4,
-    "backward_scratch": (_I,) * 4,
-    "experts_forward": (_P,) * 7 + (_I,) * 7 + (_P,) * 3,
-    "experts_backward": (_P,) * 9 + (_I,) * 7 + (_P,) * 5,
+    "forward_scratch": (Sizes,),
+    "backward_scratch": (Sizes,),
+    "experts_forward": (_P,) * 7 + (Sizes,) + (_P,) * 3,
+    "experts_backward": (_P,) * 9 + (Sizes,) + (_P,) * 5,
 }
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from remoe.experts import compiled
 from remoe.experts.kernels import Kernels, RaggedKernels, compiled_kernels, ragged_kernels
 
-BLOCK = 1024  # pairs
+BLOCK, MIN_BLOCK = 512, 64  # pairs
 # Up to so many pairs per active expert, reading the weights is what takes the time, and a GEMM would pack them first.
 FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 4}
 
@@ -51,7 +51,7 @@ def forward(
         return compiled.forward(ragged, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, count, pre_C2F), pre_C2F
 
     steps = _Compiled(kernels, token_N) if kernels is not None else _Plain(token_N)
-    blocks = _blocks(count)
+    blocks = _blocks(count, pre_C2F.shape[0])
     m = max((block.size for block in blocks), default=0)
     D, F_ = down_EDF.shape[1:]
     x_mD, hidden_mF, scratch_m2F = (x_TD.new_empty(m, width) for width in (D, F_, 2 * F_))
@@ -88,7 +88,7 @@ def backward(
         return compiled.backward(ragged, *inputs, count, pre_C2F)
 
     steps = _Compiled(kernels, token_N) if kernels is not None else _Plain(token_N)
-    blocks = _blocks(count)
+    blocks = _blocks(count, pre_C2F.shape[0])
     m = max((block.size for block in blocks), default=0)
     D, F_ = down_EDF.shape[1:]
     x_mD, dy_mD, dhidden_mF, hidden_mF, dpre_m2F = (x_TD.new_empty(m, w) for w in (D, D, F_, F_, 2 * F_))
@@ -131,10 +131,12 @@ class _Block:
         return self.end - self.start
 
 
-def _blocks(count: list[int]) -> list[_Block]:
+def _blocks(count: list[int], stored: int) -> list[_Block]:
+    """The pairs in blocks; smaller ones where more pairs are active than stored, so that scratch memory does not grow."""
+    limit = min(BLOCK, max(stored // 8, MIN_BLOCK)) if 0 < stored < sum(count) else BLOCK
     blocks, start = [], 0
     for expert, pairs in enumerate(count):
-        parts = -(-pairs // BLOCK)
+        parts = -(-pairs // limit)
         for part in range(parts):
             bounds = start + pairs * part // parts, start + pairs * (part + 1) // parts
             blocks.append(_Block(expert, *bounds, first=part == 0))

@@ -6,12 +6,13 @@
 // rows to be summed per token, and what the weight gradients are made of. Each sum is done by one thread in the order
 // of the pairs, whatever the number of threads.
 //
-// Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m pairs of a block, W pairs of a
-// window; it has room for W + m.
+// Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W pairs
+// of a window; it has room for W + m.
 
 #include "kernels.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #ifdef _OPENMP
@@ -32,7 +33,8 @@ struct Block {
 };
 
 struct Sizes {
-    int64_t T, D, F, E, C, W, m;  // m: most rows of a block
+    int64_t T, D, F, E, C, W, m;
+    int64_t window_factors, thread_factors;  // rows of memory for `Factors`, shared and of each thread
 };
 
 // Row-major c_MN = op(a) op(b) + beta c. BLAS is column-major: it is given b before a.
@@ -62,6 +64,15 @@ size_t window_end(const std::vector<Block> &blocks, size_t first, int64_t W) {
     size_t end = first;
     while (end < blocks.size() && blocks[end].start - blocks[first].start < W) end++;
     return end;
+}
+
+// Blocks [first, end), the largest first: whoever is done early takes a small one.
+std::vector<size_t> by_size(const std::vector<Block> &blocks, size_t first, size_t end) {
+    std::vector<size_t> order(end - first);
+    std::iota(order.begin(), order.end(), first);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return blocks[a].rows > blocks[b].rows; });
+    return order;
 }
 
 void gather_rows(const float *x_TD, const int64_t *token_m, int64_t m, int64_t D, float *out_mD) {
@@ -97,7 +108,7 @@ struct Factors {
         return {memory, memory + rows * n.D, memory + rows * 2 * n.D, memory + rows * (2 * n.D + n.F)};
     }
 
-    static int64_t floats(int64_t rows, int64_t D, int64_t F) { return rows * (2 * D + 3 * F); }
+    static int64_t floats(int64_t rows, const Sizes &n) { return rows * (2 * n.D + 3 * n.F); }
 };
 
 // Rows [from, to) of one expert's weight gradient, over its pairs [start, start + rows).
@@ -146,32 +157,34 @@ std::vector<Tile> weight_tiles(const std::vector<Block> &blocks, size_t first, s
 }  // namespace
 
 // Floats of scratch memory that the passes need.
-extern "C" int64_t forward_scratch(int64_t D, int64_t F, int64_t W, int64_t m) {
-    return (W + m) * D + omp_get_max_threads() * m * (D + 3 * F);
+extern "C" int64_t forward_scratch(const Sizes *n) {
+    return (n->W + n->m) * n->D + omp_get_max_threads() * n->m * (n->D + 3 * n->F);
 }
 
-extern "C" int64_t backward_scratch(int64_t D, int64_t F, int64_t W, int64_t m) {
-    return (W + m) * D + Factors::floats(W + m, D, F) + omp_get_max_threads() * (Factors::floats(m, D, F) + m * 3 * F);
+extern "C" int64_t backward_scratch(const Sizes *n) {
+    return (n->W + n->m) * n->D + Factors::floats(n->window_factors, *n) +
+           omp_get_max_threads() * (Factors::floats(n->thread_factors, *n) + n->m * 3 * n->F);
 }
 
 extern "C" void experts_forward(Sgemm sgemm, const float *x_TD, const float *gate_up_E2FD, const float *down_EDF,
-                                const float *gate_N, const int64_t *token_N, const int64_t *count_E, int64_t T,
-                                int64_t D, int64_t F, int64_t E, int64_t C, int64_t W, int64_t m, float *scratch,
-                                float *pre_C2F, float *y_TD) {
-    const Sizes n{T, D, F, E, C, W, m};
+                                const float *gate_N, const int64_t *token_N, const int64_t *count_E, const Sizes *sizes,
+                                float *scratch, float *pre_C2F, float *y_TD) {
+    const Sizes n = *sizes;
+    const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
-    float *out_WD = scratch, *of_threads = scratch + (W + m) * D;
+    float *out_WD = scratch, *of_threads = scratch + (n.W + m) * D;
     for (size_t first = 0, end; first < blocks.size(); first = end) {
-        end = window_end(blocks, first, W);
+        end = window_end(blocks, first, n.W);
+        const std::vector<size_t> order = by_size(blocks, first, end);
 #pragma omp parallel for schedule(dynamic, 1)
-        for (size_t b = first; b < end; b++) {
-            const auto [e, start, rows] = blocks[b];
+        for (size_t i = 0; i < order.size(); i++) {
+            const auto [e, start, rows] = blocks[order[i]];
             float *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
-            float *pre_m2F = start + rows <= C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
+            float *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
             gather_rows(x_TD, token_N + start, rows, D, x_mD);
             product(sgemm, 'N', 'T', rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, 0, pre_m2F, 2 * F);
-            for (int64_t i = 0; i < rows; i++)
-                swiglu_row(pre_m2F + i * 2 * F, gate_N[start + i], F, hidden_mF + i * F);
+            for (int64_t j = 0; j < rows; j++)
+                swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
             float *out_mD = out_WD + (start - blocks[first].start) * D;
             product(sgemm, 'N', 'T', rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, 0, out_mD, D);
         }
@@ -181,42 +194,44 @@ extern "C" void experts_forward(Sgemm sgemm, const float *x_TD, const float *gat
 
 extern "C" void experts_backward(Sgemm sgemm, const float *dy_TD, const float *x_TD, const float *gate_up_E2FD,
                                  const float *down_EDF, const float *gate_N, const int64_t *token_N,
-                                 const int64_t *count_E, const float *pre_C2F, int64_t T, int64_t D, int64_t F,
-                                 int64_t E, int64_t C, int64_t W, int64_t m, float *scratch, float *dx_TD,
-                                 float *dgate_up_E2FD, float *ddown_EDF, float *dgate_N) {
-    const Sizes n{T, D, F, E, C, W, m};
+                                 const int64_t *count_E, const float *pre_C2F, const Sizes *sizes, float *scratch,
+                                 float *dx_TD, float *dgate_up_E2FD, float *ddown_EDF, float *dgate_N) {
+    const Sizes n = *sizes;
+    const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
-    const int64_t of_thread = Factors::floats(m, D, F) + m * 3 * F;
-    float *dx_WD = scratch, *of_window = dx_WD + (W + m) * D, *of_threads = of_window + Factors::floats(W + m, D, F);
-    const Factors window = Factors::in(of_window, W + m, n);
+    const int64_t of_thread = Factors::floats(n.thread_factors, n) + m * 3 * F;
+    float *dx_WD = scratch, *of_window = dx_WD + (n.W + m) * D;
+    float *of_threads = of_window + Factors::floats(n.window_factors, n);
+    const Factors window = Factors::in(of_window, n.window_factors, n);
 #pragma omp parallel for schedule(static)
-    for (int64_t e = 0; e < E; e++) {
+    for (int64_t e = 0; e < n.E; e++) {
         if (count_E[e]) continue;
         std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(float));
         std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(float));
     }
     for (size_t first = 0, end; first < blocks.size(); first = end) {
-        end = window_end(blocks, first, W);
+        end = window_end(blocks, first, n.W);
         const int64_t base = blocks[first].start;
+        const std::vector<size_t> order = by_size(blocks, first, end);
 #pragma omp parallel for schedule(dynamic, 1)
-        for (size_t b = first; b < end; b++) {
-            const auto [e, start, rows] = blocks[b];
+        for (size_t i = 0; i < order.size(); i++) {
+            const auto [e, start, rows] = blocks[order[i]];
             const float *gate_up_2FD = gate_up_E2FD + e * 2 * F * D, *pre_m2F = pre_C2F + start * 2 * F;
             float *own = of_threads + omp_get_thread_num() * of_thread;
-            float *dhidden_mF = own + Factors::floats(m, D, F), *again_m2F = dhidden_mF + m * F;
+            float *dhidden_mF = own + Factors::floats(n.thread_factors, n), *again_m2F = dhidden_mF + m * F;
             // All of an expert's pairs in one block: its weight gradients are made while the factors are in cache.
-            const bool whole = is_whole(blocks[b], count_E);
-            const Factors a = whole ? Factors::in(own, m, n) : window.row(start - base, n);
+            const bool whole = is_whole(blocks[order[i]], count_E);
+            const Factors a = whole ? Factors::in(own, n.thread_factors, n) : window.row(start - base, n);
             gather_rows(x_TD, token_N + start, rows, D, a.x_D);
             gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
-            if (start + rows > C) {
+            if (start + rows > n.C) {
                 product(sgemm, 'N', 'T', rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, 0, again_m2F, 2 * F);
                 pre_m2F = again_m2F;
             }
             product(sgemm, 'N', 'N', rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, 0, dhidden_mF, F);
-            for (int64_t i = 0; i < rows; i++) {
-                const Factors row = a.row(i, n);
-                dgate_N[start + i] = swiglu_backward_row(pre_m2F + i * 2 * F, dhidden_mF + i * F, gate_N[start + i], F,
+            for (int64_t j = 0; j < rows; j++) {
+                const Factors row = a.row(j, n);
+                dgate_N[start + j] = swiglu_backward_row(pre_m2F + j * 2 * F, dhidden_mF + j * F, gate_N[start + j], F,
                                                          row.hidden_F, row.dpre_2F);
             }
             float *dx_mD = dx_WD + (start - base) * D;

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from remoe.data import ValidationWindows
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -95,11 +94,15 @@ def evaluate(
         for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
             target_NS = target_NS.to(device)
             with autocast or torch.autocast(device.type, enabled=False):
-                out = model(input_NS.to(device), attention_mask=mask_NS.to(device), use_cache=False)
-            nats_batch = F.cross_entropy(
-                out.logits.flatten(0, 1).float(), target_NS.flatten(), ignore_index=-100, reduction="sum"
-            )
-            nats += nats_batch.double()
+                out = model(
+                    input_NS.to(device),
+                    attention_mask=mask_NS.to(device),
+                    shift_labels=target_NS,
+                    num_items_in_batch=1,  # the sum, not the mean
+                    use_cache=False,
+                    return_logits=False,
+                )
+            nats += out.lm_loss.double()
             targets += int((target_NS != -100).sum())
             for routing in out.routings:
                 pairs += int(routing.count_E.sum())

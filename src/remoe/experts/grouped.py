@@ -1,0 +1,163 @@
+"""Experts in `torch.nn.functional.grouped_mm`, with plain torch operations between the products.
+
+The offsets of the experts' rows stay on the device; torch asks for them itself where it has no kernel and loops over
+the experts, as it does for float32. Everything else works on whole windows (see `remoe.experts.triton`), whether their
+rows are pairs or lie behind them: that is the price of needing nothing but torch. What stands in rows behind the pairs
+reaches no result.
+
+The combine is the gradient of an embedding lookup: a segment sum that is deterministic on every device and sums in
+float32 on GPUs.
+
+Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, m rows of one window.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remoe.experts.triton import windows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+    """Why it cannot run there, or None when it can."""
+    if dtype not in DTYPES:
+        return f"grouped_mm does not take {dtype}"
+    if d_model * dtype.itemsize % 16 or d_expert * dtype.itemsize % 16:
+        return f"rows of {d_model} and {d_expert} numbers in {dtype} are not multiples of 16 bytes"
+    return None
+
+
+def forward(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_N: Tensor,
+    token_N: Tensor,
+    count_E: Tensor,
+    stored: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `remoe.experts.ops`."""
+    gate_up_ED2F, down_EFD = _aligned(gate_up_E2FD).transpose(1, 2), _aligned(down_EDF).transpose(1, 2)
+    T = x_TD.shape[0]
+    y_TD = torch.zeros_like(x_TD)
+    pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
+    for window in _windows(token_N, gate_N, count_E, pre_C2F.shape[0], T):
+        pre_m2F = F.grouped_mm(window.gather(x_TD), gate_up_ED2F, offs=window.end_E)
+        kept = pre_C2F[window.first : window.first + window.size]
+        kept.copy_(pre_m2F[: kept.shape[0]])
+        a_mF, b_mF = pre_m2F.chunk(2, dim=1)
+        hidden_mF = (F.silu(a_mF) * b_mF).mul_(window.gate_m1)
+        window.combine(F.grouped_mm(hidden_mF, down_EFD, offs=window.end_E), y_TD)
+    return y_TD, pre_C2F
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_N: Tensor,
+    token_N: Tensor,
+    count_E: Tensor,
+    pre_C2F: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
+    gate_up_E2FD, down_EDF = _aligned(gate_up_E2FD), _aligned(down_EDF)
+    T, C = x_TD.shape[0], pre_C2F.shape[0]
+    dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
+    dgate_up_E2FD = ddown_EDF = None
+    for window in _windows(token_N, gate_N, count_E, C, T):
+        end = window.first + window.size
+        x_mD, dy_mD = window.gather(x_TD), window.gather(dy_TD)
+        if end <= C:
+            pre_m2F = pre_C2F[window.first : end]
+        else:
+            pre_m2F = F.grouped_mm(x_mD, gate_up_E2FD.transpose(1, 2), offs=window.end_E)
+        dhidden_mF = F.grouped_mm(dy_mD, down_EDF, offs=window.end_E)
+        hidden_mF, dpre_m2F, dgate_m = _swiglu_backward(pre_m2F, dhidden_mF, window.gate_m1)
+        dgate_N[window.first : end] = dgate_m.masked_fill_(window.behind_m, 0)
+        ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
+        dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
+        window.combine(F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E), dx_TD)
+    if ddown_EDF is None:
+        dgate_up_E2FD, ddown_EDF = torch.zeros_like(gate_up_E2FD), torch.zeros_like(down_EDF)
+    return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
+
+
+def _swiglu_backward(pre_m2F: Tensor, dhidden_mF: Tensor, gate_m1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a_mF, b_mF = pre_m2F.chunk(2, dim=1)
+    sigmoid_mF = torch.sigmoid(a_mF)
+    silu_mF = sigmoid_mF * a_mF
+    hidden_mF = silu_mF * b_mF
+    dgate_m = (dhidden_mF.to(gate_m1.dtype) * hidden_mF).sum(dim=1)
+    dhidden_mF = dhidden_mF.mul_(gate_m1)
+    # d silu(a) / da = sigmoid + silu * (1 - sigmoid)
+    da_mF = dhidden_mF * b_mF * (sigmoid_mF + silu_mF * (1 - sigmoid_mF))
+    return hidden_mF.mul_(gate_m1), torch.cat((da_mF, dhidden_mF * silu_mF), dim=1), dgate_m
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """grouped_mm reads in units of 16 bytes; a view into a larger tensor may start anywhere."""
+    weight = weight.contiguous()
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The listed pairs from `first` on.
+
+    Attributes:
+        end_E: (E,) int32, where each expert's rows end in the window.
+        token_m: (m,) int64; T in rows behind the pairs.
+        behind_m: (m,) bool, these rows.
+        gate_m1: (m, 1).
+    """
+
+    first: int
+    size: int
+    end_E: Tensor
+    token_m: Tensor
+    behind_m: Tensor
+    gate_m1: Tensor
+
+    def gather(self, rows_TD: Tensor) -> Tensor:
+        """The pairs' tokens."""
+        return rows_TD.index_select(0, self.token_m.clamp(max=rows_TD.shape[0] - 1))
+
+    def combine(self, rows_mD: Tensor, out_TD: Tensor) -> None:
+        """Adds each pair's row to its token."""
+        T = out_TD.shape[0]
+        # Index T, which is what lies behind the pairs, is skipped.
+        sum_TD = torch.ops.aten.embedding_dense_backward(rows_mD, self.token_m, T + 1, T, False)[:T]
+        if self.first:
+            out_TD.add_(sum_TD)
+        else:
+            out_TD.copy_(sum_TD)
+
+    def add_products(self, sum_EIJ: Tensor | None, left_mI: Tensor, right_mJ: Tensor) -> Tensor:
+        """Adds left^T @ right over each expert's rows to `sum_EIJ`, which is nothing at first."""
+        product_EIJ = F.grouped_mm(left_mI.t(), right_mJ, offs=self.end_E)
+        # What a kernel writes for an expert without rows is not documented.
+        start_E = torch.cat((self.end_E.new_zeros(1), self.end_E[:-1]))
+        product_EIJ.masked_fill_((self.end_E == start_E)[:, None, None], 0)
+        return product_EIJ if sum_EIJ is None else sum_EIJ.add_(product_EIJ)
+
+
+def _windows(token_N: Tensor, gate_N: Tensor, count_E: Tensor, stored: int, tokens: int) -> Iterator[_Window]:
+    end_E = count_E.cumsum(0)
+    for pairs in windows(token_N.shape[0], stored, tokens):
+        row_m = torch.arange(pairs.start, pairs.stop, device=token_N.device)
+        behind_m = row_m >= end_E[-1]
+        yield _Window(
+            first=pairs.start,
+            size=len(pairs),
+            end_E=(end_E - pairs.start).clamp(0, len(pairs)).to(torch.int32),
+            token_m=token_N[pairs.start : pairs.stop].masked_fill(behind_m, tokens),
+            behind_m=behind_m,
+            gate_m1=gate_N[pairs.start : pairs.stop, None],
+        )

@@ -1,0 +1,48 @@
+"""Memory of the dense stage is bounded, and recomputing pre-activations changes nothing."""
+
+import pytest
+import torch
+
+from remoe.bench.layer import Case, _Output, _step, relu_layer, tokens
+from remoe.bench.timing import peak_bytes
+from remoe.experts import run_experts
+from remoe.routing.assignment import Assignment
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("variant", ["kernels", "no kernels", "steps only"])
+@pytest.mark.parametrize(
+    "case", [Case(1024, 128, 512, 8, 1), Case(1024, 128, 128, 32, 4), Case(1024, 128, 256, 32, 1)], ids=str
+)
+def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
+    if variant != "kernels":
+        monkeypatch.setattr("remoe.experts.loop.ragged_kernels", lambda: None)
+    if variant == "no kernels":
+        monkeypatch.setattr("remoe.experts.loop.compiled_kernels", lambda dtype: None)
+    x, dy = (tokens(case.T, case.D, CPU, torch.float32) for _ in range(2))
+    peaks = []
+    for density in (case.k / case.E, 1):
+        layer = _Output(relu_layer(case, "loop", density))
+        assert layer.layer(x)[1].count_E.sum() == pytest.approx(density * case.T * case.E, rel=0.1)
+        step = _step(layer, x, dy)
+        step()
+        peaks.append(peak_bytes(step, CPU))
+    print(peaks)
+    assert peaks[1] <= 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize("stored", [0, 1, 40, 150])
+def test_recomputed_pre_activations_change_nothing(stored):
+    T, D, F, E = 63, 60, 36, 5
+    active_TE = torch.rand(T, E) < 0.6
+    leaves = [torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(T, E) * active_TE]
+    results = []
+    for limit in (None, stored):
+        copies = [leaf.clone().requires_grad_() for leaf in leaves]
+        assignment = Assignment.from_gates(copies[3], active_TE)
+        y = run_experts(*copies[:3], assignment, "loop", stored=limit)
+        y.square().sum().backward()
+        results.append([y, *(copy.grad for copy in copies)])
+    for whole, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
