@@ -14,6 +14,7 @@ def library(request, monkeypatch):
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch without oneDNN")
     monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(gemm, "LEAST_WORK", 1)
     return request.param
 
 
@@ -32,7 +33,7 @@ def test_products_of_transposed_and_plain_operands(shape):
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("shape", [(63, 60), (3, 7, 60), (60,)], ids=str)
+@pytest.mark.parametrize("shape", [(63, 60), (3, 7, 60), (60,), (0, 60)], ids=str)
 def test_linear_is_nn_linear(shape):
     ours, theirs = gemm.Linear(60, 36, bias=False), nn.Linear(60, 36, bias=False).double()
     theirs.load_state_dict(ours.state_dict())
@@ -44,7 +45,7 @@ def test_linear_is_nn_linear(shape):
     expected.backward(dy.double())
     assert y.shape == expected.shape
     for a, b in ((y, expected), (x.grad, exact.grad), (ours.weight.grad, theirs.weight.grad)):
-        assert reference.relative_error(a, b) < 1e-5
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("library")
@@ -71,6 +72,8 @@ def test_other_dtypes_bias_and_autocast_are_left_to_pytorch():
 
 def test_switched_off_with_onednn(monkeypatch):
     monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
-    assert gemm.prefers_onednn(torch.randn(2, 2))
+    x = torch.empty(4096, 1024)
+    assert gemm.prefers_onednn(x, 1024)
+    assert not gemm.prefers_onednn(x[:1], 1024)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not gemm.prefers_onednn(torch.randn(2, 2))
+    assert not gemm.prefers_onednn(x, 1024)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+LEAST_WORK = 2**22  # multiplications; below them a call of oneDNN costs more than it saves
+
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """a @ b, (M, N). Differentiate it yourself: autograd does not know every library's product.
 
     The second operand may be a transposed view at no cost; of the first one, a transposed view is copied.
     """
-    if prefers_onednn(a_MK):
+    if prefers_onednn(a_MK, b_KN.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
     return torch.mm(a_MK, b_KN)
 
@@ -30,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N), as nn.Linear."""
-        if self.bias is None and self.weight.dtype is x.dtype and prefers_onednn(x):
+        if self.bias is None and self.weight.dtype is x.dtype and prefers_onednn(x, self.out_features):
             return _LinearFunction.apply(x, self.weight)
         return super().forward(x)
 
@@ -52,10 +54,11 @@ class _LinearFunction(torch.autograd.Function):
         return dx, dweight_NK
 
 
-def prefers_onednn(x: Tensor) -> bool:
-    """Whether a product of x is oneDNN's: float32, not under autocast, on a CPU where that pays."""
+def prefers_onednn(x: Tensor, columns: int) -> bool:
+    """Whether the product of x and a matrix of so many columns is oneDNN's: float32, no autocast, where it pays."""
     return (
         x.dtype is torch.float32
+        and x.numel() * columns >= LEAST_WORK
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled

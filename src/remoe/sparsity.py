@@ -130,7 +130,7 @@ class SparsityController(nn.Module):
 
         A forward pass that recomputes activations inside a backward pass is not counted again.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         self._pairs_LE += torch.stack([routing.count_E for routing in routings])
         self._tokens_L += torch.stack([routing.num_tokens for routing in routings])

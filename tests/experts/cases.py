@@ -31,7 +31,7 @@ def problem(T, D, F, E, density, dtype=torch.float32, device="cpu"):
 
 
 def with_room(assignment):
-    """The same pairs in lists with room for every possible one, as on CUDA; behind the pairs stands what must not count."""
+    """The same pairs in lists with room for every possible one, as on CUDA; what stands behind them must not count."""
     room = assignment.num_tokens * assignment.num_experts - assignment.token_N.shape[0]
     none_N = assignment.token_N.new_full((room,), assignment.num_experts)
     return Assignment(

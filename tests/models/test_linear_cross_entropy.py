@@ -24,7 +24,6 @@ def problem(T=63, D=60, V=97, dtype=torch.float32, ignored=0.3):
     return hidden_TD, weight_VD, target_T
 
 
-
 def exact(hidden_TD, weight_VD, target_T, scale=1.0):
     leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden_TD, weight_VD)]
     loss = F.cross_entropy(F.linear(*leaves), target_T, reduction="sum") * scale
@@ -206,3 +205,25 @@ def test_compiled_without_graph_break():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for leaf, grad in zip((hidden_TD, weight_VD), grads, strict=True):
         assert reference.relative_error(leaf.grad, grad) < 1e-5
+
+
+def test_transformers_trainer_trains_without_logits_and_evaluates_with_them(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {}
+
+    ids = tokens(batch=6)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **options)
+    ours = model()
+    trainer = Trainer(ours, arguments, train_dataset=data, eval_dataset=data, compute_metrics=compute_metrics)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert seen == [(6, 21, 97)] * 2

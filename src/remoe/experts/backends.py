@@ -26,35 +26,32 @@ def check_backend(name: str) -> None:
         raise ConfigError(f"unknown experts backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
 
 
-@cache
+@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str:
     """The backend to run: `name` itself, or the first that "auto" finds able. The choice is logged, once.
 
     Raises:
         ConfigError: when a backend that was asked for by name cannot run; the message says why.
     """
+    return _resolve(name, device_type, dtype, d_model, d_expert)
+
+
+@cache
+def _resolve(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str:
     check_backend(name)
-    if name != "auto":
-        if reason := _obstacle(name, device_type, dtype, d_model, d_expert):
+    candidates = _AUTO.get(device_type, ("loop",)) if name == "auto" else (name,)
+    passed_over = ""
+    for candidate in candidates:
+        reason = _obstacle(candidate, device_type, dtype, d_model, d_expert)
+        if reason is None:
+            break
+        if name != "auto":
             raise ConfigError(f"experts backend {name!r} cannot run here: {reason}")
-        chosen, passed_over = name, ""
-    else:
-        reasons = {}
-        for candidate in _AUTO.get(device_type, ("loop",)):
-            reasons[candidate] = _obstacle(candidate, device_type, dtype, d_model, d_expert)
-            if reasons[candidate] is None:
-                break
-        chosen = candidate
-        passed_over = "".join(f"; not {other}: {reason}" for other, reason in reasons.items() if reason)
-    logger.info(
-        "experts backend: %s (asked for: %s) on %s in %s%s", chosen, name, device_type, _short(dtype), passed_over
-    )
-    return chosen
+        passed_over += f"; not {candidate}: {reason}"
+    where = f"{device_type} in {str(dtype).removeprefix('torch.')}"
+    logger.info("experts backend: %s (asked for: %s) on %s%s", candidate, name, where, passed_over)
+    return candidate
 
 
 def _obstacle(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
     return import_module(f"remoe.experts.{name}").obstacle(torch.device(device_type), dtype, d_model, d_expert)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Whole passes in compiled code: experts for a few tokens, and float32 forward and backward passes on MKL.
+"""Whole passes in compiled code: experts for a few tokens, and forward and backward passes in float32.
 
 Same arguments as in `remoe.experts.ops`, contiguous; `count` is count_E as a list.
 
@@ -58,7 +58,7 @@ def forward(
     sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
     scratch = x_TD.new_empty(kernels.forward_scratch(sizes))
     inputs = _addresses(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E)
-    kernels.experts_forward(kernels.sgemm, *inputs, sizes, *_addresses(scratch, pre_C2F, y_TD))
+    kernels.experts_forward(*inputs, sizes, *_addresses(scratch, pre_C2F, y_TD))
     return y_TD
 
 
@@ -81,7 +81,7 @@ def backward(
     scratch = x_TD.new_empty(kernels.backward_scratch(sizes))
     inputs = _addresses(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
     outputs = _addresses(scratch, dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N)
-    kernels.experts_backward(kernels.sgemm, *inputs, sizes, *outputs)
+    kernels.experts_backward(*inputs, sizes, *outputs)
     return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
 

@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "kernels.cpp", "ragged.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "gemm.h", "kernels.cpp", "ragged.cpp"))
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _COMPILER_SECONDS = 120
@@ -36,8 +36,8 @@ Sizes = _I * 9  # the struct of that name in ragged.cpp
 _RAGGED_ARGUMENTS = {
     "forward_scratch": (Sizes,),
     "backward_scratch": (Sizes,),
-    "experts_forward": (_P,) * 7 + (Sizes,) + (_P,) * 3,
-    "experts_backward": (_P,) * 9 + (Sizes,) + (_P,) * 5,
+    "experts_forward": (_P,) * 6 + (Sizes,) + (_P,) * 3,
+    "experts_backward": (_P,) * 8 + (Sizes,) + (_P,) * 5,
 }
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -53,10 +53,9 @@ class Kernels:
 
 
 class RaggedKernels:
-    """The functions of ragged.cpp, with the BLAS product that they call."""
+    """The functions of ragged.cpp: whole passes in float32."""
 
-    def __init__(self, library: ctypes.CDLL, sgemm: int) -> None:
-        self.sgemm = sgemm
+    def __init__(self, library: ctypes.CDLL) -> None:
         for name, arguments in _RAGGED_ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, _I if name.endswith("scratch") else None
@@ -65,19 +64,9 @@ class RaggedKernels:
 
 @cache
 def ragged_kernels() -> RaggedKernels | None:
-    """Whole passes for float32; None without kernels or without MKL, the BLAS that may be called from many threads."""
-    library, sgemm = _library(), _mkl_sgemm()
-    return None if library is None or sgemm is None else RaggedKernels(library, sgemm)
-
-
-def _mkl_sgemm() -> int | None:
-    """Address of the matrix product in torch's own library."""
-    if not torch.backends.mkl.is_available():
-        return None
-    for library in Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"):
-        if sgemm := getattr(ctypes.CDLL(str(library)), "sgemm_", None):
-            return ctypes.cast(sgemm, _P).value
-    return None
+    """Whole passes for float32, or None where the machine cannot build them."""
+    library = _library()
+    return None if library is None else RaggedKernels(library)
 
 
 @cache

@@ -1,19 +1,18 @@
 // Forward and backward pass of all experts in float32, one thread per block of an expert's pairs.
 //
 // A matrix product of a few hundred rows is too small to be shared by threads without loss, but there are many of
-// them. So each thread takes a block through gather, up projection, SwiGLU and down projection with one-thread BLAS
-// calls, in scratch memory of its own. Windows of blocks bound the memory for what threads hand to each other: the
+// them. So each thread takes a block through gather, up projection, SwiGLU and down projection, in scratch memory of its
+// own. Windows of blocks bound the memory for what threads hand to each other: the
 // rows to be summed per token, and what the weight gradients are made of. Each sum is done by one thread in the order
 // of the pairs, whatever the number of threads.
 //
 // Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W pairs
 // of a window; it has room for W + m.
 
+#include "gemm.h"
 #include "kernels.h"
 
-#include <algorithm>
 #include <numeric>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -25,9 +24,6 @@ static int omp_get_thread_num() { return 0; }
 
 namespace {
 
-typedef void (*Sgemm)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                      const int *, const float *, const int *, const float *, float *, const int *);
-
 struct Block {
     int64_t expert, start, rows;
 };
@@ -36,14 +32,6 @@ struct Sizes {
     int64_t T, D, F, E, C, W, m;
     int64_t window_factors, thread_factors;  // rows of memory for `Factors`, shared and of each thread
 };
-
-// Row-major c_MN = op(a) op(b) + beta c. BLAS is column-major: it is given b before a.
-void product(Sgemm sgemm, char op_a, char op_b, int64_t M, int64_t N, int64_t K, const float *a, int64_t lda,
-             const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
-    int m = int(M), n = int(N), k = int(K), a_stride = int(lda), b_stride = int(ldb), c_stride = int(ldc);
-    float one = 1;
-    sgemm(&op_b, &op_a, &n, &m, &k, &one, b, &b_stride, a, &a_stride, &beta, c, &c_stride);
-}
 
 std::vector<Block> split(const int64_t *count_E, const Sizes &n) {
     std::vector<Block> blocks;
@@ -118,15 +106,15 @@ struct Tile {
     bool first;  // of the expert's windows
 };
 
-void weight_gradient(Sgemm sgemm, const Tile &t, const Factors &a, const Sizes &n, float *dgate_up_E2FD,
+void weight_gradient(const Tile &t, const Factors &a, const Sizes &n, float *dgate_up_E2FD,
                      float *ddown_EDF) {
     const int64_t size = t.to - t.from;
-    const float beta = t.first ? 0 : 1;
+    const bool add = !t.first;
     if (t.down)
-        product(sgemm, 'T', 'N', size, n.F, t.rows, a.dy_D + t.from, n.D, a.hidden_F, n.F, beta,
+        multiply(true, false, size, n.F, t.rows, a.dy_D + t.from, n.D, a.hidden_F, n.F, add,
                 ddown_EDF + (t.expert * n.D + t.from) * n.F, n.F);
     else
-        product(sgemm, 'T', 'N', size, n.D, t.rows, a.dpre_2F + t.from, 2 * n.F, a.x_D, n.D, beta,
+        multiply(true, false, size, n.D, t.rows, a.dpre_2F + t.from, 2 * n.F, a.x_D, n.D, add,
                 dgate_up_E2FD + (t.expert * 2 * n.F + t.from) * n.D, n.D);
 }
 
@@ -166,7 +154,7 @@ extern "C" int64_t backward_scratch(const Sizes *n) {
            omp_get_max_threads() * (Factors::floats(n->thread_factors, *n) + n->m * 3 * n->F);
 }
 
-extern "C" void experts_forward(Sgemm sgemm, const float *x_TD, const float *gate_up_E2FD, const float *down_EDF,
+extern "C" void experts_forward(const float *x_TD, const float *gate_up_E2FD, const float *down_EDF,
                                 const float *gate_N, const int64_t *token_N, const int64_t *count_E, const Sizes *sizes,
                                 float *scratch, float *pre_C2F, float *y_TD) {
     const Sizes n = *sizes;
@@ -182,17 +170,17 @@ extern "C" void experts_forward(Sgemm sgemm, const float *x_TD, const float *gat
             float *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
             float *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
             gather_rows(x_TD, token_N + start, rows, D, x_mD);
-            product(sgemm, 'N', 'T', rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, 0, pre_m2F, 2 * F);
+            multiply(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
             for (int64_t j = 0; j < rows; j++)
                 swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
             float *out_mD = out_WD + (start - blocks[first].start) * D;
-            product(sgemm, 'N', 'T', rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, 0, out_mD, D);
+            multiply(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
         }
         combine(blocks, first, end, out_WD, token_N, n, y_TD);
     }
 }
 
-extern "C" void experts_backward(Sgemm sgemm, const float *dy_TD, const float *x_TD, const float *gate_up_E2FD,
+extern "C" void experts_backward(const float *dy_TD, const float *x_TD, const float *gate_up_E2FD,
                                  const float *down_EDF, const float *gate_N, const int64_t *token_N,
                                  const int64_t *count_E, const float *pre_C2F, const Sizes *sizes, float *scratch,
                                  float *dx_TD, float *dgate_up_E2FD, float *ddown_EDF, float *dgate_N) {
@@ -225,26 +213,26 @@ extern "C" void experts_backward(Sgemm sgemm, const float *dy_TD, const float *x
             gather_rows(x_TD, token_N + start, rows, D, a.x_D);
             gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
             if (start + rows > n.C) {
-                product(sgemm, 'N', 'T', rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, 0, again_m2F, 2 * F);
+                multiply(false, true, rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, false, again_m2F, 2 * F);
                 pre_m2F = again_m2F;
             }
-            product(sgemm, 'N', 'N', rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, 0, dhidden_mF, F);
+            multiply(false, false, rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, false, dhidden_mF, F);
             for (int64_t j = 0; j < rows; j++) {
                 const Factors row = a.row(j, n);
                 dgate_N[start + j] = swiglu_backward_row(pre_m2F + j * 2 * F, dhidden_mF + j * F, gate_N[start + j], F,
                                                          row.hidden_F, row.dpre_2F);
             }
             float *dx_mD = dx_WD + (start - base) * D;
-            product(sgemm, 'N', 'N', rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, 0, dx_mD, D);
+            multiply(false, false, rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, false, dx_mD, D);
             if (whole) {
-                weight_gradient(sgemm, {false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
-                weight_gradient(sgemm, {true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
+                weight_gradient({false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
+                weight_gradient({true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
             }
         }
         combine(blocks, first, end, dx_WD, token_N, n, dx_TD);
         const std::vector<Tile> tiles = weight_tiles(blocks, first, end, count_E, n);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < tiles.size(); i++)
-            weight_gradient(sgemm, tiles[i], window.row(tiles[i].start - base, n), n, dgate_up_E2FD, ddown_EDF);
+            weight_gradient(tiles[i], window.row(tiles[i].start - base, n), n, dgate_up_E2FD, ddown_EDF);
     }
 }

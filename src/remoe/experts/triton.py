@@ -37,7 +37,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: i
     if dtype not in DTYPES:
         return f"no kernels for {dtype}"
     if interpreted():
-        return None
+        # It multiplies the bit patterns, and cuts off instead of rounding.
+        return "Triton's interpreter does not compute in bfloat16" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return "needs CUDA"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -113,7 +114,7 @@ def backward(
             pre, pre_first = pre_C2F, 0
             if pairs.stop > pre_C2F.shape[0]:
                 pre, pre_first = dpre_W2F, pairs.start
-                launch.up_projection(w, x_TD, gate_up_E2FD, pre, pre_first, pairs.stop)
+                launch.up_projection(w, x_TD, gate_up_E2FD, pre, pre_first, pairs.stop, None)
             launch.hidden_gradient(w, dy_TD, down_EDF, pre, pre_first, dpre_W2F, hidden_WF, dgate_N)
             launch.weight_gradient(w, dy_TD, hidden_WF, ddown_EDF)
             launch.weight_gradient(w, dpre_W2F, x_TD, dgate_up_E2FD, up=True)

@@ -75,9 +75,9 @@ def plan_windows(
 def list_pairs(
     token_ptr, head_ptr, tile_ptr, pair_ptr, max_tiles, E: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """pair[token, expert] = the pair's place in the list. Grid: (windows, max_tiles)."""
-    window = tl.program_id(0)
-    slot = tl.program_id(1)
+    """pair[token, expert] = the pair's place in the list. Grid: (max_tiles, windows)."""
+    slot = tl.program_id(0)
+    window = tl.program_id(1)
     if slot < tl.load(head_ptr + HEAD * window):
         expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
         row = first + tl.arange(0, ROWS)
@@ -273,7 +273,7 @@ def _swiglu_gradient(
 ):  # fmt: skip
     # Of the columns from `first` on; returns dgate's sum over them.
     columns: tl.constexpr = dhidden.shape[1]
-    if columns > 64:  # more than the registers hold, with all that is needed here
+    if columns > 64:  # more than the registers hold, with all that stands below
         low, high = _halves(dhidden)
         dgate = _swiglu_gradient(low, gate, valid, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
         first += columns // 2
@@ -314,14 +314,15 @@ def sum_gate_gradient(
 @triton.jit(do_not_specialize=VARYING)
 def weight_gradient(
     left_ptr, right_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows,
-    E: tl.constexpr, I: tl.constexpr, J: tl.constexpr, UP: tl.constexpr,
+    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = left^T @ right over the expert's pairs: of gate_up where UP (left dpre, right x[token]), else of down
-    (left dy[token], right hidden). Experts without pairs get zeros.
+    """out[e] (M, N) = left^T @ right over the expert's pairs; experts without pairs get zeros.
+
+    left, right: dpre, x[token] where UP, for gate_up; dy[token], hidden for down.
     """
-    height: tl.constexpr = (I + ROWS - 1) // ROWS
-    width: tl.constexpr = (J + COLUMNS - 1) // COLUMNS
+    height: tl.constexpr = (M + ROWS - 1) // ROWS
+    width: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     first_expert = tl.load(head_ptr + HEAD * window + 2)
     experts = tl.load(head_ptr + HEAD * window + 3)
     for item in range(tl.program_id(0), experts * height * width, tl.num_programs(0)):
@@ -338,14 +339,14 @@ def weight_gradient(
                 token = tl.load(token_ptr + row, mask=row < high, other=0)
                 local = (row - window * window_rows).to(tl.int64)
                 left_row, right_row = (local, token) if UP else (token, local)
-                left_ptrs = left_ptr + (left_row[:, None] * I + i[None, :])
-                right_ptrs = right_ptr + (right_row[:, None] * J + j[None, :])
-                left = tl.load(left_ptrs, mask=(row < high)[:, None] & (i < I)[None, :], other=0.0)
-                right = tl.load(right_ptrs, mask=(row < high)[:, None] & (j < J)[None, :], other=0.0)
+                left_ptrs = left_ptr + (left_row[:, None] * M + i[None, :])
+                right_ptrs = right_ptr + (right_row[:, None] * N + j[None, :])
+                left = tl.load(left_ptrs, mask=(row < high)[:, None] & (i < M)[None, :], other=0.0)
+                right = tl.load(right_ptrs, mask=(row < high)[:, None] & (j < N)[None, :], other=0.0)
                 acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
-            out_row = expert.to(tl.int64) * I + i
-            out_ptrs = out_ptr + out_row[:, None] * J + j[None, :]
-            inside = (i < I)[:, None] & (j < J)[None, :]
+            out_row = expert.to(tl.int64) * M + i
+            out_ptrs = out_ptr + out_row[:, None] * N + j[None, :]
+            inside = (i < M)[:, None] & (j < N)[None, :]
             if what == ADD:
                 acc += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
             tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -44,18 +44,19 @@ TILES = {
         rows=128,
         up=Tile(256, 64, 8, 3),
         down=Tile(256, 64, 8, 3),
-        hidden_gradient=Tile(128, 64, 8, 3),
+        hidden_gradient=Tile(256, 64, 8, 3),
         rows_gradient=Tile(256, 64, 8, 3),
-        weight_gradient=Tile(256, 64, 8, 3),
+        # Its rows are found through the list of tokens, which takes stages of its own.
+        weight_gradient=Tile(256, 64, 8, 5),
     ),
     # 16-bit numbers elsewhere
     "small": Tiles(
         rows=128,
-        up=Tile(128, 32, 8, 3, 2),
-        down=Tile(128, 32, 8, 3, 2),
-        hidden_gradient=Tile(64, 32, 4, 3, 2),
-        rows_gradient=Tile(128, 32, 8, 3, 2),
-        weight_gradient=Tile(128, 32, 8, 3, 2),
+        up=Tile(128, 32, 8, 4),
+        down=Tile(128, 32, 8, 4),
+        hidden_gradient=Tile(64, 32, 8, 4),
+        rows_gradient=Tile(128, 32, 8, 4),
+        weight_gradient=Tile(128, 32, 8, 6),
     ),
     "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2)] * 5),
     "interpreted": Tiles(16, *[Tile(32, 32, 1, 1)] * 5),
@@ -91,12 +92,12 @@ class Launcher:
             count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles,
             E=self.E, EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
         )  # fmt: skip
-        self.kernels.list_pairs[len(slices), self.max_tiles](
+        self.kernels.list_pairs[self.max_tiles, len(slices)](
             self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, E=self.E, ROWS=self.rows
         )
 
     def up_projection(
-        self, w: int, x_TD: Tensor, gate_up_E2FD: Tensor, pre: Tensor, first: int, end: int, hidden_WF: Tensor | None = None
+        self, w: int, x_TD: Tensor, gate_up_E2FD: Tensor, pre: Tensor, first: int, end: int, hidden_WF: Tensor | None
     ) -> None:
         """Pre-activations of the pairs before `end`, into `pre`, whose row 0 is the pair `first`; hidden activation."""
         self._rowwise(self.kernels.up_projection, self.tiles.up, 2 * self.F)(
@@ -137,14 +138,14 @@ class Launcher:
             part, self.head, dgate_N, w, self.W, PARTS=parts, BLOCK=SUM_BLOCK
         )
 
-    def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EIJ: Tensor, up: bool = False) -> None:
+    def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EMN: Tensor, up: bool = False) -> None:
         """Gradient of `gate_up` where `up`, else of `down`; experts without pairs get zeros."""
-        (E, I, J), tile = out_EIJ.shape, self.tiles.weight_gradient
-        rows, columns = _block(I, self.tiles.rows), _block(J, tile.columns)
-        items = E * -(-I // rows) * -(-J // columns)
+        (E, M, N), tile = out_EMN.shape, self.tiles.weight_gradient
+        rows, columns = _block(M, self.tiles.rows), _block(N, tile.columns)
+        items = E * -(-M // rows) * -(-N // columns)
         self.kernels.weight_gradient[self._grid(tile, items)](
-            left, right, self.token_N, self.head, self.span, out_EIJ, w, self.W,
-            E=E, I=I, J=J, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
+            left, right, self.token_N, self.head, self.span, out_EMN, w, self.W,
+            E=E, M=M, N=N, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

@@ -54,10 +54,9 @@ def _forward(
     dhidden_TD = hidden_TD.new_empty((T, D) if hidden_grad else 0)
     dweight_DV = weight_VD.new_zeros((D, V) if weight_grad else 0, dtype=dtype)
     weight_DV = weight_VD.t()
-    chunks = max(1, -(-T // _chunk_tokens(V, hidden_TD.device.type)))
-    bounds = [T * i // chunks for i in range(chunks + 1)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        hidden_tD, target_t = hidden_TD[start:end], target_T[start:end]
+    chunk = _chunk_tokens(V, hidden_TD.device.type)
+    for start in range(0, T, chunk):
+        hidden_tD, target_t = hidden_TD[start : start + chunk], target_T[start : start + chunk]
         counts_t1 = (target_t != IGNORED_TARGET)[:, None]
         index_t1 = target_t[:, None].where(counts_t1, 0)
         logits_tV = product(hidden_tD, weight_DV).to(dtype)
@@ -71,7 +70,7 @@ def _forward(
         dlogits_tV = prob_tV.scatter_add_(1, index_t1, prob_tV.new_full((), -1).expand_as(index_t1)).to(hidden_TD.dtype)
         # A token without a target is masked in the (t, D) factors: a pass over (t, V) would cost more.
         if hidden_grad:
-            dhidden_TD[start:end] = product(dlogits_tV, weight_VD).where(counts_t1, 0)
+            dhidden_TD[start : start + chunk] = product(dlogits_tV, weight_VD).where(counts_t1, 0)
         if weight_grad:
             dweight_DV += product(hidden_tD.where(counts_t1, 0).t(), dlogits_tV)
     return total, dhidden_TD, dweight_DV

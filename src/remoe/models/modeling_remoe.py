@@ -249,7 +249,6 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_logits: bool | None = None,
         **kwargs,
     ) -> RemoeCausalLMOutput:
@@ -262,7 +261,8 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
             labels: (B, S) int64, the tokens themselves; shifted here. -100, and padding, is no target.
-            shift_labels: (B, S) int64, targets already shifted, instead of `labels`.
+            shift_labels: (B, S) int64, targets already shifted, instead of `labels`. One of `kwargs`, because
+                transformers' Trainer expects of a batch every label that the signature names.
             logits_to_keep: as in transformers: only the last n positions, or these.
             num_items_in_batch: targets in all micro-batches of the optimiser step. Both losses are then this
                 micro-batch's share, so that their sum over micro-batches is the loss of the whole batch (the
@@ -271,6 +271,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
                 by default the regulariser's share is the micro-batch's share of the targets.
             return_logits: whether to return logits; by default always, but for a loss in training mode.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

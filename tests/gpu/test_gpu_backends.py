@@ -1,0 +1,117 @@
+"""The contracts of tests/experts on a GPU, and those that only a GPU can break: waiting for it, and its memory."""
+
+import functools
+import math
+
+import pytest
+import torch
+from experts.cases import SHAPES, check_equals_naive, check_repeats, problem
+
+from remoe.errors import ConfigError
+from remoe.experts import Experts, run_experts
+from remoe.experts.backends import resolve_backend
+from remoe.routing.assignment import Assignment
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+LARGE = {
+    "many tiles": (1000, 256, 384, 8, 0.3),
+    "odd and large": (777, 260, 196, 6, 0.5),
+    "ragged": (2048, 512, 704, 16, 0.1),
+}
+every_backend = pytest.mark.parametrize("name", ["triton", "grouped", "loop", "sonic"])
+without_waiting = pytest.mark.parametrize("name", ["triton", "grouped"])
+
+
+def backend(name, leaves, **options):
+    x, _, down, _ = leaves
+    try:
+        resolve_backend(name, "cuda", x.dtype, *down.shape[1:])
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return functools.partial(run_experts, backend=name, **options)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE.values()], ids=[*SHAPES, *LARGE])
+def test_float32_equals_naive_in_float64(name, shape):
+    leaves, active = problem(*shape, device="cuda")
+    check_equals_naive(backend(name, leaves), leaves, active, 1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE.values()], ids=[*SHAPES, *LARGE])
+def test_16_bit_equals_naive_in_float64(name, dtype, shape):
+    leaves, active = problem(*shape, dtype, device="cuda")
+    check_equals_naive(backend(name, leaves), leaves, active, 1e-2)
+
+
+@without_waiting
+@pytest.mark.parametrize("stored", [0, 7, 300, 1500, None], ids=lambda stored: f"stored={stored}")
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_windows(name, dtype, density, stored, monkeypatch):
+    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 256)
+    leaves, active = problem(333, 136, 72, 6, density, dtype, device="cuda")
+    active[:, 2] = False
+    check_equals_naive(backend(name, leaves, stored=stored), leaves, active, 1e-2)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_expert_takes_everything(name, dtype):
+    leaves, active = problem(1000, 256, 384, 8, 0.0, dtype, device="cuda")
+    active[:, 3] = True
+    grads = check_equals_naive(backend(name, leaves), leaves, active, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert not grads[1][[0, 1, 2, 4, 5, 6, 7]].any()
+
+
+@without_waiting
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_runs_are_bitwise_equal(name, dtype):
+    leaves, active = problem(*LARGE["ragged"], dtype, device="cuda")
+    check_repeats(backend(name, leaves, stored=1500), leaves, active)
+
+
+def test_triton_never_waits_for_the_device():
+    # In float32 the same launches are made; "grouped" is left out, for whose waiting torch decides.
+    leaves, active = problem(*LARGE["ragged"], torch.bfloat16, device="cuda")
+    x, gate_up, down, gate_TE = leaves
+    experts = backend("triton", leaves, stored=1500)
+    dy = torch.randn_like(x)
+    experts(x, gate_up, down, Assignment.from_gates(gate_TE, active)).backward(dy)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts(x, gate_up, down, Assignment.from_gates(gate_TE, active)).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_triton_in_a_cuda_graph():
+    leaves, active = problem(*LARGE["many tiles"], torch.bfloat16, device="cuda")
+    x, gate_up, down, gate_TE = (leaf.detach() for leaf in leaves)
+    experts = backend("triton", leaves)
+    expected = experts(x, gate_up, down, Assignment.from_gates(gate_TE, active))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = experts(x, gate_up, down, Assignment.from_gates(gate_TE, active))
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_dense_stage_needs_at_most_half_more_memory():
+    T, D, F, E, k = 8192, 512, 256, 32, 4
+    layer = Experts(E, D, F, "triton", pairs_per_token=k).to("cuda", torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=1 / math.sqrt(D))
+    x = torch.randn(T, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    peaks = []
+    for density in (k / E, k / E, 1.0):  # the first compiles
+        active = torch.rand(T, E, device="cuda") < density
+        gates = torch.rand(T, E, device="cuda").mul(active).requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        layer(x, Assignment.from_gates(gates, active)).float().square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] <= 1.5 * peaks[1]

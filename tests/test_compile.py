@@ -1,0 +1,91 @@
+"""torch.compile and torch.export of our layers: one graph, the same numbers."""
+
+import pytest
+import torch
+
+import remoe
+
+ROUTERS = ["relu", "topk", "dense"]
+
+
+def tiny_model(router):
+    config = remoe.RemoeConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_experts=4, router=router
+    )
+    return remoe.RemoeForCausalLM(config)
+
+
+def losses_and_gradients(model, call, token_BS):
+    model.zero_grad()
+    out = call(token_BS, labels=token_BS, use_cache=False)
+    out.loss.backward()
+    return [out.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_model_compiles_into_one_graph(router):
+    torch.compiler.reset()
+    model = tiny_model(router).train()
+    token_BS = torch.randint(0, 128, (2, 17))
+    eager = losses_and_gradients(model, model, token_BS)
+    model.sparsity.update()
+    seen = model.sparsity.load_LE.clone()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(eager, losses_and_gradients(model, compiled, token_BS), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    model.sparsity.update()
+    assert torch.equal(model.sparsity.load_LE, seen)
+
+
+def test_layer_compiles_with_inductor():
+    torch.compiler.reset()
+    layer = remoe.MoE(60, 36, 5, 2, init_std=0.3)
+    compiled = torch.compile(layer, fullgraph=True)
+    for tokens in (33, 12, 7):  # the second size makes shapes dynamic, the third uses them
+        x = torch.randn(tokens, 60)
+        y, routing = layer(x)
+        y_compiled, routing_compiled = compiled(x)
+        torch.testing.assert_close(y_compiled, y)
+        assert torch.equal(routing_compiled.count_E, routing.count_E)
+
+
+def test_layer_compiles_under_autocast_and_recomputation():
+    torch.compiler.reset()
+    layer = remoe.MoE(60, 36, 5, 2, init_std=0.3)
+    x = torch.randn(33, 60, requires_grad=True)
+
+    def run(call):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.utils.checkpoint.checkpoint(lambda x: call(x)[0], x, use_reentrant=False)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
+
+    for a, b in zip(run(layer), run(torch.compile(layer, fullgraph=True, backend="aot_eager")), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_exported_model_takes_other_batch_sizes(router):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_model(router).eval()
+
+        def forward(self, token_BS):
+            return self.model(token_BS, use_cache=False).logits
+
+    module, token_BS = Logits(), torch.randint(0, 128, (5, 17))
+    with torch.no_grad():
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        exported = torch.export.export(module, (token_BS[:2],), dynamic_shapes=shapes)
+        torch.testing.assert_close(exported.module()(token_BS), module(token_BS))
+
+
+def test_operators_follow_their_contract():
+    from remoe.experts.ops import _forward
+
+    T, D, F, E = 9, 6, 4, 3
+    count_E = torch.tensor([2, 0, 3])
+    token_N = torch.tensor([0, 5, 1, 5, 8])
+    tensors = [torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(5)]
+    leaves = [t.requires_grad_() for t in tensors]
+    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 3, "loop"))
