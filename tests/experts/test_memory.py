@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remoe.bench.layer import Case, _Output, _step, relu_layer, tokens
+from remoe.bench.layer import Case, Output, measured_step, relu_layer, tokens
 from remoe.bench.timing import peak_bytes
 from remoe.experts import run_experts
 from remoe.routing.assignment import Assignment
@@ -23,12 +23,11 @@ def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
     x, dy = (tokens(case.T, case.D, CPU, torch.float32) for _ in range(2))
     peaks = []
     for density in (case.k / case.E, 1):
-        layer = _Output(relu_layer(case, "loop", density))
+        layer = Output(relu_layer(case, "loop", density))
         assert layer.layer(x)[1].count_E.sum() == pytest.approx(density * case.T * case.E, rel=0.1)
-        step = _step(layer, x, dy)
+        step = measured_step(layer, x, dy)
         step()
         peaks.append(peak_bytes(step, CPU))
-    print(peaks)
     assert peaks[1] <= 1.5 * peaks[0]
 
 

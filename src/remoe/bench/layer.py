@@ -15,6 +15,7 @@ from remoe.bench.machine import Roofline
 from remoe.bench.peers import peer_layers
 from remoe.bench.timing import median_seconds, peak_bytes
 from remoe.layer import MoE
+from remoe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ class DenseLayer(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class _Output(nn.Module):
-    """Our layer without its second output."""
+class Output(nn.Module):
+    """Our layer with its first output only, or with its second."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
+    def forward(self, x: Tensor, routing: bool = False) -> Tensor | Routing:
+        return self.layer(x)[1 if routing else 0]
 
 
 def tokens(T: int, D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -116,18 +117,18 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
     layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}
     for backend in backends:
         name = "remoe" if backend == "auto" else f"remoe {backend}"
-        layers[f"{name} relu"] = _Output(relu_layer(case, backend, case.k / case.E))
-        layers[f"{name} topk"] = _Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
+        layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
+        layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
     if peers:
         layers |= peer_layers(case, device, dtype)
     x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))
-    steps = {name: _step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
+    steps = {name: measured_step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
     seconds = median_seconds(steps, device, repetitions)
     dense = seconds["dense"]
-    relu = next(layer.layer for layer in layers.values() if isinstance(layer, _Output))
+    relu = next(layer for layer in layers.values() if isinstance(layer, Output))
     return {
         **asdict(case),
-        "active_pairs_per_token": relu(x)[1].count_E.sum().item() / case.T,
+        "active_pairs_per_token": relu(x, routing=True).count_E.sum().item() / case.T,
         "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
         "ratio_to_dense": {name: s / dense for name, s in seconds.items()},
         "share_of_gemm_rate": {name: case.flops / s / roofline.gemm_flops for name, s in seconds.items()},
@@ -140,14 +141,14 @@ def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]
     """Peak memory of our layer with every expert active, weight gradients included."""
     peaks = {}
     for backend in backends:
-        layer = _Output(relu_layer(case, backend, density=1)).to(device, dtype)
-        step = _step(layer, x, dy)
+        layer = Output(relu_layer(case, backend, density=1)).to(device, dtype)
+        step = measured_step(layer, x, dy)
         step()
-        peaks["remoe" if backend == "auto" else f"remoe {backend}"] = peak_bytes(step, device) / 1e6
+        peaks["remoe relu" if backend == "auto" else f"remoe {backend} relu"] = peak_bytes(step, device) / 1e6
     return peaks
 
 
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def measured_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     x = x.clone().requires_grad_()
     leaves = [x, *layer.parameters()]
 

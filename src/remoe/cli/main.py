@@ -23,6 +23,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "plan_command",
         "parameters, FLOPs and memory of a model, before it is trained",
     ),
+    "bench layer": ("remoe.cli.bench", "layer_command", "time one layer against dense and other implementations"),
+    "bench decode": ("remoe.cli.bench", "decode_command", "the same for a few tokens, as in generation"),
+    "bench train-step": ("remoe.cli.bench", "train_step_command", "time whole training steps against transformers'"),
     "data prepare": ("remoe.cli.data", "prepare_command", "turn text into token shards"),
     "data check": ("remoe.cli.data", "check_command", "verify prepared data and show what is in it"),
 }
@@ -37,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"remoe {remoe.__version__}")
         return 0
-    name = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    name = " ".join(argv[:2]) if argv[0] in groups else argv[0]
     if name not in COMMANDS:
-        if argv[:1] == ["data"] and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
             print(_help())
             return 0 if len(argv) > 1 else 2
         return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
@@ -65,7 +69,7 @@ def _help() -> str:
         "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains each option",
         "",
     ]
-    lines += [f"  {name:<14}{text}" for name, (_, _, text) in COMMANDS.items()]
+    lines += [f"  {name:<17}{text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join(lines)
 
 

@@ -59,6 +59,17 @@ inline void dots(const X *v_K, const X *w_K, const X *const *x_iK, int64_t K, fl
 }
 
 template <typename X>
+inline void dots_of_two(const X *v_K, const X *w_K, const X *x0, const X *x1, int64_t K, float out[2][ROWS]) {
+    float v0 = 0, v1 = 0, w0 = 0, w1 = 0;
+#pragma omp simd reduction(+ : v0, v1, w0, w1)
+    for (int64_t k = 0; k < K; k++) {
+        float v = load(v_K[k]), w = load(w_K[k]), a = load(x0[k]), b = load(x1[k]);
+        v0 += v * a, v1 += v * b, w0 += w * a, w1 += w * b;
+    }
+    out[0][0] = v0, out[0][1] = v1, out[1][0] = w0, out[1][1] = w1;
+}
+
+template <typename X>
 inline void dots_of_one(const X *v_K, const X *w_K, const X *x_K, int64_t K, float out[2][ROWS]) {
     float v0 = 0, w0 = 0;
 #pragma omp simd reduction(+ : v0, w0)
@@ -69,10 +80,19 @@ inline void dots_of_one(const X *v_K, const X *w_K, const X *x_K, int64_t K, flo
     out[0][0] = v0, out[1][0] = w0;
 }
 
+// Asks for memory that will be read soon; an address past the end is allowed.
+const int64_t AHEAD = 2;  // rows
+
+template <typename X>
+inline void fetch(const X *row, int64_t size) {
+    for (int64_t byte = 0; byte < size * int64_t(sizeof(X)); byte += 64) __builtin_prefetch((const char *)row + byte);
+}
+
 // The same for `rows` <= ROWS rows that `row_of(i)` finds.
 template <typename X, typename RowOf>
 inline void dots(const X *v_K, const X *w_K, int64_t rows, RowOf row_of, int64_t K, float out[2][ROWS]) {
     if (rows == 1) return dots_of_one(v_K, w_K, row_of(0), K, out);
+    if (rows == 2) return dots_of_two(v_K, w_K, row_of(0), row_of(1), K, out);
     const X *x[ROWS];
     for (int64_t i = 0; i < ROWS; i++) x[i] = row_of(i < rows ? i : 0);
     dots(v_K, w_K, x, K, out);
@@ -90,6 +110,8 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
             const int64_t end = start_L[l] + count_L[l];
 #pragma omp for schedule(static) nowait
             for (int64_t f = 0; f < F; f++) {
+                fetch(gate_up_2FD + (f + AHEAD) * D, D);
+                fetch(gate_up_2FD + (F + f + AHEAD) * D, D);
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
                     int64_t rows = end - pair < ROWS ? end - pair : ROWS;
                     float out[2][ROWS];
@@ -110,6 +132,7 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
 #pragma omp for schedule(static) nowait
             for (int64_t half = 0; half < (D + 1) / 2; half++) {
                 const int64_t d = 2 * half, next = d + 1 < D ? d + 1 : d;
+                fetch(down_DF + (d + 2 * AHEAD) * F, 2 * F);
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
                     int64_t rows = end - pair < ROWS ? end - pair : ROWS;
                     float out[2][ROWS];

@@ -1,0 +1,183 @@
+"""`remoe bench layer | decode | train-step`: tables of measured figures, and JSON with what they were measured on."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from remoe.cli.parsing import parse
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every benchmark has."""
+
+    out: Path | None = None
+    """JSON file for the figures, with machine, versions and threads."""
+    threads: int | None = None
+    """CPU threads; by default PyTorch's."""
+
+
+@dataclass(frozen=True)
+class LayerArguments(Common):
+    """Forward and backward pass of one layer, router included, as multiples of a dense SwiGLU layer's time.
+
+    The dense layer has the same active FLOPs. Implementations take turns; figures are medians.
+    """
+
+    cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
+    """Sizes: those for the device, or "experts": E from 8 to 128 at the same active size."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    backends: tuple[str, ...] = ("auto",)
+    """Expert backends of our layer: auto, naive, loop, grouped, triton, sonic."""
+    peers: bool = True
+    """Measure other implementations too, those that are installed."""
+    repetitions: int = 15
+    """Timed rounds."""
+
+
+@dataclass(frozen=True)
+class DecodeArguments(LayerArguments):
+    """Forward pass of one layer for a few tokens, as in generation.
+
+    Time is bound by reading the weights of the active experts; the last columns compare with that, at the memory
+    bandwidth measured in the same run.
+    """
+
+    cases: Literal["auto"] = "auto"
+    """There is one set of sizes."""
+
+
+def layer_command(argv: list[str]) -> int:
+    """Run `remoe bench layer`; returns the exit code."""
+    return _layer_or_decode(parse(LayerArguments, argv, prog="remoe bench layer"), "layer")
+
+
+def decode_command(argv: list[str]) -> int:
+    """Run `remoe bench decode`; returns the exit code."""
+    return _layer_or_decode(parse(DecodeArguments, argv, prog="remoe bench decode"), "decode")
+
+
+def train_step_command(argv: list[str]) -> int:
+    """Run `remoe bench train-step`; returns the exit code, raises ConfigError or DataError for bad input."""
+    from remoe.bench.train_step import TrainStepOptions
+
+    @dataclass(frozen=True)
+    class TrainStepArguments(Common):
+        __doc__ = TrainStepOptions.__doc__
+
+        preset: str = "mini"
+        """Model size, batch and schedule of every contestant."""
+        data: str | None = None
+        """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
+        settle: int = 120
+        """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
+        rounds: int = 7
+        """Turns of each contestant; the table has the median."""
+        steps: int = 5
+        """Steps of a turn."""
+
+    arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
+    _start(arguments)
+    import torch
+
+    from remoe.bench.machine import machine
+    from remoe.bench.train_step import train_step
+
+    given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
+    result = train_step(TrainStepOptions(**given))
+    columns = ("tokens_per_second", "ms_per_step", "ratio_to_reference", "sparsity")
+    table = Table(title="training step", title_justify="left")
+    table.add_column("implementation")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in result.rows:
+        table.add_row(row["name"], *("" if row[c] is None else _figure(row[c]) for c in columns))
+    Console().print(table)
+    _write(arguments, {"machine": machine(torch.device("cpu")), "rows": result.rows, "details": result.details})
+    return 0
+
+
+def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+    _start(arguments)
+    import torch
+
+    from remoe.bench import decode, layer
+    from remoe.bench.machine import machine, measure_roofline
+    from remoe.training.memory import keep_freed_memory
+    from remoe.training.trainer import pick_device
+
+    keep_freed_memory()
+    device = pick_device(arguments.device)
+    name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if arguments.dtype == "auto" else arguments.dtype
+    dtype = getattr(torch, name)
+    bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
+    cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
+    cases = decode.CASES if kind == "decode" else cases
+    console, rows = Console(), []
+    roofline = measure_roofline(device, dtype)
+    facts = machine(device)
+    console.print(
+        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {name}: "
+        f"GEMM {roofline.gemm_flops / 1e9:,.0f} GFLOP/s, memory reads {roofline.read_bytes / 1e9:,.1f} GB/s",
+        highlight=False,
+    )
+    for case in cases:
+        row = bench(
+            (case,), device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline
+        )[0]
+        rows.append(row)
+        console.print(_table(case, row))
+    measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
+    _write(arguments, {**measured, "repetitions": arguments.repetitions})
+    return 0
+
+
+# of a row: the heading of its column
+_COLUMNS = {
+    "milliseconds": "ms",
+    "ratio_to_dense": "times dense",
+    "share_of_gemm_rate": "of GEMM rate",
+    "peak_megabytes": "peak MB",
+    "dense_stage_peak_megabytes": "peak MB, all experts active",
+    "active_experts": "active experts",
+    "ratio_to_reading_the_weights": "times reading the weights",
+}
+
+
+def _table(case: object, row: dict) -> Table:
+    columns = [name for name in _COLUMNS if name in row]
+    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left")
+    table.add_column("implementation")
+    for column in columns:
+        table.add_column(_COLUMNS[column], justify="right")
+    for name in row["milliseconds"]:
+        table.add_row(name, *(_figure(row[column][name]) if name in row[column] else "" for column in columns))
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _start(arguments: Common) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler would print to stderr
+    if arguments.threads is not None:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+
+def _write(arguments: Common, measured: dict) -> None:
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
+        print(f"written: {arguments.out}")
