@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 LEAST_WORK = 2**22  # multiplications; below them a call of oneDNN costs more than it saves
 
@@ -32,9 +33,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N), as nn.Linear."""
-        if self.bias is None and self.weight.dtype is x.dtype and prefers_onednn(x, self.out_features):
-            return _LinearFunction.apply(x, self.weight)
-        return super().forward(x)
+        return linear(x, self.weight) if self.bias is None else super().forward(x)
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T, (..., K) to (..., N), by `product`."""
+    if weight_NK.dtype is x.dtype and prefers_onednn(x, weight_NK.shape[0]):
+        return _LinearFunction.apply(x, weight_NK)
+    return F.linear(x, weight_NK)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -57,12 +63,12 @@ class _LinearFunction(torch.autograd.Function):
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x and a matrix of so many columns is oneDNN's: float32, no autocast, where it pays."""
     return (
-        x.dtype is torch.float32
+        not torch.compiler.is_compiling()  # the compiler has its own choice of libraries; sizes may be symbols
+        and x.dtype is torch.float32
         and x.numel() * columns >= LEAST_WORK
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()  # the compiler has its own choice of libraries
         and _onednn_is_faster()
     )
 

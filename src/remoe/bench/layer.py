@@ -119,6 +119,7 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
         name = "remoe" if backend == "auto" else f"remoe {backend}"
         layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
         layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
+    layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
     if peers:
         layers |= peer_layers(case, device, dtype)
     x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))

@@ -3,6 +3,7 @@
 Legend: T tokens, D model width, F expert width, E experts, k experts per token.
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -31,7 +32,26 @@ class _Sequence(nn.Module):
 
 def peer_layers(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Layers of others with TopK routing, by name, their router included."""
-    return {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
+    layers = {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
+    if device.type == "cuda" and find_spec("scattermoe"):
+        layers["scattermoe"] = _ScatterMoE(size)
+    return layers
+
+
+class _ScatterMoE(nn.Module):
+    """scattermoe's SwiGLU experts behind a softmax router; it takes exactly k experts per token. CUDA only."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        from scattermoe.mlp import GLUMLP
+
+        self.k = size.k
+        self.router = nn.Linear(size.D, size.E, bias=False)
+        self.experts = GLUMLP(size.D, size.F, size.E, size.k, bias=False, activation=nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_TK, expert_TK = self.router(x).float().softmax(dim=1).topk(self.k, dim=1)
+        return self.experts(x, gate_TK.to(x.dtype), expert_TK)
 
 
 def mixtral_layer(size: Size, implementation: str) -> nn.Module:

@@ -27,7 +27,9 @@ class Common:
 class LayerArguments(Common):
     """Forward and backward pass of one layer, router included, as multiples of a dense SwiGLU layer's time.
 
-    The dense layer has the same active FLOPs. Implementations take turns; figures are medians.
+    The dense layer has the same active FLOPs. Implementations take turns; figures are medians. "/ dense" is the time
+    as a multiple of the dense layer's, "/ GEMM rate" the experts' FLOPs per second as a share of a large matrix
+    product's, "all on" the peak memory with every expert active.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
@@ -48,12 +50,31 @@ class LayerArguments(Common):
 class DecodeArguments(LayerArguments):
     """Forward pass of one layer for a few tokens, as in generation.
 
-    Time is bound by reading the weights of the active experts; the last columns compare with that, at the memory
-    bandwidth measured in the same run.
+    Time is bound by reading the weights of the active experts: "/ reading" is the time as a multiple of that, at the
+    memory bandwidth measured in the same run.
     """
 
     cases: Literal["auto"] = "auto"
     """There is one set of sizes."""
+
+
+@dataclass(frozen=True)
+class TrainStepArguments(Common):
+    """Whole training steps through `remoe train`'s loop, against transformers' Mixtral classes in its Trainer.
+
+    Same shape, batch, data and optimiser; the contestants take turns. Needs the extra "bench" (accelerate).
+    """
+
+    preset: str = "mini"
+    """Model size, batch and schedule of every contestant."""
+    data: str | None = None
+    """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
+    settle: int = 120
+    """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
+    rounds: int = 7
+    """Turns of each contestant; the table has the median."""
+    steps: int = 5
+    """Steps of a turn."""
 
 
 def layer_command(argv: list[str]) -> int:
@@ -68,29 +89,12 @@ def decode_command(argv: list[str]) -> int:
 
 def train_step_command(argv: list[str]) -> int:
     """Run `remoe bench train-step`; returns the exit code, raises ConfigError or DataError for bad input."""
-    from remoe.bench.train_step import TrainStepOptions
-
-    @dataclass(frozen=True)
-    class TrainStepArguments(Common):
-        __doc__ = TrainStepOptions.__doc__
-
-        preset: str = "mini"
-        """Model size, batch and schedule of every contestant."""
-        data: str | None = None
-        """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
-        settle: int = 120
-        """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
-        rounds: int = 7
-        """Turns of each contestant; the table has the median."""
-        steps: int = 5
-        """Steps of a turn."""
-
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
     import torch
 
     from remoe.bench.machine import machine
-    from remoe.bench.train_step import train_step
+    from remoe.bench.train_step import TrainStepOptions, train_step
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
@@ -127,13 +131,13 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     facts = machine(device)
     console.print(
         f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {name}: "
-        f"GEMM {roofline.gemm_flops / 1e9:,.0f} GFLOP/s, memory reads {roofline.read_bytes / 1e9:,.1f} GB/s",
+        f"GEMM {roofline.gemm_flops / 1e9:,.0f} GFLOP/s "
+        f"(torch.mm {roofline.default_gemm_flops / 1e9:,.0f}), memory reads {roofline.read_bytes / 1e9:,.1f} GB/s",
         highlight=False,
+        soft_wrap=True,
     )
     for case in cases:
-        row = bench(
-            (case,), device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline
-        )[0]
+        row = bench((case,), device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)[0]
         rows.append(row)
         console.print(_table(case, row))
     measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
@@ -144,21 +148,21 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 # of a row: the heading of its column
 _COLUMNS = {
     "milliseconds": "ms",
-    "ratio_to_dense": "times dense",
-    "share_of_gemm_rate": "of GEMM rate",
+    "ratio_to_dense": "/ dense",
+    "share_of_gemm_rate": "/ GEMM rate",
     "peak_megabytes": "peak MB",
-    "dense_stage_peak_megabytes": "peak MB, all experts active",
-    "active_experts": "active experts",
-    "ratio_to_reading_the_weights": "times reading the weights",
+    "dense_stage_peak_megabytes": "all on, MB",
+    "active_experts": "active",
+    "ratio_to_reading_the_weights": "/ reading",
 }
 
 
 def _table(case: object, row: dict) -> Table:
     columns = [name for name in _COLUMNS if name in row]
     table = Table(title=f"T, D, F, E, k = {case}", title_justify="left")
-    table.add_column("implementation")
+    table.add_column("implementation", no_wrap=True)
     for column in columns:
-        table.add_column(_COLUMNS[column], justify="right")
+        table.add_column(_COLUMNS[column], justify="right", no_wrap=True)
     for name in row["milliseconds"]:
         table.add_row(name, *(_figure(row[column][name]) if name in row[column] else "" for column in columns))
     return table

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.ops import ragged_experts
+from remoe.gemm import linear
 from remoe.routing.assignment import Assignment
 
 __all__ = ["BACKENDS", "Experts", "naive_experts", "resolve_backend", "run_experts"]
@@ -69,8 +70,8 @@ class Experts(nn.Module):
 
     def run_first(self, x_TD: Tensor) -> Tensor:
         """(T, D): every token through expert 0 with gate one; the dense layer, without gathers."""
-        gate_TF, up_TF = F.linear(x_TD, self.gate_up_proj[0]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_TF) * up_TF, self.down_proj[0])
+        gate_TF, up_TF = linear(x_TD, self.gate_up_proj[0]).chunk(2, dim=-1)
+        return linear(F.silu(gate_TF) * up_TF, self.down_proj[0])
 
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape
@@ -100,17 +101,17 @@ def run_experts(
     Raises:
         ConfigError: for a backend that is unknown or cannot run on these tensors.
     """
-    D, F_ = down_EDF.shape[1:]
-    name = resolve_backend(backend, x_TD.device.type, x_TD.dtype, D, F_)
-    if name == "naive":
+    check_backend(backend)
+    if backend == "naive":
         return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
-    if name == "sonic":
+    if backend == "sonic":
         from remoe.experts.sonic import sonic_experts
 
+        resolve_backend(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:])
         return sonic_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
     a = assignment
     stored = a.token_N.shape[0] if stored is None else stored
-    return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=name)
+    return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=backend)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -26,18 +26,13 @@ def check_backend(name: str) -> None:
         raise ConfigError(f"unknown experts backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
+@cache
 def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str:
     """The backend to run: `name` itself, or the first that "auto" finds able. The choice is logged, once.
 
     Raises:
-        ConfigError: when a backend that was asked for by name cannot run; the message says why.
+        ConfigError: for an unknown name, or when a backend that was asked for cannot run; the message says why.
     """
-    return _resolve(name, device_type, dtype, d_model, d_expert)
-
-
-@cache
-def _resolve(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str:
     check_backend(name)
     candidates = _AUTO.get(device_type, ("loop",)) if name == "auto" else (name,)
     passed_over = ""

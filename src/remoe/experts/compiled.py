@@ -17,7 +17,6 @@ BLOCKS_PER_THREAD = 2  # at least, where all pairs are one expert's
 WINDOW = 4096  # pairs per thread whose rows wait in scratch memory to be summed over experts
 
 
-
 def few_tokens(
     kernels: Kernels,
     x_TD: Tensor,

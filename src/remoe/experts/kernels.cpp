@@ -80,14 +80,6 @@ inline void dots_of_one(const X *v_K, const X *w_K, const X *x_K, int64_t K, flo
     out[0][0] = v0, out[1][0] = w0;
 }
 
-// Asks for memory that will be read soon; an address past the end is allowed.
-const int64_t AHEAD = 2;  // rows
-
-template <typename X>
-inline void fetch(const X *row, int64_t size) {
-    for (int64_t byte = 0; byte < size * int64_t(sizeof(X)); byte += 64) __builtin_prefetch((const char *)row + byte);
-}
-
 // The same for `rows` <= ROWS rows that `row_of(i)` finds.
 template <typename X, typename RowOf>
 inline void dots(const X *v_K, const X *w_K, int64_t rows, RowOf row_of, int64_t K, float out[2][ROWS]) {
@@ -110,8 +102,6 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
             const int64_t end = start_L[l] + count_L[l];
 #pragma omp for schedule(static) nowait
             for (int64_t f = 0; f < F; f++) {
-                fetch(gate_up_2FD + (f + AHEAD) * D, D);
-                fetch(gate_up_2FD + (F + f + AHEAD) * D, D);
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
                     int64_t rows = end - pair < ROWS ? end - pair : ROWS;
                     float out[2][ROWS];
@@ -132,7 +122,6 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
 #pragma omp for schedule(static) nowait
             for (int64_t half = 0; half < (D + 1) / 2; half++) {
                 const int64_t d = 2 * half, next = d + 1 < D ? d + 1 : d;
-                fetch(down_DF + (d + 2 * AHEAD) * F, 2 * F);
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
                     int64_t rows = end - pair < ROWS ? end - pair : ROWS;
                     float out[2][ROWS];

@@ -132,7 +132,7 @@ class _Block:
 
 
 def _blocks(count: list[int], stored: int) -> list[_Block]:
-    """The pairs in blocks; smaller ones where more pairs are active than stored, so that scratch memory does not grow."""
+    """The pairs in blocks, smaller where more pairs are active than stored: scratch memory must not grow then."""
     limit = min(BLOCK, max(stored // 8, MIN_BLOCK)) if 0 < stored < sum(count) else BLOCK
     blocks, start = [], 0
     for expert, pairs in enumerate(count):

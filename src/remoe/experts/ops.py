@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-MODULES = {name: f"remoe.experts.{name}" for name in ("loop", "grouped", "triton")}
+from remoe.experts.backends import resolve_backend
 
 
 def ragged_experts(
@@ -43,7 +43,7 @@ def ragged_experts(
         x_TD, gate_up_E2FD, down_EDF: (T, D), (E, 2F, D), (E, D, F), of one dtype.
         gate_N, token_N, count_E: as in `Assignment`.
         stored: pairs whose pre-activations may be kept for the backward pass; the others' are computed again.
-        backend: a name in MODULES.
+        backend: "auto", "loop", "grouped" or "triton".
 
     Returns:
         (T, D); zero rows for tokens without an expert.
@@ -54,8 +54,10 @@ def ragged_experts(
     return _forward(*inputs, token_N, count_E, stored, backend)[0]
 
 
-def _module(backend: str) -> ModuleType:
-    return import_module(MODULES[backend])
+def _module(backend: str, x_TD: Tensor, down_EDF: Tensor) -> ModuleType:
+    # Here and not in the caller: tracers see neither the choice nor its log.
+    name = resolve_backend(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:])
+    return import_module(f"remoe.experts.{name}")
 
 
 @torch.library.custom_op("remoe::experts_forward", mutates_args=())
@@ -69,7 +71,7 @@ def _forward(
     stored: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(backend).forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored)
+    return _module(backend, x_TD, down_EDF).forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored)
 
 
 @_forward.register_fake
@@ -89,7 +91,9 @@ def _backward(
     pre_C2F: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _module(backend).backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+    return _module(backend, x_TD, down_EDF).backward(
+        dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F
+    )
 
 
 @_backward.register_fake

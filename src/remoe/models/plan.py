@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses import FakeTensorMode
 
+from remoe.experts import STORED_RATIO
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
@@ -86,16 +87,17 @@ def _activation_bytes(config: RemoeConfig, seq_len: int, micro_batch_size: int, 
     """Bytes that the forward pass stores for the backward pass, in float32, counted on fake tensors.
 
     A fake tensor has no values, so a routed model would have no pairs. Everything but its experts is counted on the
-    dense model with experts of width 1, and what `loop_experts` stores per routed pair is added: 2F pre-activations,
-    the gate, the index.
+    dense model with experts of width 1, and what the experts store is added: 2F pre-activations for as many pairs as
+    `STORED_RATIO` allows, the gate and the index of every pair.
     """
     if config.router == "dense":
         return _stored_bytes(config, seq_len, micro_batch_size)
     changes = {"router": "dense", "num_experts_per_tok": 1, "granularity": 1, "intermediate_size": 1}
     skeleton = RemoeConfig(**{**config.to_diff_dict(), **changes})
     pairs = micro_batch_size * seq_len * density * config.num_experts * config.granularity
-    per_pair = 4 * (2 * config.intermediate_size // config.granularity + 1) + 8
-    experts = config.num_hidden_layers * pairs * per_pair
+    wanted = micro_batch_size * seq_len * config.num_experts_per_tok * config.granularity
+    pre_activations = min(pairs, STORED_RATIO * wanted) * 4 * 2 * config.intermediate_size // config.granularity
+    experts = config.num_hidden_layers * (pre_activations + pairs * (4 + 8))
     return round(_stored_bytes(skeleton, seq_len, micro_batch_size) + experts)
 
 

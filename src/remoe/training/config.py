@@ -40,7 +40,7 @@ class ModelOptions:
     regularizer_normalization: str = "paper"
     """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
     experts_backend: str = "auto"
-    """How experts are run: auto, loop, or naive (slow, the specification)."""
+    """How experts are run: auto; loop (everywhere); grouped, triton, sonic (CUDA); naive (slow, the specification)."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 import remoe
 from remoe.data import Dataset, PrepareOptions, open_dataset, prepare
 from remoe.errors import CheckpointError
+from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
 from remoe.training.config import TrainConfig, differences
 from remoe.training.evaluation import Evaluation, total
@@ -81,8 +82,11 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
-    backend = model.model.layers[0].mlp.experts.backend
+    bfloat16 = wants_bfloat16(config.dtype, trainer.device)
+    dtype = "bfloat16 autocast" if bfloat16 else "float32"
+    experts = model.model.layers[0].mlp.experts
+    computed = torch.bfloat16 if bfloat16 else torch.float32
+    backend = resolve_backend(experts.backend, trainer.device.type, computed, *experts.down_proj.shape[1:])
     print(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, experts backend {backend}"

@@ -1,0 +1,71 @@
+"""The benchmarks of layers run, and their figures fit together."""
+
+import json
+
+import pytest
+import torch
+
+from remoe.bench.decode import bench_decode
+from remoe.bench.layer import Case, bench_layer, relu_layer, tokens
+from remoe.bench.machine import Roofline
+from remoe.bench.timing import peak_bytes
+from remoe.cli.main import main
+
+CPU, FLOAT32 = torch.device("cpu"), torch.float32
+OURS = {"dense", "remoe relu", "remoe topk"}
+PEERS = {"transformers eager", "transformers grouped_mm"}
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_layer(peers):
+    (row,) = bench_layer((Case(64, 16, 32, 4, 2),), CPU, FLOAT32, ("auto",), peers, 2, Roofline(1e9, 1e9, 1e9))
+    names = OURS | {"remoe dense"} | (PEERS if peers else set())
+    assert set(row["milliseconds"]) == set(row["peak_megabytes"]) == names
+    assert row["ratio_to_dense"]["dense"] == 1
+    for name in names:
+        assert row["milliseconds"][name] == pytest.approx(row["ratio_to_dense"][name] * row["milliseconds"]["dense"])
+    assert set(row["dense_stage_peak_megabytes"]) == {"remoe relu"}
+    json.dumps(row)
+
+
+def test_decode():
+    (row,) = bench_decode((Case(3, 16, 32, 4, 1),), CPU, FLOAT32, ("auto", "naive"), False, 2, Roofline(1, 1, 1))
+    assert set(row["milliseconds"]) == OURS | {"remoe naive relu", "remoe naive topk"}
+    assert all(1 <= active <= 3 for active in row["active_experts"].values())
+    json.dumps(row)
+
+
+@pytest.mark.parametrize("density", [0.125, 0.5, 1])
+def test_the_relu_layer_has_the_wanted_density(density):
+    layer = relu_layer(Case(4096, 32, 8, 16, 1), "auto", density)
+    _, routing = layer(tokens(4096, 32, CPU, FLOAT32))
+    assert 1 - routing.sparsity == pytest.approx(density, abs=0.02)
+
+
+def test_peak_memory_is_that_of_the_largest_moment():
+    def function():
+        a = torch.empty(1_000_000)
+        b = torch.empty(500_000)
+        del a
+        torch.empty(100_000)
+        del b
+
+    assert peak_bytes(function, CPU) == pytest.approx(6e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["layer", "--backends", "fast"], "unknown experts backend 'fast'"),
+        (["layer", "--backends", "triton", "--cases", "experts"], "experts backend 'triton' cannot run here: "),
+        (["decode", "--dtype", "int8"], "dtype"),
+        (["speed"], "unknown command 'bench speed'"),
+    ],
+)
+def test_bad_input_is_one_line(argv, words, capsys):
+    if torch.cuda.is_available() and "triton" in argv:
+        pytest.skip("it can run here")
+    assert main(["bench", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
