@@ -28,7 +28,7 @@ class LayerArguments(Common):
     """Forward and backward pass of one layer, router included, as multiples of a dense SwiGLU layer's time.
 
     The dense layer has the same active FLOPs. Implementations take turns; figures are medians. "/ dense" is the time
-    as a multiple of the dense layer's, "/ GEMM rate" the experts' FLOPs per second as a share of a large matrix
+    as a multiple of the dense layer's, "/ GEMM" the experts' FLOPs per second as a share of a large matrix
     product's, "all on" the peak memory with every expert active.
     """
 
@@ -149,9 +149,9 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 _COLUMNS = {
     "milliseconds": "ms",
     "ratio_to_dense": "/ dense",
-    "share_of_gemm_rate": "/ GEMM rate",
+    "share_of_gemm_rate": "/ GEMM",
     "peak_megabytes": "peak MB",
-    "dense_stage_peak_megabytes": "all on, MB",
+    "dense_stage_peak_megabytes": "all on",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
 }

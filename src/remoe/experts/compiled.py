@@ -94,7 +94,8 @@ def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) ->
     threads, pairs, C = torch.get_num_threads(), sum(count), pre_C2F.shape[0]
     block, window = BLOCK, WINDOW * threads
     if 0 < C < pairs:  # more experts are active than wanted: no more scratch memory than else
-        block, window = min(block, max(C // (8 * threads), MIN_BLOCK)), min(window, max(C // 4, MIN_BLOCK))
+        block = min(block, max(C // (8 * threads), MIN_BLOCK))
+        window = min(window, max(C // 8, threads * block))
     block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
     windows = max(1, -(-pairs // window))
     window = -(-pairs // windows)

@@ -8,7 +8,8 @@ two runs agree bit for bit. Scratch memory is that of one block.
 The gate multiplies the hidden activation, before the down projection: its gradient then needs no expert output. The
 backward pass recomputes the activation from the stored pre-activations, and those too where they were not stored.
 
-Runs on every device, with plain torch operations where no kernels can be built.
+In float32 with compiled kernels, `compiled.py` takes whole passes instead, a block per thread. Runs on every device,
+with plain torch operations where no kernels can be built.
 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, m pairs of one block.
 """

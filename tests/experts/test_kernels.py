@@ -1,0 +1,62 @@
+"""Building the compiled kernels, and doing without them."""
+
+import logging
+
+import pytest
+import reference
+import torch
+
+from remoe.experts import kernels, run_experts
+from remoe.routing.assignment import Assignment
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No library loaded yet, and an empty cache."""
+    caches = (kernels._library, kernels.compiled_kernels, kernels.ragged_kernels)
+    for function in caches:
+        function.cache_clear()
+    monkeypatch.setenv("REMOE_CACHE", str(tmp_path))
+    yield tmp_path
+    for function in caches:
+        function.cache_clear()
+
+
+def output():
+    torch.manual_seed(0)
+    active = torch.rand(9, 3) < 0.5
+    assignment = Assignment.from_gates(torch.rand(9, 3), active)
+    return run_experts(torch.randn(9, 6), torch.randn(3, 8, 6), torch.randn(3, 6, 4), assignment, "loop")
+
+
+def test_built_once_and_found_again(fresh):
+    if kernels.compiled_kernels(torch.float32) is None:
+        pytest.skip("no compiler here")
+    (library,) = fresh.iterdir()
+    before = library.stat().st_mtime_ns
+    for function in (kernels._library, kernels.compiled_kernels):
+        function.cache_clear()
+    assert kernels.compiled_kernels(torch.bfloat16) is not None
+    assert library.stat().st_mtime_ns == before
+
+
+def test_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("REMOE_KERNELS", "0")
+    assert kernels.compiled_kernels(torch.float32) is None
+    assert kernels.ragged_kernels() is None
+    assert not list(fresh.iterdir())
+
+
+@pytest.mark.parametrize("trouble", ["none", "fails"])
+def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, tmp_path, caplog, trouble):
+    expected = output()
+    for function in (kernels._library, kernels.compiled_kernels, kernels.ragged_kernels):
+        function.cache_clear()
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such processor >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: str(compiler) if trouble == "fails" else None)
+    with caplog.at_level(logging.INFO, logger="remoe.experts.kernels"):
+        assert reference.relative_error(output(), expected) < 1e-5
+    words = "no such processor" if trouble == "fails" else "no C++ compiler"
+    assert sum(words in record.getMessage() for record in caplog.records) == 1
