@@ -120,7 +120,7 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
         for name in names
     ]
     details = {
-        "options": asdict(options),
+        "options": asdict(options) | {"data": dataset.path.name},
         "reference": REFERENCE,
         "tokens_per_step": tokens,
         "threads": torch.get_num_threads(),
