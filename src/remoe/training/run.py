@@ -14,7 +14,7 @@ from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
 from remoe.training.config import TrainConfig, differences
 from remoe.training.evaluation import Evaluation, total
-from remoe.training.memory import keep_freed_memory
+from remoe.training.memory import keep_freed_memory, peak_memory
 from remoe.training.metrics import settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, wants_bfloat16
@@ -112,6 +112,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "steps": trainer.step,
         "router": config.router,
         "seconds": seconds,
+        "peak_memory_bytes": peak_memory(trainer.device),
         "validation_loss": total(validation).loss,
         "validation": {"all": total(validation).to_dict()}
         | {domain: result.to_dict() for domain, result in validation.items()},
