@@ -3,6 +3,7 @@
 Legend: T tokens, D model width, E experts.
 """
 
+import torch
 from torch import Tensor, nn
 
 from remoe.errors import ConfigError
@@ -19,11 +20,13 @@ class MoE(nn.Module):
     Args:
         d_model: D, width of the tokens.
         d_ffn: width of one expert before the split by granularity.
-        num_experts: E; with router="dense" there is one expert of width k * d_ffn, the same active compute.
-        k: wanted active experts per token (mean for "relu", exact for "topk").
-        router: "relu", "topk" or "dense".
+        num_experts: E; router="dense" has one expert of width k * d_ffn, the same active compute, and
+            router="dense_wide" one of width E * d_ffn, the same parameters.
+        k: wanted active experts per token; mean or exact, as the router has it.
+        router: a name in `remoe.routing.ROUTERS`.
         granularity: G, a divisor of d_ffn.
         experts: backend of the experts: "auto" or one of `remoe.experts.BACKENDS`; see `Experts`.
+        shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
         init_std: standard deviation of the normal initialisation of every weight.
         router_options: keyword arguments of the router's class, e.g. {"max_experts_per_token": 4}.
 
@@ -41,6 +44,7 @@ class MoE(nn.Module):
         granularity: int = 1,
         *,
         experts: str = "auto",
+        shared_expert_size: int = 0,
         init_std: float = 0.02,
         router_options: dict[str, object] | None = None,
     ) -> None:
@@ -52,22 +56,37 @@ class MoE(nn.Module):
             raise ConfigError(f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
         if k > num_experts:
             raise ConfigError(f"k = {k} is more than the number of experts, {num_experts}")
+        if shared_expert_size < 0:
+            raise ConfigError(f"shared_expert_size must not be negative, but is {shared_expert_size}")
         self.router = build_router(
             router, d_model, num_experts * granularity, k * granularity, **(router_options or {})
         )
-        if router == "dense":
-            self.experts = Experts(1, d_model, k * d_ffn, experts, 1)
+        if isinstance(self.router, DenseRouter):
+            width = d_ffn * (num_experts if router == "dense_wide" else k)
+            self.experts = Experts(1, d_model, width, experts, 1)
         else:
             self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=init_std)
+        self.shared_expert = Experts(1, d_model, shared_expert_size, experts, 1) if shared_expert_size else None
+        self.reset_parameters(init_std)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Draws every weight anew."""
+        self.router.reset_parameters(std)
+        self.experts.reset_parameters(std)
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters(std)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Runs the layer.
 
         Args:
-            x: (..., D), any number of leading dimensions; T is their product.
+            x: (..., S, D) or (T, D): any number of leading dimensions. The one before D are the tokens of a sequence,
+                for routers that look at neighbours.
             mask: (...) bool without D, false for padding: such tokens are in no pair and no statistic.
+            token_ids: (...) int64 without D; router="hash" needs them.
 
         Returns:
             y: like x; zero for tokens without an expert (they keep the residual connection only).
@@ -75,9 +94,15 @@ class MoE(nn.Module):
         """
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if mask is None else mask.reshape(-1)
-        routing = self.router(x_TD, mask_T)
-        if isinstance(self.router, DenseRouter) and mask is None:
+        ids_T = None if token_ids is None else token_ids.reshape(-1)
+        seq_len = x.shape[-2] if x.ndim > 1 else 1
+        routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)
+        if routing.merge_BME is not None:
+            y_TD = self.experts.run_merged(x_TD, routing.merge_BME, seq_len, self.router.segment)
+        elif isinstance(self.router, DenseRouter) and mask is None:
             y_TD = self.experts.run_first(x_TD)
         else:
             y_TD = self.experts(x_TD, routing.assignment)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert.run_first(x_TD)
         return y_TD.view(x.shape), routing

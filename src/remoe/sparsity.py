@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Routing
+from remoe.routing.base import keep_float32
 
 RULES = ("sign", "official", "smooth", "none")
 
@@ -57,6 +58,7 @@ class SparsityController(nn.Module):
         sparsity: 0-dim float32, S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
+        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update`.
 
     Raises:
         ConfigError: for an unknown rule, k not in 1..E, lambda_init <= 0 or alpha <= 1.
@@ -103,6 +105,8 @@ class SparsityController(nn.Module):
         shape = (num_layers, self.num_experts)
         return {
             "load_LE": torch.zeros(shape),
+            "statistic_LE": torch.zeros(shape),
+            "_statistic_LE": torch.zeros(shape),
             "_pairs_LE": torch.zeros(shape, dtype=torch.int64),
             "_tokens_L": torch.zeros(num_layers, dtype=torch.int64),
             "_regularizer_sum": torch.zeros(()),
@@ -136,6 +140,8 @@ class SparsityController(nn.Module):
         self._tokens_L += torch.stack([routing.num_tokens for routing in routings])
         regularizer_L = torch.stack([routing.regularizer for routing in routings])
         self._regularizer_sum += regularizer_L.sum() if self.sum_layers else regularizer_L.mean()
+        if routings[0].statistic_E is not None:
+            self._statistic_LE += torch.stack([routing.statistic_E for routing in routings])
         self._passes += 1
 
     @torch.no_grad()
@@ -147,7 +153,7 @@ class SparsityController(nn.Module):
         Args:
             group: ranks to sum over, when torch.distributed is initialised; all of them by default.
         """
-        sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes)
+        sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes, self._statistic_LE)
         if dist.is_available() and dist.is_initialized():
             for tensor in sums:
                 dist.all_reduce(tensor, group=group)
@@ -166,6 +172,8 @@ class SparsityController(nn.Module):
         self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
         self.mean_error.copy_(torch.where(seen, mean_error, self.mean_error))
         self.load_LE.copy_(pairs_LE / tokens_L.clamp(min=1)[:, None])
+        mean_LE = self._statistic_LE / self._passes.clamp(min=1)
+        self.statistic_LE.copy_(torch.where(seen, mean_LE, self.statistic_LE))
         no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
         counted_L = torch.where(no_pair_L, self.dead_steps_L + 1, 0.0)
         self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
@@ -194,10 +202,7 @@ class SparsityController(nn.Module):
         """Moves to devices as any module, but keeps the state in float32 with its full value."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
+        keep_float32(self, before)
         return self
 
     def extra_repr(self) -> str:

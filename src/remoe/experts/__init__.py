@@ -73,6 +73,35 @@ class Experts(nn.Module):
         gate_TF, up_TF = linear(x_TD, self.gate_up_proj[0]).chunk(2, dim=-1)
         return linear(F.silu(gate_TF) * up_TF, self.down_proj[0])
 
+    def run_merged(self, x_TD: Tensor, merge_BME: Tensor, seq_len: int, segment: int) -> Tensor:
+        """Each segment of a sequence through one network, a mixture of all experts' weights (Lory, arXiv 2405.03133).
+
+        Args:
+            x_TD: (T, D), sequences of `seq_len` tokens one after the other.
+            merge_BME: (B, M, E) weights of the mixture of each segment.
+            seq_len: S, with T = B S.
+            segment: tokens of a segment; the last one of a sequence may be shorter.
+
+        Returns:
+            (T, D).
+        """
+        x_TD, gate_up_E2FD, down_EDF, merge_BME = _autocast(x_TD, self.gate_up_proj, self.down_proj, merge_BME)
+        B, M, E = merge_BME.shape
+        merge_CE = merge_BME.reshape(B * M, E).to(gate_up_E2FD.dtype)
+        gate_up_C2FD = (merge_CE @ gate_up_E2FD.flatten(1)).view(-1, *gate_up_E2FD.shape[1:])
+        down_CDF = (merge_CE @ down_EDF.flatten(1)).view(-1, *down_EDF.shape[1:])
+        padding = M * segment - seq_len
+        x_CSD = F.pad(x_TD.view(B, seq_len, -1), (0, 0, 0, padding)).view(B * M, segment, -1)
+        gate_CSF, up_CSF = torch.bmm(x_CSD, gate_up_C2FD.mT).chunk(2, dim=-1)
+        y_CSD = torch.bmm(F.silu(gate_CSF) * up_CSF, down_CDF.mT)
+        return y_CSD.view(B, M * segment, -1)[:, :seq_len].reshape(x_TD.shape)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Draws new weights from a normal distribution of this standard deviation."""
+        nn.init.normal_(self.gate_up_proj, std=std)
+        nn.init.normal_(self.down_proj, std=std)
+
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape
         return f"num_experts={E}, d_model={D}, d_expert={F_}, backend={self.backend}"

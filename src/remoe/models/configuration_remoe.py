@@ -22,15 +22,18 @@ class RemoeConfig(PreTrainedConfig):
             attention_bias, attention_dropout, use_cache: as in transformers' LlamaConfig; RoPE base 1e6.
         intermediate_size: width of one expert before the split by granularity; 4 * hidden_size when None.
         num_experts: E.
-        num_experts_per_tok: k, wanted active experts per token: mean for "relu", exact for "topk".
+        num_experts_per_tok: k, wanted active experts per token: mean for "relu" and its kin, exact for "topk".
         granularity: G; each layer has E G experts of width intermediate_size / G, of which k G are active.
-        router: "relu", "topk" or "dense".
+        router: a name in `remoe.routing.ROUTERS`.
+        router_options: further keyword arguments of the router's class.
+        shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
         load_balance: for "relu": weight the penalty by each expert's load (Eq. 10, 11) instead of plain L1 (Eq. 9).
         max_experts_per_token: for "relu": cap on the executed experts of a token; None for no cap.
         regularizer_normalization: "paper": the penalty is the mean over layers (the 1/L of Eq. 9 and 11).
             "official": the sum, as in the authors' code; lambda is then L times smaller at equal penalty.
-            "topk" always sums, as the paper's baseline does.
-        router_aux_loss_coef: weight of the Switch loss of "topk".
+            Routers whose coefficient is constant always sum, as the paper's TopK baseline does.
+        router_aux_loss_coef: weight of the regulariser of routers that lambda does not steer: the Switch loss of
+            "topk" and "sparsemixer".
         sparsity_rule, lambda_init, lambda_alpha, lambda_fast_start: see `SparsityController`.
         experts_backend: see `remoe.MoE`.
 
@@ -66,6 +69,8 @@ class RemoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 1
     granularity: int = 1
     router: str = "relu"
+    router_options: dict | None = None
+    shared_expert_size: int = 0
     load_balance: bool = True
     max_experts_per_token: int | None = None
     regularizer_normalization: str = "paper"
@@ -89,6 +94,8 @@ class RemoeConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check()
+        if self.router == "lory":
+            self.use_cache = False  # a segment is routed by the segment before it, of which a KV cache knows nothing
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
@@ -118,13 +125,24 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
             )
+        if self.shared_expert_size < 0:
+            raise ConfigError(f"shared_expert_size must not be negative, but is {self.shared_expert_size}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
     @property
-    def router_options(self) -> dict[str, object]:
+    def router_arguments(self) -> dict[str, object]:
         """Keyword arguments for the router's class."""
-        if self.router != "relu":
-            return {}
-        return {"load_balance": self.load_balance, "max_experts_per_token": self.max_experts_per_token}
+        relu = {"load_balance": self.load_balance, "max_experts_per_token": self.max_experts_per_token}
+        return (relu if self.router in ("relu", "relu_scaled") else {}) | (self.router_options or {})
+
+    @property
+    def steered(self) -> bool:
+        """Whether lambda multiplies the regulariser."""
+        return ROUTERS[self.router].steered
+
+    @property
+    def routes_pairs(self) -> bool:
+        """Whether tokens go to some of several experts; else each goes through one network, merged in "lory"."""
+        return self.router not in ("dense", "dense_wide", "lory")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
@@ -52,8 +51,8 @@ class RemoeCausalLMOutput(ModelOutput):
     """Logits, and the loss with its parts.
 
     Attributes:
-        loss: lm_loss + coefficient * reg_loss, when labels are given. The coefficient is lambda for "relu" and
-            `router_aux_loss_coef` for "topk".
+        loss: lm_loss + coefficient * reg_loss, when labels are given, and the routers' extra losses in training. The
+            coefficient is lambda for "relu" and its kin and `router_aux_loss_coef` for other routers.
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         past_key_values: the cache, when used.
         hidden_states: as in `RemoeModelOutput`.
@@ -96,16 +95,19 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
             config.granularity,
             experts=config.experts_backend,
             init_std=config.initializer_range,
-            router_options=config.router_options,
+            shared_expert_size=config.shared_expert_size,
+            router_options=config.router_arguments,
         )
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, **attention) -> tuple[Tensor, Routing]:
+    def forward(
+        self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, ids_BS: Tensor | None = None, **attention
+    ) -> tuple[Tensor, Routing]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
         attended_BSD, _ = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
         hidden_BSD = hidden_BSD + attended_BSD
-        expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS)
+        expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS, token_ids=ids_BS)
         return hidden_BSD + expert_BSD, routing
 
 
@@ -122,18 +124,15 @@ class RemoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # lambda moves by a few percent a step and spans decades: it is float32 whatever the model's dtype.
-    _keep_in_fp32_modules_strict = {"sparsity"}
+    # What is steered in small steps stays float32 whatever the model's dtype: lambda, and the routers' buffers.
+    _keep_in_fp32_modules_strict = {"sparsity", "bias_E", "cutoff_E"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Router):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, (Experts, Router)):
+            # transformers guards torch's initialisers here: what was loaded is left alone.
+            module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, SparsityController):
             module.reset_statistics()  # from_pretrained leaves buffers that are not saved undefined
 
@@ -197,6 +196,7 @@ class RemoeModel(RemoePreTrainedModel):
             hidden_BSD, routing = layer(
                 hidden_BSD,
                 token_mask_BS,
+                input_ids if self.config.router == "hash" else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -213,8 +213,8 @@ class RemoeModel(RemoePreTrainedModel):
 class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
     """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
 
-    In training mode each forward pass adds its statistics to `self.sparsity`; call `self.sparsity.update()` once per
-    optimiser step. For "topk" and "dense" the controller only measures.
+    In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
+    optimiser step. Where lambda has no part in the loss ("topk" and others) the controller only measures.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -224,12 +224,12 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         self.model = RemoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        dense = config.router == "dense"
+        one_expert = not config.routes_pairs
         self.sparsity = SparsityController(
             config.num_hidden_layers,
-            1 if dense else config.num_experts * config.granularity,
-            1 if dense else config.num_experts_per_tok * config.granularity,
-            rule=config.sparsity_rule if config.router == "relu" else "none",
+            1 if one_expert else config.num_experts * config.granularity,
+            1 if one_expert else config.num_experts_per_tok * config.granularity,
+            rule=config.sparsity_rule if config.steered else "none",
             lambda_init=config.lambda_init,
             alpha=config.lambda_alpha,
             fast_start=config.lambda_fast_start,
@@ -297,11 +297,13 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
             num_targets = (target_BS != -100).sum().clamp(min=1)
             items = num_targets if num_items_in_batch is None else num_items_in_batch
             lm_loss = self._language_model_loss(outputs.last_hidden_state, logits, target_BS, items)
+            share = num_targets / items
             if num_tokens_in_batch is not None:
-                reg_loss = reg_loss * (outputs.routings[0].num_tokens / num_tokens_in_batch)
-            else:
-                reg_loss = reg_loss * (num_targets / items)
+                share = outputs.routings[0].num_tokens / num_tokens_in_batch
+            reg_loss = reg_loss * share
             loss = lm_loss + self.regularizer_coefficient * reg_loss.to(lm_loss.device)
+            if self.training and (extra := [r.extra_loss for r in outputs.routings if r.extra_loss is not None]):
+                loss = loss + torch.stack(extra).mean().to(loss.device) * share
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -314,10 +316,21 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
 
     @property
     def regularizer_coefficient(self) -> Tensor | float:
-        """What multiplies the regulariser in the loss: lambda for "relu", a constant for "topk", 0 for "dense"."""
-        if self.config.router == "relu":
+        """What multiplies the regulariser in the loss: lambda for "relu" and its kin, a constant for other routers."""
+        if self.config.steered:
             return self.sparsity.lam.clone()  # a copy: `update` changes lambda in place
-        return self.config.router_aux_loss_coef if self.config.router == "topk" else 0.0
+        return self.config.router_aux_loss_coef
+
+    def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """Moves lambda and the routers' own steered state by the statistics since the last call; no host sync.
+
+        Args:
+            group: as in `SparsityController.update`.
+        """
+        self.sparsity.update(group)
+        statistics = zip(self.model.layers, self.sparsity.load_LE, self.sparsity.statistic_LE, strict=True)
+        for layer, load_E, statistic_E in statistics:
+            layer.mlp.router.update(load_E, statistic_E)
 
     def _fuses_loss(self) -> bool:
         """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do."""
@@ -339,7 +352,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
 
     def _regularizer(self, routings: tuple[Routing, ...]) -> Tensor:
         total = torch.stack([routing.regularizer.to(self.sparsity.lam.device) for routing in routings]).sum()
-        if self.config.router == "relu" and self.config.regularizer_normalization == "paper":
+        if self.config.steered and self.config.regularizer_normalization == "paper":
             return total / len(routings)
         return total
 

@@ -1,29 +1,59 @@
 """Routers: tokens to experts. One file each; `build_router` is how the rest of the package makes one."""
 
-from torch import nn
-
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing
+from remoe.routing.base import Router
 from remoe.routing.dense import DenseRouter
+from remoe.routing.expert_choice import ExpertChoiceRouter
+from remoe.routing.hash import HashRouter
+from remoe.routing.lory import LoryRouter
 from remoe.routing.relu import ReLURouter
+from remoe.routing.relu_norm import ReLUNormRouter
+from remoe.routing.relu_quantile import ReLUQuantileRouter
+from remoe.routing.relu_scaled import ReLUScaledRouter
+from remoe.routing.sigmoid import SigmoidRouter
+from remoe.routing.sparsemixer import SparseMixerRouter
+from remoe.routing.threshold import ThresholdRouter
 from remoe.routing.topk import TopKRouter
 
-ROUTERS = {"relu": ReLURouter, "topk": TopKRouter, "dense": DenseRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "relu": ReLURouter,
+    "relu_norm": ReLUNormRouter,
+    "relu_scaled": ReLUScaledRouter,
+    "relu_quantile": ReLUQuantileRouter,
+    "topk": TopKRouter,
+    "sigmoid": SigmoidRouter,
+    "sparsemixer": SparseMixerRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "threshold": ThresholdRouter,
+    "hash": HashRouter,
+    "lory": LoryRouter,
+    "dense": DenseRouter,
+    "dense_wide": DenseRouter,
+}
 
-__all__ = ["ROUTERS", "Assignment", "DenseRouter", "ReLURouter", "Routing", "TopKRouter", "build_router"]
+__all__ = ["ROUTERS", "Assignment", "DenseRouter", "ReLURouter", "Router", "Routing", "TopKRouter", "build_router"]
 
 
-def build_router(name: str, d_model: int, num_experts: int, k: int, **options: object) -> nn.Module:
+def build_router(name: str, d_model: int, num_experts: int, k: int, **options: object) -> Router:
     """A router by name; `options` are those of its class.
 
     Raises:
         ConfigError: for a name that is not in ROUTERS, an option the router does not have, or a bad value.
     """
-    if name not in ROUTERS:
-        raise ConfigError(f"unknown router {name!r}; choose one of: {', '.join(ROUTERS)}")
+    router = router_class(name)
     try:
-        if name == "dense":
-            return DenseRouter(**options)
-        return ROUTERS[name](d_model, num_experts, k, **options)
+        return router(**options) if router is DenseRouter else router(d_model, num_experts, k, **options)
     except TypeError as error:
         raise ConfigError(f"router {name!r}: {error}") from error
+
+
+def router_class(name: str) -> type[Router]:
+    """The class of a router.
+
+    Raises:
+        ConfigError: for a name that is not in ROUTERS.
+    """
+    if name not in ROUTERS:
+        raise ConfigError(f"unknown router {name!r}; choose one of: {', '.join(ROUTERS)}")
+    return ROUTERS[name]

@@ -74,7 +74,11 @@ class Routing:
         gate_TE: (T, E) float32, the gates of the executed pairs and zero elsewhere; differentiable.
         logits_TE: (T, E) float32 router logits, or None where a router has none.
         num_tokens: 0-dim int64, tokens that are not padding.
-        regularizer: 0-dim float32, the layer's auxiliary loss as a mean over its tokens; differentiable.
+        regularizer: 0-dim float32, the layer's auxiliary loss as a mean over its tokens; differentiable. Lambda or a
+            constant coefficient multiplies it.
+        extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
+        statistic_E: (E,) float32 for `Router.update`, no gradient; None where a router has no use for it.
+        merge_BME: (sequences, segments, E) float32, how experts are merged per segment; None where they are not.
     """
 
     assignment: Assignment
@@ -82,6 +86,9 @@ class Routing:
     logits_TE: Tensor | None
     num_tokens: Tensor
     regularizer: Tensor
+    extra_loss: Tensor | None = None
+    statistic_E: Tensor | None = None
+    merge_BME: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every router shares: its shape checks and its logits in float32.
+"""What every router shares: its interface, its shape checks and its logits in float32.
 
 Legend: T tokens, D model width, E experts.
 """
@@ -14,23 +14,72 @@ from remoe.routing.assignment import Routing
 
 
 class Router(nn.Module, ABC):
-    """A linear router; subclasses turn its logits into a `Routing`.
+    """Turns tokens into a `Routing`.
 
     Args:
         d_model: D.
         num_experts: E.
         k: wanted active experts per token, 1 <= k <= E.
 
+    Attributes:
+        steered: lambda of the sparsity controller multiplies the regulariser; else it has a constant coefficient.
+        causal: at evaluation no token's routing depends on a later token.
+
     Raises:
         ConfigError: when k is not in 1..E.
     """
+
+    steered = False
+    causal = True
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
+        self.d_model = d_model
         self.num_experts = num_experts
         self.k = k
+
+    @abstractmethod
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, *, ids_T: Tensor | None = None, seq_len: int | None = None
+    ) -> Routing:
+        """Routes tokens.
+
+        Args:
+            x_TD: (T, D), sequences one after the other.
+            mask_T: (T,) bool, false for padding, which is in no pair and in no statistic.
+            ids_T: (T,) int64 token ids; only "hash" reads them.
+            seq_len: tokens of a sequence, a divisor of T; T when None. For routers that look at neighbouring tokens.
+        """
+
+    def reset_parameters(self, std: float) -> None:
+        """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""
+
+    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+        """Moves what is steered and not learned; once per optimiser step.
+
+        Args:
+            load_E: (E,) float32, share of the step's tokens that each expert got.
+            statistic_E: (E,) float32, mean of `Routing.statistic_E` over the step's forward passes.
+        """
+
+    def _apply(self, fn, recurse: bool = True) -> "Router":
+        """Moves to devices as any module, but keeps steered state in float32: its steps are small."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        keep_float32(self, before)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, num_experts={self.num_experts}, k={self.k}"
+
+
+class LinearRouter(Router):
+    """A router with one logit per expert: x W."""
+
+    def __init__(self, d_model: int, num_experts: int, k: int) -> None:
+        super().__init__(d_model, num_experts, k)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -39,14 +88,25 @@ class Router(nn.Module, ABC):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
-    @abstractmethod
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """Routes tokens.
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
-        Args:
-            x_TD: (T, D).
-            mask_T: (T,) bool, false for padding, which is in no pair and in no statistic.
-        """
 
-    def extra_repr(self) -> str:
-        return f"d_model={self.weight.shape[1]}, num_experts={self.num_experts}, k={self.k}"
+def keep_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undoes what a cast did to a module's own buffers: their values as they were, on the device they are on now."""
+    for name, buffer in before.items():
+        moved = getattr(module, name)
+        if moved.dtype != buffer.dtype:
+            setattr(module, name, buffer.to(moved.device))
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """(T, E) bool: the k largest scores of each token."""
+    chosen = score_TE.topk(k, dim=1).indices
+    return torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """`active_TE` without the rows of padding."""
+    return active_TE if mask_T is None else active_TE & mask_T[:, None]

@@ -3,17 +3,16 @@
 Legend: T tokens, D model width, E experts.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import Router
+from remoe.routing.base import LinearRouter, largest, unmasked
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
-class ReLURouter(Router):
+class ReLURouter(LinearRouter):
     """gate = ReLU(x W): each expert switches on and off by itself, and a token may have 0 to E of them.
 
     Args:
@@ -21,13 +20,18 @@ class ReLURouter(Router):
         num_experts: E.
         k: wanted mean of active experts per token; the sparsity controller steers to 1 - k/E.
         load_balance: weight the penalty by each expert's load (Eq. 10 and 11) instead of plain L1 (Eq. 9).
+        load_balance_power: exponent p on the load f_e; 1 is the paper's.
+        gate_scale: constant factor on the gates that the experts see; the penalty sees them without it. 1 is the
+            paper's.
         max_experts_per_token: execute only that many of a token's active experts, those with the largest gates. The
             penalty still sees the gates that the cap cut off: they get no gradient from the task, so the penalty
             alone can close them.
 
     Raises:
-        ConfigError: when k is not in 1..E or the cap is below k.
+        ConfigError: when k is not in 1..E, the cap is below k, or the scale is not positive.
     """
+
+    steered = True
 
     def __init__(
         self,
@@ -36,29 +40,44 @@ class ReLURouter(Router):
         k: int,
         *,
         load_balance: bool = True,
+        load_balance_power: float = 1.0,
+        gate_scale: float = 1.0,
         max_experts_per_token: int | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, k)
         if max_experts_per_token is not None and max_experts_per_token < k:
             raise ConfigError(f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
+        if not gate_scale > 0:
+            raise ConfigError(f"gate_scale must be above zero, but is {gate_scale}")
         self.load_balance = load_balance
+        self.load_balance_power = load_balance_power
+        self.gate_scale = gate_scale
         self.max_experts_per_token = max_experts_per_token
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
         gate_TE = F.relu(logits_TE)
         if mask_T is not None:
             gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
         active_TE = gate_TE > 0
         num_tokens = count_tokens(x_TD, mask_T)
-        if self.load_balance:
-            regularizer = load_balanced_l1_loss(gate_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
-        else:
-            regularizer = l1_loss(gate_TE, num_tokens=num_tokens)
+        regularizer = self.penalty(gate_TE, active_TE, num_tokens)
+        gate_TE = self.scaled(gate_TE)
 
         cap = self.max_experts_per_token
         if cap is not None and cap < self.num_experts:
-            largest = gate_TE.topk(cap, dim=1).indices
-            active_TE = active_TE & torch.zeros_like(active_TE).scatter(1, largest, True)
+            active_TE = unmasked(active_TE & largest(gate_TE, cap), mask_T)
             gate_TE = gate_TE * active_TE
         return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
+
+    def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+        """0-dim: what lambda multiplies."""
+        if not self.load_balance:
+            return l1_loss(gate_TE, num_tokens=num_tokens)
+        return load_balanced_l1_loss(
+            gate_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens, power=self.load_balance_power
+        )
+
+    def scaled(self, gate_TE: Tensor) -> Tensor:
+        """(T, E): the gates that the experts see."""
+        return gate_TE if self.gate_scale == 1 else gate_TE * self.gate_scale

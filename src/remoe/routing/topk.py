@@ -6,32 +6,68 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor
 
+from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import Router
+from remoe.routing.base import LinearRouter, largest, unmasked
 from remoe.routing.regularizers import switch_loss
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Softmax over all experts, then the k largest; kept probabilities are not renormalised, no token is dropped.
 
     Args:
         d_model: D.
         num_experts: E.
         k: experts per token.
+        renormalize: divide the kept probabilities by their sum. With k = 1 the gate is then always one and the
+            router learns from the load-balance loss alone.
+        warmup_k: experts per token in the first `warmup_steps` updates: the near-dense warm-up of the paper (6 for
+            100 steps at E = 8).
+        warmup_steps: see `warmup_k`; counted by `update`.
 
     Raises:
-        ConfigError: when k is not in 1..E.
+        ConfigError: when k or warmup_k is not in 1..E.
     """
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        k: int,
+        *,
+        renormalize: bool = False,
+        warmup_k: int | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(d_model, num_experts, k)
+        if warmup_k is not None and not k <= warmup_k <= num_experts:
+            raise ConfigError(f"warmup_k must be between k = {k} and E = {num_experts}, but is {warmup_k}")
+        if warmup_steps < 0 or (warmup_steps > 0) != (warmup_k is not None):
+            raise ConfigError("warmup_k and warmup_steps go together")
+        self.renormalize = renormalize
+        self.warmup_k, self.warmup_steps = warmup_k, warmup_steps
+        if warmup_k is not None:
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
         prob_TE = logits_TE.softmax(dim=1)
-        chosen = prob_TE.topk(self.k, dim=1).indices
-        active_TE = torch.zeros_like(prob_TE, dtype=torch.bool).scatter(1, chosen, True)
+        active_TE, k = largest(prob_TE, self.k), self.k
+        if self.warmup_k is not None:
+            warming = self.updates < self.warmup_steps  # on the device: nothing waits for it
+            active_TE = active_TE | (largest(prob_TE, self.warmup_k) & warming)
+            k = torch.where(warming, self.warmup_k, self.k)
+        active_TE = unmasked(active_TE, mask_T)
         if mask_T is not None:
-            active_TE = active_TE & mask_T[:, None]
             prob_TE = prob_TE.masked_fill(~mask_T[:, None], 0)
         num_tokens = count_tokens(x_TD, mask_T)
-        assignment = Assignment.from_gates(prob_TE, active_TE)
-        regularizer = switch_loss(prob_TE, assignment.count_E, k=self.k, num_tokens=num_tokens)
-        return Routing(assignment, prob_TE * active_TE, logits_TE, num_tokens, regularizer)
+        regularizer = switch_loss(prob_TE, active_TE.sum(dim=0), k=k, num_tokens=num_tokens)
+        gate_TE = prob_TE * active_TE
+        if self.renormalize:
+            gate_TE = gate_TE / gate_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate_TE.dtype).tiny)
+        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
+
+    @torch.no_grad()
+    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+        if self.warmup_k is not None:
+            self.updates += 1

@@ -128,7 +128,7 @@ class Trainer:
         coefficient = torch.as_tensor(self.model.regularizer_coefficient, device=self.device)
         lm_loss, reg_loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
-        controller.update()
+        self.model.update_routing()
         # One transfer to the host a step: everything that the record and the checks need.
         scalars = torch.stack([lm_loss, reg_loss, coefficient, grad_norm, controller.sparsity]).tolist()
         load_LE, dead_steps_L = controller.load_LE.tolist(), controller.dead_steps_L.tolist()

@@ -1,0 +1,76 @@
+"""Lory: experts merged in parameter space, one mixture per segment of a sequence (arXiv 2405.03133).
+
+Legend: T tokens, B sequences, S sequence length, M segments of a sequence, D model width, E experts.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remoe.errors import ConfigError
+from remoe.routing.assignment import Routing
+from remoe.routing.base import LinearRouter
+from remoe.routing.dense import one_expert
+
+FIRST_SEGMENTS = ("own", "uniform")
+
+
+class LoryRouter(LinearRouter):
+    """Weights of all experts from the mean hidden state of the previous segment: softmax(mean W).
+
+    The gates of a token are the weights with which its segment's expert is merged from the E experts; every token is
+    executed by that one merged expert. No sparsity, no regulariser.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        k: must be 1: the merged expert has the size of one.
+        segment: tokens of a segment; the paper's 256.
+        first_segment: what the first segment is routed by. "own": its own mean, without gradient, as in the paper;
+            its first tokens then know something of its later ones, so it is not causal. "uniform": equal weights.
+
+    Raises:
+        ConfigError: when k is not 1, segment < 1, or for an unknown first_segment.
+    """
+
+    def __init__(
+        self, d_model: int, num_experts: int, k: int, *, segment: int = 256, first_segment: str = "own"
+    ) -> None:
+        super().__init__(d_model, num_experts, k)
+        if k != 1:
+            raise ConfigError(f"lory merges its experts into one: k (times granularity) must be 1, but is {k}")
+        if segment < 1:
+            raise ConfigError(f"segment must be at least 1, but is {segment}")
+        if first_segment not in FIRST_SEGMENTS:
+            raise ConfigError(f"unknown first_segment {first_segment!r}; choose one of: {', '.join(FIRST_SEGMENTS)}")
+        self.segment, self.first_segment = segment, first_segment
+        self.causal = first_segment == "uniform"
+
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, *, seq_len: int | None = None, **_: object
+    ) -> Routing:
+        T = len(x_TD)
+        S = T if seq_len is None else seq_len
+        weights_BME = self._segment_weights(x_TD, mask_T, S)
+        gate_TE = weights_BME.repeat_interleave(self.segment, dim=1)[:, :S].reshape(T, self.num_experts)
+        if mask_T is not None:
+            gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
+        return replace(one_expert(x_TD, mask_T), gate_TE=gate_TE, merge_BME=weights_BME)
+
+    def _segment_weights(self, x_TD: Tensor, mask_T: Tensor | None, S: int) -> Tensor:
+        """(B, M, E) float32: how each segment's expert is merged."""
+        D = x_TD.shape[1]
+        M = -(-S // self.segment)
+        padding = M * self.segment - S
+        kept_T1 = torch.ones_like(x_TD[:, :1]) if mask_T is None else mask_T[:, None].to(x_TD.dtype)
+        x_BMSD = F.pad((x_TD * kept_T1).view(-1, S, D), (0, 0, 0, padding)).view(-1, M, self.segment, D)
+        kept_BMS1 = F.pad(kept_T1.view(-1, S, 1), (0, 0, 0, padding)).view(-1, M, self.segment, 1)
+        mean_BMD = x_BMSD.float().sum(dim=2) / kept_BMS1.float().sum(dim=2).clamp(min=1)
+        previous_BMD = torch.cat([mean_BMD[:, :1].detach(), mean_BMD[:, :-1]], dim=1)
+        weights_BME = self.logits(previous_BMD).softmax(dim=-1)
+        if self.first_segment == "uniform":
+            first_B1E = torch.full_like(weights_BME[:, :1], 1 / self.num_experts)
+            weights_BME = torch.cat([first_B1E, weights_BME[:, 1:]], dim=1)
+        return weights_BME

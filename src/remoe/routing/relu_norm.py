@@ -1,0 +1,82 @@
+"""Normalised ReLU routing: BlockFFN, arXiv 2507.08771.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remoe.errors import ConfigError
+from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.routing.base import LinearRouter
+from remoe.routing.regularizers import chunk_sparsity_loss, load_balanced_l1_loss, locality_loss
+
+PENALTIES = ("l1", "chunk")
+
+
+class ReLUNormRouter(LinearRouter):
+    """gate = RMSNorm(ReLU(x W)) over the E experts, with a learned weight per expert: L1 cannot shrink the gates.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        k: wanted mean of active experts per token. The paper has no target: there the sparsity emerges.
+        penalty: what lambda multiplies. "l1": load-balanced L1 of the normalised gates without their weight, ours: it
+            does not depend on the logits' scale, and is smallest with one expert per token. "chunk": the paper's, the
+            share of the experts that `chunk` neighbouring tokens need.
+        chunk: tokens of a chunk; the paper's 64.
+        locality: weight of the paper's locality loss, which makes neighbouring tokens use the same experts; 0 for
+            none.
+        sharpness: a in sigmoid(a * logit) of the locality loss; 100 in the authors' code.
+
+    Raises:
+        ConfigError: when k is not in 1..E, or for an unknown penalty.
+    """
+
+    steered = True
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        k: int,
+        *,
+        penalty: str = "l1",
+        chunk: int = 64,
+        locality: float = 0.0,
+        sharpness: float = 100.0,
+    ) -> None:
+        super().__init__(d_model, num_experts, k)
+        if penalty not in PENALTIES:
+            raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        self.penalty, self.chunk, self.locality, self.sharpness = penalty, chunk, locality, sharpness
+        self.scale = nn.Parameter(torch.ones(num_experts))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        super().reset_parameters(std)
+        nn.init.ones_(self.scale)
+
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, *, seq_len: int | None = None, **_: object
+    ) -> Routing:
+        logits_TE = self.logits(x_TD)
+        open_TE = F.relu(logits_TE)
+        if mask_T is not None:
+            open_TE = open_TE.masked_fill(~mask_T[:, None], 0)
+        active_TE = open_TE > 0
+        normed_TE = F.rms_norm(open_TE, (self.num_experts,), eps=torch.finfo(open_TE.dtype).tiny)
+        gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
+        num_tokens = count_tokens(x_TD, mask_T)
+        seq_len = len(x_TD) if seq_len is None else seq_len
+        if self.penalty == "chunk":
+            sizes = {"seq_len": seq_len, "chunk": self.chunk, "num_tokens": num_tokens}
+            regularizer = chunk_sparsity_loss(open_TE, mask_T, **sizes)
+        else:
+            regularizer = load_balanced_l1_loss(normed_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
+        extra_loss = None
+        if self.locality and self.training:
+            extra_loss = self.locality * locality_loss(logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness)
+        assignment = Assignment.from_gates(gate_TE, active_TE)
+        return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss)

@@ -1,0 +1,62 @@
+"""ReLU routing with a learned scale per expert: DECO, arXiv 2605.10933.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from remoe.errors import ConfigError
+from remoe.routing.regularizers import gate_entropy
+from remoe.routing.relu import ReLURouter
+
+PENALTIES = ("entropy", "l1")
+
+
+class ReLUScaledRouter(ReLURouter):
+    """gate = a_e * ReLU(x W)_e with a learned a, so that the penalty need not fight over the gates' size.
+
+    DECO's layer also has a shared expert (`shared_expert_size` of `MoE`), and experts without a gate projection, which
+    ours have. Its lambda moves by a factor of 1.002 a step (`alpha` of the sign rule) and never below its start.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        k: wanted mean of active experts per token.
+        penalty: what lambda multiplies. "entropy": the mean entropy of a token's gates, DECO's. "l1": the penalty of
+            `ReLURouter` on ReLU(x W), without the scale.
+        scale_init: every a_e at the start; DECO's 0.1.
+        options: those of `ReLURouter`.
+
+    Raises:
+        ConfigError: as `ReLURouter`, and for an unknown penalty.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        k: int,
+        *,
+        penalty: str = "entropy",
+        scale_init: float = 0.1,
+        **options: object,
+    ) -> None:
+        super().__init__(d_model, num_experts, k, **options)
+        if penalty not in PENALTIES:
+            raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        self.penalty_kind, self.scale_init = penalty, scale_init
+        self.scale = nn.Parameter(torch.full((num_experts,), scale_init))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        super().reset_parameters(std)
+        nn.init.constant_(self.scale, self.scale_init)
+
+    def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+        if self.penalty_kind == "entropy":
+            return gate_entropy(self.scaled(gate_TE), num_tokens=num_tokens)
+        return super().penalty(gate_TE, active_TE, num_tokens)
+
+    def scaled(self, gate_TE: Tensor) -> Tensor:
+        return super().scaled(gate_TE) * self.scale.to(gate_TE.dtype)

@@ -1,0 +1,58 @@
+"""Sigmoid routing steered by a bias, without auxiliary loss: DeepSeek-V3, arXiv 2412.19437, Eq. 12 to 16.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.routing.base import LinearRouter, largest, unmasked
+
+
+class SigmoidRouter(LinearRouter):
+    """The k largest of sigmoid(x W) + b; the gate is sigmoid(x W) over the sum of the chosen ones, without b.
+
+    Once per update b_e += bias_step * sign(mean load - load_e): busy experts are chosen less.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        k: experts per token.
+        renormalize: divide by the sum of the chosen scores. By default for k > 1 only: for k = 1 the gate would
+            always be one and the router would never learn.
+        bias_step: the paper's 0.001.
+        scale: factor on the gates.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        k: int,
+        *,
+        renormalize: bool | None = None,
+        bias_step: float = 1e-3,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(d_model, num_experts, k)
+        self.renormalize = k > 1 if renormalize is None else renormalize
+        self.bias_step = bias_step
+        self.scale = scale
+        self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
+        logits_TE = self.logits(x_TD)
+        score_TE = logits_TE.sigmoid()
+        active_TE = unmasked(largest(score_TE + self.bias_E, self.k), mask_T)
+        gate_TE = score_TE * active_TE * self.scale
+        if self.renormalize:
+            total_T1 = (score_TE * active_TE).sum(dim=1, keepdim=True)
+            gate_TE = gate_TE / total_T1.clamp(min=torch.finfo(gate_TE.dtype).tiny)
+        num_tokens = count_tokens(x_TD, mask_T)
+        nothing = torch.zeros((), device=x_TD.device)
+        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, nothing)
+
+    @torch.no_grad()
+    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+        self.bias_E += self.bias_step * torch.sign(load_E.mean() - load_E)

@@ -1,0 +1,40 @@
+"""Expert Threshold routing: a token is active above its expert's moving threshold (arXiv 2603.11535).
+
+Legend: T tokens, D model width, E experts.
+"""
+
+from torch import Tensor
+
+from remoe.errors import ConfigError
+from remoe.routing.assignment import Routing
+from remoe.routing.cutoffs import CutoffRouter
+
+
+class ThresholdRouter(CutoffRouter):
+    """Expert e is active where score_e > c_e; c_e is a moving average of the (1 - k/E) quantile of the step's scores.
+
+    Causal in training and at evaluation, balanced without a loss, 0 to E experts per token. The score is
+    sigmoid(x W), which is also the gate.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        k: mean experts per token.
+        warmup_steps: steps of expert choice at the start, while the thresholds are learned; at least one. The paper
+            takes 4000 of its long runs.
+        decay: of the moving average, per step.
+
+    Raises:
+        ConfigError: when k is not in 1..E or there is no warm-up step.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, k: int, *, warmup_steps: int = 100, decay: float = 0.99) -> None:
+        super().__init__(d_model, num_experts, k, decay)
+        if warmup_steps < 1:
+            raise ConfigError(f"warmup_steps must be at least 1, but is {warmup_steps}")
+        self.warmup_steps = warmup_steps
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
+        logits_TE = self.logits(x_TD)
+        by_choice = self.updates < self.warmup_steps if self.training else False
+        return self.route(x_TD, mask_T, logits_TE, logits_TE.sigmoid(), by_choice)

@@ -1,0 +1,416 @@
+"""The other routing methods against their formulas in plain loops, with gradients, and what is causal."""
+
+import math
+
+import pytest
+import reference
+import torch
+
+import remoe
+from remoe.errors import ConfigError
+from remoe.routing import ROUTERS, build_router
+from remoe.routing.regularizers import chunk_sparsity_loss, gate_entropy, load_balanced_l1_loss, locality_loss
+
+T, D, E, K = 63, 20, 5, 2
+
+
+def router_and_input(name, k=K, **options):
+    router = build_router(name, D, E, k, **options)
+    router.reset_parameters(std=1.0)
+    return router, torch.randn(T, D, requires_grad=True)
+
+
+def check(router, x, formula):
+    """Gates and the gradients of x and the router's weight equal those of `formula(x64, w64) -> list of rows`."""
+    routing = router(x)
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, router.weight))
+    expected = torch.stack([torch.stack(row) for row in formula(x64, w64)])
+    probe = torch.randn(T, E)
+    (routing.gate_TE * probe).sum().backward()
+    (expected * probe.double()).sum().backward()
+    assert reference.relative_error(routing.gate_TE, expected) < 1e-5
+    assert reference.relative_error(x.grad, x64.grad) < 1e-5
+    assert reference.relative_error(router.weight.grad, w64.grad) < 1e-5
+    assert torch.equal(routing.count_E, (routing.gate_TE != 0).sum(dim=0))
+    return routing
+
+
+def logits(x64, w64):
+    return [[(x_D * w_D).sum() for w_D in w64] for x_D in x64]
+
+
+def softmax(row):
+    total = sum(z.exp() for z in row)
+    return [z.exp() / total for z in row]
+
+
+def best(values, k):
+    return set(sorted(range(len(values)), key=lambda e: -float(values[e]))[:k])
+
+
+def kept(row, chosen):
+    return [value if e in chosen else value * 0 for e, value in enumerate(row)]
+
+
+def test_topk_renormalised_and_in_its_warm_up():
+    def formula(x64, w64, k=K):
+        for row in logits(x64, w64):
+            probs = softmax(row)
+            chosen = best(probs, k)
+            total = sum(probs[e] for e in chosen)
+            yield kept([p / total for p in probs], chosen)
+
+    router, x = router_and_input("topk", renormalize=True)
+    check(router, x, formula)
+    router, x = router_and_input("topk", renormalize=True, warmup_k=4, warmup_steps=2)
+    for k in (4, 4, 2, 2):
+        x.grad = router.weight.grad = None
+        routing = check(router, x, lambda x64, w64, k=k: formula(x64, w64, k))
+        assert routing.count_E.sum() == k * T
+        router.update(torch.zeros(E), torch.zeros(E))
+
+
+def test_hash_is_the_id_modulo_the_experts():
+    router, ids = build_router("hash", D, E, 1), torch.randint(1000, (T,))
+    routing = router(torch.randn(T, D), ids_T=ids)
+    assert routing.gate_TE.tolist() == [[float(int(i) % E == e) for e in range(E)] for i in ids]
+    split = build_router("hash", D, 2 * E, 2)(torch.randn(T, D), ids_T=ids)
+    assert torch.equal(split.gate_TE[:, 0::2], routing.gate_TE)  # both halves of the same expert
+    assert torch.equal(split.gate_TE[:, 1::2], routing.gate_TE)
+    with pytest.raises(ConfigError, match="token ids"):
+        router(torch.randn(T, D))
+
+
+def test_sigmoid_chooses_with_the_bias_and_gates_without_it():
+    router, x = router_and_input("sigmoid")
+    router.bias_E.copy_(torch.tensor([0.5, -0.5, 0.0, 0.2, -0.1]))
+
+    def formula(x64, w64):
+        for row in logits(x64, w64):
+            scores = [1 / (1 + (-z).exp()) for z in row]
+            chosen = best([s + b for s, b in zip(scores, router.bias_E.tolist(), strict=True)], K)
+            total = sum(scores[e] for e in chosen)
+            yield kept([s / total for s in scores], chosen)
+
+    check(router, x, formula)
+    router.update(torch.tensor([0.9, 0.1, 0.4, 0.4, 0.2]), torch.zeros(E))
+    assert torch.allclose(router.bias_E, torch.tensor([0.499, -0.499, 0.0, 0.2, -0.099]), atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sparsemixer_takes_the_largest_at_evaluation(k):
+    router, x = router_and_input("sparsemixer", k=k)
+    router.eval()
+
+    def formula(x64, w64):
+        for row in logits(x64, w64):
+            gates, drawn = [z * 0 for z in row], set()
+            for _ in range(k):
+                left = [e for e in range(E) if e not in drawn]
+                top = max(float(row[e]) for e in left)
+                near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
+                expert = max(near, key=lambda e: float(row[e]))
+                gates[expert] = row[expert].exp() / sum(row[e].exp() for e in near)
+                drawn.add(expert)
+            yield gates
+
+    check(router, x, formula)
+
+
+def test_sparsemixer_samples_in_training_and_differentiates_the_softmax():
+    router = build_router("sparsemixer", 1, 3, 1)
+    # Logits 1.0, 0.9 and -1 for every token: the third is out of reach, the second is drawn with probability pi.
+    router.weight.data = torch.tensor([[1.0], [0.9], [-1.0]])
+    x = torch.ones(40_000, 1, requires_grad=True)
+    routing = router(x)
+    pi = 1 / (1 + math.exp(-0.1))
+    share = routing.count_E / len(x)
+    assert share[0].item() == pytest.approx(pi, abs=0.01)
+    assert share[1].item() == pytest.approx(1 - pi, abs=0.01)
+    assert share[2] == 0
+    second = routing.gate_TE[:, 1][routing.gate_TE[:, 1] > 0]
+    whole = second > 0.4  # 1 - pi, or a third of it
+    assert whole.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(second[~whole], torch.full_like(second[~whole], (1 - pi) / 3))
+    (gradient,) = torch.autograd.grad(routing.gate_TE.sum(), router.weight)
+    # d pi_e / d z_e = pi_e (1 - pi_e), whatever m is; the other's is the negative
+    expected = pi * (1 - pi) * (routing.count_E[0] - routing.count_E[1]).item()
+    assert gradient.flatten().tolist() == pytest.approx([expected, -expected, 0.0], rel=1e-3)
+
+
+def by_choice(scores, k=K):
+    """Rows of scores with everything but each expert's round(T k / E) largest set to zero."""
+    wanted = round(len(scores) * k / E)
+    chosen = [best([row[e] for row in scores], wanted) for e in range(E)]
+    return [[s if t in chosen[e] else s * 0 for e, s in enumerate(row)] for t, row in enumerate(scores)]
+
+
+def test_expert_choice_in_training_and_above_its_cutoffs_at_evaluation():
+    router, x = router_and_input("expert_choice")
+    routing = check(router, x, lambda x64, w64: by_choice([softmax(row) for row in logits(x64, w64)]))
+    assert routing.count_E.tolist() == [round(T * K / E)] * E
+    router.update(torch.zeros(E), routing.statistic_E)
+    router.eval()
+    assert torch.equal(router(x).gate_TE, routing.gate_TE)  # the same tokens lie above the cutoffs drawn from them
+    router.update(torch.zeros(E), routing.statistic_E + 1)
+    torch.testing.assert_close(router.cutoff_E, routing.statistic_E + 0.01)
+
+
+def test_threshold_warms_up_by_choice_and_then_looks_at_its_thresholds_alone():
+    router, x = router_and_input("threshold", warmup_steps=1)
+
+    def scores(x64, w64):
+        return [[1 / (1 + (-z).exp()) for z in row] for row in logits(x64, w64)]
+
+    routing = check(router, x, lambda x64, w64: by_choice(scores(x64, w64)))
+    router.update(torch.zeros(E), routing.statistic_E)
+    router.cutoff_E += 0.1
+    x.grad = router.weight.grad = None
+    cutoffs = router.cutoff_E.tolist()
+    check(
+        router,
+        x,
+        lambda x64, w64: [kept(row, {e for e in range(E) if row[e] > cutoffs[e]}) for row in scores(x64, w64)],
+    )
+
+
+def test_relu_quantile_is_a_relu_above_the_moving_quantile():
+    router, x = router_and_input("relu_quantile")
+    routing = router(x)
+    assert routing.count_E.tolist() == [round(T * K / E)] * E  # sparse and balanced at the first step
+    router.update(torch.zeros(E), routing.statistic_E)
+    router.cutoff_E += 0.3
+    zeros = router.cutoff_E.double()
+    check(
+        router,
+        x,
+        lambda x64, w64: [
+            [torch.clamp(z - zero, min=0) for z, zero in zip(row, zeros, strict=True)] for row in logits(x64, w64)
+        ],
+    )
+
+
+def test_relu_norm_is_the_root_mean_square_norm_of_open_gates():
+    router, x = router_and_input("relu_norm")
+    router.scale.data.uniform_(0.5, 2.0)
+    scale = router.scale.detach().double()
+
+    def formula(x64, w64, scaled=True):
+        for row in logits(x64, w64):
+            gates = [torch.clamp(z, min=0) for z in row]
+            root = (sum(g * g for g in gates) / E + 1e-300).sqrt()
+            yield [g / root * (scale[e] if scaled else 1) for e, g in enumerate(gates)]
+
+    routing = check(router, x, formula)
+    plain = torch.stack([torch.stack(row) for row in formula(x.double(), router.weight.double(), scaled=False)])
+    assert reference.relative_error(routing.regularizer, reference.balanced_l1(plain, K)) < 1e-5
+    assert router(torch.zeros(3, D)).gate_TE.abs().sum() == 0  # no open gate: nothing to divide by
+
+
+def test_relu_scaled_has_a_scale_per_expert():
+    router, x = router_and_input("relu_scaled")
+    router.scale.data.uniform_(0.5, 2.0)
+    scale = router.scale.detach().double()
+    routing = check(
+        router,
+        x,
+        lambda x64, w64: [[torch.clamp(z, min=0) * scale[e] for e, z in enumerate(row)] for row in logits(x64, w64)],
+    )
+    entropy = 0.0
+    for row in routing.gate_TE.tolist():
+        shares = [g / (sum(row) + 1e-5) for g in row if g > 0]
+        entropy -= sum(p * math.log(p) for p in shares) / T
+    assert routing.regularizer.item() == pytest.approx(entropy, rel=1e-5)
+
+
+def test_relu_gate_scale_and_power_of_the_load():
+    router, x = router_and_input("relu", gate_scale=3.0, load_balance_power=2.0)
+    plain = build_router("relu", D, E, K)
+    plain.load_state_dict(router.state_dict())
+    routing, one = router(x), plain(x)
+    torch.testing.assert_close(routing.gate_TE, 3 * one.gate_TE)
+    load = [E / (K * T) * count for count in one.count_E.tolist()]
+    expected = sum(load[e] ** 2 * one.gate_TE[:, e].sum().item() for e in range(E)) / T
+    assert routing.regularizer.item() == pytest.approx(expected, rel=1e-5)
+    assert load_balanced_l1_loss(one.gate_TE, one.count_E, k=K, num_tokens=T).item() == one.regularizer.item()
+
+
+@pytest.mark.parametrize("first_segment", ["own", "uniform"])
+def test_lory_merges_the_experts_by_the_segment_before(first_segment):
+    S, B, segment, F = 10, 3, 4, 6  # the last segment is shorter
+    options = {"segment": segment, "first_segment": first_segment}
+    layer = remoe.MoE(D, F, E, 1, "lory", router_options=options, init_std=0.5)
+    x = torch.randn(B, S, D, requires_grad=True)
+    y, routing = layer(x)
+    x64, w64, up64, down64 = (
+        t.detach().double().requires_grad_()
+        for t in (x, layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj)
+    )
+    rows = []
+    for b in range(B):
+        for t in range(S):
+            here = t // segment
+            before = x64[b, max(here - 1, 0) * segment : max(here, 1) * segment].mean(dim=0)
+            if here == 0:
+                before = before.detach()
+            weights = softmax([(before * w_D).sum() for w_D in w64])
+            if here == 0 and first_segment == "uniform":
+                weights = [torch.tensor(1 / E, dtype=torch.float64)] * E
+            merged_up = sum(weight * up64[e] for e, weight in enumerate(weights))
+            merged_down = sum(weight * down64[e] for e, weight in enumerate(weights))
+            rows.append(reference.expert(x64[b, t], merged_up, merged_down))
+    expected = torch.stack(rows).view(B, S, D)
+    probe = torch.randn(B, S, D)
+    (y * probe).sum().backward()
+    (expected * probe.double()).sum().backward()
+    pairs = [(y, expected), (x.grad, x64.grad), (layer.router.weight.grad, w64.grad)]
+    pairs += [(layer.experts.gate_up_proj.grad, up64.grad), (layer.experts.down_proj.grad, down64.grad)]
+    for actual, wanted in pairs:
+        assert reference.relative_error(actual, wanted) < 1e-5
+    torch.testing.assert_close(routing.gate_TE.sum(dim=1), torch.ones(B * S))
+
+
+def test_losses_of_blockffn_on_hand_made_cases():
+    # Two sequences of three tokens, chunks of two: {0, 1}, {2}, {3, 4}, {5}.
+    gate = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    # experts needed per chunk: both 1; p = 1/2 each: mean 1/2; one of two: 1/2; nothing: 0
+    values = [1.0, 1.0, 0.5, 0.5, 0.5, 0.0]
+    loss = chunk_sparsity_loss(gate, None, seq_len=3, chunk=2, num_tokens=6)
+    assert loss.item() == pytest.approx(sum(values) / 6, abs=1e-5)
+    mask = torch.tensor([True, True, True, True, True, False])
+    masked = chunk_sparsity_loss(gate, mask, seq_len=3, chunk=2, num_tokens=5)
+    assert masked.item() == pytest.approx(sum(values) / 5, abs=1e-5)
+
+    logit = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [0.1, 0.2], [0.3, 0.1], [5.0, 5.0]])
+
+    def nats(now, then):
+        p, q = 1 / (1 + math.exp(-3 * now)), 1 / (1 + math.exp(-3 * then))
+        return -(q * math.log(p) + (1 - q) * math.log(1 - p))
+
+    neighbours = [(0, 1), (1, 2), (3, 4), (4, 5)]
+    per_pair = [sum(nats(logit[a, e].item(), logit[b, e].item()) for e in range(2)) / 2 for a, b in neighbours]
+    loss = locality_loss(logit, None, seq_len=3, sharpness=3.0)
+    assert loss.item() == pytest.approx(sum(per_pair) / 4, rel=1e-5)
+    loss = locality_loss(logit, mask, seq_len=3, sharpness=3.0)
+    assert loss.item() == pytest.approx(sum(per_pair[:3]) / 3, rel=1e-5)
+
+
+def test_entropy_has_finite_gradients_at_closed_gates():
+    gate = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+    loss = gate_entropy(gate, num_tokens=3)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2) / 3, abs=1e-4)
+    assert torch.isfinite(gate.grad).all()
+
+
+def small_model(router, **options):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4}
+    if router == "lory":
+        options = {"router_options": {"segment": 4, **options}}
+    elif options:
+        options = {"router_options": options}
+    return remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router=router, initializer_range=0.3, **options))
+
+
+CASES = [(name, {}) for name in ROUTERS] + [
+    ("expert_choice", {"causal_evaluation": False}),
+    ("lory", {"first_segment": "uniform"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}{'-' if o else ''}{''.join(o)}" for n, o in CASES])
+def test_causal_means_that_a_later_token_never_changes_an_earlier_output(name, options):
+    model = small_model(name, **options)
+    ids = torch.randint(64, (2, 12))
+    model.train()
+    model(ids, labels=ids, use_cache=False)
+    model.update_routing()  # cutoffs have values now
+    model.eval()
+    changed_early = False
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        for t in range(1, 12):
+            other = ids.clone()
+            other[:, t] = (other[:, t] + 1 + torch.randint(63, (2,))) % 64
+            after = model(other, use_cache=False).logits
+            changed_early |= not torch.allclose(after[:, :t], before[:, :t], atol=1e-5)
+            assert not torch.allclose(after[:, t:], before[:, t:], atol=1e-5)
+    assert changed_early == (not model.model.layers[0].mlp.router.causal)
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_every_router_trains_saves_and_writes_text(name, tmp_path):
+    model = small_model(name).train()
+    ids = torch.randint(64, (2, 12))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids, use_cache=False)
+        loss.loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        model.update_routing()
+        losses.append(loss.lm_loss.item())
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    again = remoe.RemoeForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert model.generate(ids[:, :5], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_shared_expert_is_added_for_every_token(name):
+    layer = remoe.MoE(D, 8, E, 1, name, shared_expert_size=12, init_std=0.5).eval()
+    x, ids = torch.randn(2, 6, D), torch.randint(100, (2, 6))
+    shared, layer.shared_expert = layer.shared_expert, None
+    routed = layer(x, token_ids=ids)[0]
+    layer.shared_expert = shared
+    whole = layer(x, token_ids=ids)[0]
+    up, down = shared.gate_up_proj[0].double(), shared.down_proj[0].double()
+    expected = torch.stack([reference.expert(x_D.double(), up, down) for x_D in x.view(-1, D)]).view(x.shape)
+    assert reference.relative_error(whole - routed, expected) < 1e-4
+    assert shared.down_proj.shape == (1, D, 12)
+
+
+def test_steered_state_stays_float32_when_the_model_is_cast(tmp_path):
+    for name, buffer in (("sigmoid", "bias_E"), ("threshold", "cutoff_E")):
+        model = small_model(name)
+        getattr(model.model.layers[0].mlp.router, buffer).fill_(0.1234567)
+        model.save_pretrained(tmp_path / name)
+        loaded = remoe.RemoeForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        for cast in (model.to(torch.bfloat16), loaded):
+            value = getattr(cast.model.layers[0].mlp.router, buffer)
+            assert value.dtype == torch.float32
+            assert value[0].item() == pytest.approx(0.1234567, rel=1e-6)
+
+
+def test_locality_loss_is_part_of_the_training_loss_only():
+    model = small_model("relu_norm", locality=0.5).train()
+    ids = torch.randint(64, (2, 12))
+    out = model(ids, labels=ids, use_cache=False)
+    extra = torch.stack([routing.extra_loss for routing in out.routings]).mean()
+    expected = out.lm_loss + model.sparsity.lam * out.reg_loss + extra
+    torch.testing.assert_close(out.loss, expected)
+    assert extra > 0
+    assert model.eval()(ids, labels=ids).routings[0].extra_loss is None
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "options", "words"),
+    [
+        ("topk", 1, {"warmup_k": 9, "warmup_steps": 3}, "warmup_k must be between"),
+        ("topk", 1, {"warmup_steps": 3}, "go together"),
+        ("relu", 1, {"gate_scale": 0.0}, "gate_scale"),
+        ("relu_norm", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
+        ("relu_scaled", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
+        ("threshold", 1, {"warmup_steps": 0}, "warmup_steps"),
+        ("lory", 2, {}, "must be 1"),
+        ("lory", 1, {"first_segment": "x"}, "first_segment"),
+        ("hash", 1, {"gate_scale": 1.0}, "gate_scale"),
+    ],
+)
+def test_bad_options_are_named(name, k, options, words):
+    with pytest.raises(ConfigError, match=words):
+        build_router(name, D, E, k, **options)
