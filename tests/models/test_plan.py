@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import remoe
-from remoe.models.plan import plan
+from remoe.models.plan import plan, training_flops
 from remoe.models.presets import PRESETS
 
 # preset: dense parameters (M), parameters with E = 8 (M), GFLOPs per sequence
@@ -30,6 +30,21 @@ def test_granularity_changes_neither_flops_nor_weights_but_the_router():
     coarse, fine = (plan(config("tiny", granularity=g), 256, 1) for g in (1, 4))
     assert fine.flops_per_sequence == coarse.flops_per_sequence
     assert fine.total_parameters - coarse.total_parameters == 4 * 128 * 8 * 3
+
+
+def test_flops_of_a_run_count_the_pairs_of_each_step():
+    settings = config("tiny", shared_expert_size=64)
+    tokens, S, D, L = 1000, 256, 128, 4
+    fixed = L * (2 * D * 128 * 1.5 + 2 * S * 128 + 3 * D * 64 + D * 8) + D * 4096
+    pair = L * 3 * D * 4 * D
+    steps = [0.5, 0.875, 1.0]  # S: 4, 1 and 0 experts per token
+    expected = 6 * tokens * (3 * fixed + pair * (4 + 1 + 0))
+    assert training_flops(settings, S, tokens, steps) == pytest.approx(expected, rel=1e-9)
+    wide = training_flops(config("tiny", router="dense_wide"), S, tokens, [0.0])
+    dense = training_flops(config("tiny", router="dense"), S, tokens, [0.0])
+    assert wide - dense == pytest.approx(6 * tokens * pair * 7, rel=1e-9)
+    lory = training_flops(config("tiny", router="lory", router_options={"segment": 64}), S, tokens, [0.0])
+    assert lory - dense == pytest.approx(6 * tokens * (pair * 8 / 64 + L * D * 8), rel=1e-9)
 
 
 @pytest.mark.parametrize("router", ["topk", "dense"])

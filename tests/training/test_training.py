@@ -152,3 +152,21 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
     assert [learning_rate(step, 100, options) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
     assert learning_rate(55, 100, options) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert learning_rate(100, 100, options) == pytest.approx(0.1)
+
+
+def test_router_options_reach_the_router_and_the_summary_counts_their_pairs(corpus, tmp_path):
+    out = tmp_path / "run"
+    options = ["--router", "topk", "--router-options", "warmup_k", "3", "warmup_steps", "2", "renormalize", "True"]
+    flags = [*FLAGS, "--data", str(corpus), "--out", str(out), "--steps", "4", *options]
+    assert main(["train", *flags]) == 0
+    densities = [1 - record["sparsity"] for record in read_metrics(out / "metrics.jsonl")]
+    assert densities == pytest.approx([3 / 4, 3 / 4, 1 / 4, 1 / 4])
+    summary = json.loads((out / "summary.json").read_text())
+    dense = 6 * (2 * (2 * 32 * 32 * 1.5 + 2 * 32 * 32 + 32 * 4) + 32 * 1024)
+    experts = 6 * 2 * 3 * 32 * 128 * sum(4 * d for d in densities) / 4
+    assert summary["flops_per_token"] == pytest.approx(dense + experts, rel=1e-6)
+    assert summary["flops"] == pytest.approx(summary["flops_per_token"] * summary["tokens"])
+    assert summary["tokens"] == 4 * 4 * 32
+    assert summary["total_parameters"] - summary["active_parameters"] == 2 * 3 * 3 * 32 * 128
+    assert summary["peak_memory_bytes"] > 1e7
+    assert summary["tokens_per_second"] > 0

@@ -1,29 +1,44 @@
 """`remoe eval`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
 
+if TYPE_CHECKING:
+    from remoe.zeroshot import TaskResult
+
 PROG = "remoe eval"
 
 
 @dataclass
 class EvalOptions:
-    """Loss, perplexity, bits per byte and sparsity of a trained model, overall and per domain."""
+    """Loss, perplexity, bits per byte and sparsity of a trained model, overall and per domain.
+
+    With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install 'remoe[eval]').
+    """
 
     run: tyro.conf.Positional[str]
-    """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
+    """A run's folder (its newest checkpoint is used) or one of its checkpoints; with --tasks also the folder of any
+    transformers language model with its tokenizer."""
     data: str | None = None
     """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data."""
     split: str = "validation"
     """validation or train."""
     max_tokens: int | None = None
     """About so many tokens in all, shared out over the domains by size; everything by default."""
+    tasks: str | None = None
+    """Tasks, separated by commas: arc_easy, arc_challenge, boolq, hellaswag, lambada, piqa, race."""
+    task_data: str | None = None
+    """Folder with a file TASK.parquet (columns context, choices, gold) for each task; by default the harness's own
+    tasks, from the Hugging Face hub."""
+    limit: int | None = None
+    """At most so many rows of each task, evenly spaced over all of them; everything by default."""
     batch_size: int = 32
     """Sequences per forward pass."""
     json: str | None = None
@@ -31,13 +46,22 @@ class EvalOptions:
 
 
 def eval_command(argv: list[str]) -> int:
-    """Prints a table, a row a domain."""
+    """Prints a table, a row a domain or a row a task."""
     options = parse(EvalOptions, argv, prog=PROG)
     if options.split not in ("validation", "train"):
         raise ConfigError(f"unknown --split {options.split!r}; choose one of: validation, train")
     if options.batch_size < 1 or (options.max_tokens is not None and options.max_tokens < 1):
         raise ConfigError("--batch-size and --max-tokens must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("--limit must be at least 1")
+    if options.tasks is None and (options.task_data is not None or options.limit is not None):
+        raise ConfigError("--task-data and --limit need --tasks")
+    if options.tasks is not None and (options.data is not None or options.max_tokens is not None):
+        raise ConfigError("--data and --max-tokens do not go with --tasks; use --task-data and --limit")
+    return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
 
+
+def _evaluate_domains(options: EvalOptions) -> int:
     from remoe.cli.quiet import quiet_transformers
     from remoe.training.evaluate_run import evaluate_run
 
@@ -52,6 +76,48 @@ def eval_command(argv: list[str]) -> int:
     _print_table(f"{checkpoint} on {options.split} data of {dataset}", results)
     if options.json:
         Path(options.json).write_text(json.dumps({"checkpoint": str(checkpoint), **results}, indent=2))
+    return 0
+
+
+def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
+    if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
+        raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
+
+    from remoe.cli.quiet import quiet_transformers
+    from remoe.training.memory import keep_freed_memory
+    from remoe.training.trainer import pick_device
+    from remoe.zeroshot import WindowedModel, evaluate_task, is_causal, load_model, load_tasks, parse_tasks
+
+    quiet_transformers()
+    names = parse_tasks(tasks)
+    loaded = load_tasks(names, None if options.task_data is None else Path(options.task_data))
+    model, tokenizer, checkpoint = load_model(options.run)
+    keep_freed_memory()
+    causal = is_causal(model)
+    if not causal:
+        print("the router looks ahead: one sequence at a time, and figures not comparable with other models'")
+    harness = WindowedModel(
+        pretrained=model.to(pick_device("auto")),
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=options.batch_size if causal else 1,
+        softmax_dtype="float32",  # log-probabilities of a model in bfloat16 would tie
+    )
+    results = {name: evaluate_task(harness, name, task, limit=options.limit) for name, task in loaded.items()}
+    mean = sum(result.acc for result in results.values()) / len(results)
+    _print_tasks(f"zero-shot accuracy of {checkpoint}", results, mean)
+    if options.json:
+        figures = {
+            "checkpoint": str(checkpoint),
+            "task_data": options.task_data,
+            "limit": options.limit,
+            "batch_size": harness.batch_size,
+            "causal": causal,
+            "window": harness.max_length,
+            "tasks": {name: asdict(result) for name, result in results.items()},
+            "mean_acc": mean,
+        }
+        Path(options.json).write_text(json.dumps(figures, indent=2))
     return 0
 
 
@@ -71,4 +137,27 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
             f"{row['sparsity']:.4f}",
             f"{row['tokens']:,}",
         )
+    Console(soft_wrap=True).print(table)
+
+
+def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", title=title, title_justify="left")
+    for column in ("acc", "stderr", "acc_norm", "chance", "examples", "truncated"):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.acc:.4f}",
+            "" if result.stderr is None else f"{result.stderr:.4f}",
+            "" if result.acc_norm is None else f"{result.acc_norm:.4f}",
+            f"{result.chance:.4f}",
+            f"{result.examples:,}",
+            f"{result.truncated:,}",
+            end_section=name == list(results)[-1],
+        )
+    chance = sum(result.chance for result in results.values()) / len(results)
+    table.add_row("mean", f"{mean:.4f}", "", "", f"{chance:.4f}", "", "")
     Console(soft_wrap=True).print(table)

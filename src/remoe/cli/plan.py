@@ -18,7 +18,7 @@ class PlanOptions:
     preset: tyro.conf.Positional[str]
     """tiny, mini, 182m, 469m or 978m."""
     router: str = "relu"
-    """relu, topk or dense."""
+    """A name that `remoe train --router` takes."""
     num_experts: int = 8
     """Experts E per layer, before the split by granularity."""
     k: int = 1

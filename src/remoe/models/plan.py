@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, D model width, F expert width, L layers, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from remoe.experts import STORED_RATIO
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing.lory import SEGMENT as LORY_SEGMENT
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,54 @@ def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int) -> Plan:
         model = RemoeForCausalLM(config)
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
-    density = config.num_experts_per_tok / config.num_experts
-    dense_stage = max(density, 0.5) if config.router == "relu" else density
+    density = config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
+    dense_stage = max(density, 0.5) if config.steered else density
     activations = [_activation_bytes(config, seq_len, micro_batch_size, d) for d in (density, dense_stage)]
     return Plan(
         total_parameters=total,
-        active_parameters=total if config.router == "dense" else round(total - experts * (1 - density)),
-        flops_per_sequence=flops_per_sequence(config, seq_len, density * config.num_experts),
-        dense_stage_flops_per_sequence=flops_per_sequence(config, seq_len, dense_stage * config.num_experts),
+        active_parameters=round(total - experts * (1 - density)),
+        flops_per_sequence=flops_per_sequence(config, seq_len, executed_experts(config, density)),
+        dense_stage_flops_per_sequence=flops_per_sequence(config, seq_len, executed_experts(config, dense_stage)),
         state_bytes=16 * total,
         activation_bytes=activations[0],
         dense_stage_activation_bytes=activations[1],
     )
+
+
+def executed_experts(config: RemoeConfig, density: float) -> float:
+    """What a token's experts cost, in experts of `intermediate_size`.
+
+    Args:
+        config: the model.
+        density: share of the (token, expert) pairs that are executed, 1 - S; where there are no pairs it plays no part.
+    """
+    if config.router == "dense":
+        return config.num_experts_per_tok
+    if config.router == "dense_wide":
+        return config.num_experts
+    if config.router == "lory":  # one network, and the merging of E for each segment
+        return 1 + config.num_experts / config.router_arguments.get("segment", LORY_SEGMENT)
+    return density * config.num_experts
+
+
+def training_flops(config: RemoeConfig, seq_len: int, step_tokens: int, sparsities: Sequence[float]) -> float:
+    """FLOPs of a training run from the pairs that were routed, its dense stage and the routers included.
+
+    Activations that are computed again to save memory do not count, as usual.
+
+    Args:
+        config: the model.
+        seq_len: S.
+        step_tokens: tokens of an optimiser step.
+        sparsities: the measured S of each step, over all layers.
+    """
+    pairs = config.num_experts * config.granularity
+    logits = 0 if config.router in ("dense", "dense_wide", "hash") else pairs
+    router = 6.0 * config.num_hidden_layers * config.hidden_size * logits
+    if not config.routes_pairs:
+        sparsities = [0.0] * len(sparsities)
+    per_token = (flops_per_sequence(config, seq_len, executed_experts(config, 1 - s)) / seq_len for s in sparsities)
+    return step_tokens * sum(router + flops for flops in per_token)
 
 
 def flops_per_sequence(config: RemoeConfig, seq_len: int, experts_per_token: float) -> float:
@@ -78,7 +116,7 @@ def flops_per_sequence(config: RemoeConfig, seq_len: int, experts_per_token: flo
     groups = config.num_key_value_heads / config.num_attention_heads
     projections = 2 * D * width * (1 + groups)
     attention = 2 * S * width
-    feed_forward = 3 * D * config.intermediate_size * experts_per_token
+    feed_forward = 3 * D * (config.intermediate_size * experts_per_token + config.shared_expert_size)
     per_token = L * (projections + attention + feed_forward) + D * config.vocab_size
     return 6.0 * S * per_token  # a multiply and an add, forward once and backward twice
 
@@ -90,9 +128,10 @@ def _activation_bytes(config: RemoeConfig, seq_len: int, micro_batch_size: int, 
     dense model with experts of width 1, and what the experts store is added: 2F pre-activations for as many pairs as
     `STORED_RATIO` allows, the gate and the index of every pair.
     """
-    if config.router == "dense":
+    if not config.routes_pairs:
         return _stored_bytes(config, seq_len, micro_batch_size)
-    changes = {"router": "dense", "num_experts_per_tok": 1, "granularity": 1, "intermediate_size": 1}
+    changes = {"router": "dense", "router_options": None}
+    changes |= {"num_experts_per_tok": 1, "granularity": 1, "intermediate_size": 1}
     skeleton = RemoeConfig(**{**config.to_diff_dict(), **changes})
     pairs = micro_batch_size * seq_len * density * config.num_experts * config.granularity
     wanted = micro_batch_size * seq_len * config.num_experts_per_tok * config.granularity

@@ -14,6 +14,7 @@ from remoe.routing.assignment import Routing
 from remoe.routing.base import LinearRouter
 from remoe.routing.dense import one_expert
 
+SEGMENT = 256  # tokens; the paper's
 FIRST_SEGMENTS = ("own", "uniform")
 
 
@@ -36,7 +37,7 @@ class LoryRouter(LinearRouter):
     """
 
     def __init__(
-        self, d_model: int, num_experts: int, k: int, *, segment: int = 256, first_segment: str = "own"
+        self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "own"
     ) -> None:
         super().__init__(d_model, num_experts, k)
         if k != 1:

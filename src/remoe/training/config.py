@@ -33,10 +33,12 @@ class ModelOptions:
     """Width of one expert before the split by granularity; 4 * hidden_size by default."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    shared_expert_size: int = 0
+    """Width of an expert that every token goes through, beside the routed ones; 0 for none."""
     max_experts_per_token: int | None = None
-    """Cap on the experts a token may use, counted after the split by granularity; at least k (relu only)."""
+    """Cap on the experts a token may use, counted after the split by granularity; at least k (relu, relu_scaled)."""
     load_balance: bool = True
-    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu only)."""
+    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu, relu_scaled)."""
     regularizer_normalization: str = "paper"
     """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
     experts_backend: str = "auto"
@@ -65,7 +67,7 @@ class OptimOptions:
 
 @dataclass
 class SparsityOptions:
-    """Control of lambda (relu only)."""
+    """Control of lambda (relu, relu_norm, relu_scaled)."""
 
     rule: str = "smooth"
     """'sign': the paper's Eq. 7; 'official': the authors' code; 'smooth': proportional, damped, bounded."""
@@ -116,11 +118,14 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     router: str = "relu"
-    """relu, topk or dense."""
+    """relu, relu_norm, relu_scaled, relu_quantile, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory,
+    dense or dense_wide."""
+    router_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Options of the router's class, name by value, as in `--router-options warmup_k 6 warmup_steps 100`."""
     num_experts: int = 8
     """Experts E per layer, before the split by granularity."""
     k: int = 1
-    """Wanted active experts per token: mean for relu, exact for topk; dense gets the width of k experts."""
+    """Wanted active experts per token: a mean or exact, as the router has it; dense gets the width of k."""
     granularity: int = 1
     """Split each expert into this many narrower ones; k is multiplied likewise."""
     resume: bool = False

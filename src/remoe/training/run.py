@@ -1,6 +1,7 @@
 """From options to a finished run: data, folder, training, summary."""
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,11 @@ from remoe.data import Dataset, PrepareOptions, open_dataset, prepare
 from remoe.errors import CheckpointError
 from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
+from remoe.models.plan import training_flops
 from remoe.training.config import TrainConfig, differences
 from remoe.training.evaluation import Evaluation, total
 from remoe.training.memory import keep_freed_memory, peak_memory
-from remoe.training.metrics import settling_time
+from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, wants_bfloat16
 
@@ -111,6 +113,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
     return {
         "steps": trainer.step,
         "router": config.router,
+        **_cost(trainer, total(validation).sparsity),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(trainer.device),
         "validation_loss": total(validation).loss,
@@ -123,6 +126,24 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
         "sample": sample,
         "checkpoint": str(trainer.run.last_checkpoint()),
+    }
+
+
+def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
+    """Parameters, tokens, FLOPs of the pairs really routed, and speed; `sparsity` is that of the validation data."""
+    config, model = trainer.config, trainer.model
+    parameters = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    step_tokens = config.batch_size * config.seq_len
+    flops = training_flops(model.config, config.seq_len, step_tokens, trainer.sparsities)
+    speeds = [r["tokens_per_second"] for r in read_metrics(trainer.run.metrics) if "tokens_per_second" in r]
+    return {
+        "total_parameters": parameters,
+        "active_parameters": round(parameters - experts * (sparsity if model.config.routes_pairs else 0)),
+        "tokens": trainer.step * step_tokens,
+        "flops": flops,
+        "flops_per_token": flops / (trainer.step * step_tokens),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
     }
 
 
@@ -141,7 +162,7 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     )
     for domain in trainer.windows.domains:
         print(f"  {domain:<16} {summary['validation'][domain]['loss']:.4f}")
-    if trainer.config.router == "relu":
+    if trainer.model.config.steered:
         print(_sparsity_line(summary))
     print(f"\nsample:\n{summary['sample']}\n")
     print(f"run          {run.path}")

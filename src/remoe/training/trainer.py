@@ -220,6 +220,7 @@ def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
         max_position_embeddings=config.seq_len,
         eos_token_id=dataset.eos_token_id,
         router=config.router,
+        router_options=config.router_options or None,
         num_experts=config.num_experts,
         num_experts_per_tok=config.k,
         granularity=config.granularity,

@@ -1,0 +1,186 @@
+"""Figures of routing: what the experts of a trained model take, and how fast that changes.
+
+The figures named are those of ReMoE, arXiv 2412.14711. Shares and activities come from `measures`; every function
+takes plain numbers, or arrays and tensors of them.
+
+Legend: L layers, E experts, C domains, U distinct token ids.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from remoe.analysis.measures import INACTIVE_BELOW, rank_correlation
+from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis
+
+MAX_BARS_ACROSS = 100
+
+
+@mpl.rc_context(STYLE)
+def active_against_frequency(
+    runs: Mapping[str, tuple[ArrayLike, ArrayLike]], *, look: Mapping[str, Look] | None = None
+) -> Figure:
+    """Mean active experts of each token id against how often the id occurs (Fig. 7), a panel a run.
+
+    Args:
+        runs: counts (U,) and mean active experts (U,) of the token ids, as `measures.active_by_token` gives them.
+            Dots are ids; the line is the mean over the ids of an octave of counts.
+    """
+    look = look or looks(runs)
+    fig = new_figure(0.6 + 2.9 * len(runs), 2.9)
+    axes = fig.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for ax, (name, (count_U, active_U)) in zip(axes, runs.items(), strict=True):
+        count_U, active_U = np.asarray(count_U), np.asarray(active_U)
+        color = look[name].color
+        ax.scatter(count_U, active_U, s=5, lw=0, color=color, alpha=0.25, rasterized=True)
+        ax.plot(*_octave_means(count_U, active_U), color="#111111", marker="o", ms=3.5, label="mean over ids")
+        mean = np.average(active_U, weights=count_U)
+        ax.axhline(mean, color=GREY, ls="--", lw=0.9, label="mean over tokens")
+        correlation = rank_correlation(torch.as_tensor(active_U), torch.as_tensor(count_U))
+        known = "undefined" if math.isnan(correlation) else f"{correlation:+.2f}".replace("-", "−")
+        ax.annotate(f"rank correlation {known}", (0.97, 0.97), xycoords="axes fraction", ha="right", va="top")
+        ax.set_xscale("log")
+        label(ax, x="occurrences of the token id (log scale)", title=name)
+    axes[0].set_ylim(0, 1.05 * max(np.asarray(active_U).max() for _, active_U in runs.values()))
+    axes[0].set_ylabel("active experts per layer")
+    handles, _ = axes[0].get_legend_handles_labels()
+    fig.legend(handles=handles, loc="outside upper right", ncols=2)
+    return fig
+
+
+@mpl.rc_context(STYLE)
+def routed_share_maps(runs: Mapping[str, ArrayLike]) -> Figure:
+    """Share of the tokens that each expert of each layer takes (Fig. 8), a map a run, with sparsity per layer.
+
+    Args:
+        runs: (L, E) shares in 0..1; runs may differ in L and E.
+    """
+    shares = {name: np.asarray(share_LE) for name, share_LE in runs.items()}
+    experts = [share_LE.shape[1] for share_LE in shares.values()]
+    widths = [width for E in experts for width in (max(1.6, min(4.5, 0.22 * E)), 0.6)]
+    layers = max(len(share_LE) for share_LE in shares.values())
+    fig = new_figure(1.2 + sum(widths) + 0.35 * len(runs), 1.5 + 0.22 * max(layers, 4))
+    axes = fig.subplots(1, 2 * len(runs), width_ratios=widths, squeeze=False)[0]
+    highest = max(share_LE.max() for share_LE in shares.values())
+    for index, (name, share_LE) in enumerate(shares.items()):
+        ax, side = axes[2 * index], axes[2 * index + 1]
+        # By square root: a few busy experts must not turn all others the same dark.
+        norm = PowerNorm(0.5, vmin=0, vmax=highest)
+        image = ax.imshow(share_LE, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+        layer, expert = np.nonzero(share_LE < INACTIVE_BELOW)
+        cell_width = 72 * widths[2 * index] / share_LE.shape[1]  # points
+        ax.scatter(expert, layer, marker="x", s=min(14, (cell_width / 3) ** 2), lw=0.8, color="white")
+        ax.grid(visible=False)
+        number_axis(ax, "x", share_LE.shape[1])
+        number_axis(ax, "y", len(share_LE))
+        label(ax, x="expert", y="" if index else "layer", title=name)
+        side.barh(range(len(share_LE)), 1 - share_LE.mean(axis=1), height=0.7, color="#999999")
+        side.set(xlim=(0, 1), ylim=ax.get_ylim(), xticks=[0, 1])
+        side.tick_params(axis="y", left=False, labelleft=False)
+        label(side, x="sparsity")
+    bar = fig.colorbar(image, ax=axes.tolist(), pad=0.01, aspect=15)
+    bar.set_label("share of tokens (×: under 1/64)")
+    return fig
+
+
+@mpl.rc_context(STYLE)
+def routed_share_by_domain(
+    share_CLE: ArrayLike, domains: Sequence[str], *, look: Mapping[str, Look] | None = None
+) -> Figure:
+    """Share of each domain's tokens that each expert takes, a panel a layer, and active experts (Fig. 9, 12).
+
+    Args:
+        share_CLE: (C, L, E) shares in 0..1.
+        domains: the C names.
+        look: of the domains.
+    """
+    share_CLE = np.asarray(share_CLE)
+    C, L, E = share_CLE.shape
+    look = look or looks(domains)
+    columns = max(1, min(3, MAX_BARS_ACROSS // (C * E), L))
+    rows = -(-L // columns)
+    fig = new_figure(7.6, 0.8 + 1.35 * rows + 2)
+    upper, lower = fig.subfigures(2, 1, height_ratios=[0.8 + 1.35 * rows, 2])
+    axes = upper.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    width = 0.8 / C
+    for layer, ax in enumerate(axes.flat[:L]):
+        for index, domain in enumerate(domains):
+            offset = (index - (C - 1) / 2) * width
+            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=look[domain].color, label=domain)
+        ax.axhline(INACTIVE_BELOW, color=GREY, ls=":", lw=0.9)
+        ax.grid(axis="x", visible=False)
+        number_axis(ax, "x", E)
+        ax.set_xlim(-0.6, E - 0.4)
+        label(ax, title=f"layer {layer}")
+    for ax in axes.flat[L:]:
+        ax.set_visible(False)
+    for column in range(columns):
+        last = max(row for row in range(rows) if row * columns + column < L)
+        axes[last, column].set_xlabel("expert")
+        axes[last, column].tick_params(labelbottom=True)
+    upper.supylabel("share of the domain's tokens (dotted: 1/64)", fontsize=8)
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    upper.legend(handles=handles, loc="outside upper center", ncols=6)
+    _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
+    return fig
+
+
+@mpl.rc_context(STYLE)
+def flips(
+    runs: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    num_experts: Mapping[str, int],
+    *,
+    look: Mapping[str, Look] | None = None,
+) -> Figure:
+    """How fast routing changes in training: flip rate over steps, and flip count per system (Fig. 10).
+
+    Args:
+        runs: steps, and the flip rate at each.
+        num_experts: E of each run; the flip count is E times the mean flip rate of the run.
+    """
+    look = look or looks(runs)
+    fig = new_figure(7.4, 2.7)
+    left, right = fig.subplots(1, 2, width_ratios=[1.5, 1])
+    for row, (name, (steps, rates)) in enumerate(runs.items()):
+        color, marker, linestyle = look[name]
+        sparse = max(1, len(steps) // 10)
+        left.plot(steps, rates, color=color, ls=linestyle, marker=marker, markevery=sparse, label=name)
+        count = num_experts[name] * float(np.mean(rates))
+        right.barh(row, count, height=0.62, color=color)
+        right.annotate(f"{count:.3g}", (count, row), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+    left.set_ylim(bottom=0)
+    left.legend()
+    label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes between two steps")
+    right.set_yticks(range(len(runs)), runs)
+    right.invert_yaxis()
+    right.margins(x=0.22)
+    right.grid(axis="y", visible=False)
+    right.tick_params(axis="y", length=0, labelsize=8)
+    label(right, x="experts changed per token, layer and step", title="Mean flip count")
+    return fig
+
+
+def _active_by_domain(ax: Axes, active_CL: np.ndarray, domains: Sequence[str], look: Mapping[str, Look]) -> None:
+    for domain, active_L in zip(domains, active_CL, strict=True):
+        color, marker, linestyle = look[domain]
+        ax.plot(range(len(active_L)), active_L, color=color, marker=marker, ls=linestyle, label=domain)
+    number_axis(ax, "x", active_CL.shape[1])
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.set_ylim(0, 1.1 * np.nanmax(active_CL))
+    label(ax, x="layer", y="active experts per token", title="Mean active experts")
+
+
+def _octave_means(count_U: np.ndarray, active_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For the ids whose counts share an octave: the geometric mean of their counts, and their mean active experts."""
+    octave_U = np.floor(np.log2(count_U))
+    groups = [octave_U == octave for octave in np.unique(octave_U)]
+    counts = np.array([np.exp(np.log(count_U[group]).mean()) for group in groups])
+    return counts, np.array([active_U[group].mean() for group in groups])

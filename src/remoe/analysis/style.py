@@ -1,0 +1,96 @@
+"""How every figure looks, and how it is written: one style, colours that the colour-blind can tell apart."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that files agree between machines
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.labelcolor": "#222222",
+    "axes.edgecolor": "#666666",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 200,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "remoe",
+}
+GREY = "#777777"
+
+# Okabe and Ito's palette without its yellow, which white paper swallows. Markers and dashes say the same once more.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":")
+
+
+class Look(NamedTuple):
+    """What tells one run from the others."""
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """A look for each name, by its place; give the same dict to all figures of a report to keep them alike."""
+    return {
+        name: Look(_COLORS[i % 7], _MARKERS[i % 7], _DASHES[i // 7 % len(_DASHES)])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
+    return fig
+
+
+def label(ax: Axes, *, x: str = "", y: str = "", title: str = "") -> None:
+    """Names the axes; a unit belongs to the name."""
+    ax.set(xlabel=x, ylabel=y, title=title)
+
+
+def number_axis(ax: Axes, axis: str, count: int) -> None:
+    """Ticks for the layers or experts 0 .. count - 1, few enough to be read."""
+    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count / step <= 16 or step == 128)
+    ticks = getattr(ax, f"{axis}axis")
+    ticks.set_major_locator(FixedLocator(list(range(0, count, step))))
+    ticks.set_minor_locator(NullLocator())
+
+
+def save(fig: Figure, path: Path | str) -> None:
+    """Writes `path`.svg and `path`.png; the same figure gives the same bytes. Its layout is fixed from then on.
+
+    Args:
+        fig: the figure.
+        path: without a suffix; its folder must be there.
+    """
+    # Ticks are made when drawn, so the style must hold here too.
+    with mpl.rc_context(STYLE):
+        # Each run of the layout moves the axes by rounding, and the SVG's ids hash their positions: one run is enough.
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
+        fig.savefig(f"{path}.svg", metadata={"Date": None})
+        fig.savefig(f"{path}.png", metadata={"Software": None})
