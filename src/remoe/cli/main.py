@@ -17,7 +17,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "train a language model; without flags a small one, at once",
     ),
     "generate": ("remoe.cli.generate", "generate_command", "write text with a trained model"),
-    "eval": ("remoe.cli.eval", "eval_command", "loss, perplexity, bits per byte and sparsity, per domain"),
+    "eval": (
+        "remoe.cli.eval",
+        "eval_command",
+        "loss, perplexity, bits per byte and sparsity per domain; with --tasks zero-shot accuracy",
+    ),
     "plan": (
         "remoe.cli.plan",
         "plan_command",

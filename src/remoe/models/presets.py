@@ -23,7 +23,7 @@ _SMALL = {
     "micro_batch_size": 16,
     "vocab_size": 4096,
     "optim": {"lr": 2e-3, "final_lr_ratio": 0.1, "warmup_ratio": 0.02},
-    "sparsity": {"rule": "smooth", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": True},
+    "sparsity": {"rule": "smooth", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": False},
     "validate": {"every": 100, "max_tokens": 40_000},
     "checkpoint": {"every": 100},
 }

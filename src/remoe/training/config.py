@@ -75,8 +75,9 @@ class SparsityOptions:
     """lambda_0."""
     alpha: float = 1.2
     """Factor of the sign rules."""
-    fast_start: bool = True
-    """Raise lambda after the first step to where the penalty is 0.003 nats: no dense stage."""
+    fast_start: bool = False
+    """Raise lambda after the first step to where the penalty is 0.003 nats: no dense stage, but a higher loss when
+    training from scratch."""
 
 
 @dataclass
