@@ -50,7 +50,8 @@ class SparsityController(nn.Module):
         alpha: factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
             language model): the dense stage, in which a tiny lambda grows unnoticed, is left out. From random weights
-            that costs loss (docs/results.md): experts close before they have learned. Without effect for rule "none" and for k = E.
+            that costs loss (docs/results.md): experts close before they have learned. Without effect for rule "none"
+            and for k = E.
         sum_layers: the loss adds the layers' regularisers up instead of taking their mean; for `fast_start` only.
 
     Attributes:

@@ -45,7 +45,7 @@ def softmax(row):
 
 
 def best(values, k):
-    return set(sorted(range(len(values)), key=lambda e: -float(values[e]))[:k])
+    return set(sorted(range(len(values)), key=lambda e: -torch.as_tensor(values[e]).item())[:k])
 
 
 def kept(row, chosen):
