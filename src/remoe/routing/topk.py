@@ -19,8 +19,8 @@ class TopKRouter(LinearRouter):
         d_model: D.
         num_experts: E.
         k: experts per token.
-        renormalize: divide the kept probabilities by their sum. With k = 1 the gate is then always one and the
-            router learns from the load-balance loss alone.
+        renormalize: divide the kept probabilities by their sum: the softmax of the kept logits alone ("softmax after
+            top-k"). With k = 1 the gate is then always one and the router learns from the load-balance loss alone.
         warmup_k: experts per token in the first `warmup_steps` updates: the near-dense warm-up of the paper (6 for
             100 steps at E = 8).
         warmup_steps: see `warmup_k`; counted by `update`.
