@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import FLAGS
 
 from remoe.cli.main import main
-from remoe.data import open_dataset
+from remoe.data import ValidationWindows, open_dataset
 from remoe.training.checkpoint import list_checkpoints
 from remoe.training.config import OptimOptions, config_from_dict
 from remoe.training.metrics import read_metrics
@@ -62,6 +62,29 @@ def test_lambda_of_a_run_follows_equation_7(corpus, tmp_path):
     records = read_metrics(out / "metrics.jsonl")
     course = reference.lambda_course([record["sparsity"] for record in records], 0.75)
     assert [record["lambda"] for record in records] == pytest.approx([1e-8, *course[:-1]], rel=1e-5)
+
+
+def test_flips_are_those_of_the_weights_before_and_after_a_step(corpus, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--validate.flips-every", "20", "--checkpoint.every", "1", "--checkpoint.keep", "40"]
+    assert train(corpus, out, *flags) == 0
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["step"] for record in records if "flip_rate" in record] == [20, 40]
+    windows = ValidationWindows(open_dataset(corpus).validation, 32)
+    firsts = [next(windows.batches(domain, 64)) for domain in windows.domains]  # 4096 tokens of 32 * 2 domains
+    masks = []
+    for step in (19, 20):
+        model = load_run(out / "checkpoints" / f"step-{step:08}")[0]
+        gates = [[r.gate_TE for r in model(first[0], attention_mask=first[2]).routings] for first in firsts]
+        kept = torch.cat([first[2].flatten() for first in firsts])
+        masks.append(torch.stack([torch.cat(layer)[kept] > 0 for layer in zip(*gates, strict=True)]))
+    rate = (masks[0] != masks[1]).double().mean().item()
+    assert records[19]["flip_rate"] == pytest.approx(rate, abs=1e-9)
+    assert rate > 0
+
+    quiet = tmp_path / "quiet"
+    assert train(corpus, quiet) == 0  # measuring changes nothing
+    assert [r["lm_loss"] for r in records] == [r["lm_loss"] for r in read_metrics(quiet / "metrics.jsonl")]
 
 
 def test_same_seed_same_run_other_seed_other_run(corpus, tmp_path):

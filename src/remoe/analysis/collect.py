@@ -90,18 +90,14 @@ def collect(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     size = {domain: windows.num_predictions(domain) for domain in windows.domains}
     columns: dict[str, list[Tensor]] = {"active": [], "gate": [], "token": [], "domain": [], "sequence": []}
     num_sequences = 0
     for index, domain in enumerate(windows.domains):
         limit = None if max_tokens is None else max(1, max_tokens * size[domain] // sum(size.values()))
         for input_BS, _, mask_BS in windows.batches(domain, batch_size, limit):
-            with autocast or torch.autocast(device.type, enabled=False):
-                # One position's logits, because there is no asking for none.
-                out = model(input_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False, logits_to_keep=1)
             kept_T = mask_BS.flatten()
-            gate_LTE = torch.stack([routing.gate_TE for routing in out.routings])[:, kept_T.to(device)].float().cpu()
+            gate_LTE = gates_of(model, input_BS, mask_BS, autocast)
             columns["active"].append(gate_LTE != 0)
             if gates:
                 columns["gate"].append(gate_LTE)
@@ -119,3 +115,23 @@ def collect(
         torch.cat(columns["sequence"]),
         windows.domains,
     )
+
+
+@torch.no_grad()
+def gates_of(
+    model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None = None
+) -> Tensor:
+    """(L, T, E) float32, on the CPU: the gates of some sequences' tokens, zero for pairs that are not active.
+
+    Args:
+        model: in the mode, training or evaluation, whose routing is wanted.
+        input_BS: (B, S) int64, token ids.
+        mask_BS: (B, S) bool, false for padding, which is left out.
+        autocast: context of the forward pass.
+    """
+    device = next(model.parameters()).device
+    with autocast or torch.autocast(device.type, enabled=False):
+        # One position's logits, because there is no asking for none.
+        out = model(input_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False, logits_to_keep=1)
+    kept_T = mask_BS.flatten().to(device)
+    return torch.stack([routing.gate_TE for routing in out.routings])[:, kept_T].float().cpu()

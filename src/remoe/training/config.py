@@ -90,6 +90,11 @@ class ValidationOptions:
     """About so many tokens, shared out over the domains by size, during training; the last validation uses all."""
     batch_size: int = 32
     """Sequences per forward pass."""
+    flips_every: int = 0
+    """Steps between measurements of the flip rate (arXiv 2412.14711, Fig. 10): the share of the routing of
+    --validate.flips-tokens validation tokens that one step changes; 0 for none."""
+    flips_tokens: int = 4096
+    """About so many tokens for it, always the same ones."""
 
 
 @dataclass
@@ -198,6 +203,8 @@ class TrainConfig:
             ("validate.every", some, self.validate.every),
             ("validate.max-tokens", some, self.validate.max_tokens),
             ("validate.batch-size", some, self.validate.batch_size),
+            ("validate.flips-every", (0, math.inf), self.validate.flips_every),
+            ("validate.flips-tokens", some, self.validate.flips_tokens),
             ("checkpoint.every", some, self.checkpoint.every),
             ("checkpoint.keep", some, self.checkpoint.keep),
             ("checkpoint.keep-every", (0, math.inf), self.checkpoint.keep_every),

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from remoe.analysis.collect import gates_of
+from remoe.analysis.measures import flip_rate
 from remoe.data import Dataset, TrainBatches, ValidationWindows
 from remoe.errors import CheckpointError, ConfigError, RemoeError
 from remoe.models.configuration_remoe import RemoeConfig
@@ -96,12 +98,15 @@ class Trainer:
         try:
             with Interrupt() as interrupt:
                 while self.step < steps and not interrupt.received:
+                    before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
                     record = self._train_step(progress)
+                    if before_LTE is not None:
+                        record["flip_rate"] = flip_rate(before_LTE, self._routing())
                     due = self.step % self.config.validate.every == 0
                     if due or self.step == steps:
                         validation = self.validate(final=self.step == steps)
                         record |= validation_record(validation)
-                    if self.step % self.config.log_every == 0 or self.step == steps or due:
+                    if self.step % self.config.log_every == 0 or self.step == steps or due or before_LTE is not None:
                         metrics.write(record)
                     progress.show(record, self.step)
                     if self.step % self.config.checkpoint.every == 0 or self.step == steps:
@@ -184,6 +189,20 @@ class Trainer:
         return evaluate(
             self.model, self.windows, batch_size=options.batch_size, max_tokens=limit, autocast=self.autocast
         )
+
+    def _measures_flips(self, step: int) -> bool:
+        every = self.config.validate.flips_every
+        return every > 0 and step % every == 0 and self.model.config.routes_pairs
+
+    def _routing(self) -> Tensor:
+        """(L, T, E) bool: how the present weights route the first validation tokens, as many of each domain."""
+        sequences = self.config.validate.flips_tokens / (self.config.seq_len * len(self.windows.domains))
+        firsts = [next(self.windows.batches(domain, math.ceil(sequences))) for domain in self.windows.domains]
+        input_NS, mask_NS = (torch.cat([first[column] for first in firsts]) for column in (0, 2))
+        self.model.eval()
+        gate_LTE = gates_of(self.model, input_NS, mask_NS, self.autocast)
+        self.model.train()
+        return gate_LTE != 0
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and applies the retention rule."""
