@@ -7,7 +7,7 @@ import torch
 
 from remoe.bench.decode import bench_decode
 from remoe.bench.layer import Case, bench_layer, relu_layer, tokens
-from remoe.bench.machine import Roofline
+from remoe.bench.roofline import Roofline
 from remoe.bench.timing import peak_bytes
 from remoe.cli.main import main
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from remoe.bench.layer import Case, DenseLayer, Output, relu_layer, tokens
-from remoe.bench.machine import Roofline
 from remoe.bench.peers import mixtral_layer
+from remoe.bench.roofline import Roofline
 from remoe.bench.timing import median_seconds
 from remoe.layer import MoE
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe.bench.machine import Roofline
 from remoe.bench.peers import peer_layers
+from remoe.bench.roofline import Roofline
 from remoe.bench.timing import median_seconds, peak_bytes
 from remoe.layer import MoE
 from remoe.routing import Routing

@@ -93,8 +93,8 @@ def train_step_command(argv: list[str]) -> int:
     _start(arguments)
     import torch
 
-    from remoe.bench.machine import machine
     from remoe.bench.train_step import TrainStepOptions, train_step
+    from remoe.machine import machine
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
@@ -115,7 +115,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     import torch
 
     from remoe.bench import decode, layer
-    from remoe.bench.machine import machine, measure_roofline
+    from remoe.bench.roofline import measure_roofline
+    from remoe.machine import machine
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device
 

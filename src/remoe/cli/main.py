@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks zero-shot accuracy",
     ),
+    "compare": (
+        "remoe.cli.compare",
+        "compare_command",
+        "train routers, seeds, sizes side by side from one file: tables and figures",
+    ),
     "plan": (
         "remoe.cli.plan",
         "plan_command",

@@ -5,6 +5,7 @@ Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,8 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
+_FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 
 
@@ -228,7 +231,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     Raises:
         ConfigError: for an unknown option or a value of the wrong type.
     """
-    merged = _merge(preset_values(str(values.get("preset", "tiny"))), values)
+    merged = merge(preset_values(str(values.get("preset", "tiny"))), values)
     known = TrainConfig().to_dict()
     for path in _unknown(merged, known):
         raise ConfigError(f"{source}: unknown option {path!r}")
@@ -260,24 +263,32 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options in which two configurations differ, by dotted name: (old, new)."""
-    flat_old, flat_new = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
-    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+    """Options in which two configurations differ, by dotted name: (old, new); None for one that is not given."""
+    flat_old, flat_new = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
+    pairs = {name: (flat_old.get(name), flat_new.get(name)) for name in {**flat_old, **flat_new}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flatten(values: dict[str, Any], prefix: str = ""):
+def changes_result(name: str) -> bool:
+    """Whether an option, by its dotted name, plays a part in what is computed; a resumed run may have others."""
+    return name not in _FREE and not name.startswith(_FREE_GROUPS)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Items of a nested dict by dotted names."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `top` laid over it, nested dicts item by item."""
     merged = dict(base)
     for key, value in top.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
+        merged[key] = merge(merged[key], value) if nested else value
     return merged
 
 

@@ -13,17 +13,14 @@ from remoe.data import Dataset, PrepareOptions, open_dataset, prepare
 from remoe.errors import CheckpointError
 from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
+from remoe.machine import machine
 from remoe.models.plan import training_flops
-from remoe.training.config import TrainConfig, differences
+from remoe.training.config import TrainConfig, changes_result, differences
 from remoe.training.evaluation import Evaluation, total
 from remoe.training.memory import keep_freed_memory, peak_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, wants_bfloat16
-
-# Options that do not change what is computed: a resumed run may have others.
-MAY_CHANGE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
-MAY_CHANGE_GROUPS = ("validate.", "checkpoint.")
 
 
 def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> dict | None:
@@ -76,7 +73,7 @@ def default_dataset(parent: Path, vocab_size: int) -> Dataset:
 
 def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) -> None:
     for name, (old, new) in differences(saved, config).items():
-        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_GROUPS):
+        if changes_result(name):
             flag = name.replace("_", "-")
             raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
 
@@ -126,6 +123,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
         "sample": sample,
         "checkpoint": str(trainer.run.last_checkpoint()),
+        "machine": machine(trainer.device),
     }
 
 

@@ -1,0 +1,96 @@
+"""`remoe compare`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from remoe.cli.parsing import parse
+from remoe.errors import ConfigError
+
+PROG = "remoe compare"
+
+
+@dataclass
+class CompareOptions:
+    """Train a matrix of runs (routers, seeds, sizes, anything) from one file, and compare them.
+
+    At equal tokens, and at equal training FLOPs: a run that spends more or less than the reference is trained again for
+    as many steps as cost the same. Whatever stops it, the same command goes on and repeats nothing. Several processes
+    may work on one pool, for instance one for each GPU.
+    """
+
+    experiment: tyro.conf.Positional[str]
+    """YAML file: variants (name: options of `remoe train`), and if wanted title, base (options of all), seeds,
+    reference, axes (option: values), equal_flops, figures; see experiments/."""
+    corpus: str | None = None
+    """Text to prepare: a folder with train/ and validation/, or anything that `remoe data prepare` takes. By default
+    the standard library."""
+    data: str | None = None
+    """Folder written by `remoe data prepare`, instead of --corpus."""
+    out: str | None = None
+    """Where results.md, results.json and figures/ go; by default runs/compare/NAME."""
+    pool: str = "runs/pool"
+    """Folder of the runs; experiments that share it share runs too."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu) or a torch device."""
+    list: bool = False
+    """Only show which runs there are, and how far."""
+    report_only: bool = False
+    """Only write the tables and figures of what is finished."""
+
+
+def compare_command(argv: list[str]) -> int:
+    """Runs what is missing, then writes tables and figures; 1 when a run failed."""
+    options = parse(CompareOptions, argv, prog=PROG)
+    if options.data is not None and options.corpus is not None:
+        raise ConfigError("--data and --corpus do not go together")
+
+    from remoe.compare.experiment import load_experiment
+
+    experiment = load_experiment(options.experiment)
+
+    from remoe.cli.quiet import quiet_transformers
+    from remoe.compare.live import Live
+    from remoe.compare.output import write
+    from remoe.compare.pool import Pool
+    from remoe.compare.runner import train_missing
+    from remoe.training.memory import keep_freed_memory
+
+    quiet_transformers()
+    keep_freed_memory()
+    dataset = _dataset(options, experiment.runs[0].config.vocab_size)
+    pool = Pool(Path(options.pool), dataset.fingerprint)
+    live = Live(experiment, pool)
+    if options.list:
+        live.console.print(live.table())
+        return 0
+    if not options.report_only:
+        with live:
+            finished = train_missing(experiment, pool, dataset.path, options.device, live)
+        if not finished:
+            return 0
+    out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
+    report = write(experiment, pool, dataset, out, options.device)
+    if not live.console.is_terminal:
+        live.console.print(live.table())
+    print(f"tables       {report}   (numbers: {report.with_name('results.json')})")
+    print(f"figures      {out / 'figures'}")
+    print(f"runs         {pool.path}")
+    return 1 if live.failures else 0
+
+
+def _dataset(options: CompareOptions, vocab_size: int):
+    from remoe.data import PrepareOptions, open_dataset, prepare
+    from remoe.training.run import default_dataset
+
+    if options.data is not None:
+        return open_dataset(Path(options.data))
+    if options.corpus is None:
+        return default_dataset(Path(options.pool), vocab_size)
+    corpus = Path(options.corpus)
+    held_out = (str(corpus / "validation"),) if (corpus / "train").is_dir() and (corpus / "validation").is_dir() else ()
+    sources = (str(corpus / "train"),) if held_out else (options.corpus,)
+    out = Path(options.pool) / "data" / f"{corpus.resolve().name or 'corpus'}-bpe{vocab_size}"
+    prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size))
+    return open_dataset(out)

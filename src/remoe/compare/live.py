@@ -1,0 +1,152 @@
+"""What a person sees while the matrix runs: on a terminal a table that moves, elsewhere a line for each event."""
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import rich.live
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from remoe.compare.budget import matches
+from remoe.compare.experiment import Experiment, Run
+from remoe.compare.pool import Pool
+
+TAIL_BYTES = 65536  # holds the last record of a run
+
+
+class Live:
+    """A table of all runs: their validation loss when finished, how far they are otherwise.
+
+    Args:
+        experiment: what is run.
+        pool: where.
+    """
+
+    def __init__(self, experiment: Experiment, pool: Pool) -> None:
+        self.experiment, self.pool = experiment, pool
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.failures: dict[str, str] = {}
+        self._running: Run | None = None
+        self._begin = time.monotonic()
+        self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
+        self._moving = self.console.is_terminal
+
+    def __enter__(self) -> "Live":
+        if self._moving:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._running = None
+        if self._moving:
+            self._live.update(self.table(), refresh=True)
+            self._live.stop()
+
+    def started(self, run: Run) -> None:
+        """A run begins, or goes on."""
+        self._running, self._begin = run, time.monotonic()
+        if not self._moving:
+            done = _last_record(self.pool.folder(run).metrics).get("step", 0)
+            self.console.print(f"{run.label}: {'resumed' if done else 'started'} at step {done} of {run.steps}")
+
+    def finished(self, run: Run) -> None:
+        """A run has its summary."""
+        self._running = None
+        loss = self.pool.summary(run)["validation_loss"]
+        minutes = (time.monotonic() - self._begin) / 60
+        if not self._moving:
+            self.console.print(f"{run.label}: validation loss {loss:.4f} after {minutes:.1f} minutes; {self._count()}")
+
+    def failed(self, run: Run, reason: str) -> None:
+        """A run ended without a summary."""
+        self._running = None
+        self.failures[self.pool.name(run)] = reason
+        self.console.print(f"{run.label}: failed: {reason}")
+
+    def stopped(self, run: Run) -> None:
+        """A signal stopped a run."""
+        self._running = None
+        self.console.print(f"{run.label}: stopped; the same command goes on from here")
+
+    def show(self, run: Run) -> None:
+        """Draws the table again."""
+        if self._moving:
+            self._live.update(Group(self.table(), self._line(run)))
+
+    def table(self) -> Table:
+        """A row for each variant and point, a column for each seed of either comparison."""
+        tokens = {(run.variant, run.point, run.seed): run for run in self.experiment.runs}
+        flops = {
+            (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
+            for match in matches(self.experiment, self.pool.summary)
+        }
+        seeds = list(dict.fromkeys(seed for _, _, seed in tokens))
+        table = Table(title=f"{self.experiment.title}: validation loss", title_justify="left")
+        for axis in self.experiment.axes:
+            table.add_column(axis.rpartition(".")[2], justify="right")
+        table.add_column("variant")
+        comparisons = [("equal tokens", tokens)] + ([("equal FLOPs", flops)] if flops else [])
+        for name, _ in comparisons:
+            for seed in seeds:
+                table.add_column(f"{name}\nseed {seed}", justify="right")
+        for point in self.experiment.points:
+            for variant in self.experiment.variants:
+                values = [str(value) for _, value in point]
+                cells = [self._cell(runs, (variant, point, seed)) for _, runs in comparisons for seed in seeds]
+                table.add_row(*values, variant, *cells)
+        return table
+
+    def _cell(self, runs: dict, key: tuple) -> str:
+        if key not in runs:
+            return ""
+        run = runs[key]
+        if run is None:  # its steps are not known yet
+            return "·"
+        if (summary := self.pool.summary(run)) is not None:
+            return f"{summary['validation_loss']:.4f}"
+        if self.pool.name(run) in self.failures:
+            return "failed"
+        step = _last_record(self.pool.folder(run).metrics).get("step", 0)
+        return f"{100 * step // run.steps} %" if step or run == self._running else "·"
+
+    def _line(self, run: Run) -> Text:
+        record = _last_record(self.pool.folder(run).metrics)
+        if not record:
+            return Text(f"{run.label}: starting")
+        left = (run.steps - record["step"]) * record["tokens"] / record["step"] / record["tokens_per_second"]
+        return Text(
+            f"{run.label}: step {record['step']}/{run.steps}  loss {record['loss']:.4f}  "
+            f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"left {left / 60:.1f} min; {self._count()}"
+        )
+
+    def _count(self) -> str:
+        """`12 of 39 runs finished, about 3.1 hours to go`, by the time of the finished ones."""
+        runs = set(self.experiment.runs)
+        unknown = 0
+        for match in matches(self.experiment, self.pool.summary):
+            runs |= {match.run} if match.run else set()
+            # where it is not known whether a second run is needed, it mostly is
+            unknown += match.run is None
+        summaries = [summary for run in runs if (summary := self.pool.summary(run)) is not None]
+        total = len(runs) + unknown
+        text = f"{len(summaries)} of {total} runs finished"
+        if not summaries or len(summaries) == total:
+            return text
+        hours = statistics.mean(summary["seconds"] for summary in summaries) * (total - len(summaries)) / 3600
+        return f"{text}, about {hours:.1f} hours to go"
+
+
+def _last_record(path: Path) -> dict:
+    """The newest whole record of a metrics.jsonl; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]  # what stands behind the last line end is half a record
+        return json.loads(lines[-1]) if lines else {}
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,150 @@
+"""The figures of a comparison, written beside its report."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from remoe.analysis import figures, measures, routing_figures
+from remoe.analysis.collect import RoutingRecord
+from remoe.compare.experiment import Experiment, Run
+from remoe.compare.pool import Pool
+from remoe.compare.report import row_name
+from remoe.compare.results import Results, Row
+from remoe.compare.routing import MIN_COUNT, flip_rates
+from remoe.routing import ROUTERS
+from remoe.training.metrics import read_metrics
+
+LOSS_WINDOW = 50  # steps of a moving mean
+
+
+def draw(
+    experiment: Experiment, pool: Pool, results: Results, routing: Mapping[str, RoutingRecord], folder: Path
+) -> dict[str, str]:
+    """Draws everything that the finished runs allow, as SVG and PNG.
+
+    Args:
+        experiment: what was asked for.
+        pool: its runs.
+        results: their numbers.
+        routing: the routing of each system's first seed, by name.
+        folder: where to write.
+
+    Returns:
+        Title of each figure, and its PNG's name in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, str] = {}
+
+    def add(title: str, name: str, figure: Figure) -> None:
+        figures.save(figure, folder / name)
+        drawn[title] = f"{name}.png"
+
+    look = figures.looks(experiment.variants)
+    for words, name, rows in (
+        ("equal tokens", "equal-tokens", results.equal_tokens),
+        ("equal training FLOPs", "equal-flops", results.equal_flops),
+    ):
+        if len(rows) > 1 and not experiment.axes:
+            losses = {row.variant: row.validation_loss.values for row in rows}
+            add(
+                f"Validation loss at {words}",
+                f"loss-{name}",
+                figures.final_losses(losses, look=look),
+            )
+        axis = _numeric_axis(experiment)
+        if rows and axis:
+            word = axis.rpartition(".")[2]
+            systems = _by_axis(rows, axis)
+            add(
+                f"Validation loss against {word} at {words}",
+                f"loss-against-{word}-{name}",
+                figures.loss_against(systems, word, look=look),
+            )
+
+    first = {run.variant: run for run in reversed(experiment.runs) if _is_first(experiment, run)}
+    first = {name: first[name] for name in experiment.variants if name in first and pool.summary(first[name])}
+    records = {name: read_metrics(pool.folder(run).metrics) for name, run in first.items()}
+    if records:
+        courses = {name: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in records.items()}
+        add(
+            "Training loss, first seed",
+            "training-loss",
+            figures.training_losses(courses, window=LOSS_WINDOW, look=look),
+        )
+    chosen = [name for name in experiment.figures if name in first]
+    steered = {name: records[name] for name in chosen if ROUTERS[first[name].config.router].steered}
+    if steered:
+        target = pool.summary(first[next(iter(steered))])["target_sparsity"]
+        for words, name, log_steps in (("", "", False), (", logarithmic steps", "-log", True)):
+            add(
+                f"Course of sparsity and penalty{words} (Fig. 3, 4)",
+                f"training-course{name}",
+                figures.training_course(steered, target, log_steps=log_steps, look=look),
+            )
+    _draw_routing({name: routing[key] for name in chosen if (key := _name(first[name])) in routing}, look, add)
+    _draw_flips(experiment, pool, add)
+    return drawn
+
+
+def _draw_routing(records: Mapping[str, RoutingRecord], look: Mapping[str, figures.Look], add: Callable) -> None:
+    if not records:
+        return
+    by_token = {
+        name: measures.active_by_token(record.active_LTE, record.token_T, min_count=MIN_COUNT)
+        for name, record in records.items()
+    }
+    points = {name: (activity.count_U, activity.active_U) for name, activity in by_token.items()}
+    add(
+        "Active experts against the frequency of the token (Fig. 7)",
+        "active-against-frequency",
+        routing_figures.active_against_frequency(points, look=look),
+    )
+    shares = {name: measures.routed_share(record.active_LTE) for name, record in records.items()}
+    add("Share of tokens of each expert (Fig. 8)", "routed-share", routing_figures.routed_share_maps(shares))
+    for name, record in records.items():
+        share_CLE = measures.routed_share_by_domain(record.active_LTE, record.domain_T, len(record.domains))
+        add(
+            f"{name}: share of each domain's tokens (Fig. 9, 12)",
+            f"routed-share-by-domain-{name}",
+            routing_figures.routed_share_by_domain(share_CLE, record.domains),
+        )
+
+
+def _draw_flips(experiment: Experiment, pool: Pool, add: Callable) -> None:
+    """Of every point: the paper shows two numbers of experts."""
+    runs, experts = {}, {}
+    for run in experiment.runs:
+        if run.variant not in experiment.figures or run.seed != experiment.variants[run.variant].seeds[0]:
+            continue
+        steps, rates = flip_rates(pool.folder(run)) if pool.summary(run) else ([], [])
+        if steps:
+            runs[_name(run)] = (steps, rates)
+            experts[_name(run)] = run.config.num_experts * run.config.granularity
+    if runs:
+        add("Flips of the routing (Fig. 10)", "flips", routing_figures.flips(runs, experts))
+
+
+def _is_first(experiment: Experiment, run: Run) -> bool:
+    """Whether a run is its variant's at the first point and its first seed."""
+    return run.point == experiment.points[0] and run.seed == experiment.variants[run.variant].seeds[0]
+
+
+def _name(run: Run) -> str:
+    return row_name(run.variant, dict(run.point))
+
+
+def _numeric_axis(experiment: Experiment) -> str | None:
+    """The one axis that a curve can be drawn along."""
+    if len(experiment.axes) != 1:
+        return None
+    axis, values = next(iter(experiment.axes.items()))
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return axis if numbers and len(values) > 1 else None
+
+
+def _by_axis(rows: list[Row], axis: str) -> dict[str, dict[float, list[float]]]:
+    systems: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        systems.setdefault(row.variant, {})[row.point[axis]] = row.validation_loss.values
+    return systems

@@ -1,0 +1,105 @@
+"""The pool: a folder of runs that experiments share.
+
+POOL/LABEL-HASH/        a run's folder, as `remoe train` writes it; finished when it has a summary.json
+POOL/LABEL-HASH.yaml    the options that it was started with
+POOL/LABEL-HASH.log     what it printed; locked while it runs
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal
+
+from remoe.compare.experiment import Run
+from remoe.errors import ConfigError
+from remoe.training.config import changes_result, differences
+from remoe.training.rundir import RunFolder
+
+HASH_LENGTH = 8
+State = Literal["finished", "unfinished", "not started"]
+
+
+class Pool:
+    """Where runs on one dataset lie.
+
+    Args:
+        path: the pool's folder.
+        data: fingerprint of the data.
+    """
+
+    def __init__(self, path: Path, data: str) -> None:
+        self.path, self._data = path, data
+        self._names: dict[str, str] = {}  # by the run's key; a folder keeps its name
+        self._finished: dict[str, dict] = {}  # and a finished run its figures
+
+    def name(self, run: Run) -> str:
+        """LABEL-HASH; an experiment that calls the same run by another label finds the folder of the first."""
+        if run.key not in self._names:
+            key = hashlib.sha256(f"{run.key} {self._data}".encode()).hexdigest()[:HASH_LENGTH]
+            found = sorted(path.name for path in self.path.glob(f"*-{key}") if path.is_dir() and path.name[0] != ".")
+            if not found:
+                return f"{run.label}-{key}"
+            self._names[run.key] = found[0]
+        return self._names[run.key]
+
+    def folder(self, run: Run) -> RunFolder:
+        """The run's folder, which need not exist."""
+        return RunFolder(self.path / self.name(run))
+
+    def options_file(self, run: Run) -> Path:
+        """Where the run's options stand."""
+        return self.path / f"{self.name(run)}.yaml"
+
+    def summary(self, run: Run) -> dict | None:
+        """The figures of a finished run; None for any other.
+
+        Raises:
+            ConfigError: when the run was trained with other defaults than today's.
+        """
+        if run.key not in self._finished:
+            folder = self.folder(run)
+            try:
+                summary = json.loads(folder.summary.read_text())
+            except (FileNotFoundError, ValueError):  # half a file: killed while it was written
+                return None
+            for name, (old, new) in differences(folder.load_config(), run.config).items():
+                if changes_result(name):
+                    raise ConfigError(
+                        f"{folder.path} was trained with {name} {old}, now {new} is asked for: move it away"
+                    )
+            self._finished[run.key] = summary
+        return self._finished[run.key]
+
+    def state(self, run: Run) -> State:
+        """How far a run is."""
+        if self.summary(run) is not None:
+            return "finished"
+        return "unfinished" if self.folder(run).config.exists() else "not started"
+
+    def log_file(self, run: Run) -> Path:
+        """Where the run's output goes."""
+        return self.path / f"{self.name(run)}.log"
+
+    @contextmanager
+    def claimed(self, run: Run) -> Iterator[IO[bytes] | None]:
+        """The run's log, open for appending and locked against other processes; None when another has it.
+
+        A child that inherits the file holds the lock too: a run whose parent was killed stays locked while it trains.
+        """
+        with self.log_file(run).open("ab") as log:
+            yield log if _lock(log) else None
+
+
+def _lock(file: IO[bytes]) -> bool:
+    if os.name != "posix":  # elsewhere a file cannot be locked so
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
