@@ -15,6 +15,7 @@ from tiny_run import FLAGS
 
 from remoe.cli.main import main
 from remoe.training.checkpoint import list_checkpoints
+from remoe.training.rundir import RunFolder
 
 STEPS = 24
 
@@ -186,3 +187,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert not list((out / "checkpoints").glob(".partial*"))
+
+
+def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, capsys):
+    flags = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *FLAGS, "--router", "topk"]
+    options = ["--router-options", "warmup_k", "2", "warmup_steps", "3"]
+    assert main([*flags, "--steps", "4", *options]) == 0
+    resume = ["train", "--out", str(tmp_path / "run"), "--resume"]
+    assert main([*resume, "--print-every", "1"]) == 0
+    assert RunFolder(tmp_path / "run").load_config().router_options == {"warmup_k": 2, "warmup_steps": 3}
+    assert main([*resume, "--router-options", "renormalize", "true"]) == 2
+    assert "it was started with" in capsys.readouterr().err

@@ -3,14 +3,16 @@
 Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `--help` must be quick.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+import tyro
 import yaml
 
 from remoe.errors import ConfigError
@@ -110,6 +112,35 @@ class CheckpointOptions:
     """Keep for good each checkpoint whose step is a multiple of this; 0 for none."""
 
 
+def _pairs(words: list[str]) -> dict[str, bool | int | float | str]:
+    """`["warmup_k", "6"]` as `{"warmup_k": 6}`."""
+    if len(words) % 2:
+        raise ValueError("names and values must alternate")
+    return {name: _value(word) for name, word in zip(words[::2], words[1::2], strict=True)}
+
+
+def _value(word: str) -> bool | int | float | str:
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(word)
+    return word
+
+
+# One flag with any number of words: by itself tyro would give each key of a default a flag of its own.
+RouterOptions = Annotated[
+    dict[str, bool | int | float | str],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME VALUE ...",
+        instance_from_str=_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    ),
+]
+
+
 @dataclass
 class TrainConfig:
     """Train a ReMoE language model. Without any argument: a small one, on Python's own standard library."""
@@ -127,7 +158,7 @@ class TrainConfig:
     router: str = "relu"
     """relu, relu_norm, relu_scaled, relu_quantile, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory,
     dense or dense_wide."""
-    router_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    router_options: RouterOptions = field(default_factory=dict)
     """Options of the router's class, name by value, as in `--router-options warmup_k 6 warmup_steps 100`."""
     num_experts: int = 8
     """Experts E per layer, before the split by granularity."""
@@ -292,9 +323,10 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = ""):
+def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names that are no options; what stands in `router_options` only the router knows."""
     for key, value in values.items():
         if key not in known:
             yield f"{prefix}{key}"
-        elif isinstance(known[key], dict) and isinstance(value, dict):
+        elif isinstance(known[key], dict) and isinstance(value, dict) and key != "router_options":
             yield from _unknown(value, known[key], f"{prefix}{key}.")

@@ -1,0 +1,132 @@
+"""`remoe compare` from end to end: interruption, resuming, sharing, failing, reporting."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from remoe.cli.main import main
+from remoe.compare.experiment import load_experiment
+from remoe.compare.pool import Pool
+from remoe.data import open_dataset
+from remoe.training.metrics import read_metrics
+
+BASE = {
+    "steps": 40, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4,
+    "model": {"hidden_size": 32, "num_hidden_layers": 2}, "validate": {"every": 20, "flips_every": 10},
+    "checkpoint": {"every": 10},
+}  # fmt: skip
+
+
+def write_experiment(folder, **given):
+    path = folder / "trial.yaml"
+    content = {"title": "Trial", "base": BASE, "variants": {"relu": {}, "topk": {"router": "topk"}}, **given}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def arguments(path, corpus, folder):
+    places = ["--data", str(corpus), "--pool", str(folder / "pool"), "--out", str(folder / "out")]
+    return ["compare", str(path), *places, "--device", "cpu"]
+
+
+def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_path, capfd):
+    path = write_experiment(tmp_path, variants={"relu": {}, "topk": {"router": "topk"}, "dense": {"router": "dense"}})
+    command = arguments(path, corpus, tmp_path)
+    assert main([*command, "--list"]) == 0
+    assert "·" in capfd.readouterr().out
+    assert main(command) == 0
+    out = capfd.readouterr().out
+    assert "3 of" in out
+    assert "equal FLOPs" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["variant"] for row in found["equal_tokens"]] == ["relu", "topk", "dense"]
+    reference, *others = found["equal_flops"]
+    for row in others:
+        assert row["flops"] == pytest.approx(reference["flops"], rel=0.03)  # 40 steps cannot be cut finer
+    assert set(found["routing"]) == {"relu", "topk"}
+    assert found["routing"]["topk"]["sparsity_per_layer"] == [0.75, 0.75]
+    assert found["routing"]["topk"]["flip_rate"] > 0
+    assert found["missing"] == []
+    report = (tmp_path / "out" / "results.md").read_text()
+    for name in ("loss-equal-tokens", "flips", "routed-share", "active-against-frequency", "training-course"):
+        assert f"figures/{name}.png" in report
+        assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
+
+    assert main(command) == 0  # nothing is left to run
+    assert "started" not in capfd.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
+    path = write_experiment(
+        tmp_path, variants={"bad": {"optim": {"lr": 1e30}}, "topk": {"router": "topk"}}, reference="topk"
+    )
+    assert main(arguments(path, corpus, tmp_path)) == 1
+    out = capfd.readouterr().out
+    assert "failed: remoe: error: step 2: not finite" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["variant"] for row in found["equal_tokens"]] == ["topk"]
+    assert len(found["missing"]) == 2
+
+
+def start(path, corpus, folder):
+    command = [sys.executable, "-m", "remoe.cli.main", *arguments(path, corpus, folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process):
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    pytest.fail("waited two minutes")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
+    base = {**BASE, "steps": 400}
+    path = write_experiment(tmp_path, base=base, variants={"relu": {}})
+    run = load_experiment(path).runs[0]
+    pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
+    first = start(path, corpus, tmp_path)
+    wait_for(lambda: pool.folder(run).last_checkpoint() is not None, first)
+    first.send_signal(number)
+    output, _ = first.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert first.returncode == 0
+        assert "stopped; the same command goes on" in output
+    with pool.claimed(run) as log:  # the child of a killed parent trains on, and keeps others away
+        assert (log is None) == (number == signal.SIGKILL)
+    if number == signal.SIGKILL:
+        second = start(path, corpus, tmp_path)
+        output, _ = second.communicate(timeout=60)
+        assert "started" not in output
+        wait = 0
+        while pool.summary(run) is None and wait < 1200:
+            time.sleep(0.1)
+            wait += 1
+    assert main(arguments(path, corpus, tmp_path)) == 0
+    assert pool.summary(run)["steps"] == 400
+    assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 401))
+
+
+def test_bad_input_is_one_line(corpus, tmp_path, capsys):
+    path = write_experiment(tmp_path)
+    for flags, message in (
+        (["compare", str(tmp_path / "none.yaml")], "cannot read experiment"),
+        (["compare", str(path), "--data", "x", "--corpus", "y"], "do not go together"),
+        (["compare", str(path), "--data", str(tmp_path / "none")], "none"),
+        (["compare", str(path), "--corpus", str(tmp_path / "none"), "--pool", str(tmp_path / "p")], "none"),
+    ):
+        assert main(flags) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert error.count("\n") == 0

@@ -1,0 +1,95 @@
+"""The experiment file: what it asks for, and every mistake in it said in one line."""
+
+import pytest
+import yaml
+
+from remoe.compare.experiment import experiment_from_dict, load_experiment
+from remoe.errors import ConfigError
+
+
+def experiment(**given):
+    return experiment_from_dict({"variants": {"relu": {}, "topk": {"router": "topk"}}, **given}, "trial", "trial.yaml")
+
+
+def test_runs_are_the_product_of_seeds_points_and_variants_seed_by_seed():
+    found = experiment(seeds=[3, 4], axes={"num_experts": [4, 8], "optim.lr": [1e-3]}, base={"steps": 7})
+    named = [(run.seed, run.config.num_experts, run.variant, run.config.router) for run in found.runs]
+    assert named == [
+        (seed, experts, router, router) for seed in (3, 4) for experts in (4, 8) for router in ("relu", "topk")
+    ]
+    assert all(run.steps == run.config.steps == 7 and run.config.optim.lr == 1e-3 for run in found.runs)
+    assert len({run.key for run in found.runs}) == 8
+
+
+def test_a_variant_keeps_its_own_value_of_an_axis_and_its_own_seeds():
+    found = experiment(
+        seeds=[0, 1],
+        axes={"num_experts": [4, 8]},
+        variants={"relu": {}, "dense": {"router": "dense", "num_experts": 2, "seeds": [5]}},
+    )
+    dense = [run for run in found.runs if run.variant == "dense"]
+    assert [run.seed for run in dense] == [5, 5]
+    assert {run.config.num_experts for run in dense} == {2}
+    assert len({run.key for run in dense}) == 1  # one run serves both points
+
+
+def test_a_key_names_what_is_computed_and_nothing_else():
+    def key(**base):
+        return experiment(base=base).runs[0].key
+
+    plain = key()
+    assert plain == key(num_experts=8) == key(optim={"lr": 2e-3}) == key(optim={"lr": "2e-3"})  # tiny's own values
+    assert plain == key(print_every=1, validate={"every": 7}, checkpoint={"keep": 1})
+    others = [key(num_experts=4), key(optim={"lr": 1e-3}), key(steps=9), key(router_options={"gate_scale": 2})]
+    assert len({plain, *others}) == 5
+    assert plain != key(preset="mini")
+
+
+def test_everything_has_a_default():
+    found = experiment()
+    assert (found.title, found.reference, found.points, found.figures) == ("trial", "relu", [()], ["relu", "topk"])
+    assert [run.label for run in found.runs] == ["tiny-relu-seed0", "tiny-topk-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"variants": {}}, "variants is empty"),
+        ({"sedes": [1]}, "trial.yaml: sedes: unknown key"),
+        ({"seeds": [1, 1]}, "each of them once"),
+        ({"seeds": "many"}, "trial.yaml: seeds"),
+        ({"reference": "dense"}, "'dense' is none of the variants: relu, topk"),
+        ({"figures": ["hash"]}, "'hash' is none of the variants"),
+        ({"base": {"out": "x"}}, "out cannot be set here: use --pool"),
+        ({"base": {"seed": 1}}, "seed cannot be set here: use seeds"),
+        ({"base": {"lr": 1}}, "unknown option 'lr'"),
+        ({"base": {"steps": "ten"}}, "steps"),
+        ({"base": {"batch_size": 10, "micro_batch_size": 3}}, "tiny-relu-seed0: --micro-batch-size 3 does not divide"),
+        ({"axes": {"num_experts": []}}, "needs values"),
+        ({"axes": {"experts": [1]}}, "variant relu at experts 1: unknown option 'experts'"),
+        ({"axes": {"vocab_size": [300, 400]}}, "vocab_size must be the same"),
+        ({"variants": {"relu": {"router": "relu", "data": "x"}}}, "variant relu: data cannot be set here"),
+    ],
+)
+def test_mistakes_are_named(given, message):
+    with pytest.raises(ConfigError) as error:
+        experiment(**given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text, message in (("- 1", "not a mapping"), ("a: [", "cannot read"), ("variants: {a: {}, a: {}}", "twice")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_experiment(tmp_path / "none.yaml")
+
+
+def test_every_committed_experiment_loads(pytestconfig):
+    files = sorted((pytestconfig.rootpath / "experiments").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert load_experiment(file).title == yaml.safe_load(file.read_text())["title"]
