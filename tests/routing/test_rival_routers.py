@@ -62,6 +62,8 @@ def test_topk_renormalised_and_in_its_warm_up():
 
     router, x = router_and_input("topk", renormalize=True)
     check(router, x, formula)
+    router, x = router_and_input("topk", renormalize=True, gate_scale=3.0)
+    check(router, x, lambda x64, w64: [[3 * gate for gate in row] for row in formula(x64, w64)])
     router, x = router_and_input("topk", renormalize=True, warmup_k=4, warmup_steps=2)
     for k in (4, 4, 2, 2):
         x.grad = router.weight.grad = None
@@ -402,7 +404,7 @@ def test_locality_loss_is_part_of_the_training_loss_only():
     [
         ("topk", 1, {"warmup_k": 9, "warmup_steps": 3}, "warmup_k must be between"),
         ("topk", 1, {"warmup_steps": 3}, "go together"),
-        ("relu", 1, {"gate_scale": 0.0}, "gate_scale"),
+        *((name, 1, {"gate_scale": 0.0}, "gate_scale") for name in ("relu", "topk", "sigmoid", "relu_quantile")),
         ("relu_norm", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
         ("relu_scaled", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
         ("threshold", 1, {"warmup_steps": 0}, "warmup_steps"),

@@ -110,3 +110,14 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
 def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     """`active_TE` without the rows of padding."""
     return active_TE if mask_T is None else active_TE & mask_T[:, None]
+
+
+def check_gate_scale(gate_scale: float) -> float:
+    """A constant factor on the gates, checked.
+
+    Raises:
+        ConfigError: when it is not positive.
+    """
+    if not gate_scale > 0:
+        raise ConfigError(f"gate_scale must be above zero, but is {gate_scale}")
+    return gate_scale

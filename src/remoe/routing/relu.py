@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, largest, unmasked
+from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
@@ -47,11 +47,9 @@ class ReLURouter(LinearRouter):
         super().__init__(d_model, num_experts, k)
         if max_experts_per_token is not None and max_experts_per_token < k:
             raise ConfigError(f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
-        if not gate_scale > 0:
-            raise ConfigError(f"gate_scale must be above zero, but is {gate_scale}")
         self.load_balance = load_balance
         self.load_balance_power = load_balance_power
-        self.gate_scale = gate_scale
+        self.gate_scale = check_gate_scale(gate_scale)
         self.max_experts_per_token = max_experts_per_token
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.routing.assignment import Routing
+from remoe.routing.base import check_gate_scale
 from remoe.routing.cutoffs import CutoffRouter, choose_tokens
 
 
@@ -28,7 +29,7 @@ class ReLUQuantileRouter(CutoffRouter):
 
     def __init__(self, d_model: int, num_experts: int, k: int, *, gate_scale: float = 1.0, decay: float = 0.95) -> None:
         super().__init__(d_model, num_experts, k, decay)
-        self.gate_scale = gate_scale
+        self.gate_scale = check_gate_scale(gate_scale)
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)

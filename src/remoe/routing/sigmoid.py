@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, largest, unmasked
+from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
 
 
 class SigmoidRouter(LinearRouter):
@@ -22,7 +22,7 @@ class SigmoidRouter(LinearRouter):
         renormalize: divide by the sum of the chosen scores. By default for k > 1 only: for k = 1 the gate would
             always be one and the router would never learn.
         bias_step: the paper's 0.001.
-        scale: factor on the gates.
+        gate_scale: constant factor on the gates, the paper's routed scaling factor.
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class SigmoidRouter(LinearRouter):
         *,
         renormalize: bool | None = None,
         bias_step: float = 1e-3,
-        scale: float = 1.0,
+        gate_scale: float = 1.0,
     ) -> None:
         super().__init__(d_model, num_experts, k)
         self.renormalize = k > 1 if renormalize is None else renormalize
         self.bias_step = bias_step
-        self.scale = scale
+        self.gate_scale = check_gate_scale(gate_scale)
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE.sigmoid()
         active_TE = unmasked(largest(score_TE + self.bias_E, self.k), mask_T)
-        gate_TE = score_TE * active_TE * self.scale
+        gate_TE = score_TE * active_TE * self.gate_scale
         if self.renormalize:
             total_T1 = (score_TE * active_TE).sum(dim=1, keepdim=True)
             gate_TE = gate_TE / total_T1.clamp(min=torch.finfo(gate_TE.dtype).tiny)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, largest, unmasked
+from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
 from remoe.routing.regularizers import switch_loss
 
 
@@ -24,9 +24,11 @@ class TopKRouter(LinearRouter):
         warmup_k: experts per token in the first `warmup_steps` updates: the near-dense warm-up of the paper (6 for
             100 steps at E = 8).
         warmup_steps: see `warmup_k`; counted by `update`.
+        gate_scale: constant factor on the gates, as DeepSeek-V3's routed scaling factor (2412.19437). Softmax starts
+            with gates of 1/E, so that E/k gives the experts of a fresh model the output of a dense layer.
 
     Raises:
-        ConfigError: when k or warmup_k is not in 1..E.
+        ConfigError: when k or warmup_k is not in 1..E, or the scale is not positive.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class TopKRouter(LinearRouter):
         renormalize: bool = False,
         warmup_k: int | None = None,
         warmup_steps: int = 0,
+        gate_scale: float = 1.0,
     ) -> None:
         super().__init__(d_model, num_experts, k)
         if warmup_k is not None and not k <= warmup_k <= num_experts:
             raise ConfigError(f"warmup_k must be between k = {k} and E = {num_experts}, but is {warmup_k}")
         if warmup_steps < 0 or (warmup_steps > 0) != (warmup_k is not None):
             raise ConfigError("warmup_k and warmup_steps go together")
-        self.renormalize = renormalize
+        self.renormalize, self.gate_scale = renormalize, check_gate_scale(gate_scale)
         self.warmup_k, self.warmup_steps = warmup_k, warmup_steps
         if warmup_k is not None:
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -65,6 +68,8 @@ class TopKRouter(LinearRouter):
         gate_TE = prob_TE * active_TE
         if self.renormalize:
             gate_TE = gate_TE / gate_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate_TE.dtype).tiny)
+        if self.gate_scale != 1:
+            gate_TE = gate_TE * self.gate_scale
         return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
 
     @torch.no_grad()
