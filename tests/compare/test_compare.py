@@ -43,7 +43,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert main(command) == 0
     out = capfd.readouterr().out
     assert "3 of" in out
-    assert "equal FLOPs" in out
+    assert "and equal FLOPs" in out
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["variant"] for row in found["equal_tokens"]] == ["relu", "topk", "dense"]
     reference, *others = found["equal_flops"]

@@ -85,14 +85,15 @@ class Live:
             for match in matches(self.experiment, self.pool.summary)
         }
         seeds = list(dict.fromkeys(seed for _, _, seed in tokens))
-        table = Table(title=f"{self.experiment.title}: validation loss", title_justify="left")
+        title = f"{self.experiment.title}: validation loss at equal tokens" + (" and equal FLOPs" if flops else "")
+        table = Table(title=title, title_justify="left")
         for axis in self.experiment.axes:
             table.add_column(axis.rpartition(".")[2], justify="right")
-        table.add_column("variant")
-        comparisons = [("equal tokens", tokens)] + ([("equal FLOPs", flops)] if flops else [])
+        table.add_column("variant", no_wrap=True)
+        comparisons = [("tokens", tokens)] + ([("FLOPs", flops)] if flops else [])
         for name, _ in comparisons:
             for seed in seeds:
-                table.add_column(f"{name}\nseed {seed}", justify="right")
+                table.add_column(f"{name}\nseed {seed}", justify="right", no_wrap=True)
         for point in self.experiment.points:
             for variant in self.experiment.variants:
                 values = [str(value) for _, value in point]

@@ -44,6 +44,8 @@ class ModelOptions:
     """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu, relu_scaled)."""
     regularizer_normalization: str = "paper"
     """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the load-balance penalty of routers that lambda does not steer (topk)."""
     experts_backend: str = "auto"
     """How experts are run: auto; loop (everywhere); grouped, triton, sonic (CUDA); naive (slow, the specification)."""
 
@@ -231,6 +233,7 @@ class TrainConfig:
             ("optim.clip", above_zero, optim.clip),
             ("sparsity.lambda-init", above_zero, self.sparsity.lambda_init),
             ("sparsity.alpha", (math.nextafter(1, 2), math.inf), self.sparsity.alpha),
+            ("model.router-aux-loss-coef", (0, math.inf), self.model.router_aux_loss_coef),
             ("model.initializer-range", above_zero, self.model.initializer_range),
             ("validate.every", some, self.validate.every),
             ("validate.max-tokens", some, self.validate.max_tokens),
