@@ -41,7 +41,7 @@ class CompareOptions:
 
 
 def compare_command(argv: list[str]) -> int:
-    """Runs what is missing, then writes tables and figures; 1 when a run failed."""
+    """Runs what is missing, then writes tables and figures; 1 when a run failed, 130 when a signal stopped it."""
     options = parse(CompareOptions, argv, prog=PROG)
     if options.data is not None and options.corpus is not None:
         raise ConfigError("--data and --corpus do not go together")
@@ -69,7 +69,7 @@ def compare_command(argv: list[str]) -> int:
         with live:
             finished = train_missing(experiment, pool, dataset.path, options.device, live)
         if not finished:
-            return 0
+            return 130
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
     report = write(experiment, pool, dataset, out, options.device)
     if not live.console.is_terminal:
