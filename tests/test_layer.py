@@ -167,3 +167,26 @@ def test_autocast_and_its_gradients(router):
 def test_bad_settings_are_named(arguments, options, words):
     with pytest.raises(ConfigError, match=words):
         remoe.MoE(*arguments, **options)
+
+
+@pytest.mark.parametrize(("threshold", "cap"), [(0.3, None), (0.0, 1), (0.2, 2)])
+def test_weak_pairs_are_left_out_at_evaluation_only(threshold, cap):
+    D = 6
+    layer = remoe.MoE(D, 8, 5, 2)
+    torch.nn.init.normal_(layer.router.weight)
+    x = torch.randn(9, D)
+    routing = layer.eval()(x)[1]
+    layer.gate_threshold, layer.max_experts = threshold, cap
+    y, pruned = layer(x)
+    expected = torch.zeros_like(y)
+    pairs = 0
+    for t in range(len(x)):
+        row = routing.gate_TE[t].tolist()
+        kept = sorted((e for e in range(5) if row[e] > threshold), key=lambda e: -row[e])[:cap]
+        pairs += len(kept)
+        for e in kept:
+            gate, up = (layer.experts.gate_up_proj[e] @ x[t]).chunk(2)
+            expected[t] += row[e] * (layer.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(y, expected)
+    assert pruned.count_E.sum() == pairs < routing.count_E.sum()
+    assert torch.equal(layer.train()(x)[1].gate_TE, routing.gate_TE)

@@ -30,6 +30,10 @@ class MoE(nn.Module):
         init_std: standard deviation of the normal initialisation of every weight.
         router_options: keyword arguments of the router's class, e.g. {"max_experts_per_token": 4}.
 
+    Attributes:
+        gate_threshold: at evaluation, pairs whose gate is at most this are not executed.
+        max_experts: at evaluation, a token's executed experts are at most so many; None for no limit.
+
     Raises:
         ConfigError: for k > E, an unknown router or backend, a granularity that does not divide d_ffn.
     """
@@ -67,6 +71,8 @@ class MoE(nn.Module):
         else:
             self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
         self.shared_expert = Experts(1, d_model, shared_expert_size, experts, 1) if shared_expert_size else None
+        self.gate_threshold: float = 0.0
+        self.max_experts: int | None = None
         self.reset_parameters(init_std)
 
     @torch.no_grad()
@@ -97,6 +103,8 @@ class MoE(nn.Module):
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         seq_len = x.shape[-2] if x.ndim > 1 else 1
         routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)
+        if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
+            routing = routing.pruned(self.gate_threshold, self.max_experts)
         if routing.merge_BME is not None:
             y_TD = self.experts.run_merged(x_TD, routing.merge_BME, seq_len, self.router.segment)
         elif isinstance(self.router, DenseRouter) and mask is None:

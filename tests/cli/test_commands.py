@@ -57,6 +57,31 @@ def test_eval_of_a_part_shares_it_out_over_the_domains(run, tmp_path):
         assert 0 < rows[1][domain]["tokens"] < rows[0][domain]["tokens"]
 
 
+def test_sweep_of_thresholds_trades_experts_for_loss(run, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert main(["eval", str(run), "--sweep-threshold", "auto", "--json", str(figures)]) == 0
+    assert "active experts" in capsys.readouterr().out
+    points = json.loads(figures.read_text())["points"]
+    assert main(["eval", str(run), "--json", str(figures)]) == 0
+    everything = json.loads(figures.read_text())["all"]
+    assert points[0]["threshold"] == 0
+    assert points[0]["loss"] == pytest.approx(everything["loss"], rel=1e-6)
+    assert points[0]["active_experts"] == pytest.approx(4 * (1 - everything["sparsity"]), rel=1e-6)
+    active = [point["active_experts"] for point in points]
+    assert active == sorted(active, reverse=True)
+    assert active[-1] == pytest.approx(active[0] / 10, rel=0.3)
+    assert main(["eval", str(run), "--sweep-threshold", "1e9", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["points"][0]["active_experts"] == 0
+    assert main(["eval", str(run), "--max-experts", "1", "--json", str(figures)]) == 0
+    assert 4 * (1 - json.loads(figures.read_text())["all"]["sparsity"]) <= 1
+
+
+@pytest.mark.parametrize("flags", [["--sweep-threshold", "a,b"], ["--sweep-threshold", "-1"], ["--max-experts", "0"]])
+def test_a_bad_sweep_is_one_line(run, flags, capsys):
+    assert main(["eval", str(run), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_eval_and_generate_take_a_single_checkpoint(run, capsys):
     checkpoint = next((run / "checkpoints").iterdir())
     assert main(["eval", str(checkpoint), "--max-tokens", "100"]) == 0

@@ -11,6 +11,7 @@ from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from remoe.training.evaluate_run import SweepPoint
     from remoe.zeroshot import TaskResult
 
 PROG = "remoe eval"
@@ -32,6 +33,11 @@ class EvalOptions:
     """validation or train."""
     max_tokens: int | None = None
     """About so many tokens in all, shared out over the domains by size; everything by default."""
+    max_experts: int | None = None
+    """Execute at most so many experts per token, those with the largest gates."""
+    sweep_threshold: str | None = None
+    """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
+    Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""
     tasks: str | None = None
     """Tasks, separated by commas: arc_easy, arc_challenge, boolq, hellaswag, lambada, piqa, race."""
     task_data: str | None = None
@@ -58,6 +64,10 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--task-data and --limit need --tasks")
     if options.tasks is not None and (options.data is not None or options.max_tokens is not None):
         raise ConfigError("--data and --max-tokens do not go with --tasks; use --task-data and --limit")
+    if options.tasks is not None and (options.sweep_threshold is not None or options.max_experts is not None):
+        raise ConfigError("--sweep-threshold and --max-experts do not go with --tasks")
+    if options.sweep_threshold is not None:
+        return _sweep(options, options.sweep_threshold)
     return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
 
 
@@ -72,10 +82,41 @@ def _evaluate_domains(options: EvalOptions) -> int:
         split=options.split,
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
+        max_experts=options.max_experts,
     )
     _print_table(f"{checkpoint} on {options.split} data of {dataset}", results)
     if options.json:
         Path(options.json).write_text(json.dumps({"checkpoint": str(checkpoint), **results}, indent=2))
+    return 0
+
+
+def _sweep(options: EvalOptions, thresholds: str) -> int:
+    given = None
+    if thresholds != "auto":
+        try:
+            given = [float(word) for word in thresholds.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
+            ) from None
+
+    from remoe.cli.quiet import quiet_transformers
+    from remoe.training.evaluate_run import sweep_run
+
+    quiet_transformers()
+    checkpoint, dataset, points = sweep_run(
+        options.run,
+        options.data,
+        given,
+        split=options.split,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        max_experts=options.max_experts,
+    )
+    _print_sweep(f"{checkpoint} on {options.split} data of {dataset}", points)
+    if options.json:
+        figures = {"checkpoint": str(checkpoint), "points": [asdict(point) for point in points]}
+        Path(options.json).write_text(json.dumps(figures, indent=2))
     return 0
 
 
@@ -136,6 +177,23 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
             f"{row['bits_per_byte']:.4f}",
             f"{row['sparsity']:.4f}",
             f"{row['tokens']:,}",
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("gate threshold", "loss", "active experts", "tokens/s"):
+        table.add_column(column, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.threshold:.4g}",
+            f"{point.loss:.4f}",
+            f"{point.active_experts:.3f}",
+            f"{point.tokens_per_second:,.0f}",
         )
     Console(soft_wrap=True).print(table)
 

@@ -332,6 +332,35 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         for layer, load_E, statistic_E in statistics:
             layer.mlp.router.update(load_E, statistic_E)
 
+    def set_gate_threshold(self, threshold: float) -> None:
+        """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.
+
+        `remoe eval --sweep-threshold` shows what it costs. Not saved with the model; 0 takes it back.
+
+        Raises:
+            ConfigError: for a negative threshold, or a model whose tokens are not routed.
+        """
+        if not threshold >= 0:
+            raise ConfigError(f"a gate threshold must not be negative, but is {threshold}")
+        for layer in self._routed_layers():
+            layer.gate_threshold = threshold
+
+    def set_max_experts(self, max_experts: int | None) -> None:
+        """Executes, at evaluation, only a token's `max_experts` experts with the largest gates; None takes it back.
+
+        Raises:
+            ConfigError: for less than one expert, or a model whose tokens are not routed.
+        """
+        if max_experts is not None and max_experts < 1:
+            raise ConfigError(f"max_experts must be at least 1, but is {max_experts}")
+        for layer in self._routed_layers():
+            layer.max_experts = max_experts
+
+    def _routed_layers(self) -> list[MoE]:
+        if not self.config.routes_pairs:
+            raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
+        return [layer.mlp for layer in self.model.layers]
+
     def _fuses_loss(self) -> bool:
         """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do."""
         head = self.lm_head

@@ -3,7 +3,7 @@
 Legend: T tokens, E experts, N listed pairs, of which the first R are routed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,20 @@ class Routing:
     def count_E(self) -> Tensor:
         """(E,) int64, routed pairs per expert."""
         return self.assignment.count_E
+
+    def pruned(self, threshold: float, cap: int | None) -> "Routing":
+        """The same routing without its weakest pairs: compute traded for loss, without training.
+
+        Args:
+            threshold: pairs whose gate is at most this are left out.
+            cap: at most so many experts per token, those with the largest gates; None for no cap.
+        """
+        keep_TE = self.gate_TE > threshold
+        if cap is not None and cap < keep_TE.shape[1]:
+            chosen_TC = self.gate_TE.topk(cap, dim=1).indices
+            keep_TE = keep_TE & torch.zeros_like(keep_TE).scatter(1, chosen_TC, True)
+        gate_TE = self.gate_TE * keep_TE
+        return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE), gate_TE=gate_TE)
 
     @property
     def sparsity(self) -> Tensor:

@@ -1,17 +1,51 @@
 """Evaluation of a finished or running run from its checkpoint."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from remoe.analysis.collect import gates_of
 from remoe.data import ValidationWindows, open_dataset, tokenizer_fingerprint
 from remoe.errors import CheckpointError, DataError
+from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.training.evaluation import evaluate, total
 from remoe.training.memory import keep_freed_memory
 from remoe.training.rundir import RunFolder, load_run
 from remoe.training.trainer import pick_device
 
+QUANTILE_VALUES = 1_000_000  # torch's quantile takes no more than 16 million
+# Shares of the active pairs that the default thresholds of a sweep leave out.
+SWEPT_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What a gate threshold costs and gives.
+
+    Attributes:
+        threshold: pairs whose gate is at most this were left out.
+        loss: nats per token.
+        active_experts: executed pairs per token and layer.
+        tokens_per_second: of the whole evaluation.
+    """
+
+    threshold: float
+    loss: float
+    active_experts: float
+    tokens_per_second: float
+
 
 def evaluate_run(
-    path: str, data: str | None, *, split: str, max_tokens: int | None, batch_size: int
+    path: str,
+    data: str | None,
+    *,
+    split: str,
+    max_tokens: int | None,
+    batch_size: int,
+    max_experts: int | None = None,
 ) -> tuple[Path, Path, dict[str, dict[str, float]]]:
     """Figures of a run's newest checkpoint, or of a given one.
 
@@ -21,6 +55,7 @@ def evaluate_run(
         split: "validation" or "train".
         max_tokens: in all, shared out over the domains by size; None for all.
         batch_size: sequences per forward pass.
+        max_experts: cap on a token's experts; None for none.
 
     Returns:
         Checkpoint, data folder, and figures by domain, "all" last.
@@ -28,7 +63,56 @@ def evaluate_run(
     Raises:
         CheckpointError: when there is no usable checkpoint, or the run's data is not known.
         DataError: when the data was made with another tokenizer.
+        ConfigError: for a cap on a model whose tokens are not routed.
     """
+    model, windows, checkpoint, folder = _open(path, data, split)
+    if max_experts is not None:
+        model.set_max_experts(max_experts)
+    results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
+    rows = {domain: result.to_dict() for domain, result in results.items()}
+    return checkpoint, folder, rows | {"all": total(results).to_dict()}
+
+
+def sweep_run(
+    path: str,
+    data: str | None,
+    thresholds: Sequence[float] | None,
+    *,
+    split: str,
+    max_tokens: int | None,
+    batch_size: int,
+    max_experts: int | None = None,
+) -> tuple[Path, Path, list[SweepPoint]]:
+    """Loss and speed of a run under several gate thresholds.
+
+    Args:
+        thresholds: None for 0 and those that leave out a tenth to nine tenths of the pairs of some tokens.
+        path, data, split, max_tokens, batch_size, max_experts: as in `evaluate_run`.
+
+    Returns:
+        Checkpoint, data folder, and a point for each threshold.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: as `evaluate_run`.
+    """
+    model, windows, checkpoint, folder = _open(path, data, split)
+    model.set_max_experts(max_experts)
+    gate_P = _active_gates(model, windows, batch_size)  # and the machine is warm
+    if thresholds is None:
+        thresholds = [0.0, *(gate_P.quantile(share).item() for share in SWEPT_SHARES)]
+    experts = model.config.num_experts * model.config.granularity
+    points = []
+    for threshold in thresholds:
+        model.set_gate_threshold(threshold)
+        start = time.perf_counter()
+        result = total(evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens))
+        speed = result.targets / (time.perf_counter() - start)
+        points.append(SweepPoint(threshold, result.loss, (1 - result.sparsity) * experts, speed))
+    return checkpoint, folder, points
+
+
+def _open(path: str, data: str | None, split: str) -> tuple[RemoeForCausalLM, ValidationWindows, Path, Path]:
+    """A run's model and its data: model, windows, checkpoint, data folder."""
     keep_freed_memory()
     model, tokenizer, checkpoint = load_run(path)
     model.to(pick_device("auto"))
@@ -40,6 +124,12 @@ def evaluate_run(
     if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise DataError(f"{folder} was prepared with another tokenizer than {run.path} was trained with")
     windows = ValidationWindows(getattr(dataset, split), model.config.max_position_embeddings)
-    results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
-    rows = {domain: result.to_dict() for domain, result in results.items()}
-    return checkpoint, dataset.path, rows | {"all": total(results).to_dict()}
+    return model, windows, checkpoint, dataset.path
+
+
+def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:
+    """(P,) float32: the gates of a batch's active pairs over all layers, at most a million of them."""
+    input_NS, _, mask_NS = next(windows.batches(windows.domains[0], batch_size))
+    gate_P = gates_of(model, input_NS, mask_NS).flatten()
+    gate_P = gate_P[gate_P > 0]
+    return gate_P[:: len(gate_P) // QUANTILE_VALUES + 1]
