@@ -17,6 +17,7 @@ _HOME = {
     "ReLURouter": "remoe.routing",
     "TopKRouter": "remoe.routing",
     "SparsityController": "remoe.sparsity",
+    "quantize": "remoe.models.quantization",
     "RemoeConfig": "remoe.models.configuration_remoe",
     "RemoeModel": "remoe.models.modeling_remoe",
     "RemoeForCausalLM": "remoe.models.modeling_remoe",

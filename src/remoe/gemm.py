@@ -38,7 +38,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T, (..., K) to (..., N), by `product`."""
-    if weight_NK.dtype is x.dtype and prefers_onednn(x, weight_NK.shape[0]):
+    plain = type(weight_NK) in (Tensor, nn.Parameter)  # quantised and distributed weights have products of their own
+    if plain and weight_NK.dtype is x.dtype and prefers_onednn(x, weight_NK.shape[0]):
         return _LinearFunction.apply(x, weight_NK)
     return F.linear(x, weight_NK)
 

@@ -76,7 +76,18 @@ def test_sweep_of_thresholds_trades_experts_for_loss(run, tmp_path, capsys):
     assert 4 * (1 - json.loads(figures.read_text())["all"]["sparsity"]) <= 1
 
 
-@pytest.mark.parametrize("flags", [["--sweep-threshold", "a,b"], ["--sweep-threshold", "-1"], ["--max-experts", "0"]])
+def test_eval_of_quantised_weights(run, tmp_path):
+    pytest.importorskip("torchao")
+    losses = []
+    for flags in ([], ["--quantize", "int8"]):
+        assert main(["eval", str(run), "--json", str(tmp_path / "figures.json"), *flags]) == 0
+        losses.append(json.loads((tmp_path / "figures.json").read_text())["all"]["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sweep-threshold", "a,b"], ["--sweep-threshold", "-1"], ["--max-experts", "0"], ["--quantize", "int3"]]
+)
 def test_a_bad_sweep_is_one_line(run, flags, capsys):
     assert main(["eval", str(run), *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -35,6 +35,8 @@ class EvalOptions:
     """About so many tokens in all, shared out over the domains by size; everything by default."""
     max_experts: int | None = None
     """Execute at most so many experts per token, those with the largest gates."""
+    quantize: str | None = None
+    """int8 or int4: quantise the weights of experts and attention first (pip install -e .[quantize])."""
     sweep_threshold: str | None = None
     """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
     Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""
@@ -64,8 +66,8 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--task-data and --limit need --tasks")
     if options.tasks is not None and (options.data is not None or options.max_tokens is not None):
         raise ConfigError("--data and --max-tokens do not go with --tasks; use --task-data and --limit")
-    if options.tasks is not None and (options.sweep_threshold is not None or options.max_experts is not None):
-        raise ConfigError("--sweep-threshold and --max-experts do not go with --tasks")
+    if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
+        raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
     if options.sweep_threshold is not None:
         return _sweep(options, options.sweep_threshold)
     return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
@@ -83,6 +85,7 @@ def _evaluate_domains(options: EvalOptions) -> int:
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
         max_experts=options.max_experts,
+        scheme=options.quantize,
     )
     _print_table(f"{checkpoint} on {options.split} data of {dataset}", results)
     if options.json:
@@ -112,6 +115,7 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
         max_experts=options.max_experts,
+        scheme=options.quantize,
     )
     _print_sweep(f"{checkpoint} on {options.split} data of {dataset}", points)
     if options.json:

@@ -4,6 +4,7 @@ Legend: T tokens, D model width, F expert width, E experts.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,10 @@ class Experts(nn.Module):
         Returns:
             (T, D), zero for a token without an expert; in the autocast dtype under autocast, else in x's.
         """
-        x_TD, gate_up, down = _autocast(x_TD, self.gate_up_proj, self.down_proj)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if is_quantised(gate_up):
+            gate_up, down, assignment = _dequantised(gate_up, down, assignment)
+        x_TD, gate_up, down = _autocast(x_TD, gate_up, down)
         T, E = x_TD.shape[0], down.shape[0]
         per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=math.ceil(per_token * T))
@@ -141,6 +145,23 @@ def run_experts(
     a = assignment
     stored = a.token_N.shape[0] if stored is None else stored
     return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=backend)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's, whose experts must be dequantised before they run."""
+    return hasattr(weight, "dequantize") and hasattr(weight, "qdata")
+
+
+def _dequantised(gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor, Assignment]:
+    """Plain weights of the A active experts, at least one, and the same pairs over these experts."""
+    active_A = assignment.count_E.nonzero().flatten()
+    if not len(active_A):
+        active_A = active_A.new_zeros(1)
+    experts = active_A.tolist()
+    gate_up_A2FD = torch.stack([gate_up_E2FD[expert].dequantize() for expert in experts])
+    down_ADF = torch.stack([down_EDF[expert].dequantize() for expert in experts])
+    expert_N = torch.searchsorted(active_A, assignment.expert_N)
+    return gate_up_A2FD, down_ADF, replace(assignment, expert_N=expert_N, count_E=assignment.count_E[active_A])
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

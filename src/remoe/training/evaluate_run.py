@@ -11,6 +11,7 @@ from remoe.analysis.collect import gates_of
 from remoe.data import ValidationWindows, open_dataset, tokenizer_fingerprint
 from remoe.errors import CheckpointError, DataError
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.quantization import quantize
 from remoe.training.evaluation import evaluate, total
 from remoe.training.memory import keep_freed_memory
 from remoe.training.rundir import RunFolder, load_run
@@ -46,6 +47,7 @@ def evaluate_run(
     max_tokens: int | None,
     batch_size: int,
     max_experts: int | None = None,
+    scheme: str | None = None,
 ) -> tuple[Path, Path, dict[str, dict[str, float]]]:
     """Figures of a run's newest checkpoint, or of a given one.
 
@@ -56,6 +58,7 @@ def evaluate_run(
         max_tokens: in all, shared out over the domains by size; None for all.
         batch_size: sequences per forward pass.
         max_experts: cap on a token's experts; None for none.
+        scheme: of `remoe.quantize`; None to leave the weights as they are.
 
     Returns:
         Checkpoint, data folder, and figures by domain, "all" last.
@@ -65,7 +68,7 @@ def evaluate_run(
         DataError: when the data was made with another tokenizer.
         ConfigError: for a cap on a model whose tokens are not routed.
     """
-    model, windows, checkpoint, folder = _open(path, data, split)
+    model, windows, checkpoint, folder = _open(path, data, split, scheme)
     if max_experts is not None:
         model.set_max_experts(max_experts)
     results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
@@ -82,12 +85,13 @@ def sweep_run(
     max_tokens: int | None,
     batch_size: int,
     max_experts: int | None = None,
+    scheme: str | None = None,
 ) -> tuple[Path, Path, list[SweepPoint]]:
     """Loss and speed of a run under several gate thresholds.
 
     Args:
         thresholds: None for 0 and those that leave out a tenth to nine tenths of the pairs of some tokens.
-        path, data, split, max_tokens, batch_size, max_experts: as in `evaluate_run`.
+        path, data, split, max_tokens, batch_size, max_experts, scheme: as in `evaluate_run`.
 
     Returns:
         Checkpoint, data folder, and a point for each threshold.
@@ -95,7 +99,7 @@ def sweep_run(
     Raises:
         CheckpointError, DataError, ConfigError: as `evaluate_run`.
     """
-    model, windows, checkpoint, folder = _open(path, data, split)
+    model, windows, checkpoint, folder = _open(path, data, split, scheme)
     model.set_max_experts(max_experts)
     gate_P = _active_gates(model, windows, batch_size)  # and the machine is warm
     if thresholds is None:
@@ -111,11 +115,15 @@ def sweep_run(
     return checkpoint, folder, points
 
 
-def _open(path: str, data: str | None, split: str) -> tuple[RemoeForCausalLM, ValidationWindows, Path, Path]:
+def _open(
+    path: str, data: str | None, split: str, scheme: str | None
+) -> tuple[RemoeForCausalLM, ValidationWindows, Path, Path]:
     """A run's model and its data: model, windows, checkpoint, data folder."""
     keep_freed_memory()
     model, tokenizer, checkpoint = load_run(path)
     model.to(pick_device("auto"))
+    if scheme is not None:
+        quantize(model, scheme)
     run = RunFolder(checkpoint.parent.parent)
     folder = data or run.load_config().data
     if folder is None:

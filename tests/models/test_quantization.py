@@ -1,0 +1,63 @@
+"""Quantised weights: close to the originals, smaller, and run by every path of the experts."""
+
+import pytest
+import torch
+
+from remoe import RemoeConfig, RemoeForCausalLM
+from remoe.errors import ConfigError
+from remoe.experts import is_quantised
+
+torchao = pytest.importorskip("torchao")
+
+from remoe.models.quantization import quantize, weight_bytes  # noqa: E402
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return RemoeForCausalLM(RemoeConfig(**SIZES, initializer_range=0.05, **options)).eval()
+
+
+def rounded(weight):
+    """Symmetric int8 with a scale per row, in plain operations."""
+    scale = (weight.abs().amax(dim=-1, keepdim=True) / 127.5).clamp(min=1e-12)
+    return (weight / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize("router", ["relu", "topk", "dense"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_int8_equals_the_rounded_weights(router, tokens):
+    model = build(router=router)
+    ids = torch.randint(64, (2, tokens))
+    expected = build(router=router)
+    for name, parameter in expected.model.layers.named_parameters():
+        if parameter.ndim == 3 or (".self_attn." in name and parameter.ndim == 2):
+            parameter.data = rounded(parameter.data)
+    before, full = weight_bytes(model), model(ids).logits
+    quantize(model)
+    experts = model.model.layers[0].mlp.experts
+    assert is_quantised(experts.gate_up_proj)
+    assert weight_bytes(model) < before / 2
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, expected(ids).logits, atol=2e-2 * full.std().item(), rtol=0)
+    assert (logits - full).std() < 0.05 * full.std()
+    out = model(ids, labels=ids)
+    assert out.loss.isfinite()
+    assert model.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, tokens + 3)
+
+
+def test_a_layer_without_any_pair():
+    model = quantize(build())
+    model.set_gate_threshold(1e9)
+    assert model(torch.zeros(1, 5, dtype=torch.int64)).logits.isfinite().all()
+
+
+def test_what_cannot_be_quantised_is_named():
+    with pytest.raises(ConfigError, match="unknown quantisation 'int3'"):
+        quantize(build(), "int3")
+    with pytest.raises(ConfigError, match="merges"):
+        quantize(build(router="lory"))
+    model = quantize(build())
+    with pytest.raises(ConfigError, match="already"):
+        quantize(model)
