@@ -1,5 +1,6 @@
 """`remoe COMMAND ...`: finds the command, and turns a user's mistake into one line and exit code 2."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         command: Callable[[list[str]], int] = getattr(import_module(module), function)
         return command(argv[len(name.split()) :])
