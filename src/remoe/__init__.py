@@ -21,6 +21,7 @@ _HOME = {
     "RemoeConfig": "remoe.models.configuration_remoe",
     "RemoeModel": "remoe.models.modeling_remoe",
     "RemoeForCausalLM": "remoe.models.modeling_remoe",
+    "SparsityCallback": "remoe.integrations.trainer",
 }
 
 __all__ = ["__version__", *_HOME]

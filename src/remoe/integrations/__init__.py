@@ -1,0 +1,1 @@
+"""Remoe inside other people's trainers."""
