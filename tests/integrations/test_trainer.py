@@ -1,8 +1,8 @@
 """SparsityCallback: once per step, whatever the trainer, the wrapper, the split of a batch, and over a resume."""
 
 import copy
-import os
 import json
+import os
 
 import pytest
 import torch
