@@ -22,6 +22,8 @@ _HOME = {
     "RemoeModel": "remoe.models.modeling_remoe",
     "RemoeForCausalLM": "remoe.models.modeling_remoe",
     "SparsityCallback": "remoe.integrations.trainer",
+    "relufy": "remoe.convert.relufy",
+    "load_relufied": "remoe.convert.relufy",
 }
 
 __all__ = ["__version__", *_HOME]

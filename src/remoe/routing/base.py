@@ -76,21 +76,25 @@ class Router(nn.Module, ABC):
 
 
 class LinearRouter(Router):
-    """A router with one logit per expert: x W."""
+    """A router with one logit per expert: x W, or x W + b."""
 
-    def __init__(self, d_model: int, num_experts: int, k: int) -> None:
+    def __init__(self, d_model: int, num_experts: int, k: int, *, bias: bool = False) -> None:
         super().__init__(d_model, num_experts, k)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) router logits, float32 (float64 for float64 input), whatever autocast says."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            bias_E = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def keep_float32(module: nn.Module, before: dict[str, Tensor]) -> None:

@@ -43,8 +43,9 @@ class ReLURouter(LinearRouter):
         load_balance_power: float = 1.0,
         gate_scale: float = 1.0,
         max_experts_per_token: int | None = None,
+        bias: bool = False,
     ) -> None:
-        super().__init__(d_model, num_experts, k)
+        super().__init__(d_model, num_experts, k, bias=bias)
         if max_experts_per_token is not None and max_experts_per_token < k:
             raise ConfigError(f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
         self.load_balance = load_balance

@@ -1,0 +1,1 @@
+"""Existing checkpoints made ReMoE: TopK mixtures (`relufy`) and dense models (`upcycle`)."""
