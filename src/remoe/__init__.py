@@ -8,6 +8,8 @@ Names are imported on first use, so that `import remoe` and the command line sta
 
 from importlib import import_module
 
+from remoe.integrations.auto import register_when_imported
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -22,8 +24,10 @@ _HOME = {
     "RemoeModel": "remoe.models.modeling_remoe",
     "RemoeForCausalLM": "remoe.models.modeling_remoe",
     "SparsityCallback": "remoe.integrations.trainer",
+    "RemoeForSequenceClassification": "remoe.models.classification",
     "relufy": "remoe.convert.relufy",
     "load_relufied": "remoe.convert.relufy",
+    "upcycle": "remoe.convert.upcycle",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -39,3 +43,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_imported()

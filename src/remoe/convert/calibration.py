@@ -121,7 +121,7 @@ def _gates(output: object, T: int, E: int | None, name: str) -> tuple[Tensor, in
     logits = output[0] if isinstance(output, tuple) and len(output) == 3 else None
     if not isinstance(logits, Tensor) or output[1].shape != output[2].shape or output[1].shape[0] != T:
         raise ConfigError(
-            f"{name}: {E and 'its' or 'a'} router that does not return (logits, weights, indices) cannot be converted"
+            f"{name}: {(E and 'its') or 'a'} router that does not return (logits, weights, indices) cannot be converted"
         )
     _, weight_TK, index_TK = output
     gate_TE = weight_TK.new_zeros(T, logits.shape[-1]).scatter(1, index_TK.long(), weight_TK)

@@ -6,6 +6,8 @@ with biases, transposed weights or another activation run one after the other, b
 Legend: T tokens, D model width, F expert width, E experts, K experts listed per token.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,7 +62,7 @@ def _one_by_one(experts: nn.Module, x_TD: Tensor, assignment: Assignment) -> Ten
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     y_TD = torch.zeros_like(x_TD)
     starts = [0, *assignment.count_E.cumsum(0).tolist()]
-    for e, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for e, (start, end) in enumerate(itertools.pairwise(starts)):
         if start == end:
             continue
         token_r, gate_r = assignment.token_N[start:end], assignment.gate_N[start:end]

@@ -70,7 +70,7 @@ def relufy(
     samples: Iterable[Batch],
     *,
     load_balance: bool = True,
-    max_loss_increase: float | None = None,
+    max_loss_increase: float | None = 0.1,
 ) -> RelufyReport:
     """Turns the TopK routing of a model into ReLU routing, in place.
 
@@ -89,7 +89,8 @@ def relufy(
         samples: text of the kind that the model is for: token ids, (B, S) int64, or mappings with `input_ids` and
             `attention_mask`. A few thousand tokens do; some tens of thousands are better.
         load_balance: weight the penalty by each expert's load.
-        max_loss_increase: how much higher, in nats per token of the sample, the loss may be right afterwards.
+        max_loss_increase: how much higher, in nats per token of the sample, the loss may be right afterwards; None for
+            no bound.
 
     Raises:
         ConfigError: for a model without such a mixture or with a quantised router, naming the module; when the loss
@@ -236,7 +237,7 @@ class RelufiedMixin:
         return self.sparsity.lam.clone()
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
-        """As transformers does, with a model type that only `remoe.load_relufied` knows: nothing else would route so."""
+        """As transformers does, with a model type that only `remoe.load_relufied` knows: no TopK model will load it."""
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         data = json.loads(path.read_text())
@@ -260,7 +261,9 @@ class RelufiedMixin:
             return output
         loss = output[0] if isinstance(output, tuple) else output.loss
         device = loss.device
-        penalty = self.regularizer_coefficient.to(device) * torch.stack([r.regularizer.to(device) for r in routings]).mean()
+        penalty = (
+            self.regularizer_coefficient.to(device) * torch.stack([r.regularizer.to(device) for r in routings]).mean()
+        )
         if num_items is not None:
             penalty = penalty * ((labels[:, 1:] != -100).sum().to(device) / num_items)
         if isinstance(output, tuple):

@@ -24,6 +24,7 @@ class RemoeConfig(PreTrainedConfig):
         num_experts: E.
         num_experts_per_tok: k, wanted active experts per token: mean for "relu" and its kin, exact for "topk".
         granularity: G; each layer has E G experts of width intermediate_size / G, of which k G are active.
+        qk_norm: normalise queries and keys per head, as Qwen3 does.
         router: a name in `remoe.routing.ROUTERS`.
         router_options: further keyword arguments of the router's class.
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
@@ -65,6 +66,7 @@ class RemoeConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
+    qk_norm: bool = False
     num_experts: int = 8
     num_experts_per_tok: int = 1
     granularity: int = 1

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
@@ -24,6 +25,7 @@ from remoe.gemm import Linear
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.linear_cross_entropy import linear_cross_entropy
+from remoe.models.routed import RoutedModel, build_controller
 from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
@@ -70,14 +72,13 @@ class RemoeCausalLMOutput(ModelOutput):
     routings: tuple[Routing, ...] | None = None
 
 
-class RemoeAttention(LlamaAttention):
-    """LLaMA's attention, its projections by the faster matrix product."""
-
-    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        for name, module in list(self.named_children()):
-            if isinstance(module, nn.Linear):
-                setattr(self, name, Linear(module.in_features, module.out_features, module.bias is not None))
+def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwen3Attention:
+    """LLaMA's attention, or with norms on queries and keys Qwen3's; its projections by the faster matrix product."""
+    attention = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
+    for name, module in list(attention.named_children()):
+        if isinstance(module, nn.Linear):
+            setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
+    return attention
 
 
 class RemoeDecoderLayer(GradientCheckpointingLayer):
@@ -85,7 +86,7 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = RemoeAttention(config, layer_idx)
+        self.self_attn = build_attention(config, layer_idx)
         self.mlp = MoE(
             config.hidden_size,
             config.intermediate_size,
@@ -210,7 +211,7 @@ class RemoeModel(RemoePreTrainedModel):
         return RemoeModelOutput(hidden_BSD, past_key_values, tuple(states) or None, tuple(routings))
 
 
-class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
+class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
     """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
 
     In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
@@ -224,17 +225,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         self.model = RemoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        one_expert = not config.routes_pairs
-        self.sparsity = SparsityController(
-            config.num_hidden_layers,
-            1 if one_expert else config.num_experts * config.granularity,
-            1 if one_expert else config.num_experts_per_tok * config.granularity,
-            rule=config.sparsity_rule if config.steered else "none",
-            lambda_init=config.lambda_init,
-            alpha=config.lambda_alpha,
-            fast_start=config.lambda_fast_start,
-            sum_layers=config.regularizer_normalization == "official",
-        )
+        self.sparsity = build_controller(config)
         self.post_init()
 
     def forward(
@@ -314,53 +305,6 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
             routings=outputs.routings,
         )
 
-    @property
-    def regularizer_coefficient(self) -> Tensor | float:
-        """What multiplies the regulariser in the loss: lambda for "relu" and its kin, a constant for other routers."""
-        if self.config.steered:
-            return self.sparsity.lam.clone()  # a copy: `update` changes lambda in place
-        return self.config.router_aux_loss_coef
-
-    def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
-        """Moves lambda and the routers' own steered state by the statistics since the last call; no host sync.
-
-        Args:
-            group: as in `SparsityController.update`.
-        """
-        self.sparsity.update(group)
-        statistics = zip(self.model.layers, self.sparsity.load_LE, self.sparsity.statistic_LE, strict=True)
-        for layer, load_E, statistic_E in statistics:
-            layer.mlp.router.update(load_E, statistic_E)
-
-    def set_gate_threshold(self, threshold: float) -> None:
-        """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.
-
-        `remoe eval --sweep-threshold` shows what it costs. Not saved with the model; 0 takes it back.
-
-        Raises:
-            ConfigError: for a negative threshold, or a model whose tokens are not routed.
-        """
-        if not threshold >= 0:
-            raise ConfigError(f"a gate threshold must not be negative, but is {threshold}")
-        for layer in self._routed_layers():
-            layer.gate_threshold = threshold
-
-    def set_max_experts(self, max_experts: int | None) -> None:
-        """Executes, at evaluation, only a token's `max_experts` experts with the largest gates; None takes it back.
-
-        Raises:
-            ConfigError: for less than one expert, or a model whose tokens are not routed.
-        """
-        if max_experts is not None and max_experts < 1:
-            raise ConfigError(f"max_experts must be at least 1, but is {max_experts}")
-        for layer in self._routed_layers():
-            layer.max_experts = max_experts
-
-    def _routed_layers(self) -> list[MoE]:
-        if not self.config.routes_pairs:
-            raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
-        return [layer.mlp for layer in self.model.layers]
-
     def _fuses_loss(self) -> bool:
         """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do."""
         head = self.lm_head
@@ -378,12 +322,6 @@ class RemoeForCausalLM(RemoePreTrainedModel, GenerationMixin):
         hidden_TD, target_T = hidden_BSD.flatten(0, 1).to(weight_VD.device), target_BS.flatten().to(weight_VD.device)
         nats = linear_cross_entropy(hidden_TD, weight_VD, target_T)
         return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)
-
-    def _regularizer(self, routings: tuple[Routing, ...]) -> Tensor:
-        total = torch.stack([routing.regularizer.to(self.sparsity.lam.device) for routing in routings]).sum()
-        if self.config.steered and self.config.regularizer_normalization == "paper":
-            return total / len(routings)
-        return total
 
 
 def _refuse_reentrant_recomputation(layer: GradientCheckpointingLayer) -> None:

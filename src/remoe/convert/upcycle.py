@@ -1,0 +1,182 @@
+"""`upcycle`: a dense LLaMA-like model made a ReMoE model that computes the same function.
+
+Every expert is a copy of (a slice of) the dense layer, and its gate starts at 1/E for every token, so that the gated
+sum over the E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E, slices
+d of the dense down projection, zero-sum orthonormal vectors a_i and b_j over the copies, all orthogonal,
+
+    gate_c = 1/E + sum_i a_ic (w_i x)        down_c = d + sum_j b_jc P_j
+    sum_c gate_c down_c = d + 1/E sum_jc b_jc P_j + sum_ic a_ic (w_i x) d + sum_ijc a_ic b_jc (w_i x) P_j = d
+
+and w is so small that no gate reaches zero, whatever x (Cauchy-Schwarz on the normalised x).
+
+Legend: D model width, F expert width, E copies, G slices of each.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from remoe.errors import ConfigError
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.modeling_remoe import RemoeForCausalLM
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# No gate starts below this part of 1/E.
+LOWEST_GATE = 0.5
+
+
+@torch.no_grad()
+def upcycle(
+    dense: PreTrainedModel,
+    num_experts: int,
+    k: int = 1,
+    granularity: int = 1,
+    *,
+    diversity: float = 0.1,
+    noise: float = 0.0,
+    seed: int = 0,
+    **options: object,
+) -> RemoeForCausalLM:
+    """A ReMoE model from a dense one, with the same logits before the first step, for every E and G.
+
+        model = remoe.upcycle(AutoModelForCausalLM.from_pretrained(folder), num_experts=4, k=1)
+
+    All experts of a token are active at first, so that a step costs as much as a dense model of E times the width; the penalty then closes experts until k are left on average. Needs E >= 2; with E >= 3 the experts' weights
+    differ from the start, with E = 2 only their gates do.
+
+    Args:
+        dense: a causal language model of transformers' type llama, mistral, qwen2 or qwen3. It is not changed.
+        num_experts: E.
+        k: experts per token that the sparsity controller steers to.
+        granularity: G: each expert is cut into G of 1/G of the dense width; k G of E G are active in the end.
+        diversity: standard deviation of what makes the copies' down projections differ, relative to the projection's.
+            It cancels in the sum of all copies.
+        noise: standard deviation of noise on the gate and up projections, relative to theirs. It does not cancel: the
+            logits are then only near the dense model's.
+        seed: of both.
+        options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance.
+
+    Raises:
+        ConfigError: for a model of another type, or with parts that a ReMoE model does not have; for E < 2, k > E or
+            a granularity that does not divide the width.
+    """
+    config = _config(dense, num_experts, k, granularity, options)
+    dtype = dense.lm_head.weight.dtype
+    with torch.device(dense.device):
+        model = RemoeForCausalLM(config).to(dtype)
+    model.model.embed_tokens.load_state_dict(dense.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(dense.model.norm.state_dict())
+    if not config.tie_word_embeddings:
+        model.lm_head.load_state_dict(dense.lm_head.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for old, new in zip(dense.model.layers, model.model.layers, strict=True):
+        _copy_attention(old.self_attn, new.self_attn)
+        new.input_layernorm.load_state_dict(old.input_layernorm.state_dict())
+        new.post_attention_layernorm.load_state_dict(old.post_attention_layernorm.state_dict())
+        a_CI, b_CJ = _orthogonal_directions(num_experts, generator)
+        _fill_router(new.mlp.router, a_CI, granularity, old.post_attention_layernorm.weight, generator)
+        _fill_experts(new.mlp.experts, old.mlp, b_CJ, granularity, diversity, noise, generator)
+    if dense.generation_config is not None:
+        model.generation_config = dense.generation_config
+    return model.train(dense.training)
+
+
+def _config(dense: PreTrainedModel, E: int, k: int, G: int, options: dict[str, object]) -> RemoeConfig:
+    old = dense.config
+    name = type(dense).__name__
+    if old.model_type not in MODEL_TYPES or not hasattr(dense, "lm_head"):
+        raise ConfigError(
+            f"upcycle takes causal language models of type {', '.join(MODEL_TYPES)}; {name} is {old.model_type!r}"
+        )
+    if E < 2:
+        raise ConfigError(f"upcycle needs at least 2 experts, but E = {E}")
+    mlp = dense.model.layers[0].mlp
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(mlp, part)
+        if not linear.weight.is_floating_point() or hasattr(linear.weight, "quant_state"):
+            raise ConfigError(f"model.layers.0.mlp.{part} is quantised; load the dense model without quantisation")
+        if linear.bias is not None:
+            raise ConfigError(f"model.layers.0.mlp.{part} has a bias, which the experts have not")
+    context = old.max_position_embeddings
+    if (window := getattr(old, "sliding_window", None)) and getattr(old, "use_sliding_window", True):
+        context = min(context, window)  # within the window, attention is full attention
+    attention = dense.model.layers[0].self_attn
+    fields = {
+        "intermediate_size": old.intermediate_size,
+        "head_dim": attention.head_dim,
+        "max_position_embeddings": context,
+        "attention_bias": any(getattr(attention, p).bias is not None for p in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        "qk_norm": hasattr(attention, "q_norm"),
+        "rope_parameters": dict(old.rope_parameters),
+        "num_experts": E,
+        "num_experts_per_tok": k,
+        "granularity": G,
+        "router_options": {"bias": True},
+        "sparsity_rule": "smooth",
+        "lambda_fast_start": True,
+    }
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same += ("hidden_act", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
+    same += ("tie_word_embeddings", "attention_dropout", "use_cache")
+    unknown = options.keys() - RemoeConfig.__dataclass_fields__.keys()
+    if unknown:
+        raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
+    return RemoeConfig(**{key: getattr(old, key) for key in same if hasattr(old, key)} | fields | options)
+
+
+def _copy_attention(old: nn.Module, new: nn.Module) -> None:
+    state = old.state_dict()
+    for name, value in new.state_dict().items():
+        state.setdefault(name, torch.zeros_like(value))  # a bias that only some projections of the dense model have
+    new.load_state_dict(state)
+
+
+def _orthogonal_directions(E: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(E, I) and (E, J): columns of one orthonormal basis of the zero-sum vectors; I = ceil((E - 1) / 2)."""
+    basis = torch.randn(E, E, generator=generator, dtype=torch.float64)
+    basis[:, 0] = 1
+    basis = torch.linalg.qr(basis).Q[:, 1:]
+    half = E // 2
+    return basis[:, :half], basis[:, half:]
+
+
+def _fill_router(router: nn.Module, a_CI: Tensor, G: int, norm_D: Tensor, generator: torch.Generator) -> None:
+    """Gates 1/E + a w x, of which no one falls below LOWEST_GATE / E for any x = norm * n with |n|^2 = D."""
+    E, D = len(a_CI), len(norm_D)
+    scale_D = norm_D.double().cpu()
+    weight_CD = a_CI @ torch.randn(a_CI.shape[1], D, generator=generator, dtype=torch.float64)
+    reach_C = math.sqrt(D) * (weight_CD * scale_D).norm(dim=1)  # the largest |w x|
+    weight_CD *= (1 - LOWEST_GATE) / E / reach_C.max()
+    router.weight.copy_(weight_CD.repeat_interleave(G, dim=0))
+    router.bias.fill_(1 / E)
+
+
+def _fill_experts(
+    experts: nn.Module,
+    mlp: nn.Module,
+    b_CJ: Tensor,
+    G: int,
+    diversity: float,
+    noise: float,
+    generator: torch.Generator,
+) -> None:
+    E, J = b_CJ.shape
+    device, dtype = experts.down_proj.device, experts.down_proj.dtype
+    gate_up_G2FD = torch.cat(
+        [mlp.gate_proj.weight.unflatten(0, (G, -1)), mlp.up_proj.weight.unflatten(0, (G, -1))], dim=1
+    )
+    down_GDF = mlp.down_proj.weight.unflatten(1, (G, -1)).transpose(0, 1)
+    # Scaled so that each copy differs from the mean by `diversity`, whatever the number of directions.
+    scale = diversity * down_GDF.float().std().item() * math.sqrt(E / max(J, 1))
+    direction_JGDF = torch.randn(J, *down_GDF.shape, generator=generator).to(device) * scale
+    for copy in range(E):
+        rows = slice(copy * G, (copy + 1) * G)
+        difference = torch.einsum("j,jgdf->gdf", b_CJ[copy].float().to(device), direction_JGDF)
+        experts.gate_up_proj[rows] = gate_up_G2FD
+        experts.down_proj[rows] = (down_GDF.float() + difference).to(dtype)
+    if noise:
+        spread = noise * gate_up_G2FD.float().std().item()
+        shape = experts.gate_up_proj.shape
+        experts.gate_up_proj += (torch.randn(shape, generator=generator) * spread).to(device, dtype)

@@ -1,0 +1,113 @@
+"""A ReMoE transformer that classifies whole sequences.
+
+Legend: B batch, S sequence, D model width, C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.modeling_remoe import RemoeModel, RemoePreTrainedModel
+from remoe.models.routed import RoutedModel, build_controller
+from remoe.routing import Routing
+
+
+@dataclass
+class RemoeClassifierOutput(ModelOutput):
+    """Class logits, and the loss with its parts.
+
+    Attributes:
+        loss: task_loss + coefficient * reg_loss, when labels are given.
+        logits: (B, C).
+        past_key_values, hidden_states: as in `RemoeModelOutput`.
+        task_loss: mean over the batch, without the regulariser.
+        reg_loss: the regulariser over all layers, without its coefficient.
+        routings: one `Routing` a layer.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    task_loss: Tensor | None = None
+    reg_loss: Tensor | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
+    """Classes from the last token that is not padding; trained with the penalty on the gates, as the language model."""
+
+    def __init__(self, config: RemoeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RemoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.sparsity = build_controller(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> RemoeClassifierOutput:
+        """Classifies.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
+            labels: (B,) int64 classes, (B,) values for one class, or (B, C) for several labels at once, as
+                `config.problem_type` says.
+
+        Raises:
+            ValueError: for a batch of several sequences without `attention_mask` and without a padding token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if self.training:
+            self.sparsity.observe(outputs.routings)
+        hidden_BSD = outputs.last_hidden_state
+        last_B = self._last_token(hidden_BSD, input_ids, attention_mask)
+        logits_BC = self.score(hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B])
+        reg_loss = self._regularizer(outputs.routings)
+        loss = task_loss = None
+        if labels is not None:
+            task_loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config, logits=None)
+            loss = task_loss + self.regularizer_coefficient * reg_loss.to(task_loss.device)
+        return RemoeClassifierOutput(
+            loss=loss,
+            logits=logits_BC,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            task_loss=task_loss,
+            reg_loss=reg_loss,
+            routings=outputs.routings,
+        )
+
+    def _last_token(self, hidden_BSD: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(B,) int64: the last position that is not padding, on either side."""
+        B, S, _ = hidden_BSD.shape
+        position_S = torch.arange(S, device=hidden_BSD.device)
+        if mask is not None and mask.ndim == 2:
+            return (position_S * mask[:, -S:].to(position_S.dtype)).argmax(dim=1)
+        pad = self.config.pad_token_id
+        if pad is not None and input_ids is not None:
+            return (position_S * (input_ids != pad)).argmax(dim=1)
+        if B > 1:
+            raise ValueError("several sequences in a batch need an attention_mask, or a pad_token_id and input_ids")
+        return position_S[-1:]

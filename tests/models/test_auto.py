@@ -1,0 +1,69 @@
+"""transformers' Auto classes, and the model that classifies."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import remoe
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    "imports", ["import remoe, transformers", "import transformers.models.auto.modeling_auto, remoe"]
+)
+def test_auto_classes_know_remoe_after_import(imports, tmp_path):
+    remoe.RemoeForCausalLM(remoe.RemoeConfig(**SIZES)).save_pretrained(tmp_path)
+    code = f"""{imports}
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+config = AutoConfig.from_pretrained({str(tmp_path)!r})
+for cls in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+    print(type(cls.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["RemoeForCausalLM", "RemoeModel", "RemoeForSequenceClassification"], done.stderr
+
+
+def test_import_of_remoe_alone_leaves_transformers_out():
+    code = "import sys, remoe; print('transformers' in sys.modules or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def classifier(**changes):
+    torch.manual_seed(0)
+    config = remoe.RemoeConfig(**SIZES, num_labels=3, **changes)
+    return remoe.RemoeForSequenceClassification(config).eval()
+
+
+def test_classifier_reads_the_last_token_of_either_padding():
+    model = classifier(pad_token_id=0)
+    ids = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(0))
+    alone = model(ids).logits
+    right, left = F.pad(ids, (0, 4)), F.pad(ids, (4, 0))
+    torch.testing.assert_close(model(right, attention_mask=(right != 0).long()).logits, alone)
+    torch.testing.assert_close(model(right).logits, alone)
+    position_ids = F.pad(torch.arange(10), (4, 0)).repeat(2, 1)
+    outputs = model(left, attention_mask=(left != 0).long(), position_ids=position_ids)
+    torch.testing.assert_close(outputs.logits, alone)
+
+
+def test_classifier_needs_to_know_the_padding():
+    with pytest.raises(ValueError, match="attention_mask"):
+        classifier()(torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_classifier_trains_with_the_penalty():
+    model = classifier(pad_token_id=0).train()
+    model.sparsity.lam.fill_(0.3)
+    ids, labels = torch.randint(1, 64, (4, 10)), torch.tensor([0, 1, 2, 0])
+    outputs = model(ids, labels=labels)
+    torch.testing.assert_close(outputs.task_loss, F.cross_entropy(outputs.logits, labels))
+    torch.testing.assert_close(outputs.loss, outputs.task_loss + 0.3 * outputs.reg_loss)
+    outputs.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.update_routing()
+    assert 0 <= model.sparsity.sparsity <= 1
