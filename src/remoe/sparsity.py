@@ -59,7 +59,7 @@ class SparsityController(nn.Module):
         sparsity: 0-dim float32, S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
-        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update`.
+        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update_state`.
 
     Raises:
         ConfigError: for an unknown rule, k not in 1..E, lambda_init <= 0 or alpha <= 1.

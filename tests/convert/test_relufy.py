@@ -257,3 +257,13 @@ def test_folder_of_something_else_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="'llama'"):
         remoe.load_relufied(tmp_path)
+
+
+def test_a_copied_model_counts_for_itself():
+    model = build("mixtral")
+    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    other = copy.deepcopy(model).train()
+    other(token_ids(), labels=token_ids())
+    assert other.sparsity._tokens_L.any()
+    assert not model.sparsity._tokens_L.any()
+    assert model._routing_context is not other._routing_context

@@ -5,6 +5,7 @@ import torch
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.models.modeling_remoe import CACHE_NAME
 from remoe.sparsity import FAST_START_PENALTY
 
 SMALL = {
@@ -188,7 +189,7 @@ def test_cache_and_full_forward_agree():
     ids = tokens(batch=2, length=12)
     full = model(ids, use_cache=False).logits
     first = model(ids[:, :5], use_cache=True)
-    logits, cache = [first.logits], first.past_key_values
+    logits, cache = [first.logits], first[CACHE_NAME]
     for i in range(5, 12):
         out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
         logits.append(out.logits)

@@ -69,7 +69,7 @@ def test_topk_renormalised_and_in_its_warm_up():
         x.grad = router.weight.grad = None
         routing = check(router, x, lambda x64, w64, k=k: formula(x64, w64, k))
         assert routing.count_E.sum() == k * T
-        router.update(torch.zeros(E), torch.zeros(E))
+        router.update_state(torch.zeros(E), torch.zeros(E))
 
 
 def test_hash_is_the_id_modulo_the_experts():
@@ -95,7 +95,7 @@ def test_sigmoid_chooses_with_the_bias_and_gates_without_it():
             yield kept([s / total for s in scores], chosen)
 
     check(router, x, formula)
-    router.update(torch.tensor([0.9, 0.1, 0.4, 0.4, 0.2]), torch.zeros(E))
+    router.update_state(torch.tensor([0.9, 0.1, 0.4, 0.4, 0.2]), torch.zeros(E))
     assert torch.allclose(router.bias_E, torch.tensor([0.499, -0.499, 0.0, 0.2, -0.099]), atol=1e-6)
 
 
@@ -151,10 +151,10 @@ def test_expert_choice_in_training_and_above_its_cutoffs_at_evaluation():
     router, x = router_and_input("expert_choice")
     routing = check(router, x, lambda x64, w64: by_choice([softmax(row) for row in logits(x64, w64)]))
     assert routing.count_E.tolist() == [round(T * K / E)] * E
-    router.update(torch.zeros(E), routing.statistic_E)
+    router.update_state(torch.zeros(E), routing.statistic_E)
     router.eval()
     assert torch.equal(router(x).gate_TE, routing.gate_TE)  # the same tokens lie above the cutoffs drawn from them
-    router.update(torch.zeros(E), routing.statistic_E + 1)
+    router.update_state(torch.zeros(E), routing.statistic_E + 1)
     torch.testing.assert_close(router.cutoff_E, routing.statistic_E + 0.01)
 
 
@@ -165,7 +165,7 @@ def test_threshold_warms_up_by_choice_and_then_looks_at_its_thresholds_alone():
         return [[1 / (1 + (-z).exp()) for z in row] for row in logits(x64, w64)]
 
     routing = check(router, x, lambda x64, w64: by_choice(scores(x64, w64)))
-    router.update(torch.zeros(E), routing.statistic_E)
+    router.update_state(torch.zeros(E), routing.statistic_E)
     router.cutoff_E += 0.1
     x.grad = router.weight.grad = None
     cutoffs = router.cutoff_E.tolist()
@@ -180,7 +180,7 @@ def test_relu_quantile_is_a_relu_above_the_moving_quantile():
     router, x = router_and_input("relu_quantile")
     routing = router(x)
     assert routing.count_E.tolist() == [round(T * K / E)] * E  # sparse and balanced at the first step
-    router.update(torch.zeros(E), routing.statistic_E)
+    router.update_state(torch.zeros(E), routing.statistic_E)
     router.cutoff_E += 0.3
     zeros = router.cutoff_E.double()
     check(

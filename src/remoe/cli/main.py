@@ -23,6 +23,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks zero-shot accuracy",
     ),
+    "export": (
+        "remoe.cli.export",
+        "export_command",
+        "write a model that plain transformers loads, with its code and a model card",
+    ),
     "compare": (
         "remoe.cli.compare",
         "compare_command",

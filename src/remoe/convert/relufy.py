@@ -201,6 +201,9 @@ class _Context:
         self.mask_BS: Tensor | None = None
         self.routings: dict[int, Routing] = {}
 
+    def __deepcopy__(self, memo: dict) -> "_Context":
+        return self  # a router copied alone, as by PEFT, still belongs to its model; a copied model makes its own
+
 
 class RelufiedRouter(ReLURouter):
     """A ReLU router that answers as transformers' routers do: (logits, weights (T, E), indices (T, E))."""
@@ -226,6 +229,13 @@ class RelufiedMixin:
     """What `relufy` adds to a transformers model: the penalty in its loss, steering, saving."""
 
     sparsity: SparsityController
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._routing_context = _Context()
+        for module in self.modules():
+            if isinstance(module, RelufiedRouter):
+                module.context = self._routing_context
 
     def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
         """Moves lambda by the statistics since the last call; once per optimiser step."""

@@ -5,6 +5,7 @@ Legend: T tokens, D model width, F expert width, E experts.
 
 import math
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +139,9 @@ def run_experts(
     if backend == "naive":
         return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
     if backend == "sonic":
-        from remoe.experts.sonic import sonic_experts
-
         resolve_backend(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:])
-        return sonic_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
+        sonic = import_module("remoe.experts.sonic")
+        return sonic.sonic_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
     a = assignment
     stored = a.token_N.shape[0] if stored is None else stored
     return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=backend)

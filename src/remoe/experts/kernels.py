@@ -81,6 +81,9 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get("REMOE_KERNELS") == "0":
         logger.info("compiled CPU kernels are switched off by REMOE_KERNELS=0")
         return None
+    if not all(source.is_file() for source in _SOURCES):
+        logger.info("an exported model carries no C++ sources: the experts use plain torch operations")
+        return None
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
         logger.info("no C++ compiler: the experts use plain torch operations between their matrix products")

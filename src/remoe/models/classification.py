@@ -8,31 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.modeling_remoe import RemoeModel, RemoePreTrainedModel
+from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
 from remoe.models.routed import RoutedModel, build_controller
 from remoe.routing import Routing
 
 
 @dataclass
-class RemoeClassifierOutput(ModelOutput):
+class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
     """Class logits, and the loss with its parts.
 
     Attributes:
         loss: task_loss + coefficient * reg_loss, when labels are given.
         logits: (B, C).
-        past_key_values, hidden_states: as in `RemoeModelOutput`.
+        cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
         reg_loss: the regulariser over all layers, without its coefficient.
         routings: one `Routing` a layer.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     task_loss: Tensor | None = None
     reg_loss: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
@@ -58,12 +54,13 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> RemoeClassifierOutput:
         """Classifies.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: see `RemoeModel`.
             labels: (B,) int64 classes, (B,) values for one class, or (B, C) for several labels at once, as
                 `config.problem_type` says.
 
@@ -77,6 +74,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         if self.training:
@@ -92,11 +90,11 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         return RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             task_loss=task_loss,
             reg_loss=reg_loss,
             routings=outputs.routings,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _last_token(self, hidden_BSD: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -30,43 +30,39 @@ from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
 
+# transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
-class RemoeModelOutput(ModelOutput):
+class RemoeModelOutput(BaseModelOutputWithPast):
     """Hidden states of the transformer, and how each layer routed.
 
     Attributes:
         last_hidden_state: (B, S, D), after the final norm.
-        past_key_values: the cache, when used.
+        cache: the KV cache, when used; `past_key_values` before transformers 5.24.
         hidden_states: (B, S, D) before each layer and at the end, when asked for.
+        attentions: always None.
         routings: one `Routing` a layer.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     routings: tuple[Routing, ...] | None = None
 
 
 @dataclass
-class RemoeCausalLMOutput(ModelOutput):
+class RemoeCausalLMOutput(CausalLMOutputWithPast):
     """Logits, and the loss with its parts.
 
     Attributes:
         loss: lm_loss + coefficient * reg_loss, when labels are given, and the routers' extra losses in training. The
             coefficient is lambda for "relu" and its kin and `router_aux_loss_coef` for other routers.
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
-        past_key_values: the cache, when used.
-        hidden_states: as in `RemoeModelOutput`.
+        cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
         reg_loss: the regulariser over all layers, without its coefficient.
         routings: one `Routing` a layer.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     reg_loss: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
@@ -120,7 +116,7 @@ class RemoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RemoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -159,6 +155,7 @@ class RemoeModel(RemoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> RemoeModelOutput:
         """Runs the transformer; arguments are those of transformers' decoder models.
@@ -166,24 +163,26 @@ class RemoeModel(RemoePreTrainedModel):
         Args:
             input_ids: (B, S) int64; or `inputs_embeds`, (B, S, D).
             attention_mask: (B, past + S), zero for padding: not attended to, not routed, not counted.
+            past_key_values, cache: the KV cache, under its older or its newer name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
         S, device = hidden_BSD.shape[1], hidden_BSD.device
         # Only positions that a caller gave can mark packed documents; looking for them costs a host synchronisation.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_BSD,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
@@ -200,15 +199,20 @@ class RemoeModel(RemoePreTrainedModel):
                 input_ids if self.config.router == "hash" else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
             routings.append(routing)
         hidden_BSD = self.norm(hidden_BSD)
         if output_hidden_states:
             states.append(hidden_BSD)
-        return RemoeModelOutput(hidden_BSD, past_key_values, tuple(states) or None, tuple(routings))
+        return RemoeModelOutput(
+            last_hidden_state=hidden_BSD,
+            hidden_states=tuple(states) or None,
+            routings=tuple(routings),
+            **{CACHE_NAME: cache},
+        )
 
 
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
@@ -241,6 +245,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> RemoeCausalLMOutput:
         """Logits, and with labels the loss.
@@ -250,7 +255,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         logits are computed and returned in any case.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: see `RemoeModel`.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: see `RemoeModel`.
             labels: (B, S) int64, the tokens themselves; shifted here. -100, and padding, is no target.
             shift_labels: (B, S) int64, targets already shifted, instead of `labels`. One of `kwargs`, because
                 transformers' Trainer expects of a batch every label that the signature names.
@@ -270,6 +275,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         if self.training:
@@ -298,11 +304,11 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,
             reg_loss=reg_loss,
             routings=outputs.routings,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _fuses_loss(self) -> bool:

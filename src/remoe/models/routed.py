@@ -47,7 +47,7 @@ class RoutedModel:
         self.sparsity.update(group)
         statistics = zip(self.model.layers, self.sparsity.load_LE, self.sparsity.statistic_LE, strict=True)
         for layer, load_E, statistic_E in statistics:
-            layer.mlp.router.update(load_E, statistic_E)
+            layer.mlp.router.update_state(load_E, statistic_E)
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.

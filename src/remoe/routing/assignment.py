@@ -77,7 +77,7 @@ class Routing:
         regularizer: 0-dim float32, the layer's auxiliary loss as a mean over its tokens; differentiable. Lambda or a
             constant coefficient multiplies it.
         extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
-        statistic_E: (E,) float32 for `Router.update`, no gradient; None where a router has no use for it.
+        statistic_E: (E,) float32 for `Router.update_state`, no gradient; None where a router has no use for it.
         merge_BME: (sequences, segments, E) float32, how experts are merged per segment; None where they are not.
     """
 

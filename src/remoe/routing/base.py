@@ -56,7 +56,7 @@ class Router(nn.Module, ABC):
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""
 
-    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+    def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
         """Moves what is steered and not learned; once per optimiser step.
 
         Args:

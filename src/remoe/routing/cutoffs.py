@@ -86,7 +86,7 @@ class CutoffRouter(LinearRouter):
         return Routing(assignment, gate_TE, logits_TE, num_tokens, nothing, statistic_E=known_E)
 
     @torch.no_grad()
-    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+    def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
         moved_E = self.decay * self.cutoff_E + (1 - self.decay) * statistic_E
         self.cutoff_E.copy_(torch.where(self.updates == 0, statistic_E, moved_E))
         self.updates += 1

@@ -54,5 +54,5 @@ class SigmoidRouter(LinearRouter):
         return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, nothing)
 
     @torch.no_grad()
-    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+    def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
         self.bias_E += self.bias_step * torch.sign(load_E.mean() - load_E)

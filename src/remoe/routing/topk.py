@@ -73,6 +73,6 @@ class TopKRouter(LinearRouter):
         return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
 
     @torch.no_grad()
-    def update(self, load_E: Tensor, statistic_E: Tensor) -> None:
+    def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
         if self.warmup_k is not None:
             self.updates += 1

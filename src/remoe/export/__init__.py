@@ -1,0 +1,48 @@
+"""A trained model as a folder that transformers loads without this package."""
+
+import json
+import shutil
+from pathlib import Path
+
+from remoe.errors import ConfigError
+from remoe.export.bundle import AUTO_MAP, write_bundle
+from remoe.export.card import write_card
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.training.rundir import RunFolder, load_run
+
+
+def export_run(run: str | Path, out: str | Path) -> Path:
+    """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
+
+    Args:
+        run: the run's folder or a checkpoint's.
+        out: a new or empty folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: when there is no checkpoint to read.
+        ConfigError: when `out` holds something already.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already exists and is not an empty folder")
+    model, _, checkpoint = load_run(run)
+    folder = RunFolder(checkpoint.parent.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    export_model(model, out)
+    shutil.copytree(folder.tokenizer, out, dirs_exist_ok=True)
+    write_card(folder, checkpoint, model, out)
+    return out
+
+
+def export_model(model: RemoeForCausalLM, out: Path) -> None:
+    """Writes weights, configuration and code; `out` must be there."""
+    model.save_pretrained(out)
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = AUTO_MAP
+    config["experts_backend"] = "auto"  # one that was forced may not be in the bundle
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_bundle(out)

@@ -1,0 +1,109 @@
+"""The model card of an exported run: what it was trained on, how well, how it routes, and plots of its training."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from remoe.analysis import figures
+from remoe.analysis.figures import save
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import ROUTERS
+from remoe.training.rundir import RunFolder
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)
+print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt"), max_new_tokens=50)[0]))
+```"""
+
+
+def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path) -> None:
+    """Writes README.md and, where the run has its records, plots as PNG; `out` must be there."""
+    config = run.load_config()
+    summary = json.loads(run.summary.read_text()) if run.summary.is_file() else {}
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.is_file() else []
+    step = int(checkpoint.name.rpartition("-")[2])
+    finished = summary.get("steps") == step
+    c = model.config
+    parts = [
+        yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["moe", "remoe"]}),
+        "---\n",
+        f"# {out.resolve().name}\n",
+        f"A language model with a mixture of {c.num_experts * c.granularity} experts in each of its "
+        f"{c.num_hidden_layers} layers, router `{c.router}`"
+        + (", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router == "relu" else "")
+        + ". Trained with `remoe`.\n",
+        _USE + "\n",
+        "## Training\n",
+        _table(
+            {
+                "data": _data_name(config.data),
+                "steps": f"{step} of {config.steps}",
+                "tokens": f"{step * config.batch_size * config.seq_len:,}",
+                "sequence length": config.seq_len,
+                "seed": config.seed,
+                "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            }
+        ),
+    ]
+    if finished:
+        parts += ["## Results\n", _results(summary, ROUTERS[c.router].steered), _domains(summary)]
+    else:
+        parts.append("This checkpoint is not the end of its run: no validation loss is known for it.\n")
+    parts += _plots(records[:step], summary, c.router, out)
+    # The first separator opens the header.
+    (out / "README.md").write_text("---\n" + "\n".join(parts))
+
+
+def _data_name(path: str) -> str:
+    """The dataset's folder, without where it lies."""
+    name = Path(path).name
+    return f"{name}: Python's standard library" if name.startswith("stdlib-") else name
+
+
+def _table(rows: dict[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+
+
+def _results(summary: dict, steered: bool) -> str:
+    rows: dict[str, object] = {
+        "validation loss, nats per token": f"{summary['validation_loss']:.4f}",
+        "active parameters": f"{summary['active_parameters']:,}",
+        "training FLOPs": f"{summary['flops']:.3g}",
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    if steered:
+        rows["sparsity, target"] = f"{summary['final_sparsity']:.4f}, {summary['target_sparsity']:.4f}"
+        rows["settled at step"] = summary["settling_step"] or "not settled"
+    machine = summary.get("machine", {})
+    rows["machine"] = ", ".join(f"{name} {value}" for name, value in machine.items())
+    return _table(rows)
+
+
+def _domains(summary: dict) -> str:
+    lines = ["| domain | loss | perplexity | bits per byte | sparsity |", "|---|---|---|---|---|"]
+    for name, row in summary["validation"].items():
+        lines.append(
+            f"| {name} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.4f} "
+            f"| {row['sparsity']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _plots(records: list[dict], summary: dict, router: str, out: Path) -> list[str]:
+    if not records:
+        return []
+    course = ([record["step"] for record in records], [record["lm_loss"] for record in records])
+    plots = {"training-loss": ("Training loss", figures.training_losses({router: course}, window=10))}
+    if ROUTERS[router].steered:
+        course = figures.training_course({router: records}, summary.get("target_sparsity"))
+        plots["training-course"] = ("Sparsity, lambda and the penalty", course)
+    lines = ["## Plots\n"]
+    for name, (title, figure) in plots.items():
+        save(figure, out / name)
+        (out / f"{name}.svg").unlink()
+        lines.append(f"![{title}]({name}.png)\n")
+    return lines

@@ -1,0 +1,130 @@
+"""An exported run loads, computes, generates and trains where this package is not, and its card says what it is."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_run import FLAGS
+from transformers import AutoTokenizer
+
+import remoe
+from remoe.cli.main import main
+from remoe.experts.backends import BACKENDS
+from remoe.export import export_model
+from remoe.routing import ROUTERS
+
+WITHOUT_REMOE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "remoe":
+            raise ImportError("No module named remoe")
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder, ids = sys.argv[1], torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(ids).logits
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+model.train()
+model(ids, labels=ids).loss.backward()
+model.update_routing()
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, pad_token_id=0)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+torch.save({"logits": logits, "written": written, "lam": model.sparsity.lam, "names": [
+    type(model).__name__, type(classifier).__name__, type(base).__name__, type(again).__name__]}, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    run, out = folder / "run", folder / "My model"
+    assert main(["train", *FLAGS, "--steps", "6", "--validate.every", "6", "--out", str(run)]) == 0
+    assert main(["export", str(run), str(out)]) == 0
+    return run, out
+
+
+def load_without_remoe(folder, tmp_path, monkeypatch):
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.save(ids, tmp_path / "ids.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", WITHOUT_REMOE, str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "result.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return ids, torch.load(tmp_path / "result.pt")
+
+
+def test_loads_without_this_package(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    ids, result = load_without_remoe(folder, tmp_path, monkeypatch)
+    model = remoe.RemoeForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(result["written"], written)
+    assert result["lam"] != model.sparsity.lam
+    causal = "RemoeForCausalLM"
+    assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+@pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])
+def test_other_routers_load_without_this_package(router, tmp_path, monkeypatch):
+    assert router in ROUTERS
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router=router, experts_backend=BACKENDS[0])).eval()
+    folder = tmp_path / router
+    folder.mkdir()
+    export_model(model, folder)
+    ids, result = load_without_remoe(folder, tmp_path, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_code_names_nothing_of_this_package(exported):
+    _, folder = exported
+    for path in folder.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not [line for line in lines if line.lstrip().startswith(("from remoe", "import remoe"))], path.name
+
+
+def test_card_says_what_the_model_is(exported):
+    run, folder = exported
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    for text in (
+        "# My model",
+        "6 of 6",
+        "validation loss",
+        "| sparsity, target |",
+        "| docstrings |",
+        "standard library",
+    ):
+        assert text in card
+    assert str(run.parent) not in card.replace(str(folder), "")
+    for plot in ("training-loss.png", "training-course.png"):
+        assert plot in card
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_unfinished_run_has_a_card_without_results(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--steps", "4", "--validate.every", "4", "--checkpoint.every", "2", "--out", str(run)]
+    assert main(["train", *FLAGS, *flags]) == 0
+    assert main(["export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 of 4" in card
+    assert "not the end of its run" in card
+
+
+def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):
+    run, folder = exported
+    assert main(["export", str(run), str(folder)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
