@@ -5,7 +5,7 @@
     python examples/upcycle_smollm2.py MODEL DATA
 
 MODEL is the folder of a LLaMA, Mistral or Qwen2/3 model with its tokenizer. Stopped and started again, it keeps what is
-finished in OUT: dense.json, remoe.json and the ReMoE model.
+finished in OUT: dense.json, remoe.json or keep-dense.json, and the ReMoE model.
 """
 
 import argparse
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--keep-dense", action="store_true", help="keep the dense layer as a shared expert")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
@@ -106,16 +107,17 @@ def main() -> None:
     train = Windows(TrainBatches(dataset.train, args.length, 1, seed=0), args.steps * args.batch)
     windows = ValidationWindows(dataset.validation, args.length)
 
-    for name in ("dense", "remoe"):
+    remoe_name = "keep-dense" if args.keep_dense else "remoe"
+    for name in ("dense", remoe_name):
         path = args.out / f"{name}.json"
         if path.exists():
             continue
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         facts = {"model": name, "steps": args.steps, "tokens": args.steps * args.batch * args.length}
         callbacks = []
-        if name == "remoe":
+        if name != "dense":
             dense, ids = model.eval(), next(windows.batches(windows.domains[0], 1))[0]
-            model = remoe.upcycle(dense, args.experts, k=1)
+            model = remoe.upcycle(dense, args.experts, k=1, keep_dense=args.keep_dense)
             with torch.no_grad():
                 logits, dense_logits = model.eval()(ids).logits, dense(ids).logits
             facts["logits_differ_by"] = ((logits - dense_logits).abs().max() / dense_logits.abs().max()).item()
@@ -129,13 +131,13 @@ def main() -> None:
         facts["loss_after"] = validation_loss(model, windows, args.eval_tokens)
         facts["samples_after"] = write_samples(model, tokenizer)
         facts["parameters"] = sum(p.numel() for p in model.parameters())
-        if name == "remoe":
+        if name != "dense":
             per_expert = sum(layer.mlp.experts.down_proj[0].numel() * 3 for layer in model.model.layers)
             density = 1 - model.sparsity.sparsity.item()
             facts |= {"sparsity": 1 - density, "sparsity_per_layer": model.sparsity.sparsity_L.tolist()}
             facts["active_parameters"] = round(facts["parameters"] - per_expert * args.experts * (1 - density))
-            model.save_pretrained(args.out / "model")
-            tokenizer.save_pretrained(args.out / "model")
+            model.save_pretrained(args.out / f"{name}-model")
+            tokenizer.save_pretrained(args.out / f"{name}-model")
         facts |= {"log": trainer.state.log_history, "machine": machine(torch.device("cpu"))}
         path.write_text(json.dumps(facts, indent=1))
         print(f"{name}: validation loss {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")

@@ -113,3 +113,38 @@ def test_unsupported_input_is_one_clear_error(model, arguments, message):
 def test_bias_of_the_feed_forward_layer_is_refused():
     with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.gate_proj has a bias"):
         remoe.upcycle(build("llama", mlp_bias=True), 4)
+
+
+@pytest.mark.parametrize(("num_experts", "k", "granularity"), [(2, 1, 1), (4, 1, 2), (8, 2, 4), (3, 3, 1)])
+@pytest.mark.parametrize("name", DENSE)
+def test_kept_dense_layer_with_sparse_experts_has_the_same_logits(name, num_experts, k, granularity):
+    dense, ids = build(name), token_ids(8)
+    model = remoe.upcycle(dense, num_experts, k, granularity, keep_dense=True, noise=0.1)
+    with torch.no_grad():
+        outputs = model(ids)
+        assert relative_error(outputs.logits, dense(ids).logits) < 1e-5
+    sparsity = torch.stack([routing.sparsity for routing in outputs.routings]).mean().item()
+    assert sparsity == pytest.approx(1 - k / num_experts, abs=0.15)
+    assert model.config.shared_expert_size == dense.config.intermediate_size
+
+
+def test_experts_beside_a_kept_dense_layer_learn(tmp_path):
+    dense, ids = build("llama"), token_ids(8)
+    model = remoe.upcycle(dense, 4, keep_dense=True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        out = model(ids, labels=ids)
+        losses.append(out.lm_loss.item())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_routing()
+    assert losses[-1] < losses[0] - 0.3
+    down_EDF = model.model.layers[0].mlp.experts.down_proj
+    assert all(expert.abs().max() > 0 for expert in down_EDF)
+    assert not torch.allclose(down_EDF[0], down_EDF[1])
+    model.eval().save_pretrained(tmp_path)
+    again = remoe.RemoeForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)

@@ -178,7 +178,7 @@ def _routers(model: nn.Module) -> dict[str, nn.Module]:
         if "experts" not in children:
             continue
         router_name = next((n for n in ROUTER_NAMES if n in children), None)
-        if router_name is None or not hasattr(children["experts"], "_is_expert_parallel"):
+        if router_name is None or not hasattr(children["experts"], "is_transposed"):
             raise ConfigError(
                 f"{name} ({type(block).__name__}) is not a mixture of transformers' `gate` or `router` / `experts` kind"
             )

@@ -9,10 +9,14 @@ slices d of the dense down projection, zero-sum orthonormal vectors a_i and b_j 
 
 and w is so small that no gate reaches zero, whatever x (Cauchy-Schwarz on the normalised x).
 
+With `keep_dense` the dense layer stays as the shared expert that every token goes through, and the routed experts,
+copies of it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity.
+
 Legend: D model width, F expert width, E copies, G slices of each.
 """
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +40,7 @@ def upcycle(
     *,
     diversity: float = 0.1,
     noise: float = 0.0,
+    keep_dense: bool = False,
     seed: int = 0,
     **options: object,
 ) -> RemoeForCausalLM:
@@ -45,7 +50,9 @@ def upcycle(
 
     All experts of a token are active at first, so that a step costs as much as a dense model with a feed-forward layer
     E times as wide; the penalty then closes experts until k are left on average. Needs E >= 2; with E >= 3 the experts'
-    weights differ from the start, with E = 2 only their gates do.
+    weights differ from the start, with E = 2 only their gates do. A short fine-tuning is not enough for that way: the
+    gates have to close and the experts to part. `keep_dense` is for short ones: about k of E experts are active from
+    the first step, beside the dense layer (docs/huggingface.md has both, measured).
 
     Args:
         dense: a causal language model of transformers' type llama, mistral, qwen2 or qwen3. It is not changed.
@@ -55,7 +62,9 @@ def upcycle(
         diversity: standard deviation of what makes the copies' down projections differ, relative to the projection's.
             It cancels in the sum of all copies.
         noise: standard deviation of noise on the gate and up projections, relative to theirs. It does not cancel: the
-            logits are then only near the dense model's.
+            logits are then only near the dense model's. With `keep_dense` they stay equal.
+        keep_dense: keep the dense layer as a shared expert, beside experts that start without a contribution.
+            `diversity` then has no effect: different tokens make the experts differ.
         seed: of both.
         options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance.
 
@@ -63,7 +72,7 @@ def upcycle(
         ConfigError: for a model of another type, or with parts that a ReMoE model does not have; for E < 2, k > E or
             a granularity that does not divide the width.
     """
-    config = _config(dense, num_experts, k, granularity, options)
+    config = _config(dense, num_experts, k, granularity, keep_dense, options)
     dtype = dense.lm_head.weight.dtype
     with torch.device(dense.device):
         model = RemoeForCausalLM(config).to(dtype)
@@ -76,15 +85,26 @@ def upcycle(
         _copy_attention(old.self_attn, new.self_attn)
         new.input_layernorm.load_state_dict(old.input_layernorm.state_dict())
         new.post_attention_layernorm.load_state_dict(old.post_attention_layernorm.state_dict())
-        a_CI, b_CJ = _orthogonal_directions(num_experts, generator)
-        _fill_router(new.mlp.router, a_CI, granularity, old.post_attention_layernorm.weight, generator)
-        _fill_experts(new.mlp.experts, old.mlp, b_CJ, granularity, diversity, noise, generator)
+        norm_D = old.post_attention_layernorm.weight
+        if keep_dense:
+            _fill_sparse_router(new.mlp.router, 1 - k / num_experts, norm_D, generator)
+            _fill_shared_expert(new.mlp.shared_expert, old.mlp)
+        else:
+            a_CI, b_CJ = _orthogonal_directions(num_experts, generator)
+            _fill_router(new.mlp.router, a_CI, granularity, norm_D, generator)
+        _fill_gate_up(new.mlp.experts, old.mlp, num_experts, granularity, noise, generator)
+        if keep_dense:
+            new.mlp.experts.down_proj.zero_()
+        else:
+            _fill_down(new.mlp.experts, old.mlp, b_CJ, granularity, diversity, generator)
     if dense.generation_config is not None:
         model.generation_config = dense.generation_config
     return model.train(dense.training)
 
 
-def _config(dense: PreTrainedModel, E: int, k: int, G: int, options: dict[str, object]) -> RemoeConfig:
+def _config(
+    dense: PreTrainedModel, E: int, k: int, G: int, keep_dense: bool, options: dict[str, object]
+) -> RemoeConfig:
     old = dense.config
     name = type(dense).__name__
     if old.model_type not in MODEL_TYPES or not hasattr(dense, "lm_head"):
@@ -114,6 +134,7 @@ def _config(dense: PreTrainedModel, E: int, k: int, G: int, options: dict[str, o
         "num_experts": E,
         "num_experts_per_tok": k,
         "granularity": G,
+        "shared_expert_size": old.intermediate_size if keep_dense else 0,
         "router_options": {"bias": True},
         "sparsity_rule": "smooth",
         "lambda_fast_start": True,
@@ -154,30 +175,41 @@ def _fill_router(router: nn.Module, a_CI: Tensor, G: int, norm_D: Tensor, genera
     router.bias.fill_(1 / E)
 
 
-def _fill_experts(
-    experts: nn.Module,
-    mlp: nn.Module,
-    b_CJ: Tensor,
-    G: int,
-    diversity: float,
-    noise: float,
-    generator: torch.Generator,
-) -> None:
-    E, J = b_CJ.shape
-    device, dtype = experts.down_proj.device, experts.down_proj.dtype
+def _fill_sparse_router(router: nn.Module, sparsity: float, norm_D: Tensor, generator: torch.Generator) -> None:
+    """Logits of unit variance for x = norm * n with independent n of unit variance, less their quantile."""
+    weight_ED = torch.randn(router.weight.shape, generator=generator, dtype=torch.float64)
+    weight_ED /= (weight_ED * norm_D.double().cpu()).norm(dim=1, keepdim=True)
+    router.weight.copy_(weight_ED)
+    router.bias.fill_(-NormalDist().inv_cdf(max(sparsity, 1e-4)))
+
+
+def _fill_shared_expert(expert: nn.Module, mlp: nn.Module) -> None:
+    expert.gate_up_proj[0] = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    expert.down_proj[0] = mlp.down_proj.weight
+
+
+def _fill_gate_up(experts: nn.Module, mlp: nn.Module, E: int, G: int, noise: float, generator: torch.Generator) -> None:
+    """Every copy's slices of the gate and up projections, with noise of this part of their standard deviation."""
     gate_up_G2FD = torch.cat(
         [mlp.gate_proj.weight.unflatten(0, (G, -1)), mlp.up_proj.weight.unflatten(0, (G, -1))], dim=1
     )
+    experts.gate_up_proj.copy_(gate_up_G2FD.repeat(E, 1, 1))
+    if noise:
+        spread = noise * gate_up_G2FD.float().std().item()
+        drawn = torch.randn(experts.gate_up_proj.shape, generator=generator) * spread
+        experts.gate_up_proj += drawn.to(experts.gate_up_proj)
+
+
+def _fill_down(
+    experts: nn.Module, mlp: nn.Module, b_CJ: Tensor, G: int, diversity: float, generator: torch.Generator
+) -> None:
+    """Every copy's slices of the down projection, plus differences of this part of its deviation that cancel."""
+    E, J = b_CJ.shape
+    down = experts.down_proj
     down_GDF = mlp.down_proj.weight.unflatten(1, (G, -1)).transpose(0, 1)
     # Scaled so that each copy differs from the mean by `diversity`, whatever the number of directions.
     scale = diversity * down_GDF.float().std().item() * math.sqrt(E / max(J, 1))
-    direction_JGDF = torch.randn(J, *down_GDF.shape, generator=generator).to(device) * scale
+    direction_JGDF = torch.randn(J, *down_GDF.shape, generator=generator).to(down.device) * scale
     for copy in range(E):
-        rows = slice(copy * G, (copy + 1) * G)
-        difference = torch.einsum("j,jgdf->gdf", b_CJ[copy].float().to(device), direction_JGDF)
-        experts.gate_up_proj[rows] = gate_up_G2FD
-        experts.down_proj[rows] = (down_GDF.float() + difference).to(dtype)
-    if noise:
-        spread = noise * gate_up_G2FD.float().std().item()
-        shape = experts.gate_up_proj.shape
-        experts.gate_up_proj += (torch.randn(shape, generator=generator) * spread).to(device, dtype)
+        difference = torch.einsum("j,jgdf->gdf", b_CJ[copy].float().to(down.device), direction_JGDF)
+        down[copy * G : (copy + 1) * G] = (down_GDF.float() + difference).to(down.dtype)
