@@ -5,7 +5,7 @@
     python examples/upcycle_smollm2.py MODEL DATA
 
 MODEL is the folder of a LLaMA, Mistral or Qwen2/3 model with its tokenizer. Stopped and started again, it keeps what is
-finished in OUT: dense.json, remoe.json or keep-dense.json, and the ReMoE model.
+finished in OUT: dense.json, remoe.json or copies.json, and the ReMoE model.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/upcycle"))
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--keep-dense", action="store_true", help="keep the dense layer as a shared expert")
+    parser.add_argument("--copies", action="store_true", help="experts are copies of the dense layer, which goes")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
@@ -107,7 +107,7 @@ def main() -> None:
     train = Windows(TrainBatches(dataset.train, args.length, 1, seed=0), args.steps * args.batch)
     windows = ValidationWindows(dataset.validation, args.length)
 
-    remoe_name = "keep-dense" if args.keep_dense else "remoe"
+    remoe_name = "copies" if args.copies else "remoe"
     for name in ("dense", remoe_name):
         path = args.out / f"{name}.json"
         if path.exists():
@@ -117,7 +117,7 @@ def main() -> None:
         callbacks = []
         if name != "dense":
             dense, ids = model.eval(), next(windows.batches(windows.domains[0], 1))[0]
-            model = remoe.upcycle(dense, args.experts, k=1, keep_dense=args.keep_dense)
+            model = remoe.upcycle(dense, args.experts, k=1, keep_dense=not args.copies)
             with torch.no_grad():
                 logits, dense_logits = model.eval()(ids).logits, dense(ids).logits
             facts["logits_differ_by"] = ((logits - dense_logits).abs().max() / dense_logits.abs().max()).item()

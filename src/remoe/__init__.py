@@ -28,6 +28,8 @@ _HOME = {
     "relufy": "remoe.convert.relufy",
     "load_relufied": "remoe.convert.relufy",
     "upcycle": "remoe.convert.upcycle",
+    "load_megatron": "remoe.convert.megatron",
+    "save_megatron": "remoe.convert.megatron",
 }
 
 __all__ = ["__version__", *_HOME]

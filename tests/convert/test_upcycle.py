@@ -14,9 +14,9 @@ def relative_error(ours, theirs):
 
 @pytest.mark.parametrize(("num_experts", "k", "granularity"), [(2, 1, 1), (3, 1, 1), (4, 1, 2), (5, 2, 3), (8, 2, 4)])
 @pytest.mark.parametrize("name", DENSE)
-def test_logits_are_the_dense_models(name, num_experts, k, granularity):
+def test_copies_have_the_dense_models_logits(name, num_experts, k, granularity):
     dense, ids = build(name), token_ids(4)
-    model = remoe.upcycle(dense, num_experts, k, granularity)
+    model = remoe.upcycle(dense, num_experts, k, granularity, keep_dense=False)
     with torch.no_grad():
         outputs = model(ids)
         assert relative_error(outputs.logits, dense(ids).logits) < 1e-5
@@ -24,10 +24,11 @@ def test_logits_are_the_dense_models(name, num_experts, k, granularity):
     assert model.sparsity.target == pytest.approx(1 - k / num_experts)
 
 
-def test_llama_with_biases_scaled_positions_and_tied_embeddings():
+@pytest.mark.parametrize("keep_dense", [True, False])
+def test_llama_with_biases_scaled_positions_and_tied_embeddings(keep_dense):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
     dense = build("llama", attention_bias=True, rope_parameters=rope, tie_word_embeddings=True)
-    model, ids = remoe.upcycle(dense, 4), token_ids(4)
+    model, ids = remoe.upcycle(dense, 4, keep_dense=keep_dense), token_ids(4)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         assert relative_error(model(ids).logits, dense(ids).logits) < 1e-5
@@ -36,7 +37,7 @@ def test_llama_with_biases_scaled_positions_and_tied_embeddings():
 @pytest.mark.parametrize("num_experts", [2, 3, 4, 7])
 def test_experts_differ_and_the_differences_cancel(num_experts):
     dense = build("llama")
-    model = remoe.upcycle(dense, num_experts, diversity=0.1)
+    model = remoe.upcycle(dense, num_experts, diversity=0.1, keep_dense=False)
     down_EDF = model.model.layers[0].mlp.experts.down_proj.detach()
     dense_DF = dense.model.layers[0].mlp.down_proj.weight.detach()
     torch.testing.assert_close(down_EDF.mean(dim=0), dense_DF)
@@ -49,7 +50,7 @@ def test_experts_differ_and_the_differences_cancel(num_experts):
 
 def test_no_input_closes_a_gate():
     dense = build("llama")
-    model = remoe.upcycle(dense, 4)
+    model = remoe.upcycle(dense, 4, keep_dense=False)
     router = model.model.layers[0].mlp.router
     norm = dense.model.layers[0].post_attention_layernorm
     scaled_D = norm.weight.detach()
@@ -64,7 +65,7 @@ def test_no_input_closes_a_gate():
 def test_noise_breaks_equality_only_when_asked():
     dense, ids = build("llama"), token_ids(2)
     with torch.no_grad():
-        noisy = relative_error(remoe.upcycle(dense, 4, noise=0.05)(ids).logits, dense(ids).logits)
+        noisy = relative_error(remoe.upcycle(dense, 4, noise=0.05, keep_dense=False)(ids).logits, dense(ids).logits)
     assert 1e-4 < noisy < 0.5
 
 
@@ -72,11 +73,11 @@ def test_same_seed_same_model():
     dense = build("llama")
     first, second, other = (remoe.upcycle(dense, 4, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["model.layers.0.mlp.experts.down_proj"], other["model.layers.0.mlp.experts.down_proj"])
+    assert not torch.equal(first["model.layers.0.mlp.router.weight"], other["model.layers.0.mlp.router.weight"])
 
 
-def test_trains_and_is_saved(tmp_path):
-    model, ids = remoe.upcycle(build("qwen3"), 4).train(), token_ids(4)
+def test_copies_train_and_are_saved(tmp_path):
+    model, ids = remoe.upcycle(build("qwen3"), 4, keep_dense=False).train(), token_ids(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -119,7 +120,7 @@ def test_bias_of_the_feed_forward_layer_is_refused():
 @pytest.mark.parametrize("name", DENSE)
 def test_kept_dense_layer_with_sparse_experts_has_the_same_logits(name, num_experts, k, granularity):
     dense, ids = build(name), token_ids(8)
-    model = remoe.upcycle(dense, num_experts, k, granularity, keep_dense=True, noise=0.1)
+    model = remoe.upcycle(dense, num_experts, k, granularity, noise=0.1)
     with torch.no_grad():
         outputs = model(ids)
         assert relative_error(outputs.logits, dense(ids).logits) < 1e-5
@@ -130,7 +131,7 @@ def test_kept_dense_layer_with_sparse_experts_has_the_same_logits(name, num_expe
 
 def test_experts_beside_a_kept_dense_layer_learn(tmp_path):
     dense, ids = build("llama"), token_ids(8)
-    model = remoe.upcycle(dense, 4, keep_dense=True).train()
+    model = remoe.upcycle(dense, 4).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):

@@ -1,1 +1,1 @@
-"""Existing checkpoints made ReMoE: TopK mixtures (`relufy`) and dense models (`upcycle`)."""
+"""Existing checkpoints made ReMoE: TopK mixtures (`relufy`), dense models (`upcycle`), the authors' (`megatron`)."""

@@ -38,7 +38,7 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     assignment = _assignment(index_TK, weight_TK, self.num_experts)
     if is_plain_swiglu(self):
         return run_experts(x_TD, self.gate_up_proj, self.down_proj, assignment)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")
     return _one_by_one(self, x_TD, assignment)
 
@@ -47,7 +47,7 @@ def is_plain_swiglu(experts: nn.Module) -> bool:
     """Whether an experts module computes what `remoe.experts` does: silu(gate) * up, without biases."""
     silu = isinstance(getattr(experts, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
     own_gate = type(experts)._apply_gate is not _default_apply_gate
-    special = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+    special = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
     return silu and experts.has_gate and experts.is_concatenated and not own_gate and not special
 
 

@@ -220,8 +220,8 @@ class RelufiedRouter(ReLURouter):
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
         routing = super().forward(x_TD, mask_BS.flatten() if fits else None)
         self.context.routings.setdefault(self.layer, routing)
-        every_E = torch.arange(self.num_experts, device=x_TD.device)
-        index_TE = torch.where(routing.gate_TE > 0, every_E, self.num_experts)
+        # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.
+        index_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
         return routing.logits_TE, routing.gate_TE.to(hidden_states.dtype), index_TE
 
 

@@ -1,16 +1,16 @@
 """`upcycle`: a dense LLaMA-like model made a ReMoE model that computes the same function.
 
-Every expert is a copy of (a slice of) the dense layer, and its gate starts at 1/E for every token, so that the gated
-sum over the E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E,
+The dense layer stays as the shared expert that every token goes through, and the routed experts, copies of (slices of)
+it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity.
+
+Without `keep_dense` every expert is a copy, and its gate starts at 1/E for every token, so that the gated sum over the
+E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E,
 slices d of the dense down projection, zero-sum orthonormal vectors a_i and b_j over the copies, all orthogonal,
 
     gate_c = 1/E + sum_i a_ic (w_i x)        down_c = d + sum_j b_jc P_j
     sum_c gate_c down_c = d + 1/E sum_jc b_jc P_j + sum_ic a_ic (w_i x) d + sum_ijc a_ic b_jc (w_i x) P_j = d
 
 and w is so small that no gate reaches zero, whatever x (Cauchy-Schwarz on the normalised x).
-
-With `keep_dense` the dense layer stays as the shared expert that every token goes through, and the routed experts,
-copies of it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity.
 
 Legend: D model width, F expert width, E copies, G slices of each.
 """
@@ -40,7 +40,7 @@ def upcycle(
     *,
     diversity: float = 0.1,
     noise: float = 0.0,
-    keep_dense: bool = False,
+    keep_dense: bool = True,
     seed: int = 0,
     **options: object,
 ) -> RemoeForCausalLM:
@@ -48,11 +48,10 @@ def upcycle(
 
         model = remoe.upcycle(AutoModelForCausalLM.from_pretrained(folder), num_experts=4, k=1)
 
-    All experts of a token are active at first, so that a step costs as much as a dense model with a feed-forward layer
-    E times as wide; the penalty then closes experts until k are left on average. Needs E >= 2; with E >= 3 the experts'
-    weights differ from the start, with E = 2 only their gates do. A short fine-tuning is not enough for that way: the
-    gates have to close and the experts to part. `keep_dense` is for short ones: about k of E experts are active from
-    the first step, beside the dense layer (docs/huggingface.md has both, measured).
+    About k of E experts are active from the first step, beside the dense layer. Without `keep_dense` the model has the
+    dense one's active size in the end. But all its experts are active at first, so that a step costs as much as a dense
+    model with a feed-forward layer E times as wide, and the penalty has to close experts while they part: a fine-tuning
+    of 300 steps failed at that (docs/huggingface.md).
 
     Args:
         dense: a causal language model of transformers' type llama, mistral, qwen2 or qwen3. It is not changed.
@@ -60,11 +59,11 @@ def upcycle(
         k: experts per token that the sparsity controller steers to.
         granularity: G: each expert is cut into G of 1/G of the dense width; k G of E G are active in the end.
         diversity: standard deviation of what makes the copies' down projections differ, relative to the projection's.
-            It cancels in the sum of all copies.
+            It cancels in the sum of all copies. Without effect with `keep_dense`, nor with E = 2.
         noise: standard deviation of noise on the gate and up projections, relative to theirs. It does not cancel: the
             logits are then only near the dense model's. With `keep_dense` they stay equal.
-        keep_dense: keep the dense layer as a shared expert, beside experts that start without a contribution.
-            `diversity` then has no effect: different tokens make the experts differ.
+        keep_dense: keep the dense layer as a shared expert, beside experts that start without a contribution;
+            different tokens make them differ. Otherwise the experts are copies of it.
         seed: of both.
         options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance.
 
