@@ -90,4 +90,5 @@ def test_operators_follow_their_contract():
     token_N = torch.tensor([0, 5, 1, 5, 8])
     tensors = [torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 3, "loop"))
+    # Stored pairs end with an expert: rows of one that fits in part only are not written, and compare as noise.
+    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 2, "loop"))

@@ -110,7 +110,7 @@ class MoE(nn.Module):
         elif isinstance(self.router, DenseRouter) and mask is None:
             y_TD = self.experts.run_first(x_TD)
         else:
-            y_TD = self.experts(x_TD, routing.assignment)
+            y_TD = self.experts(x_TD, routing.assignment, routing.assignment.gate_N)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert.run_first(x_TD)
         return y_TD.view(x.shape), routing

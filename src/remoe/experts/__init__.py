@@ -55,16 +55,20 @@ class Experts(nn.Module):
         self.backend = backend
         self.pairs_per_token = pairs_per_token
 
-    def forward(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+    def forward(self, x_TD: Tensor, assignment: Assignment, gate_N: Tensor | None = None) -> Tensor:
         """Runs the routed pairs and sums them per token.
 
         Args:
             x_TD: (T, D).
             assignment: pairs over these T tokens and E experts.
+            gate_N: their gates, by default the assignment's. Given as a tensor of its own so that transformers' tensor
+                parallelism, which looks for such arguments, sums its gradient over the ranks.
 
         Returns:
             (T, D), zero for a token without an expert; in the autocast dtype under autocast, else in x's.
         """
+        if gate_N is not None:
+            assignment = replace(assignment, gate_N=gate_N)
         gate_up, down = self.gate_up_proj, self.down_proj
         if is_quantised(gate_up):
             gate_up, down, assignment = _dequantised(gate_up, down, assignment)

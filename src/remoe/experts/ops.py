@@ -12,7 +12,7 @@ A backend is a module with
 
 where C = min(N, stored): the pre-activations of the first C pairs are kept for the backward pass, those of the others
 are computed again. That bounds the memory when far more experts are active than wanted. A backend writes no
-pre-activation of pairs that do not exist and reads none.
+pre-activation of pairs that do not exist and reads none; the same holds for an expert of which not all pairs fit in C.
 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs (routed pairs, then padding), C stored pairs.
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
@@ -45,6 +46,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         self.sparsity = build_controller(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -75,6 +77,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            return_dict=True,
             **kwargs,
         )
         if self.training:
@@ -91,6 +94,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
             loss=loss,
             logits=logits_BC,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             task_loss=task_loss,
             reg_loss=reg_loss,
             routings=outputs.routings,

@@ -99,6 +99,7 @@ class RemoeConfig(PreTrainedConfig):
         if self.router == "lory":
             self.use_cache = False  # a segment is routed by the segment before it, of which a KV cache knows nothing
         super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers leaves it out of config.json
 
     def _check(self) -> None:
         if self.head_dim % 2:
@@ -148,3 +149,18 @@ class RemoeConfig(PreTrainedConfig):
     def routes_pairs(self) -> bool:
         """Whether tokens go to some of several experts; else each goes through one network, merged in "lory"."""
         return self.router not in ("dense", "dense_wide", "lory")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers shards the model over tensor parallel ranks, by the names of its styles.
+
+        Experts are cut along F. Layers that do not route pairs keep their one network whole.
+        """
+        cut = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        if self.qk_norm:
+            cut |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
+        plan = {f"layers.*.self_attn.{name}": style for name, style in cut.items()}
+        if self.routes_pairs:
+            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
+        return plan

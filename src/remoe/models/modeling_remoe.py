@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.utils.generic import can_return_tuple
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
@@ -42,7 +43,7 @@ class RemoeModelOutput(BaseModelOutputWithPast):
         last_hidden_state: (B, S, D), after the final norm.
         cache: the KV cache, when used; `past_key_values` before transformers 5.24.
         hidden_states: (B, S, D) before each layer and at the end, when asked for.
-        attentions: always None.
+        attentions: (B, H, S, past + S) weights of each layer, when asked for; needs attention "eager".
         routings: one `Routing` a layer.
     """
 
@@ -100,12 +101,12 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, ids_BS: Tensor | None = None, **attention
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Routing, Tensor | None]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
-        attended_BSD, _ = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
+        attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
         hidden_BSD = hidden_BSD + attended_BSD
         expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS, token_ids=ids_BS)
-        return hidden_BSD + expert_BSD, routing
+        return hidden_BSD + expert_BSD, routing, weights_BHSS
 
 
 class RemoePreTrainedModel(PreTrainedModel):
@@ -146,6 +147,7 @@ class RemoeModel(RemoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -155,6 +157,7 @@ class RemoeModel(RemoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> RemoeModelOutput:
@@ -164,6 +167,9 @@ class RemoeModel(RemoePreTrainedModel):
             input_ids: (B, S) int64; or `inputs_embeds`, (B, S, D).
             attention_mask: (B, past + S), zero for padding: not attended to, not routed, not counted.
             past_key_values, cache: the KV cache, under its older or its newer name.
+
+        Raises:
+            ConfigError: for `output_attentions` with an attention that does not compute the weights.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -172,6 +178,12 @@ class RemoeModel(RemoePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ConfigError('output_attentions needs a model with attn_implementation="eager"')
         S, device = hidden_BSD.shape[1], hidden_BSD.device
         # Only positions that a caller gave can mark packed documents; looking for them costs a host synchronisation.
         causal_mask = create_causal_mask(
@@ -189,11 +201,11 @@ class RemoeModel(RemoePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
         token_mask_BS = _token_mask(attention_mask, S)
 
-        routings, states = [], []
+        routings, states, weights = [], [], []
         for layer in self.layers:
             if output_hidden_states:
                 states.append(hidden_BSD)
-            hidden_BSD, routing = layer(
+            hidden_BSD, routing, weights_BHSS = layer(
                 hidden_BSD,
                 token_mask_BS,
                 input_ids if self.config.router == "hash" else None,
@@ -204,12 +216,15 @@ class RemoeModel(RemoePreTrainedModel):
                 **kwargs,
             )
             routings.append(routing)
+            if output_attentions:
+                weights.append(weights_BHSS)
         hidden_BSD = self.norm(hidden_BSD)
         if output_hidden_states:
             states.append(hidden_BSD)
         return RemoeModelOutput(
             last_hidden_state=hidden_BSD,
             hidden_states=tuple(states) or None,
+            attentions=tuple(weights) or None,
             routings=tuple(routings),
             **{CACHE_NAME: cache},
         )
@@ -232,6 +247,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         self.sparsity = build_controller(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -276,6 +292,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            return_dict=True,
             **kwargs,
         )
         if self.training:
@@ -305,6 +322,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             lm_loss=lm_loss,
             reg_loss=reg_loss,
             routings=outputs.routings,
