@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from fine_tuning import Windows, fine_tune, validation_loss
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remoe
 from remoe.data import open_dataset
@@ -24,67 +25,12 @@ from remoe.machine import machine
 PROMPTS = ("The history of the steam engine", "def read_lines(path):", "To make bread,")
 
 
-class Windows(torch.utils.data.Dataset):
-    """Training windows in the order of their seed."""
-
-    def __init__(self, batches: TrainBatches, count: int) -> None:
-        self.batches, self.count = batches, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.batches.batch(index)[0, :-1]
-        return {"input_ids": ids, "labels": ids}
-
-
-@torch.no_grad()
-def validation_loss(model, windows: ValidationWindows, tokens_per_domain: int) -> float:
-    model.eval()
-    nats = count = 0.0
-    for domain in windows.domains:
-        left = tokens_per_domain
-        for inputs, targets, _ in windows.batches(domain, 4):
-            logits = model(input_ids=inputs, use_cache=False).logits.float()
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            count += (targets != -100).sum().item()
-            left -= inputs.numel()
-            if left <= 0:
-                break
-    return nats / count
-
-
 def write_samples(model, tokenizer) -> list[str]:
     texts = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         texts.append(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0]))
     return texts
-
-
-def fine_tune(model, train: Windows, args: argparse.Namespace, callbacks: list) -> Trainer:
-    set_seed(0)
-    arguments = TrainingArguments(
-        output_dir=str(args.out / "trainer"),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 15,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(train)
-
-    trainer = InOrder(model, arguments, train_dataset=train, callbacks=callbacks)
-    trainer.train()
-    return trainer
 
 
 def main() -> None:
@@ -126,7 +72,15 @@ def main() -> None:
         facts["loss_before"] = validation_loss(model, windows, args.eval_tokens)
         facts["samples_before"] = write_samples(model, tokenizer)
         start = time.perf_counter()
-        trainer = fine_tune(model, train, args, callbacks)
+        log = fine_tune(
+            model,
+            train,
+            args.out,
+            steps=args.steps,
+            batch=args.batch,
+            learning_rate=args.learning_rate,
+            callbacks=callbacks,
+        )
         facts["minutes"] = (time.perf_counter() - start) / 60
         facts["loss_after"] = validation_loss(model, windows, args.eval_tokens)
         facts["samples_after"] = write_samples(model, tokenizer)
@@ -138,7 +92,7 @@ def main() -> None:
             facts["active_parameters"] = round(facts["parameters"] - per_expert * args.experts * (1 - density))
             model.save_pretrained(args.out / f"{name}-model")
             tokenizer.save_pretrained(args.out / f"{name}-model")
-        facts |= {"log": trainer.state.log_history, "machine": machine(torch.device("cpu"))}
+        facts |= {"log": log, "machine": machine(torch.device("cpu"))}
         path.write_text(json.dumps(facts, indent=1))
         print(f"{name}: validation loss {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")
 

@@ -98,8 +98,8 @@ class RemoeConfig(PreTrainedConfig):
         self._check()
         if self.router == "lory":
             self.use_cache = False  # a segment is routed by the segment before it, of which a KV cache knows nothing
-        super().__post_init__(**kwargs)
         self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers leaves it out of config.json
+        super().__post_init__(**kwargs)
 
     def _check(self) -> None:
         if self.head_dim % 2:

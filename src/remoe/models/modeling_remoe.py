@@ -238,6 +238,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RemoeConfig) -> None:
         super().__init__(config)
@@ -330,9 +331,12 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         )
 
     def _fuses_loss(self) -> bool:
-        """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do."""
+        """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do.
+
+        Offloading, tensor parallelism and adapters put hooks or a forward method of their own on the head.
+        """
         head = self.lm_head
-        hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+        hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook") or "forward" in vars(head)
         plain_head = type(head) is nn.Linear and head.bias is None and not hooks
         return plain_head and self.loss_function is ForCausalLMLoss
 
