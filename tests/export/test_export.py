@@ -1,10 +1,12 @@
 """An exported run loads, computes, generates and trains where this package is not, and its card says what it is."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from tiny_run import FLAGS
 from transformers import AutoTokenizer
 
@@ -22,6 +24,7 @@ class Blocked:
             raise ImportError("No module named remoe")
 sys.meta_path.insert(0, Blocked())
 import torch
+import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, ids = sys.argv[1], torch.load(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -128,3 +131,38 @@ def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):
     assert main(["export", str(run), str(folder)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+
+
+def test_lm_eval_harness_reads_the_folder(exported, tmp_path, monkeypatch):
+    """The harness's own program, in a process where this package cannot be imported."""
+    pytest.importorskip("lm_eval")
+    _, folder = exported
+    link = tmp_path / "model"  # the harness splits its arguments at commas and spaces
+    link.symlink_to(folder)
+    rows = [{"text": "def f(x):", "choices": [" return x", " banana"], "gold": 0}] * 3
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(task))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    program = WITHOUT_REMOE.split("import torch")[0] + "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+    arguments = ["--model", "hf", "--model_args", f"pretrained={link},trust_remote_code=True", "--device", "cpu"]
+    arguments += ["--tasks", "tiny", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("results*.json")
+    results = json.loads(path.read_text())
+    assert results["n-samples"]["tiny"]["effective"] == 3
+    assert results["results"]["tiny"]["acc,none"] in (0.0, 1.0)
