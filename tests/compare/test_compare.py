@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert main(command) == 0  # nothing is left to run
     assert "started" not in capfd.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+
+    records = tmp_path / "records"  # all that is left of the runs, on another machine
+    records.mkdir()
+    for record in (tmp_path / "pool").glob("*.json"):
+        shutil.move(record, records)
+    shutil.rmtree(tmp_path / "pool")
+    assert main([*command, "--records", str(records)]) == 0
+    assert "started" not in capfd.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    assert (tmp_path / "out" / "results.md").read_text() == report
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):

@@ -9,9 +9,9 @@ import yaml
 from remoe.compare.budget import matches
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.pool import Pool
+from remoe.compare.record import RoutingFigures
 from remoe.compare.report import markdown
 from remoe.compare.results import results
-from remoe.compare.routing import RoutingFigures
 from remoe.errors import ConfigError
 
 EXPERIMENT = {
@@ -82,7 +82,7 @@ def test_rows_are_means_over_the_seeds_that_are_finished(trial, pool):
     assert found.missing == ["tiny-hash-seed1", "tiny-hash-seed1 at equal FLOPs"]
     assert [row.variant for row in found.equal_flops] == ["relu", "topk", "near"]
 
-    routing = {"relu": RoutingFigures(3, 1.5, 0.1, float("nan"), 0.5, 0.25, [0.8, 0.9], None)}
+    routing = {"relu": RoutingFigures(3, 1.5, 0.1, None, 0.5, 0.25, [0.8, 0.9], None)}
     text = markdown(trial, found, routing, {"A figure": "figures/a.png"}, "Data.", ["a machine"])
     assert "| topk | 2 | 100 | 4.4500 ± 0.0707 | +0.3500 ± 0.2121 |" in text
     assert "| near | 1 | 100 | 4.1000 | +0.1000 |" in text

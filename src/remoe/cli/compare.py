@@ -32,6 +32,9 @@ class CompareOptions:
     """Where results.md, results.json and figures/ go; by default runs/compare/NAME."""
     pool: str = "runs/pool"
     """Folder of the runs; experiments that share it share runs too."""
+    records: str | None = None
+    """Folder of the finished runs' records, a JSON file each (options, figures, course, routing); the pool by default.
+    A run with a record is not trained again, wherever it was trained."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu) or a torch device."""
     list: bool = False
@@ -60,14 +63,14 @@ def compare_command(argv: list[str]) -> int:
     quiet_transformers()
     keep_freed_memory()
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
-    pool = Pool(Path(options.pool), dataset.fingerprint)
+    pool = Pool(Path(options.pool), dataset.fingerprint, Path(options.records) if options.records else None)
     live = Live(experiment, pool)
     if options.list:
         live.console.print(live.table())
         return 0
     if not options.report_only:
         with live:
-            finished = train_missing(experiment, pool, dataset.path, options.device, live)
+            finished = train_missing(experiment, pool, dataset, options.device, live)
         if not finished:
             return 130
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name

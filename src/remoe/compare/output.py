@@ -6,13 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from remoe.analysis.collect import RoutingRecord
 from remoe.compare.experiment import Experiment
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
 from remoe.compare.report import markdown, row_name
 from remoe.compare.results import results
-from remoe.compare.routing import RoutingFigures, routing_figures, routing_record
 from remoe.data import Dataset
 
 FIGURES = "figures"
@@ -31,16 +29,13 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
     """
     out.mkdir(parents=True, exist_ok=True)
     found = results(experiment, pool)
-    records: dict[str, RoutingRecord] = {}
-    routing: dict[str, RoutingFigures] = {}
-    for run in experiment.runs:
-        if run.seed != experiment.variants[run.variant].seeds[0] or pool.summary(run) is None:
-            continue
-        record = routing_record(pool.folder(run), dataset, device)
-        if record is not None:
-            name = row_name(run.variant, dict(run.point))
-            records[name], routing[name] = record, routing_figures(record, pool.folder(run))
-    drawn = draw(experiment, pool, found, records, out / FIGURES)
+    records = {
+        row_name(run.variant, dict(run.point)): pool.record(run, dataset, device)
+        for run in experiment.runs
+        if run.seed == experiment.variants[run.variant].seeds[0] and pool.summary(run) is not None
+    }
+    routing = {name: record.routing.figures for name, record in records.items() if record.routing is not None}
+    drawn = draw(experiment, found, records, out / FIGURES)
     machines = _machines(experiment, pool)
     data = {
         "fingerprint": dataset.fingerprint,

@@ -5,29 +5,23 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from remoe.analysis import figures, measures, routing_figures
-from remoe.analysis.collect import RoutingRecord
+from remoe.analysis import figures, routing_figures
 from remoe.compare.experiment import Experiment, Run
-from remoe.compare.pool import Pool
+from remoe.compare.record import RunRecord
 from remoe.compare.report import row_name
 from remoe.compare.results import Results, Row
-from remoe.compare.routing import MIN_COUNT, flip_rates
 from remoe.routing import ROUTERS
-from remoe.training.metrics import read_metrics
 
 LOSS_WINDOW = 50  # steps of a moving mean
 
 
-def draw(
-    experiment: Experiment, pool: Pool, results: Results, routing: Mapping[str, RoutingRecord], folder: Path
-) -> dict[str, str]:
+def draw(experiment: Experiment, results: Results, records: Mapping[str, RunRecord], folder: Path) -> dict[str, str]:
     """Draws everything that the finished runs allow, as SVG and PNG.
 
     Args:
         experiment: what was asked for.
-        pool: its runs.
-        results: their numbers.
-        routing: the routing of each system's first seed, by name.
+        results: its numbers.
+        records: the finished runs of each system's first seed, by the system's name.
         folder: where to write.
 
     Returns:
@@ -63,64 +57,61 @@ def draw(
             )
 
     first = {run.variant: run for run in reversed(experiment.runs) if _is_first(experiment, run)}
-    first = {name: first[name] for name in experiment.variants if name in first and pool.summary(first[name])}
-    records = {name: read_metrics(pool.folder(run).metrics) for name, run in first.items()}
-    if records:
-        courses = {name: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in records.items()}
+    first = {name: run for name, run in first.items() if _name(run) in records}
+    first = {name: first[name] for name in experiment.variants if name in first}
+    steps = {name: records[_name(run)].steps() for name, run in first.items()}
+    if steps:
+        courses = {name: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in steps.items()}
         add(
             "Training loss, first seed",
             "training-loss",
             figures.training_losses(courses, window=LOSS_WINDOW, look=look),
         )
     chosen = [name for name in experiment.figures if name in first]
-    steered = {name: records[name] for name in chosen if ROUTERS[first[name].config.router].steered}
+    steered = {name: steps[name] for name in chosen if ROUTERS[first[name].config.router].steered}
     if steered:
-        target = pool.summary(first[next(iter(steered))])["target_sparsity"]
+        target = records[_name(first[next(iter(steered))])].summary["target_sparsity"]
         for words, name, log_steps in (("", "", False), (", logarithmic steps", "-log", True)):
             add(
                 f"Course of sparsity and penalty{words} (Fig. 3, 4)",
                 f"training-course{name}",
                 figures.training_course(steered, target, log_steps=log_steps, look=look),
             )
-    _draw_routing({name: routing[key] for name in chosen if (key := _name(first[name])) in routing}, look, add)
-    _draw_flips(experiment, pool, add)
+    _draw_routing({name: records[_name(first[name])] for name in chosen}, look, add)
+    _draw_flips(experiment, records, add)
     return drawn
 
 
-def _draw_routing(records: Mapping[str, RoutingRecord], look: Mapping[str, figures.Look], add: Callable) -> None:
-    if not records:
+def _draw_routing(records: Mapping[str, RunRecord], look: Mapping[str, figures.Look], add: Callable) -> None:
+    routings = {name: record.routing for name, record in records.items() if record.routing is not None}
+    if not routings:
         return
-    by_token = {
-        name: measures.active_by_token(record.active_LTE, record.token_T, min_count=MIN_COUNT)
-        for name, record in records.items()
-    }
-    points = {name: (activity.count_U, activity.active_U) for name, activity in by_token.items()}
+    points = {name: (routing.count_U, routing.active_U) for name, routing in routings.items()}
     add(
         "Active experts against the frequency of the token (Fig. 7)",
         "active-against-frequency",
         routing_figures.active_against_frequency(points, look=look),
     )
-    shares = {name: measures.routed_share(record.active_LTE) for name, record in records.items()}
+    shares = {name: routing.share_LE for name, routing in routings.items()}
     add("Share of tokens of each expert (Fig. 8)", "routed-share", routing_figures.routed_share_maps(shares))
-    for name, record in records.items():
-        share_CLE = measures.routed_share_by_domain(record.active_LTE, record.domain_T, len(record.domains))
+    for name, routing in routings.items():
         add(
             f"{name}: share of each domain's tokens (Fig. 9, 12)",
             f"routed-share-by-domain-{name}",
-            routing_figures.routed_share_by_domain(share_CLE, record.domains),
+            routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains),
         )
 
 
-def _draw_flips(experiment: Experiment, pool: Pool, add: Callable) -> None:
+def _draw_flips(experiment: Experiment, records: Mapping[str, RunRecord], add: Callable) -> None:
     """Of every point: the paper shows two numbers of experts."""
     runs, experts = {}, {}
     for run in experiment.runs:
-        if run.variant not in experiment.figures or run.seed != experiment.variants[run.variant].seeds[0]:
+        if run.variant not in experiment.figures or (name := _name(run)) not in records or name in runs:
             continue
-        steps, rates = flip_rates(pool.folder(run)) if pool.summary(run) else ([], [])
+        steps, rates = records[name].flip_rates()
         if steps:
-            runs[_name(run)] = (steps, rates)
-            experts[_name(run)] = run.config.num_experts * run.config.granularity
+            runs[name] = (steps, rates)
+            experts[name] = run.config.num_experts * run.config.granularity
     if runs:
         add("Flips of the routing (Fig. 10)", "flips", routing_figures.flips(runs, experts))
 

@@ -3,6 +3,9 @@
 POOL/LABEL-HASH/        a run's folder, as `remoe train` writes it; finished when it has a summary.json
 POOL/LABEL-HASH.yaml    the options that it was started with
 POOL/LABEL-HASH.log     what it printed; locked while it runs
+POOL/LABEL-HASH.json    the record of a finished run; in another folder where one is named
+
+A run that has a record is finished, with or without a folder.
 """
 
 import hashlib
@@ -14,8 +17,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 from remoe.compare.experiment import Run
+from remoe.compare.record import RunRecord, options_of, record_of
+from remoe.data import Dataset
 from remoe.errors import ConfigError
-from remoe.training.config import changes_result, differences
 from remoe.training.rundir import RunFolder
 
 HASH_LENGTH = 8
@@ -28,10 +32,11 @@ class Pool:
     Args:
         path: the pool's folder.
         data: fingerprint of the data.
+        records: folder of the finished runs' records; the pool's own by default.
     """
 
-    def __init__(self, path: Path, data: str) -> None:
-        self.path, self._data = path, data
+    def __init__(self, path: Path, data: str, records: Path | None = None) -> None:
+        self.path, self.records, self._data = path, records or path, data
         self._names: dict[str, str] = {}  # by the run's key; a folder keeps its name
         self._finished: dict[str, dict] = {}  # and a finished run its figures
 
@@ -39,7 +44,9 @@ class Pool:
         """LABEL-HASH; an experiment that calls the same run by another label finds the folder of the first."""
         if run.key not in self._names:
             key = hashlib.sha256(f"{run.key} {self._data}".encode()).hexdigest()[:HASH_LENGTH]
-            found = sorted(path.name for path in self.path.glob(f"*-{key}") if path.is_dir() and path.name[0] != ".")
+            found = [path.name for path in self.path.glob(f"*-{key}") if path.is_dir()]
+            found += [path.stem for path in self.records.glob(f"*-{key}.json")]
+            found = sorted(name for name in found if name[0] != ".")
             if not found:
                 return f"{run.label}-{key}"
             self._names[run.key] = found[0]
@@ -60,24 +67,49 @@ class Pool:
             ConfigError: when the run was trained with other defaults than today's.
         """
         if run.key not in self._finished:
-            folder = self.folder(run)
-            try:
-                summary = json.loads(folder.summary.read_text())
-            except (FileNotFoundError, ValueError):  # half a file: killed while it was written
-                return None
-            for name, (old, new) in differences(folder.load_config(), run.config).items():
-                if changes_result(name):
-                    raise ConfigError(
-                        f"{folder.path} was trained with {name} {old}, now {new} is asked for: move it away"
-                    )
+            folder, record = self.folder(run), self.record_file(run)
+            if record.exists():
+                found = RunRecord.load(record)
+                options, summary = found.options, found.summary
+            else:
+                try:
+                    summary = json.loads(folder.summary.read_text())
+                except (FileNotFoundError, ValueError):  # half a file: killed while it was written
+                    return None
+                options = options_of(folder.load_config())
+            asked = options_of(run.config)
+            for name in {**options, **asked}:
+                if (old := options.get(name)) != (new := asked.get(name)):
+                    place = record if record.exists() else folder.path
+                    raise ConfigError(f"{place} was trained with {name} {old}, now {new} is asked for: move it away")
             self._finished[run.key] = summary
         return self._finished[run.key]
+
+    def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
+        """The record of a finished run; made when there is none yet.
+
+        Args:
+            run: finished.
+            dataset: the pool's, for the routing of validation tokens.
+            device: for the forward passes.
+        """
+        path = self.record_file(run)
+        if path.exists():
+            return RunRecord.load(path)
+        record = record_of(self.folder(run), dataset, device)
+        self.records.mkdir(parents=True, exist_ok=True)
+        record.save(path)
+        return record
 
     def state(self, run: Run) -> State:
         """How far a run is."""
         if self.summary(run) is not None:
             return "finished"
         return "unfinished" if self.folder(run).config.exists() else "not started"
+
+    def record_file(self, run: Run) -> Path:
+        """Where the run's record stands, once it is finished."""
+        return self.records / f"{self.name(run)}.json"
 
     def log_file(self, run: Run) -> Path:
         """Where the run's output goes."""

@@ -1,11 +1,10 @@
 """results.md: the tables of a comparison, for people."""
 
-import math
 from collections.abc import Sequence
 
 from remoe.compare.experiment import Experiment, describe
+from remoe.compare.record import CHUNK, RoutingFigures
 from remoe.compare.results import Results, Row
-from remoe.compare.routing import CHUNK, RoutingFigures
 
 EQUAL_TOKENS = "Equal tokens"
 EQUAL_FLOPS = "Equal training FLOPs"
@@ -100,7 +99,7 @@ def _routing_table(experiment: Experiment, routing: dict[str, RoutingFigures]) -
             str(figures.inactive_experts),
             f"{figures.load_imbalance:.2f}",
             f"{figures.specialisation:.4f}",
-            "" if math.isnan(figures.frequency_correlation) else f"{figures.frequency_correlation:+.2f}",
+            "" if figures.frequency_correlation is None else f"{figures.frequency_correlation:+.2f}",
             f"{figures.chunk_sparsity:.3f}",
             f"{figures.expert_reuse:.3f}",
             "" if figures.flip_rate is None else f"{figures.flip_rate:.5f}",

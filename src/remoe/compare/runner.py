@@ -13,6 +13,7 @@ from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Run
 from remoe.compare.live import Live
 from remoe.compare.pool import Pool
+from remoe.data import Dataset
 from remoe.training.interrupt import Interrupt
 
 POLL_SECONDS = 1.0
@@ -24,7 +25,7 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def train_missing(experiment: Experiment, pool: Pool, data: Path, device: str, live: Live) -> bool:
+def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: str, live: Live) -> bool:
     """Trains every run that is not finished; several processes may share the work on one pool.
 
     A run that fails is left as it is, and the others go on.
@@ -32,7 +33,7 @@ def train_missing(experiment: Experiment, pool: Pool, data: Path, device: str, l
     Args:
         experiment: what to run.
         pool: where runs lie.
-        data: the prepared data that they are trained on.
+        dataset: what they are trained on.
         device: `--device` of `remoe train`.
         live: shows how far everything is.
 
@@ -49,7 +50,7 @@ def train_missing(experiment: Experiment, pool: Pool, data: Path, device: str, l
                     tried.add(name)
                     continue
                 live.started(run)
-                code = _train(run, pool, data, device, log, interrupt, live)
+                code = _train(run, pool, dataset.path, device, log, interrupt, live)
             if interrupt.received:
                 live.stopped(run)
                 return False
@@ -57,6 +58,7 @@ def train_missing(experiment: Experiment, pool: Pool, data: Path, device: str, l
                 tried.add(name)
                 live.failed(run, _last_line(pool.log_file(run)) or f"exit code {code}")
             else:
+                pool.record(run, dataset, device)
                 live.finished(run)
     return True
 
