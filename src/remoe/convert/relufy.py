@@ -11,7 +11,8 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,23 +263,36 @@ class RelufiedMixin:
         else:
             super()._init_weights(module)
 
-    def _with_penalty(self, labels: Tensor | None, num_items: Tensor | int | None, output: object) -> object:
-        routings = [self._routing_context.routings[layer] for layer in range(len(self.sparsity.dead_steps_L))]
-        if any(r.regularizer.grad_fn is None and self._trains_routers() for r in routings):
+    @contextmanager
+    def recorded_routings(self, inputs: Mapping[str, object]) -> Iterator[list[Routing]]:
+        """A list that holds, after the block, the routing of each layer in the forward pass that ran in it.
+
+        Args:
+            inputs: of that pass: `attention_mask` and `input_ids` or `inputs_embeds`, to know padding.
+        """
+        context, mask = self._routing_context, inputs.get("attention_mask")
+        ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2 and ids is not None
+        context.mask_BS = mask[:, -ids.shape[1] :].bool() if is_padding_mask else None
+        context.routings = {}
+        found: list[Routing] = []
+        try:
+            yield found
+            found.extend(routing for _, routing in sorted(context.routings.items()))
+        finally:
+            context.routings = {}
+
+    def observed_penalty(self, routings: Sequence[Routing]) -> Tensor:
+        """Counts a training step's routings for lambda; returns lambda times their regulariser, in nats.
+
+        Raises:
+            ConfigError: for reentrant recomputation, in which routers get no gradients.
+        """
+        if any(routing.regularizer.grad_fn is None and self._trains_routers() for routing in routings):
             raise ConfigError("recomputation of a relufied model needs use_reentrant=False")
         self.sparsity.observe(routings)
-        if labels is None:
-            return output
-        loss = output[0] if isinstance(output, tuple) else output.loss
-        device = loss.device
-        penalty = torch.stack([routing.regularizer.to(device) for routing in routings]).mean()
-        penalty = self.regularizer_coefficient.to(device) * penalty
-        if num_items is not None:
-            penalty = penalty * ((labels[:, 1:] != -100).sum().to(device) / num_items)
-        if isinstance(output, tuple):
-            return (loss + penalty, *output[1:])
-        output.loss = loss + penalty
-        return output
+        device = self.sparsity.lam.device
+        return self.regularizer_coefficient * torch.stack([r.regularizer.to(device) for r in routings]).mean()
 
     def _trains_routers(self) -> bool:
         return torch.is_grad_enabled() and any(
@@ -302,17 +316,24 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         def forward(self, *args: object, **kwargs: object) -> object:
             given = signature.bind(self, *args, **kwargs).arguments
             given = given | given.get("kwargs", {})
-            mask, context = given.get("attention_mask"), self._routing_context
-            ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-            is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2 and ids is not None
-            context.mask_BS = mask[:, -ids.shape[1] :].bool() if is_padding_mask else None
-            context.routings = {}
-            try:
+            with self.recorded_routings(given) as routings:
                 output = super().forward(*args, **kwargs)
-                if self.training:
-                    output = self._with_penalty(given.get("labels"), given.get("num_items_in_batch"), output)
-            finally:
-                context.routings = {}
+            if not self.training:
+                return output
+            penalty, labels, items = (
+                self.observed_penalty(routings),
+                given.get("labels"),
+                given.get("num_items_in_batch"),
+            )
+            if labels is None:
+                return output
+            loss = output[0] if isinstance(output, tuple) else output.loss
+            if items is not None:
+                penalty = penalty * ((labels[:, 1:] != -100).sum().to(penalty.device) / items)
+            loss = loss + penalty.to(loss.device)
+            if isinstance(output, tuple):
+                return (loss, *output[1:])
+            output.loss = loss
             return output
 
     Relufied.__name__ = Relufied.__qualname__ = PREFIX + cls.__name__
@@ -327,9 +348,12 @@ def _install(model: PreTrainedModel, settings: dict):
     settings = settings | {"class": cls.__name__, "module": cls.__module__, "model_type": model.config.model_type}
     model.set_experts_implementation(experts_function.NAME)
     model.config.relufied = settings
-    router_logits = getattr(model.config, "output_router_logits", None)
-    if router_logits:
-        model.config.output_router_logits = False  # no TopK balance loss for ReLU gates
+    # No TopK balance loss for ReLU gates, and none that a trainer switches on either.
+    off = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+    places = [(place, name) for place in (model.config, model) for name in off if hasattr(place, name)]
+    balance = [(place, name, getattr(place, name)) for place, name in places]
+    for place, name, _ in balance:
+        setattr(place, name, off[name])
     model.__class__ = relufied_class(cls)
     _replace_routers(model, settings)
 
@@ -339,8 +363,8 @@ def _install(model: PreTrainedModel, settings: dict):
         del model.sparsity, model.config.relufied
         model.__class__ = cls
         model.set_experts_implementation(implementation)
-        if router_logits:
-            model.config.output_router_logits = True
+        for place, name, value in balance:
+            setattr(place, name, value)
 
     return restore
 

@@ -2,24 +2,30 @@
 
 It patches the model's `forward`, calls the transformer without its head, and sums the log-probabilities into a loss
 that knows nothing of lambda. Here the penalty joins the log-probabilities: the same amount at each target, so that it
-comes out of the trainer's sum as `RemoeForCausalLM.forward` would have added it, whatever the normalisation,
+comes out of the trainer's sum as the model's own forward pass would have added it, whatever the normalisation,
 accumulation and scaling.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from remoe.convert.relufy import RelufiedMixin
 from remoe.errors import ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import Routing
+
+Penalised = RemoeForCausalLM | RelufiedMixin
 
 
 def has_fused_head(module: nn.Module, args: TrainingArguments) -> bool:
-    """Whether this is a ReMoE model whose forward pass TRL's `SFTTrainer` may have replaced."""
+    """Whether this is a model with ReLU routing whose forward pass TRL's `SFTTrainer` may have replaced."""
     supervised = any(cls.__name__ == "SFTConfig" for cls in type(args).__mro__)
-    return supervised and isinstance(module, RemoeForCausalLM) and "forward" in module.__dict__
+    return supervised and isinstance(module, Penalised) and "forward" in module.__dict__
 
 
 class PenalisedFusedHead:
@@ -33,34 +39,51 @@ class PenalisedFusedHead:
         ConfigError: for a loss that weights the log-probabilities.
     """
 
-    def __init__(self, model: RemoeForCausalLM, args: TrainingArguments) -> None:
+    def __init__(self, model: Penalised, args: TrainingArguments) -> None:
         if getattr(args, "loss_type", "nll") == "dft":
             raise ConfigError("loss_type='dft' weights each target, the penalty with it; choose loss_type='nll'")
         self._model = model
-        self._patched = model.forward
-        self._routings = None
-        self._hook = model.base_model.register_forward_hook(self._keep_routings)
-        model.forward = wraps(self._patched)(self._forward)
+        self._patched = patched = model.forward
+
+        @wraps(patched)
+        def forward(*args: object, **kwargs: object) -> object:
+            with _recorded_routings(model, kwargs) as routings:
+                outputs = patched(*args, **kwargs)
+            if getattr(outputs, "log_probs", None) is None:
+                return outputs  # the model's own forward pass, which has done all this
+            penalty = _observed_penalty(model, routings)
+            if penalty is not None:
+                outputs.log_probs = outputs.log_probs - penalty.to(outputs.log_probs.device) * outputs.label_mask
+            return outputs
+
+        model.forward = forward
 
     def remove(self) -> None:
         """Restores the forward pass of before."""
-        self._hook.remove()
         self._model.forward = self._patched
 
-    def _keep_routings(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._routings = output.routings
 
-    def _forward(self, *args: object, **kwargs: object) -> object:
-        model = self._model
-        outputs = self._patched(*args, **kwargs)
-        routings, self._routings = self._routings, None
-        if getattr(outputs, "log_probs", None) is None:
-            return outputs  # the model's own forward pass, which has done all this
-        if model.training:
-            model.sparsity.observe(routings)
-        penalty = model.regularizer_coefficient * model._regularizer(routings)
-        extra = [routing.extra_loss for routing in routings if routing.extra_loss is not None]
-        if model.training and extra:
+@contextmanager
+def _recorded_routings(model: Penalised, inputs: Mapping[str, object]) -> Iterator[list[Routing]]:
+    if isinstance(model, RelufiedMixin):
+        with model.recorded_routings(inputs) as routings:
+            yield routings
+        return
+    routings: list[Routing] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: routings.extend(output.routings))
+    try:
+        yield routings
+    finally:
+        hook.remove()
+
+
+def _observed_penalty(model: Penalised, routings: list[Routing]) -> Tensor | None:
+    """What the model's own forward pass adds to its loss."""
+    if isinstance(model, RelufiedMixin):
+        return model.observed_penalty(routings) if model.training else None
+    penalty = model.regularizer_coefficient * model._regularizer(tuple(routings))
+    if model.training:
+        model.sparsity.observe(routings)
+        if extra := [routing.extra_loss for routing in routings if routing.extra_loss is not None]:
             penalty = penalty + torch.stack(extra).mean()
-        outputs.log_probs = outputs.log_probs - penalty * outputs.label_mask
-        return outputs
+    return penalty

@@ -1,0 +1,133 @@
+"""TRL's `SFTTrainer`, whose loss has a head of its own: statistics, penalty and gradients are the model's own."""
+
+import pytest
+import torch
+from convert.tiny import VOCAB, build, token_ids
+from transformers import Trainer, TrainingArguments
+
+import remoe
+from remoe.errors import ConfigError
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+STEPS, BATCH = 4, 4
+SETTINGS = {
+    "per_device_train_batch_size": BATCH, "max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1,
+    "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 0, "bf16": False,
+    "gradient_checkpointing": False, "remove_unused_columns": False,
+}  # fmt: skip
+
+
+def remoe_model(router):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = remoe.RemoeConfig(
+        **sizes, vocab_size=VOCAB, num_experts=4, router=router, lambda_init=1e-2, initializer_range=0.3
+    )
+    return remoe.RemoeForCausalLM(config)
+
+
+def relufied_model(name):
+    model = build(name)
+    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    return model
+
+
+MODELS = {
+    "relu": lambda: remoe_model("relu"),
+    "relu_norm": lambda: remoe_model("relu_norm"),
+    "topk": lambda: remoe_model("topk"),
+    "mixtral": lambda: relufied_model("mixtral"),
+    "qwen3_moe": lambda: relufied_model("qwen3_moe"),
+}
+
+
+def rows():
+    ids = token_ids(STEPS * BATCH, 12)
+    return [{"input_ids": row[: 12 - i % 4].tolist()} for i, row in enumerate(ids)]
+
+
+def collate(examples):
+    width = max(len(example["input_ids"]) for example in examples)
+    pad = [width - len(example["input_ids"]) for example in examples]
+    ids = torch.tensor([e["input_ids"] + [0] * n for e, n in zip(examples, pad, strict=True)])
+    mask = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def plain(model, folder, **options):
+    args = TrainingArguments(output_dir=str(folder), **SETTINGS | options)
+    callback = remoe.SparsityCallback()
+    trainer = Trainer(model, args, train_dataset=rows(), data_collator=collate, callbacks=[callback])
+    trainer.train()
+    return trainer
+
+
+def supervised(model, folder, **options):
+    settings = SETTINGS | {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}} | options
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(output_dir=str(folder), **settings),
+        train_dataset=datasets.Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows()]),
+        processing_class=tokenizer(),
+        data_collator=collate,
+        callbacks=[remoe.SparsityCallback()],
+    )
+    trainer.train()
+    return trainer
+
+
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), pad_token="<pad>", eos_token="</s>"
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_as_under_the_plain_trainer(name, accumulate, tmp_path):
+    options = {"optim": "sgd", "learning_rate": 0.1}  # Adam makes a difference in the last bit one of the step's size
+    options |= {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": BATCH // accumulate}
+    one, two = MODELS[name](), MODELS[name]()
+    expected, found = plain(one, tmp_path, **options), supervised(two, tmp_path, **options)
+    for figure in ("loss", "sparsity", "lambda", "load_max_over_mean"):
+        assert logged(found, figure) == pytest.approx(logged(expected, figure), rel=1e-4, abs=1e-7), figure
+    for (key, weight), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["relu", "mixtral"])
+def test_recomputation_counts_once(name, tmp_path):
+    one, two = MODELS[name](), MODELS[name]()
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    expected, found = supervised(one, tmp_path), supervised(two, tmp_path, **options)
+    for figure in ("loss", "sparsity", "lambda"):
+        assert logged(found, figure) == pytest.approx(logged(expected, figure), rel=1e-4), figure
+
+
+@pytest.mark.parametrize("name", ["relu", "mixtral"])
+def test_a_loss_that_would_weight_the_penalty_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match="loss_type='dft'"):
+        supervised(MODELS[name](), tmp_path, loss_type="dft")
+
+
+@pytest.mark.parametrize("name", ["relu", "mixtral"])
+def test_adapters_are_trained_with_the_penalty(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    runs = []
+    for trainer in (plain, supervised):
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["router", "gate"])
+        torch.manual_seed(0)
+        runs.append(trainer(peft.get_peft_model(MODELS[name](), config), tmp_path))
+    for figure in ("loss", "grad_norm", "sparsity", "lambda"):
+        assert logged(runs[1], figure) == pytest.approx(logged(runs[0], figure), rel=1e-3), figure
