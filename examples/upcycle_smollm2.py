@@ -63,7 +63,8 @@ def main() -> None:
         callbacks = []
         if name != "dense":
             dense, ids = model.eval(), next(windows.batches(windows.domains[0], 1))[0]
-            model = remoe.upcycle(dense, args.experts, k=1, keep_dense=not args.copies)
+            samples = [torch.stack([train[8 * i + j]["input_ids"] for j in range(8)]) for i in range(4)]
+            model = remoe.upcycle(dense, args.experts, k=1, samples=samples, keep_dense=not args.copies)
             with torch.no_grad():
                 logits, dense_logits = model.eval()(ids).logits, dense(ids).logits
             facts["logits_differ_by"] = ((logits - dense_logits).abs().max() / dense_logits.abs().max()).item()

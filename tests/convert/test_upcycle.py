@@ -149,3 +149,24 @@ def test_experts_beside_a_kept_dense_layer_learn(tmp_path):
     again = remoe.RemoeForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_samples_give_every_expert_its_share_of_the_tokens(name):
+    dense, ids = build(name), token_ids(32)
+    mask = (torch.arange(24) < 24 - torch.arange(32)[:, None] % 5).long()
+    model = remoe.upcycle(dense, 4, k=1, granularity=2, samples=[{"input_ids": ids, "attention_mask": mask}])
+    with torch.no_grad():
+        outputs = model(ids, attention_mask=mask)
+        assert relative_error(outputs.logits[mask > 0], dense(ids, attention_mask=mask).logits[mask > 0]) < 1e-5
+    for routing in outputs.routings:
+        share_E = routing.count_E / mask.sum()
+        torch.testing.assert_close(share_E, torch.full((8,), 0.25), atol=0.01, rtol=0)
+        assert routing.logits_TE[mask.flatten() > 0].std(dim=0).sub(1).abs().max() < 0.05
+
+
+def test_all_experts_can_be_wanted():
+    ids = token_ids(16)
+    with torch.no_grad():
+        outputs = remoe.upcycle(build("llama"), 3, k=3, samples=[ids])(ids)
+    assert all(routing.sparsity == 0 for routing in outputs.routings)
