@@ -1,8 +1,8 @@
 """`upcycle`: a dense LLaMA-like model made a ReMoE model that computes the same function.
 
 The dense layer stays as the shared expert that every token goes through, and the routed experts, copies of (slices of)
-it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity: that of sample
-text, where some is given.
+it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity, on sample
+text where some is given.
 
 Without `keep_dense` every expert is a copy, and its gate starts at 1/E for every token, so that the gated sum over the
 E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E,
