@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from convert.tiny import token_ids
+from tiny_models import token_ids
 
 import remoe
 from remoe.errors import ConfigError

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
-from convert.tiny import MIXTURES, build, token_ids
 from packaging import version
+from tiny_models import MIXTURES, SINCE_5_23, build, token_ids
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -18,8 +18,6 @@ from remoe.errors import ConfigError
 from remoe.routing.regularizers import l1_loss
 
 PLAIN_LOOP = ("gpt_oss", "lfm2_moe")
-# Their blocks follow the common contract only since this version of transformers; before, relufy refuses them.
-SINCE_5_23 = ("granitemoe", "granitemoeshared", "jamba")
 
 
 @pytest.fixture(scope="module", params=MIXTURES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convert.tiny import DENSE, build, token_ids
+from tiny_models import DENSE, build, token_ids
 
 import remoe
 from remoe.errors import ConfigError

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from convert.tiny import build, token_ids
+from tiny_models import build, token_ids
 
 import remoe
 from remoe.integrations.trainer import routed_module

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convert.tiny import VOCAB, build, token_ids
+from tiny_models import VOCAB, build, token_ids
 from transformers import Trainer, TrainingArguments
 
 import remoe

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that `relufy` and `upcycle` convert."""
+"""Tiny random models of the architectures that `relufy` and `upcycle` convert; the tests use them too."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -23,6 +23,8 @@ _DEEP = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size
 _DEEP |= {"first_k_dense_replace": 1, "num_hidden_layers": 3}
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
+# Their blocks follow the common contract only since this version of transformers; before, relufy refuses them.
+SINCE_5_23 = ("granitemoe", "granitemoeshared", "jamba")
 MIXTURES = {
     "mixtral": _LOCAL,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
