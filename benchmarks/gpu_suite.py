@@ -18,7 +18,9 @@ import tyro
 
 from remoe.experts import BACKENDS, resolve_backend
 
-TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# One process, and nothing that a machine without network may lack.
+TESTS += ["-o", "addopts=--import-mode=importlib"]
 BENCH = [sys.executable, "-m", "remoe.cli.main", "bench"]
 
 
