@@ -9,7 +9,7 @@ import yaml
 from remoe.compare.budget import matches
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.pool import Pool
-from remoe.compare.record import RoutingFigures
+from remoe.compare.record import RoutingFigures, RunRecord, options_of
 from remoe.compare.report import markdown
 from remoe.compare.results import results
 from remoe.errors import ConfigError
@@ -113,3 +113,17 @@ def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool
     folder.config.write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         pool.summary(run)
+
+
+def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(trial, pool, tmp_path):
+    run, records = trial.runs[0], tmp_path / "records"
+    records.mkdir()
+    options = options_of(run.config)
+    del options["optim.clip"]
+    path = records / f"{pool.name(run)}.json"
+    RunRecord(options, {"validation_loss": 4.0}, {}, None).save(path)
+    assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
+    assert Pool(tmp_path / "other", "fingerprint").summary(run) is None
+    RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
+    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
+        Pool(tmp_path / "other", "fingerprint", records).summary(run)

@@ -78,8 +78,8 @@ class Pool:
                     return None
                 options = options_of(folder.load_config())
             asked = options_of(run.config)
-            for name in {**options, **asked}:
-                if (old := options.get(name)) != (new := asked.get(name)):
+            for name, old in options.items():  # an option that came later had its default
+                if old != (new := asked.get(name)):
                     place = record if record.exists() else folder.path
                     raise ConfigError(f"{place} was trained with {name} {old}, now {new} is asked for: move it away")
             self._finished[run.key] = summary

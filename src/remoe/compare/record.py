@@ -14,7 +14,7 @@ from remoe.analysis import measures
 from remoe.analysis.collect import RoutingRecord, collect
 from remoe.data import Dataset, ValidationWindows
 from remoe.training.config import TrainConfig, changes_result, flatten
-from remoe.training.metrics import read_metrics
+from remoe.training.metrics import read_metrics, stage
 from remoe.training.rundir import RunFolder, load_run
 from remoe.training.trainer import pick_device
 
@@ -22,8 +22,8 @@ TOKENS = 200_000
 BATCH_SIZE = 32
 CHUNK = 8
 MIN_COUNT = 10  # occurrences of a token id from which its mean active experts are looked at
-DIGITS = 5  # of every number of the course
-COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "stage", "flip_rate")
+DIGITS = 4  # of every number of the course
+COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "flip_rate")
 LEFT_OUT = ("checkpoint", "sample")  # of the summary: a path, and text of no use to a table
 
 
@@ -92,10 +92,11 @@ class RunRecord:
 
     def steps(self) -> list[dict]:
         """The course, a record a step, as metrics.jsonl has it."""
-        rows = zip(*self.course.values(), strict=True)
-        return [
-            {name: value for name, value in zip(self.course, row, strict=True) if value is not None} for row in rows
-        ]
+        target, steps = self.summary["target_sparsity"], []
+        for row in zip(*self.course.values(), strict=True):
+            record = {name: value for name, value in zip(self.course, row, strict=True) if value is not None}
+            steps.append(record | {"stage": stage(record["sparsity"], target)})
+        return steps
 
     def flip_rates(self) -> tuple[list[int], list[float]]:
         """Steps, and the flip rate at each; empty where it was not measured."""
@@ -105,7 +106,7 @@ class RunRecord:
     def save(self, path: Path) -> None:
         """Writes JSON; half a file never has the name."""
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self)) + "\n")
+        partial.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n")
         partial.replace(path)
 
     @classmethod
