@@ -320,11 +320,8 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 output = super().forward(*args, **kwargs)
             if not self.training:
                 return output
-            penalty, labels, items = (
-                self.observed_penalty(routings),
-                given.get("labels"),
-                given.get("num_items_in_batch"),
-            )
+            penalty = self.observed_penalty(routings)
+            labels, items = given.get("labels"), given.get("num_items_in_batch")
             if labels is None:
                 return output
             loss = output[0] if isinstance(output, tuple) else output.loss
