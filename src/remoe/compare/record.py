@@ -54,7 +54,7 @@ class RoutingFigures:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingSummary:
     """How a trained model routes about 200,000 validation tokens.
 
     Attributes:
@@ -88,7 +88,7 @@ class RunRecord:
     options: dict[str, Any]
     summary: dict[str, Any]
     course: dict[str, list]
-    routing: Routing | None
+    routing: RoutingSummary | None
 
     def steps(self) -> list[dict]:
         """The course, a record a step, as metrics.jsonl has it."""
@@ -114,7 +114,7 @@ class RunRecord:
         """Reads what `save` wrote."""
         given = json.loads(path.read_text())
         if (routing := given["routing"]) is not None:
-            given["routing"] = Routing(**{**routing, "figures": RoutingFigures(**routing["figures"])})
+            given["routing"] = RoutingSummary(**{**routing, "figures": RoutingFigures(**routing["figures"])})
         return cls(**given)
 
 
@@ -135,7 +135,7 @@ def record_of(run: RunFolder, dataset: Dataset, device: str) -> RunRecord:
     return RunRecord(options_of(run.load_config()), summary, course, routing)
 
 
-def routing_of(record: RoutingRecord, flip_rate: float | None) -> Routing:
+def routing_of(record: RoutingRecord, flip_rate: float | None) -> RoutingSummary:
     """The measures of a model's routing, and what is drawn of it."""
     active_LTE = record.active_LTE
     by_token = measures.active_by_token(active_LTE, record.token_T, min_count=MIN_COUNT)
@@ -153,7 +153,7 @@ def routing_of(record: RoutingRecord, flip_rate: float | None) -> Routing:
         flip_rate=flip_rate,
     )
     share_CLE = measures.routed_share_by_domain(active_LTE, record.domain_T, len(record.domains))
-    return Routing(
+    return RoutingSummary(
         figures,
         _rounded(share_LE.tolist()),
         _rounded(share_CLE.tolist()),
