@@ -76,13 +76,16 @@ def test_sweep_of_thresholds_trades_experts_for_loss(run, tmp_path, capsys):
     assert 4 * (1 - json.loads(figures.read_text())["all"]["sparsity"]) <= 1
 
 
-def test_eval_of_quantised_weights(run, tmp_path):
+def test_eval_of_quantised_weights(run, tmp_path, capsys):
     pytest.importorskip("torchao")
-    losses = []
+    figures = []
     for flags in ([], ["--quantize", "int8"]):
         assert main(["eval", str(run), "--json", str(tmp_path / "figures.json"), *flags]) == 0
-        losses.append(json.loads((tmp_path / "figures.json").read_text())["all"]["loss"])
-    assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.02)
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    before, after = figures[0]["all"], figures[1]["all"]
+    assert before["loss"] != after["loss"] == pytest.approx(before["loss"], abs=0.02)
+    assert figures[1]["before_quantisation"] == before
+    assert f"loss {before['loss']:.4f} before int8, {after['loss']:.4f} after" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class EvalOptions:
     max_experts: int | None = None
     """Execute at most so many experts per token, those with the largest gates."""
     quantize: str | None = None
-    """int8 or int4: quantise the weights of experts and attention first (pip install -e .[quantize])."""
+    """int8, or int4 on CUDA: quantise the weights of experts and attention first (pip install -e .[quantize]); the loss
+    before is shown too."""
     sweep_threshold: str | None = None
     """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
     Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""
@@ -78,18 +79,27 @@ def _evaluate_domains(options: EvalOptions) -> int:
     from remoe.training.evaluate_run import evaluate_run
 
     quiet_transformers()
-    checkpoint, dataset, results = evaluate_run(
-        options.run,
-        options.data,
-        split=options.split,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        max_experts=options.max_experts,
-        scheme=options.quantize,
-    )
+
+    def evaluated(scheme: str | None):
+        return evaluate_run(
+            options.run,
+            data=options.data,
+            split=options.split,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            max_experts=options.max_experts,
+            scheme=scheme,
+        )
+
+    checkpoint, dataset, results = evaluated(options.quantize)
+    figures = {"checkpoint": str(checkpoint), **results}
     _print_table(f"{checkpoint} on {options.split} data of {dataset}", results)
+    if options.quantize is not None:
+        *_, before = evaluated(None)
+        figures["before_quantisation"] = before["all"]
+        print(f"loss {before['all']['loss']:.4f} before {options.quantize}, {results['all']['loss']:.4f} after")
     if options.json:
-        Path(options.json).write_text(json.dumps({"checkpoint": str(checkpoint), **results}, indent=2))
+        Path(options.json).write_text(json.dumps(figures, indent=2))
     return 0
 
 
