@@ -26,7 +26,7 @@ _HOME = {
     "SparsityCallback": "remoe.integrations.trainer",
     "RemoeForSequenceClassification": "remoe.models.classification",
     "relufy": "remoe.convert.relufy",
-    "load_relufied": "remoe.convert.relufy",
+    "load_relufied": "remoe.convert.relufied",
     "upcycle": "remoe.convert.upcycle",
     "load_megatron": "remoe.convert.megatron",
     "save_megatron": "remoe.convert.megatron",

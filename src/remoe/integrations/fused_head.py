@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from remoe.convert.relufy import RelufiedMixin
+from remoe.convert.relufied import RelufiedMixin
 from remoe.errors import ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Routing
