@@ -1,6 +1,7 @@
 """The controller: lambda's course, statistics, state, and the plain loop that a user writes."""
 
 import math
+import os
 import socket
 from itertools import pairwise
 
@@ -174,6 +175,35 @@ def test_without_tokens_nothing_moves(rule):
     assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
 
 
+@pytest.mark.parametrize("router", ["topk", "sigmoid", "threshold", "expert_choice"])
+def test_without_tokens_no_router_moves(router):
+    options = {"warmup_k": 3, "warmup_steps": 5} if router == "topk" else {}
+    config = remoe.RemoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_experts=4,
+        router=router,
+        router_options=options,
+    )
+    model = remoe.RemoeForCausalLM(config).train()
+
+    def state():
+        return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    before = state()
+    model.update_routing()
+    assert all(torch.equal(value, before[name]) for name, value in state().items())
+    ids = torch.randint(32, (2, 8))
+    model(ids, labels=ids)
+    model.update_routing()
+    before = state()
+    assert model.sparsity.sparsity_L.mean().item() == pytest.approx(model.sparsity.sparsity.item(), abs=1e-6)
+    model.update_routing()
+    assert all(torch.equal(value, before[name]) for name, value in state().items())
+
+
 def test_dead_layers_are_named_after_100_steps():
     controller = SparsityController(3, 8, 1)
     alive, dead = batch(100), batch(0)
@@ -246,6 +276,40 @@ def test_ranks_agree_on_the_sum_of_their_statistics():
         mp.spawn(_rank, args=(port, results), nprocs=2)
         assert results[0] == results[1]
         assert results[0][1] == pytest.approx(1 - 400 / 3200)
+
+
+def _wrapped_rank(rank, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    config = remoe.RemoeConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=4, initializer_range=0.5
+    )
+    torch.manual_seed(0)
+    model = remoe.RemoeForCausalLM(config).train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    pairs = slots = 0
+    for length in (8, 5, 9):  # micro-batches, each of which DDP synchronises
+        ids = torch.randint(32, (2, length + rank))
+        output = wrapped(ids, labels=ids)
+        output.loss.backward()
+        pairs += sum(routing.count_E.sum().item() for routing in output.routings)
+        slots += 2 * 4 * ids.numel()
+    model.update_routing()
+    results[rank] = (pairs, slots, model.sparsity.sparsity.item())
+    dist.barrier()
+    os._exit(0)  # gloo's threads may wait forever for each other where Python takes the group apart
+
+
+def test_ddp_leaves_each_rank_its_statistics():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_wrapped_rank, args=(port, results), nprocs=2)
+        pairs, slots, sparsities = zip(*results.values(), strict=True)
+    assert pairs[0] / slots[0] != pytest.approx(pairs[1] / slots[1], rel=1e-4)
+    assert sparsities[0] == sparsities[1] == pytest.approx(1 - sum(pairs) / sum(slots), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ class MoE(nn.Module):
             token_ids: (...) int64 without D; router="hash" needs them.
 
         Returns:
-            y: like x; zero for tokens without an expert (they keep the residual connection only).
+            y: like x; zero for tokens without an expert (they keep the residual connection only), but for a shared
+                expert's output. Rows of padding mean nothing.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
         """
         x_TD = x.reshape(-1, x.shape[-1])
@@ -106,7 +107,7 @@ class MoE(nn.Module):
         if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
             routing = routing.pruned(self.gate_threshold, self.max_experts)
         if routing.merge_BME is not None:
-            y_TD = self.experts.run_merged(x_TD, routing.merge_BME, seq_len, self.router.segment)
+            y_TD = self._run_merged(x_TD, routing, seq_len)
         elif isinstance(self.router, DenseRouter) and mask is None:
             y_TD = self.experts.run_first(x_TD)
         else:
@@ -114,3 +115,10 @@ class MoE(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert.run_first(x_TD)
         return y_TD.view(x.shape), routing
+
+    def _run_merged(self, x_TD: Tensor, routing: Routing, seq_len: int) -> Tensor:
+        order_T = routing.order_T
+        if order_T is None:
+            return self.experts.run_merged(x_TD, routing.merge_BME, seq_len, self.router.segment)
+        y_TD = self.experts.run_merged(x_TD[order_T], routing.merge_BME, seq_len, self.router.segment)
+        return torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)

@@ -114,6 +114,10 @@ class SparsityController(nn.Module):
             "_passes": torch.zeros((), dtype=torch.int64),
         }
 
+    def statistics(self) -> list[str]:
+        """Names of the buffers that each rank fills by itself until `update`."""
+        return [name for name in self._no_statistics(1) if name[0] == "_"]
+
     def reset_statistics(self) -> None:
         """Forgets the load and the sums since the last update; needed where a loader leaves such buffers undefined."""
         for name, value in self._no_statistics(len(self.dead_steps_L)).items():
@@ -146,13 +150,16 @@ class SparsityController(nn.Module):
         self._passes += 1
 
     @torch.no_grad()
-    def update(self, group: dist.ProcessGroup | None = None) -> None:
+    def update(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """Moves lambda by the statistics since the last call, summed over all ranks, and starts new ones.
 
         Without any token since the last call nothing changes. No host synchronisation.
 
         Args:
             group: ranks to sum over, when torch.distributed is initialised; all of them by default.
+
+        Returns:
+            0-dim bool: whether there was a token.
         """
         sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes, self._statistic_LE)
         if dist.is_available() and dist.is_initialized():
@@ -161,7 +168,8 @@ class SparsityController(nn.Module):
         pairs_LE, tokens_L, *_ = sums
         seen = tokens_L.sum() > 0
         slots = (tokens_L.sum() * self.num_experts).clamp(min=1)
-        density = (pairs_LE.sum().double() / slots).float()
+        exact = torch.float32 if slots.device.type == "mps" else torch.float64  # MPS has no float64
+        density = (pairs_LE.sum().to(exact) / slots).float()
 
         step, mean_error = self._log_step(density)
         lam = self.lam * step.exp()
@@ -172,7 +180,7 @@ class SparsityController(nn.Module):
         self.lam.copy_(torch.where(seen, lam.clamp(LAMBDA_MIN, LAMBDA_MAX), self.lam))
         self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
         self.mean_error.copy_(torch.where(seen, mean_error, self.mean_error))
-        self.load_LE.copy_(pairs_LE / tokens_L.clamp(min=1)[:, None])
+        self.load_LE.copy_(torch.where(seen, pairs_LE / tokens_L.clamp(min=1)[:, None], self.load_LE))
         mean_LE = self._statistic_LE / self._passes.clamp(min=1)
         self.statistic_LE.copy_(torch.where(seen, mean_LE, self.statistic_LE))
         no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
@@ -180,6 +188,7 @@ class SparsityController(nn.Module):
         self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
         for tensor in sums:
             tensor.zero_()
+        return seen
 
     def _log_step(self, density: Tensor) -> tuple[Tensor, Tensor]:
         """0-dim each: the step of log lambda, and the averaged error of log density."""

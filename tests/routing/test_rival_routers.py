@@ -99,24 +99,26 @@ def test_sigmoid_chooses_with_the_bias_and_gates_without_it():
     assert torch.allclose(router.bias_E, torch.tensor([0.499, -0.499, 0.0, 0.2, -0.099]), atol=1e-6)
 
 
+def sparsemixer_gates(x64, w64, k):
+    """At evaluation."""
+    for row in logits(x64, w64):
+        gates, drawn = [z * 0 for z in row], set()
+        for _ in range(k):
+            left = [e for e in range(E) if e not in drawn]
+            top = max(float(row[e]) for e in left)
+            near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
+            expert = max(near, key=lambda e: float(row[e]))
+            gates[expert] = row[expert].exp() / sum(row[e].exp() for e in near)
+            drawn.add(expert)
+        yield gates
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_sparsemixer_takes_the_largest_at_evaluation(k):
     router, x = router_and_input("sparsemixer", k=k)
     router.eval()
 
-    def formula(x64, w64):
-        for row in logits(x64, w64):
-            gates, drawn = [z * 0 for z in row], set()
-            for _ in range(k):
-                left = [e for e in range(E) if e not in drawn]
-                top = max(float(row[e]) for e in left)
-                near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
-                expert = max(near, key=lambda e: float(row[e]))
-                gates[expert] = row[expert].exp() / sum(row[e].exp() for e in near)
-                drawn.add(expert)
-            yield gates
-
-    check(router, x, formula)
+    check(router, x, lambda x64, w64: sparsemixer_gates(x64, w64, k))
 
 
 def test_sparsemixer_samples_in_training_and_differentiates_the_softmax():
@@ -192,37 +194,131 @@ def test_relu_quantile_is_a_relu_above_the_moving_quantile():
     )
 
 
+def check_penalty(router, x, gates, penalty, loss_of=lambda routing: routing.regularizer, **kwargs):
+    """`gates(x64, w64, scale64)` and `penalty` of the same against the router's: values, and gradients of all three."""
+    scale = getattr(router, "scale", None)
+    if scale is not None:
+        scale.data.uniform_(0.5, 2.0)
+    leaves = [x, router.weight] + ([] if scale is None else [scale])
+    x64, w64, *rest = leaves64 = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    scale64 = rest[0] if rest else torch.ones(E, dtype=torch.float64)
+    routing = router(x, **kwargs)
+    rows, loss64 = gates(x64, w64, scale64), penalty(x64, w64, scale64)
+    expected = torch.stack([torch.stack(list(row)) for row in rows])
+    probe = torch.randn(T, E)
+    loss = loss_of(routing)
+    assert reference.relative_error(routing.gate_TE, expected) < 1e-5
+    assert reference.relative_error(loss, loss64) < 1e-5
+    for total, total64 in ((loss, loss64), ((routing.gate_TE * probe).sum(), (expected * probe.double()).sum())):
+        actual = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
+        wanted = torch.autograd.grad(total64, leaves64, retain_graph=True, materialize_grads=True)
+        for a, w in zip(actual, wanted, strict=True):
+            assert reference.relative_error(a, w) < 1e-5
+        assert actual[0].any()
+        assert actual[1].any()
+
+
+def relu_norm_gates(x64, w64, scale64):
+    for row in logits(x64, w64):
+        gates = [torch.clamp(z, min=0) for z in row]
+        root = (sum(g * g for g in gates) / E + 1e-6).sqrt()
+        yield [g / root * scale64[e] for e, g in enumerate(gates)]
+
+
 def test_relu_norm_is_the_root_mean_square_norm_of_open_gates():
     router, x = router_and_input("relu_norm")
-    router.scale.data.uniform_(0.5, 2.0)
-    scale = router.scale.detach().double()
 
-    def formula(x64, w64, scaled=True):
-        for row in logits(x64, w64):
-            gates = [torch.clamp(z, min=0) for z in row]
-            root = (sum(g * g for g in gates) / E + 1e-300).sqrt()
-            yield [g / root * (scale[e] if scaled else 1) for e, g in enumerate(gates)]
+    def penalty(x64, w64, scale64):
+        unscaled = relu_norm_gates(x64, w64, torch.ones_like(scale64))
+        return reference.balanced_l1(torch.stack([torch.stack(row) for row in unscaled]), K)
 
-    routing = check(router, x, formula)
-    plain = torch.stack([torch.stack(row) for row in formula(x.double(), router.weight.double(), scaled=False)])
-    assert reference.relative_error(routing.regularizer, reference.balanced_l1(plain, K)) < 1e-5
+    check_penalty(router, x, relu_norm_gates, penalty)
     assert router(torch.zeros(3, D)).gate_TE.abs().sum() == 0  # no open gate: nothing to divide by
 
 
-def test_relu_scaled_has_a_scale_per_expert():
+def test_relu_norm_with_the_losses_of_blockffn():
+    S, chunk, sharpness = 21, 4, 3.0  # three sequences; the last chunk is shorter
+
+    def untouched(x64, w64, scale64):
+        rows = [[torch.clamp(z, min=0) for z in row] for row in logits(x64, w64)]
+        total = 0.0
+        for start in range(0, T, S):
+            for first in range(start, start + S, chunk):
+                tokens = range(first, min(first + chunk, start + S))
+                for e in range(E):
+                    closed = 1.0
+                    for t in tokens:
+                        closed = closed * (1 - rows[t][e] / sum(rows[t])) if sum(rows[t]) > 0 else closed
+                    total = total + (1 - closed) / E * len(tokens)
+        return total / T
+
+    def locality(x64, w64, scale64):
+        on = [[1 / (1 + (-sharpness * z).exp()) for z in row] for row in logits(x64, w64)]
+        nats = [
+            -(on[t + 1][e] * on[t][e].log() + (1 - on[t + 1][e]) * (1 - on[t][e]).log())
+            for t in range(T)
+            if (t + 1) % S
+            for e in range(E)
+        ]
+        return 0.5 * sum(nats) / len(nats)
+
+    router, x = router_and_input("relu_norm", penalty="chunk", chunk=chunk, locality=0.5, sharpness=sharpness)
+    x.data *= 0.3  # sigmoids that are not all zero or one
+    # A token with a single expert has p = 1, whose logarithm the router bounds: one always-open expert avoids that.
+    x.data[:, 0] = 1
+    router.weight.data[:2, 0] = 4
+    check_penalty(router, x, relu_norm_gates, untouched, seq_len=S)
+    check_penalty(router, x, relu_norm_gates, locality, lambda routing: routing.extra_loss, seq_len=S)
+
+
+def test_relu_scaled_has_a_scale_per_expert_and_penalises_the_entropy():
     router, x = router_and_input("relu_scaled")
-    router.scale.data.uniform_(0.5, 2.0)
-    scale = router.scale.detach().double()
-    routing = check(
-        router,
-        x,
-        lambda x64, w64: [[torch.clamp(z, min=0) * scale[e] for e, z in enumerate(row)] for row in logits(x64, w64)],
-    )
-    entropy = 0.0
-    for row in routing.gate_TE.tolist():
-        shares = [g / (sum(row) + 1e-5) for g in row if g > 0]
-        entropy -= sum(p * math.log(p) for p in shares) / T
-    assert routing.regularizer.item() == pytest.approx(entropy, rel=1e-5)
+
+    def gates(x64, w64, scale64):
+        return [[torch.clamp(z, min=0) * scale64[e] for e, z in enumerate(row)] for row in logits(x64, w64)]
+
+    def entropy(x64, w64, scale64):
+        total = 0.0
+        for row in gates(x64, w64, scale64):
+            shares = [g / (sum(row) + 1e-5) for g in row if g > 0]
+            total = total - sum(p * p.log() for p in shares) / T
+        return total
+
+    check_penalty(router, x, gates, entropy)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sparsemixer_balances_by_the_switch_loss(k):
+    router, x = router_and_input("sparsemixer", k=k)
+    router.eval()
+    counts = router(x).count_E.tolist()
+
+    def balance(x64, w64, scale64):
+        probs = [softmax(row) for row in logits(x64, w64)]
+        return E * sum(counts[e] / (k * T) * sum(row[e] for row in probs) / T for e in range(E))
+
+    check_penalty(router, x, lambda *leaves: sparsemixer_gates(*leaves[:2], k), balance)
+
+
+def test_cap_and_dial_keep_the_gates_that_are_largest_in_size():
+    router = build_router("relu_scaled", 2, 4, 1, scale_init=1.0, max_experts_per_token=2)
+    router.weight.data = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [0.3, 0.0]])
+    router.scale.data[0] = -0.1  # a learned scale may turn negative
+    x = torch.tensor([[1.0, 0.0]])
+    expected = torch.tensor([[-0.2, 0.0, 0.0, 0.3]])
+    torch.testing.assert_close(router(x).gate_TE, expected)
+    torch.testing.assert_close(router(x).pruned(0.0, 2).gate_TE, expected)
+    assert router(x).pruned(0.25, None).gate_TE.tolist() == [[0.0, 0.0, 0.0, pytest.approx(0.3)]]
+
+
+@pytest.mark.parametrize("name", ["expert_choice", "threshold", "relu_quantile"])
+def test_cutoffs_without_tokens_and_with_every_expert(name):
+    nothing = build_router(name, D, E, K)(torch.zeros(0, D))
+    assert nothing.gate_TE.shape == (0, E)
+    router, x = router_and_input(name, k=E)
+    if name != "relu_quantile":  # whose smallest gate is zero
+        router.update_state(torch.zeros(E), router(x).statistic_E)
+        assert router.eval()(torch.randn(T, D)).count_E.tolist() == [T] * E
 
 
 def test_relu_gate_scale_and_power_of_the_load():
@@ -272,6 +368,27 @@ def test_lory_merges_the_experts_by_the_segment_before(first_segment):
     torch.testing.assert_close(routing.gate_TE.sum(dim=1), torch.ones(B * S))
 
 
+@pytest.mark.parametrize("first_segment", ["own", "uniform"])
+def test_lory_cuts_segments_of_tokens_and_not_of_padding(first_segment):
+    model = small_model("lory", first_segment=first_segment).eval()
+    ids = torch.randint(64, (2, 10))
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    with torch.no_grad():
+        alone, left = model(ids), model(padded, attention_mask=mask)
+        torch.testing.assert_close(left.logits[:, 3:], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            left.routings[0].gate_TE.view(2, 13, -1)[:, 3:].flatten(0, 1), alone.routings[0].gate_TE
+        )
+        assert not left.routings[0].gate_TE.view(2, 13, -1)[:, :3].any()
+
+
+def test_lory_refuses_a_cache():
+    model = small_model("lory").eval()
+    with pytest.raises(ConfigError, match="no KV cache"):
+        model.generate(torch.randint(64, (1, 6)), max_new_tokens=2, use_cache=True, pad_token_id=0)
+
+
 def test_losses_of_blockffn_on_hand_made_cases():
     # Two sequences of three tokens, chunks of two: {0, 1}, {2}, {3, 4}, {5}.
     gate = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
@@ -316,7 +433,7 @@ def small_model(router, **options):
 
 CASES = [(name, {}) for name in ROUTERS] + [
     ("expert_choice", {"causal_evaluation": False}),
-    ("lory", {"first_segment": "uniform"}),
+    ("lory", {"first_segment": "own"}),
 ]
 
 
@@ -397,6 +514,11 @@ def test_locality_loss_is_part_of_the_training_loss_only():
     torch.testing.assert_close(out.loss, expected)
     assert extra > 0
     assert model.eval()(ids, labels=ids).routings[0].extra_loss is None
+
+    classifier = remoe.RemoeForSequenceClassification(model.config).train()
+    out = classifier(ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1]))
+    extra = torch.stack([routing.extra_loss for routing in out.routings]).mean()
+    torch.testing.assert_close(out.loss, out.task_loss + classifier.sparsity.lam * out.reg_loss + extra)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert import experts_function
 from remoe.errors import ConfigError
+from remoe.models.routed import keep_statistics_local
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController
 
@@ -240,4 +241,5 @@ def replace_routers(model: PreTrainedModel, settings: dict) -> None:
         model.set_submodule(name, new.to(parameter.dtype))
     with torch.device(parameter.device):
         model.sparsity = SparsityController(len(routers), E, k, **STEERING)
+    keep_statistics_local(model)
     model._routing_context = context

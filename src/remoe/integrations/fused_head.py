@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -81,9 +80,6 @@ def _observed_penalty(model: Penalised, routings: list[Routing]) -> Tensor | Non
     """What the model's own forward pass adds to its loss."""
     if isinstance(model, RelufiedMixin):
         return model.observed_penalty(routings) if model.training else None
-    penalty = model.regularizer_coefficient * model._regularizer(tuple(routings))
     if model.training:
         model.sparsity.observe(routings)
-        if extra := [routing.extra_loss for routing in routings if routing.extra_loss is not None]:
-            penalty = penalty + torch.stack(extra).mean()
-    return penalty
+    return model.regularizer_coefficient * model._regularizer(routings) + model._extra_loss(routings)

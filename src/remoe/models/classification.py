@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
-from remoe.models.routed import RoutedModel, build_controller
+from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
 
@@ -22,7 +22,7 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
     """Class logits, and the loss with its parts.
 
     Attributes:
-        loss: task_loss + coefficient * reg_loss, when labels are given.
+        loss: task_loss + coefficient * reg_loss, and what a router adds by itself, when labels are given.
         logits: (B, C).
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
@@ -44,6 +44,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         self.model = RemoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.sparsity = build_controller(config)
+        keep_statistics_local(self)
         self.post_init()
 
     @can_return_tuple
@@ -89,7 +90,8 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         loss = task_loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config, logits=None)
-            loss = task_loss + self.regularizer_coefficient * reg_loss.to(task_loss.device)
+            penalty = self.regularizer_coefficient * reg_loss + self._extra_loss(outputs.routings)
+            loss = task_loss + penalty.to(task_loss.device)
         return RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,

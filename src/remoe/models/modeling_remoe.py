@@ -26,7 +26,7 @@ from remoe.gemm import Linear
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.linear_cross_entropy import linear_cross_entropy
-from remoe.models.routed import RoutedModel, build_controller
+from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
@@ -169,13 +169,16 @@ class RemoeModel(RemoePreTrainedModel):
             past_key_values, cache: the KV cache, under its older or its newer name.
 
         Raises:
-            ConfigError: for `output_attentions` with an attention that does not compute the weights.
+            ConfigError: for `output_attentions` with an attention that does not compute the weights; for a KV cache
+                with router "lory".
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
+        if cache is not None and self.config.router == "lory":
+            raise ConfigError("router 'lory' has no KV cache: it routes by a mean over earlier tokens; use_cache=False")
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
@@ -246,6 +249,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.sparsity = build_controller(config)
+        keep_statistics_local(self)
         self.post_init()
 
     @can_return_tuple
@@ -317,8 +321,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
             reg_loss = reg_loss * share
             loss = lm_loss + self.regularizer_coefficient * reg_loss.to(lm_loss.device)
-            if self.training and (extra := [r.extra_loss for r in outputs.routings if r.extra_loss is not None]):
-                loss = loss + torch.stack(extra).mean().to(loss.device) * share
+            if outputs.routings[0].extra_loss is not None:
+                loss = loss + (self._extra_loss(outputs.routings) * share).to(loss.device)
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,

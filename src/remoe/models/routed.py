@@ -1,7 +1,9 @@
 """What every ReMoE model with a loss has: a sparsity controller, the penalty, and the compute dial."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.layer import MoE
@@ -25,6 +27,12 @@ def build_controller(config: RemoeConfig) -> SparsityController:
     )
 
 
+def keep_statistics_local(model: nn.Module) -> None:
+    """Tells DistributedDataParallel, which copies rank 0's buffers to all before a pass, to leave the sums alone."""
+    names = [f"sparsity.{name}" for name in model.sparsity.statistics()]
+    model._ddp_params_and_buffers_to_ignore = names
+
+
 class RoutedModel:
     """A mixin for models with `config`, `model` (a `RemoeModel`) and `sparsity`."""
 
@@ -44,10 +52,10 @@ class RoutedModel:
         Args:
             group: as in `SparsityController.update`.
         """
-        self.sparsity.update(group)
+        seen = self.sparsity.update(group)
         statistics = zip(self.model.layers, self.sparsity.load_LE, self.sparsity.statistic_LE, strict=True)
         for layer, load_E, statistic_E in statistics:
-            layer.mlp.router.update_state(load_E, statistic_E)
+            layer.mlp.router.step(load_E, statistic_E, seen)
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.
@@ -78,8 +86,14 @@ class RoutedModel:
             raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
         return [layer.mlp for layer in self.model.layers]
 
-    def _regularizer(self, routings: tuple[Routing, ...]) -> Tensor:
+    def _regularizer(self, routings: Sequence[Routing]) -> Tensor:
         total = torch.stack([routing.regularizer.to(self.sparsity.lam.device) for routing in routings]).sum()
         if self.config.steered and self.config.regularizer_normalization == "paper":
             return total / len(routings)
         return total
+
+    def _extra_loss(self, routings: Sequence[Routing]) -> Tensor | float:
+        """Mean over the layers of what their routers add to a training loss as it is; 0 where they add nothing."""
+        if not self.training or routings[0].extra_loss is None:
+            return 0.0
+        return torch.stack([routing.extra_loss.to(self.sparsity.lam.device) for routing in routings]).mean()

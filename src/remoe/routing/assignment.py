@@ -79,6 +79,7 @@ class Routing:
         extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
         statistic_E: (E,) float32 for `Router.update_state`, no gradient; None where a router has no use for it.
         merge_BME: (sequences, segments, E) float32, how experts are merged per segment; None where they are not.
+        order_T: (T,) int64, the order of the rows in which those segments follow each other; None for the given one.
     """
 
     assignment: Assignment
@@ -89,6 +90,7 @@ class Routing:
     extra_loss: Tensor | None = None
     statistic_E: Tensor | None = None
     merge_BME: Tensor | None = None
+    order_T: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:
@@ -99,12 +101,13 @@ class Routing:
         """The same routing without its weakest pairs: compute traded for loss, without training.
 
         Args:
-            threshold: pairs whose gate is at most this are left out.
+            threshold: pairs whose gate is at most this in size are left out.
             cap: at most so many experts per token, those with the largest gates; None for no cap.
         """
-        keep_TE = self.gate_TE > threshold
+        size_TE = self.gate_TE.detach().abs()  # a learned scale may be negative
+        keep_TE = size_TE > threshold
         if cap is not None and cap < keep_TE.shape[1]:
-            chosen_TC = self.gate_TE.topk(cap, dim=1).indices
+            chosen_TC = size_TE.topk(cap, dim=1).indices
             keep_TE = keep_TE & torch.zeros_like(keep_TE).scatter(1, chosen_TC, True)
         gate_TE = self.gate_TE * keep_TE
         return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE), gate_TE=gate_TE)

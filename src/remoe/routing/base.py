@@ -64,6 +64,14 @@ class Router(nn.Module, ABC):
             statistic_E: (E,) float32, mean of `Routing.statistic_E` over the step's forward passes.
         """
 
+    @torch.no_grad()
+    def step(self, load_E: Tensor, statistic_E: Tensor, seen: Tensor) -> None:
+        """`update_state`, but without effect where no token was seen (0-dim bool). No host synchronisation."""
+        before = [buffer.clone() for buffer in self.buffers()]
+        self.update_state(load_E, statistic_E)
+        for buffer, old in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(seen, buffer, old))
+
     def _apply(self, fn, recurse: bool = True) -> "Router":
         """Moves to devices as any module, but keeps steered state in float32: its steps are small."""
         before = dict(self.named_buffers(recurse=False))

@@ -24,6 +24,8 @@ def choose_tokens(score_TE: Tensor, mask_T: Tensor | None, k: int) -> tuple[Tens
     """
     T, E = score_TE.shape
     score_TE = score_TE.detach()
+    if T == 0:
+        return torch.zeros_like(score_TE, dtype=torch.bool), score_TE.new_zeros(E)
     if mask_T is not None:
         score_TE = score_TE.masked_fill(~mask_T[:, None], torch.finfo(score_TE.dtype).min)
     sorted_TE, order_TE = score_TE.sort(dim=0, descending=True, stable=True)
@@ -65,7 +67,8 @@ class CutoffRouter(LinearRouter):
             by_choice: the experts choose among these tokens; else tokens above the cutoffs are active.
         """
         chosen_TE, cutoff_E = choose_tokens(score_TE, mask_T, self.k)
-        above_TE = unmasked(score_TE > self.cutoff_E, mask_T)
+        # With k = E no score is the largest that was not chosen: every token is active.
+        above_TE = unmasked((score_TE > self.cutoff_E) | (self.k == self.num_experts), mask_T)
         active_TE = torch.where(torch.as_tensor(by_choice, device=x_TD.device), chosen_TE, above_TE)
         return self.routing(x_TD, mask_T, logits_TE, score_TE * active_TE, active_TE, cutoff_E)
 

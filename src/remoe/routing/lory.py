@@ -29,15 +29,17 @@ class LoryRouter(LinearRouter):
         num_experts: E.
         k: must be 1: the merged expert has the size of one.
         segment: tokens of a segment; the paper's 256.
-        first_segment: what the first segment is routed by. "own": its own mean, without gradient, as in the paper;
-            its first tokens then know something of its later ones, so it is not causal. "uniform": equal weights.
+        first_segment: what the first segment is routed by. "uniform": equal weights. "own": its own mean, without
+            gradient, as in the paper; its first tokens then know something of its later ones, so it is not causal,
+            and its loss not comparable. (At inference the paper routes a prompt once, by its own mean: "own", with
+            the prompt as the first segment. We merge segment by segment there too.)
 
     Raises:
         ConfigError: when k is not 1, segment < 1, or for an unknown first_segment.
     """
 
     def __init__(
-        self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "own"
+        self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "uniform"
     ) -> None:
         super().__init__(d_model, num_experts, k)
         if k != 1:
@@ -54,11 +56,15 @@ class LoryRouter(LinearRouter):
     ) -> Routing:
         T = len(x_TD)
         S = T if seq_len is None else seq_len
-        weights_BME = self._segment_weights(x_TD, mask_T, S)
+        order_T = None if mask_T is None else padding_last(mask_T, S)
+        if order_T is None:
+            weights_BME = self._segment_weights(x_TD, None, S)
+        else:
+            weights_BME = self._segment_weights(x_TD[order_T], mask_T[order_T], S)
         gate_TE = weights_BME.repeat_interleave(self.segment, dim=1)[:, :S].reshape(T, self.num_experts)
-        if mask_T is not None:
-            gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
-        return replace(one_expert(x_TD, mask_T), gate_TE=gate_TE, merge_BME=weights_BME)
+        if order_T is not None:
+            gate_TE = torch.zeros_like(gate_TE).index_copy(0, order_T, gate_TE).masked_fill(~mask_T[:, None], 0)
+        return replace(one_expert(x_TD, mask_T), gate_TE=gate_TE, merge_BME=weights_BME, order_T=order_T)
 
     def _segment_weights(self, x_TD: Tensor, mask_T: Tensor | None, S: int) -> Tensor:
         """(B, M, E) float32: how each segment's expert is merged."""
@@ -75,3 +81,11 @@ class LoryRouter(LinearRouter):
             first_B1E = torch.full_like(weights_BME[:, :1], 1 / self.num_experts)
             weights_BME = torch.cat([first_B1E, weights_BME[:, 1:]], dim=1)
         return weights_BME
+
+
+def padding_last(mask_T: Tensor, seq_len: int) -> Tensor:
+    """(T,) int64: the rows with each sequence's padding moved behind its tokens, so that segments count tokens only."""
+    mask_BS = mask_T.view(-1, seq_len)
+    order_BS = (~mask_BS).to(torch.uint8).argsort(dim=1, stable=True)
+    first_B1 = torch.arange(len(mask_BS), device=mask_T.device)[:, None] * seq_len
+    return (order_BS + first_B1).flatten()

@@ -23,9 +23,9 @@ class ReLURouter(LinearRouter):
         load_balance_power: exponent p on the load f_e; 1 is the paper's.
         gate_scale: constant factor on the gates that the experts see; the penalty sees them without it. 1 is the
             paper's.
-        max_experts_per_token: execute only that many of a token's active experts, those with the largest gates. The
-            penalty still sees the gates that the cap cut off: they get no gradient from the task, so the penalty
-            alone can close them.
+        max_experts_per_token: execute only that many of a token's active experts, those whose gates are largest in
+            size. The penalty still sees the gates that the cap cut off: they get no gradient from the task, so the
+            penalty alone can close them.
 
     Raises:
         ConfigError: when k is not in 1..E, the cap is below k, or the scale is not positive.
@@ -65,7 +65,7 @@ class ReLURouter(LinearRouter):
 
         cap = self.max_experts_per_token
         if cap is not None and cap < self.num_experts:
-            active_TE = unmasked(active_TE & largest(gate_TE, cap), mask_T)
+            active_TE = unmasked(active_TE & largest(gate_TE.abs(), cap), mask_T)
             gate_TE = gate_TE * active_TE
         return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
 

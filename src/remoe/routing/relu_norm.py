@@ -18,6 +18,9 @@ PENALTIES = ("l1", "chunk")
 class ReLUNormRouter(LinearRouter):
     """gate = RMSNorm(ReLU(x W)) over the E experts, with a learned weight per expert: L1 cannot shrink the gates.
 
+    A token with one open expert has a gate that does not depend on the logit, and gets no gradient of the task through
+    it: of little weight with a fifth of many experts open, as in the paper, but of much with k = 1.
+
     Args:
         d_model: D.
         num_experts: E.
@@ -29,6 +32,7 @@ class ReLUNormRouter(LinearRouter):
         locality: weight of the paper's locality loss, which makes neighbouring tokens use the same experts; 0 for
             none.
         sharpness: a in sigmoid(a * logit) of the locality loss; 100 in the authors' code.
+        eps: added to the mean square; 1e-6 in the authors' code. Gates far below its root are not normalised.
 
     Raises:
         ConfigError: when k is not in 1..E, or for an unknown penalty.
@@ -46,11 +50,12 @@ class ReLUNormRouter(LinearRouter):
         chunk: int = 64,
         locality: float = 0.0,
         sharpness: float = 100.0,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, num_experts, k)
         if penalty not in PENALTIES:
             raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
-        self.penalty, self.chunk, self.locality, self.sharpness = penalty, chunk, locality, sharpness
+        self.penalty, self.chunk, self.locality, self.sharpness, self.eps = penalty, chunk, locality, sharpness, eps
         self.scale = nn.Parameter(torch.ones(num_experts))
 
     @torch.no_grad()
@@ -66,7 +71,7 @@ class ReLUNormRouter(LinearRouter):
         if mask_T is not None:
             open_TE = open_TE.masked_fill(~mask_T[:, None], 0)
         active_TE = open_TE > 0
-        normed_TE = F.rms_norm(open_TE, (self.num_experts,), eps=torch.finfo(open_TE.dtype).tiny)
+        normed_TE = F.rms_norm(open_TE, (self.num_experts,), eps=self.eps)
         gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = len(x_TD) if seq_len is None else seq_len

@@ -16,8 +16,9 @@ PENALTIES = ("entropy", "l1")
 class ReLUScaledRouter(ReLURouter):
     """gate = a_e * ReLU(x W)_e with a learned a, so that the penalty need not fight over the gates' size.
 
-    DECO's layer also has a shared expert (`shared_expert_size` of `MoE`), and experts without a gate projection, which
-    ours have. Its lambda moves by a factor of 1.002 a step (`alpha` of the sign rule) and never below its start.
+    DECO's router only, in our layer. DECO's layer also has a shared expert (`shared_expert_size` of `MoE`), experts
+    without a gate projection, which normalise inside (NormSiLU), where its small first scale belongs, and a dense first
+    layer. Its lambda moves by a factor of 1.002 a step (`alpha` of the sign rule) and never below its start.
 
     Args:
         d_model: D.
