@@ -51,13 +51,17 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     for row in others:
         assert row["flops"] == pytest.approx(reference["flops"], rel=0.03)  # 40 steps cannot be cut finer
     assert set(found["routing"]) == {"relu", "topk"}
-    assert found["routing"]["topk"]["sparsity_per_layer"] == [0.75, 0.75]
-    assert found["routing"]["topk"]["flip_rate"] > 0
+    (topk,) = found["routing"]["topk"]
+    assert topk["sparsity_per_layer"] == [0.75, 0.75]
+    assert topk["flip_rate"] > 0
     assert found["missing"] == []
     report = (tmp_path / "out" / "results.md").read_text()
     for name in ("loss-equal-tokens", "flips", "routed-share", "active-against-frequency", "training-course"):
         assert f"figures/{name}.png" in report
         assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
+    assert "topk: tokens that each expert takes most surely" in report
+    finished = list((tmp_path / "pool").glob("*/summary.json"))
+    assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
 
     assert main(command) == 0  # nothing is left to run
     assert "started" not in capfd.readouterr().out
@@ -84,6 +88,40 @@ def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["variant"] for row in found["equal_tokens"]] == ["topk"]
     assert len(found["missing"]) == 2
+
+
+def test_a_finished_run_without_a_record_gets_one(corpus, tmp_path, capfd):
+    path = write_experiment(tmp_path, seeds=[0, 1], variants={"topk": {"router": "topk"}})
+    command = arguments(path, corpus, tmp_path)
+    assert main(command) == 0
+    records = list((tmp_path / "pool").glob("*.json"))
+    assert len(records) == 2
+    for record in records:
+        record.unlink()
+    assert main([*command, "--records", str(tmp_path / "records")]) == 0
+    assert len(list((tmp_path / "records").glob("*.json"))) == 2
+    shutil.rmtree(tmp_path / "pool" / records[0].stem / "checkpoints")
+    (tmp_path / "records" / records[0].name).unlink()
+    capfd.readouterr()
+    assert main([*command, "--records", str(tmp_path / "records")]) == 1
+    assert "no record: " in capfd.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["routing"]["topk"]  # of the other seed
+
+
+def test_a_model_that_cannot_be_built_is_named_before_any_training(corpus, tmp_path, capsys):
+    for options, message in (
+        ({"router": "bogus"}, "unknown router 'bogus'"),
+        ({"k": 9}, "k = 9"),
+        ({"router": "topk", "router_options": {"bogus": 1}}, "bogus"),
+        ({"model": {"hidden_size": 30}}, "hidden_size"),
+    ):
+        path = write_experiment(tmp_path, variants={"relu": {}, "bad": options})
+        assert main(arguments(path, corpus, tmp_path)) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "seed0: " in error
+        assert error.count("\n") == 0
+    assert not list((tmp_path / "pool").glob("tiny*"))
 
 
 def start(path, corpus, folder):

@@ -69,6 +69,8 @@ def test_everything_has_a_default():
         ({"axes": {"experts": [1]}}, "variant relu at experts 1: unknown option 'experts'"),
         ({"axes": {"vocab_size": [300, 400]}}, "vocab_size must be the same"),
         ({"variants": {"relu": {"router": "relu", "data": "x"}}}, "variant relu: data cannot be set here"),
+        ({"variants": {"relu/paper": {}}}, "variant 'relu/paper': only letters"),
+        ({"axes": {"router_options": [{"gate_scale": 2.0}]}}, "axes: router_options needs plain values"),
     ],
 )
 def test_mistakes_are_named(given, message):
@@ -76,6 +78,15 @@ def test_mistakes_are_named(given, message):
         experiment(**given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_are_numbers_in_any_notation(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("variants: {a: {}}\naxes: {optim.lr: [1e-3, 2E-3, 3.0e-3, .004]}\n")
+    assert load_experiment(path).axes == {"optim.lr": [1e-3, 2e-3, 3e-3, 4e-3]}
+    path.write_text("variants: {a: {}}\naxes: {optim.lr: [1e-3, 0.001]}\n")
+    with pytest.raises(ConfigError, match="each of them once"):
+        load_experiment(path)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

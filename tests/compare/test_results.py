@@ -36,7 +36,7 @@ def finish(pool, run, loss, flops):
         "steps": run.steps, "validation_loss": loss, "validation": {"all": part, "code": {"loss": loss + 1}},
         "total_parameters": 8, "active_parameters": 4, "tokens": 10 * run.steps, "flops": flops,
         "flops_per_token": flops / (10 * run.steps), "tokens_per_second": 50.0, "peak_memory_bytes": 2**30,
-        "settling_step": None, "seconds": 60.0,
+        "settling_step": 7 if run.seed else None, "sparsity_deviation": 0.004 if run.seed else None, "seconds": 60.0,
     }  # fmt: skip
     folder.summary.write_text(json.dumps(summary))
 
@@ -82,11 +82,18 @@ def test_rows_are_means_over_the_seeds_that_are_finished(trial, pool):
     assert found.missing == ["tiny-hash-seed1", "tiny-hash-seed1 at equal FLOPs"]
     assert [row.variant for row in found.equal_flops] == ["relu", "topk", "near"]
 
-    routing = {"relu": RoutingFigures(3, 1.5, 0.1, None, 0.5, 0.25, [0.8, 0.9], None)}
-    text = markdown(trial, found, routing, {"A figure": "figures/a.png"}, "Data.", ["a machine"])
+    one = RoutingFigures(3, 1.5, 0.1, None, 0.5, 0.25, [0.8, 0.9], None)
+    other = RoutingFigures(5, 1.7, 0.3, -0.5, 0.5, 0.25, [0.6, 0.9], None)
+    tops = {"relu": [[["the", "a|`b"], ["\n"]]]}
+    routing = {"relu": [one, other], "topk": [one]}
+    text = markdown(trial, found, routing, tops, {"A figure": "figures/a.png"}, "Data.", ["a machine"], ["mind."])
     assert "| topk | 2 | 100 | 4.4500 ± 0.0707 | +0.3500 ± 0.2121 |" in text
     assert "| near | 1 | 100 | 4.1000 | +0.1000 |" in text
-    assert "| relu | 3 | 1.50 | 0.1000 |  | 0.500 | 0.250 |  | 0.800 0.900 |" in text
+    assert "| GiB | 0.8000 | not, 7 | 0.0040 |".replace("| GiB", "1.00 GiB") in text
+    assert "| topk | 1 | 3 | 1.50 | 0.1000 |  | 0.500 | 0.250 |  | 0.800 0.900 |" in text
+    assert "| relu | 2 | 4 ± 1 | 1.60 ± 0.14 | 0.2000 ± 0.1414 | -0.50 | 0.500 ± 0.000 |" in text
+    assert "| 0 | 0 | `the` `` a\\|`b `` |\n| 0 | 1 | `\\n` |" in text
+    assert "**Note:** mind." in text
     assert "**Not finished (2):**" in text
     assert "nan" not in text
 
@@ -113,6 +120,11 @@ def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool
     folder.config.write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         pool.summary(run)
+    folder.summary.unlink()
+    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
+        pool.state(run)
+    on_a_gpu = Pool(pool.path, "fingerprint", bfloat16=True)  # another result, therefore another run
+    assert on_a_gpu.state(run) == "not started"
 
 
 def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(trial, pool, tmp_path):
@@ -124,6 +136,13 @@ def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(tria
     RunRecord(options, {"validation_loss": 4.0}, {}, None).save(path)
     assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
     assert Pool(tmp_path / "other", "fingerprint").summary(run) is None
+    later = json.loads(path.read_text()) | {"unheard_of": 1}
+    path.write_text(json.dumps(later))
+    assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
+    for damaged in (json.dumps(later)[:60], "{}", "[]"):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match="not a whole record"):
+            Pool(tmp_path / "other", "fingerprint", records).summary(run)
     RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         Pool(tmp_path / "other", "fingerprint", records).summary(run)

@@ -151,6 +151,7 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
     """
     look = look or looks(systems)
     fig = new_figure(5.4, 0.9 + 0.3 * len(systems))
+    fig.get_layout_engine().set(rect=(0, 0, 0.98, 1))  # a text hangs over the right end
     ax = fig.subplots()
     order = sorted(systems, key=lambda name: fmean(systems[name]))
     for row, name in enumerate(order):

@@ -22,6 +22,7 @@ from remoe.analysis.measures import INACTIVE_BELOW, rank_correlation
 from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis
 
 MAX_BARS_ACROSS = 100
+HATCHES = {"-": "", "--": "//////", ":": "......"}  # on bars, in the place of dashes
 
 
 @mpl.rc_context(STYLE)
@@ -114,7 +115,8 @@ def routed_share_by_domain(
     for layer, ax in enumerate(axes.flat[:L]):
         for index, domain in enumerate(domains):
             offset = (index - (C - 1) / 2) * width
-            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=look[domain].color, label=domain)
+            color, hatch = look[domain].color, HATCHES[look[domain].linestyle]
+            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=color, hatch=hatch, label=domain)
         ax.axhline(INACTIVE_BELOW, color=GREY, ls=":", lw=0.9)
         ax.grid(axis="x", visible=False)
         number_axis(ax, "x", E)

@@ -57,13 +57,17 @@ def compare_command(argv: list[str]) -> int:
     from remoe.compare.live import Live
     from remoe.compare.output import write
     from remoe.compare.pool import Pool
-    from remoe.compare.runner import train_missing
+    from remoe.compare.runner import check_models, train_missing
     from remoe.training.memory import keep_freed_memory
+    from remoe.training.trainer import pick_device, wants_bfloat16
 
     quiet_transformers()
     keep_freed_memory()
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
-    pool = Pool(Path(options.pool), dataset.fingerprint, Path(options.records) if options.records else None)
+    check_models(experiment, dataset)
+    records = Path(options.records) if options.records else None
+    bfloat16 = wants_bfloat16("auto", pick_device(options.device))
+    pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16)
     live = Live(experiment, pool)
     if options.list:
         live.console.print(live.table())

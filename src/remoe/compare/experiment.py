@@ -32,6 +32,7 @@ RESERVED = {
     "device": "use --device",
 }
 LABEL_LENGTH = 60
+VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of figures' files too
 FIGURES = 4  # variants drawn when none are named
 
 
@@ -149,7 +150,12 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
     for variant in [reference, *file.figures]:
         if variant not in variants:
             raise ConfigError(f"{source}: {variant!r} is none of the variants: {', '.join(variants)}")
+    for variant in variants:
+        if not VARIANT_NAME.fullmatch(variant):
+            raise ConfigError(f"{source}: variant {variant!r}: only letters, digits, '_', '.' and '-' make a name")
     for axis, values in file.axes.items():
+        if any(isinstance(value, dict | list) for value in values):
+            raise ConfigError(f"{source}: axes: {axis} needs plain values; make each mapping a variant")
         _check_options(_nested([(axis, None)]), f"{source}: axes")
         if not values or any(value in values[:index] for index, value in enumerate(values)):
             raise ConfigError(f"{source}: axes: {axis} needs values, each of them once")
@@ -212,6 +218,12 @@ class _StrictLoader(yaml.SafeLoader):
         for twice in (key for index, key in enumerate(keys) if key in keys[:index]):
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as a word; people mean a number.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _validate(adapter: pydantic.TypeAdapter, values: dict[str, Any], source: str) -> Any:

@@ -15,7 +15,7 @@ from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Run
 from remoe.compare.pool import Pool
 
-TAIL_BYTES = 65536  # holds the last record of a run
+TAIL_BYTES = 65536  # holds the last record of most runs
 
 
 class Live:
@@ -146,8 +146,12 @@ def _last_record(path: Path) -> dict:
     """The newest whole record of a metrics.jsonl; empty when there is none."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]  # what stands behind the last line end is half a record
-        return json.loads(lines[-1]) if lines else {}
+            size, tail = file.seek(0, os.SEEK_END), TAIL_BYTES
+            while True:
+                file.seek(max(0, size - tail))
+                lines = file.read(min(size, tail)).split(b"\n")[:-1]  # behind the last line end stands half a record
+                if len(lines) > 1 or tail >= size:  # the first line is whole only where the file begins
+                    return json.loads(lines[-1]) if lines else {}
+                tail *= 2
     except FileNotFoundError:
         return {}

@@ -1,19 +1,28 @@
 """What a comparison leaves: results.json, results.md and figures/."""
 
 import json
+import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from remoe.compare.experiment import Experiment
+from remoe.compare.experiment import Experiment, Run
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
+from remoe.compare.record import RunRecord
 from remoe.compare.report import markdown, row_name
 from remoe.compare.results import results
 from remoe.data import Dataset
+from remoe.errors import CheckpointError
+from remoe.routing import ROUTERS
+from remoe.sparsity import LAMBDA_MIN
+
+logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
+FLOOR = 1.5  # up to so many times the least lambda counts as it
 MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers", "date")
 
 
@@ -29,13 +38,16 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
     """
     out.mkdir(parents=True, exist_ok=True)
     found = results(experiment, pool)
-    records = {
-        row_name(run.variant, dict(run.point)): pool.record(run, dataset, device)
-        for run in experiment.runs
-        if run.seed == experiment.variants[run.variant].seeds[0] and pool.summary(run) is not None
+    records: dict[str, list[RunRecord]] = {}
+    for run in experiment.runs:
+        if (record := _record(run, pool, dataset, device)) is not None:
+            records.setdefault(row_name(run.variant, dict(run.point)), []).append(record)
+    routing = {
+        name: [record.routing.figures for record in seeds]
+        for name, seeds in records.items()
+        if seeds[0].routing is not None
     }
-    routing = {name: record.routing.figures for name, record in records.items() if record.routing is not None}
-    drawn = draw(experiment, found, records, out / FIGURES)
+    first = {name: seeds[0] for name, seeds in records.items()}
     machines = _machines(experiment, pool)
     data = {
         "fingerprint": dataset.fingerprint,
@@ -49,17 +61,43 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
         "data": data,
         "machines": machines,
         **found.to_dict(),
-        "routing": {name: asdict(figures) for name, figures in routing.items()},
+        "routing": {name: [asdict(figures) for figures in seeds] for name, seeds in routing.items()},
     }
     (out / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n")
     data_line = (
         f"Data: {data['training_tokens']:,} training and {data['validation_tokens']:,} validation tokens; "
         f"domains {', '.join(dataset.domains)}."
     )
+    top_tokens = {
+        name: record.routing.top_tokens
+        for name, record in first.items()
+        if name in experiment.figures and record.routing is not None and record.routing.top_tokens
+    }
+    drawn = draw(experiment, found, first, out / FIGURES)
     report = out / "results.md"
     figures = {title: f"{FIGURES}/{file}" for title, file in drawn.items()}
-    report.write_text(markdown(experiment, found, routing, figures, data_line, machines))
+    notes = [note for name, seeds in records.items() for note in _notes(name, seeds)]
+    report.write_text(markdown(experiment, found, routing, top_tokens, figures, data_line, machines, notes))
     return report
+
+
+def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | None:
+    """A finished run's record; None where it cannot be made, because the run's checkpoints are gone."""
+    if pool.summary(run) is None:
+        return None
+    try:
+        return pool.record(run, dataset, device)
+    except CheckpointError as error:
+        logger.warning("no routing of %s: %s", run.label, error)
+        return None
+
+
+def _notes(name: str, seeds: Sequence[RunRecord]) -> Iterator[str]:
+    for record in seeds:
+        lam = (record.course.get("lambda") or [None])[-1]
+        if lam is not None and lam <= LAMBDA_MIN * FLOOR and ROUTERS[record.summary["router"]].steered:
+            seed = record.options["seed"]
+            yield f"lambda of {name}, seed {seed}, ended at its floor: the penalty was nil, and S was not steered."
 
 
 def _machines(experiment: Experiment, pool: Pool) -> list[str]:

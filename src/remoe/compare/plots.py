@@ -78,7 +78,7 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
                 figures.training_course(steered, target, log_steps=log_steps, look=look),
             )
     _draw_routing({name: records[_name(first[name])] for name in chosen}, look, add)
-    _draw_flips(experiment, records, add)
+    _draw_flips(experiment, records, look, add)
     return drawn
 
 
@@ -102,7 +102,9 @@ def _draw_routing(records: Mapping[str, RunRecord], look: Mapping[str, figures.L
         )
 
 
-def _draw_flips(experiment: Experiment, records: Mapping[str, RunRecord], add: Callable) -> None:
+def _draw_flips(
+    experiment: Experiment, records: Mapping[str, RunRecord], look: Mapping[str, figures.Look], add: Callable
+) -> None:
     """Of every point: the paper shows two numbers of experts."""
     runs, experts = {}, {}
     for run in experiment.runs:
@@ -113,7 +115,8 @@ def _draw_flips(experiment: Experiment, records: Mapping[str, RunRecord], add: C
             runs[name] = (steps, rates)
             experts[name] = run.config.num_experts * run.config.granularity
     if runs:
-        add("Flips of the routing (Fig. 10)", "flips", routing_figures.flips(runs, experts))
+        looks = figures.looks(runs) if experiment.axes else look  # along an axis a variant has several lines
+        add("Flips of the routing (Fig. 10)", "flips", routing_figures.flips(runs, experts, look=looks))
 
 
 def _is_first(experiment: Experiment, run: Run) -> bool:

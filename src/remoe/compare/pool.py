@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from remoe.compare.experiment import Run
 from remoe.compare.record import RunRecord, options_of, record_of
@@ -33,17 +33,19 @@ class Pool:
         path: the pool's folder.
         data: fingerprint of the data.
         records: folder of the finished runs' records; the pool's own by default.
+        bfloat16: whether `--dtype auto` means bfloat16 on the runs' device: such runs are others than those in float32.
     """
 
-    def __init__(self, path: Path, data: str, records: Path | None = None) -> None:
-        self.path, self.records, self._data = path, records or path, data
+    def __init__(self, path: Path, data: str, records: Path | None = None, *, bfloat16: bool = False) -> None:
+        self.path, self.records, self._data, self._bfloat16 = path, records or path, data, bfloat16
         self._names: dict[str, str] = {}  # by the run's key; a folder keeps its name
         self._finished: dict[str, dict] = {}  # and a finished run its figures
 
     def name(self, run: Run) -> str:
         """LABEL-HASH; an experiment that calls the same run by another label finds the folder of the first."""
         if run.key not in self._names:
-            key = hashlib.sha256(f"{run.key} {self._data}".encode()).hexdigest()[:HASH_LENGTH]
+            kind = " bfloat16" if self._bfloat16 and run.config.dtype == "auto" else ""
+            key = hashlib.sha256(f"{run.key} {self._data}{kind}".encode()).hexdigest()[:HASH_LENGTH]
             found = [path.name for path in self.path.glob(f"*-{key}") if path.is_dir()]
             found += [path.stem for path in self.records.glob(f"*-{key}.json")]
             found = sorted(name for name in found if name[0] != ".")
@@ -77,11 +79,7 @@ class Pool:
                 except (FileNotFoundError, ValueError):  # half a file: killed while it was written
                     return None
                 options = options_of(folder.load_config())
-            asked = options_of(run.config)
-            for name, old in options.items():  # an option that came later had its default
-                if old != (new := asked.get(name)):
-                    place = record if record.exists() else folder.path
-                    raise ConfigError(f"{place} was trained with {name} {old}, now {new} is asked for: move it away")
+            _check_same(run, options, record if record.exists() else folder.path)
             self._finished[run.key] = summary
         return self._finished[run.key]
 
@@ -102,10 +100,17 @@ class Pool:
         return record
 
     def state(self, run: Run) -> State:
-        """How far a run is."""
+        """How far a run is.
+
+        Raises:
+            ConfigError: as `summary`, for an unfinished run too.
+        """
         if self.summary(run) is not None:
             return "finished"
-        return "unfinished" if self.folder(run).config.exists() else "not started"
+        if not (folder := self.folder(run)).config.exists():
+            return "not started"
+        _check_same(run, options_of(folder.load_config()), folder.path)
+        return "unfinished"
 
     def record_file(self, run: Run) -> Path:
         """Where the run's record stands, once it is finished."""
@@ -123,6 +128,13 @@ class Pool:
         """
         with self.log_file(run).open("ab") as log:
             yield log if _lock(log) else None
+
+
+def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:
+    asked = options_of(run.config)
+    for name, old in options.items():  # an option that came later had its default
+        if old != (new := asked.get(name)):
+            raise ConfigError(f"{place} was trained with {name} {old}, now {new} is asked for: move it away")
 
 
 def _lock(file: IO[bytes]) -> bool:

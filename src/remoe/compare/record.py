@@ -6,13 +6,15 @@ Legend: L layers, E experts, C domains, U distinct token ids.
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from remoe.analysis import measures
 from remoe.analysis.collect import RoutingRecord, collect
-from remoe.data import Dataset, ValidationWindows
+from remoe.data import Dataset, ValidationWindows, load_tokenizer
+from remoe.errors import ConfigError
 from remoe.training.config import TrainConfig, changes_result, flatten
 from remoe.training.metrics import read_metrics, stage
 from remoe.training.rundir import RunFolder, load_run
@@ -22,6 +24,7 @@ TOKENS = 200_000
 BATCH_SIZE = 32
 CHUNK = 8
 MIN_COUNT = 10  # occurrences of a token id from which its mean active experts are looked at
+TOP, TOP_MIN_COUNT = 8, 50  # tokens shown of an expert, and the occurrences from which one is
 DIGITS = 4  # of every number of the course
 COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "flip_rate")
 LEFT_OUT = ("checkpoint", "sample")  # of the summary: a path, and text of no use to a table
@@ -64,6 +67,8 @@ class RoutingSummary:
         domains: their names, (C,).
         count_U: how often each token id occurs.
         active_U: its mean active experts.
+        top_tokens: of each layer's experts, the text of the tokens that it takes most surely (Table 12); empty in
+            records of before they were kept.
     """
 
     figures: RoutingFigures
@@ -72,6 +77,7 @@ class RoutingSummary:
     domains: list[str]
     count_U: list[int]
     active_U: list[float]
+    top_tokens: list[list[list[str]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,23 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
-        """Reads what `save` wrote."""
-        given = json.loads(path.read_text())
-        if (routing := given["routing"]) is not None:
-            given["routing"] = RoutingSummary(**{**routing, "figures": RoutingFigures(**routing["figures"])})
-        return cls(**given)
+        """Reads what `save` wrote, by this version or by one that kept more.
+
+        Raises:
+            ConfigError: when the file is damaged, or lacks something.
+        """
+        try:
+            given = json.loads(path.read_text())
+            if (routing := given["routing"]) is not None:
+                figures = RoutingFigures(**_known(RoutingFigures, routing["figures"]))
+                given["routing"] = RoutingSummary(**{**_known(RoutingSummary, routing), "figures": figures})
+            return cls(**_known(cls, given))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a whole record ({error}): move it away") from error
+
+
+def _known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    return {known.name: given[known.name] for known in fields(cls) if known.name in given}
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
@@ -130,13 +148,21 @@ def record_of(run: RunFolder, dataset: Dataset, device: str) -> RunRecord:
     course = {name: [_rounded(record.get(name)) for record in records] for name in names}
     summary = {name: value for name, value in json.loads(run.summary.read_text()).items() if name not in LEFT_OUT}
     rates = [record["flip_rate"] for record in records if "flip_rate" in record]
-    found = _collect(run, dataset, device)
-    routing = None if found is None else routing_of(found, statistics.mean(rates) if rates else None)
+    routing = None
+    if (found := _collect(run, dataset, device)) is not None:
+        tokenizer = load_tokenizer(run.tokenizer)
+        routing = routing_of(found, statistics.mean(rates) if rates else None, lambda token: tokenizer.decode([token]))
     return RunRecord(options_of(run.load_config()), summary, course, routing)
 
 
-def routing_of(record: RoutingRecord, flip_rate: float | None) -> RoutingSummary:
-    """The measures of a model's routing, and what is drawn of it."""
+def routing_of(record: RoutingRecord, flip_rate: float | None, text_of: Callable[[int], str]) -> RoutingSummary:
+    """The measures of a model's routing, and what is shown of it.
+
+    Args:
+        record: the routing.
+        flip_rate: mean over the training, where it was measured.
+        text_of: the text of a token id.
+    """
     active_LTE = record.active_LTE
     by_token = measures.active_by_token(active_LTE, record.token_T, min_count=MIN_COUNT)
     correlation = by_token.frequency_correlation
@@ -152,6 +178,13 @@ def routing_of(record: RoutingRecord, flip_rate: float | None) -> RoutingSummary
         sparsity_per_layer=measures.sparsity_per_layer(active_LTE).tolist(),
         flip_rate=flip_rate,
     )
+    top_tokens = [
+        [
+            [text_of(top.token) for top in tops]
+            for tops in measures.top_tokens(active_TE, record.token_T, TOP, min_count=TOP_MIN_COUNT)
+        ]
+        for active_TE in active_LTE
+    ]
     share_CLE = measures.routed_share_by_domain(active_LTE, record.domain_T, len(record.domains))
     return RoutingSummary(
         figures,
@@ -160,6 +193,7 @@ def routing_of(record: RoutingRecord, flip_rate: float | None) -> RoutingSummary
         list(record.domains),
         by_token.count_U.tolist(),
         _rounded(by_token.active_U.tolist()),
+        top_tokens,
     )
 
 

@@ -1,6 +1,7 @@
 """results.md: the tables of a comparison, for people."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from remoe.compare.experiment import Experiment, describe
 from remoe.compare.record import CHUNK, RoutingFigures
@@ -13,20 +14,24 @@ EQUAL_FLOPS = "Equal training FLOPs"
 def markdown(
     experiment: Experiment,
     results: Results,
-    routing: dict[str, RoutingFigures],
-    figures: dict[str, str],
+    routing: Mapping[str, Sequence[RoutingFigures]],
+    top_tokens: Mapping[str, Sequence[Sequence[Sequence[str]]]],
+    figures: Mapping[str, str],
     data: str,
     machines: Sequence[str],
+    notes: Sequence[str],
 ) -> str:
     """The report.
 
     Args:
         experiment: what was asked for.
         results: its numbers.
-        routing: measures of routing by the name of variant and point.
+        routing: measures of routing of each seed, by the name of variant and point.
+        top_tokens: of layers and experts, for the systems whose routing is drawn.
         figures: title of each figure and its file, relative to the report.
         data: one line about the data.
         machines: one line for each machine that runs were trained on.
+        notes: what a reader must know of single runs.
     """
     lines = [f"# {experiment.title}", "", data, ""]
     lines += [f"Trained on: {machine}" for machine in machines] + [""]
@@ -37,12 +42,16 @@ def markdown(
     ]
     if results.missing:
         lines += [f"**Not finished ({len(results.missing)}):** {', '.join(results.missing)}.", ""]
+    lines += [line for note in notes for line in (f"**Note:** {note}", "")]
     for title, rows in ((EQUAL_TOKENS, results.equal_tokens), (EQUAL_FLOPS, results.equal_flops)):
         if rows:
             lines += [f"## {title}", "", *_cost_table(experiment, rows), ""]
             lines += [f"### {title}: loss per domain", "", *_domain_table(experiment, rows), ""]
     if routing:
-        lines += ["## Routing", "", *_routing_table(experiment, routing), ""]
+        lines += ["## Routing", "", *_routing_table(routing), ""]
+    for name, layers in top_tokens.items():
+        lines += [f"<details><summary>{name}: tokens that each expert takes most surely</summary>", ""]
+        lines += [*_token_table(layers), "", "</details>", ""]
     if figures:
         lines += ["## Figures", ""]
         lines += [line for title, file in figures.items() for line in (f"![{title}]({file})", "", title, "")]
@@ -58,6 +67,7 @@ def _cost_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     header = [
         "system", "seeds", "steps", "validation loss", f"minus {experiment.reference}", "active parameters",
         "total parameters", "FLOPs per token", "training FLOPs", "tokens/s", "peak memory", "S", "settled at step",
+        "deviation of S",
     ]  # fmt: skip
     cells = [
         [
@@ -74,6 +84,7 @@ def _cost_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             f"{row.peak_memory_bytes / 2**30:.2f} GiB",
             f"{row.sparsity:.4f}",
             ", ".join("not" if step is None else str(step) for step in row.settling_steps),
+            "" if row.sparsity_deviation is None else f"{row.sparsity_deviation:.4f}",
         ]
         for row in rows
     ]
@@ -88,26 +99,52 @@ def _domain_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     return _table(["system", *domains], cells)
 
 
-def _routing_table(experiment: Experiment, routing: dict[str, RoutingFigures]) -> list[str]:
-    header = [
-        "system", "experts under 1/64", "busiest / mean", "specialisation", "active experts ~ frequency",
-        f"sparsity of {CHUNK} tokens", "reuse by the next token", "flip rate", "S per layer",
-    ]  # fmt: skip
+def _routing_table(routing: Mapping[str, Sequence[RoutingFigures]]) -> list[str]:
+    columns = {
+        "experts under 1/64": ("inactive_experts", ".0f"),
+        "busiest / mean": ("load_imbalance", ".2f"),
+        "specialisation": ("specialisation", ".4f"),
+        "active experts ~ frequency": ("frequency_correlation", "+.2f"),
+        f"sparsity of {CHUNK} tokens": ("chunk_sparsity", ".3f"),
+        "reuse by the next token": ("expert_reuse", ".3f"),
+        "flip rate": ("flip_rate", ".5f"),
+    }
     cells = [
         [
             name,
-            str(figures.inactive_experts),
-            f"{figures.load_imbalance:.2f}",
-            f"{figures.specialisation:.4f}",
-            "" if figures.frequency_correlation is None else f"{figures.frequency_correlation:+.2f}",
-            f"{figures.chunk_sparsity:.3f}",
-            f"{figures.expert_reuse:.3f}",
-            "" if figures.flip_rate is None else f"{figures.flip_rate:.5f}",
-            " ".join(f"{sparsity:.3f}" for sparsity in figures.sparsity_per_layer),
+            str(len(seeds)),
+            *(_spread([getattr(figures, field) for figures in seeds], form) for field, form in columns.values()),
+            " ".join(_mean(layer) for layer in zip(*(figures.sparsity_per_layer for figures in seeds), strict=True)),
         ]
-        for name, figures in routing.items()
+        for name, seeds in routing.items()
     ]
-    return _table(header, cells)
+    return _table(["system", "seeds", *columns, "S per layer"], cells)
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return "".join(f"{value:{form}}" for value in known)
+    return f"{statistics.mean(known):{form}} ± {statistics.stdev(known):{form.lstrip('+')}}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f}"
+
+
+def _token_table(layers: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+    cells = [
+        [str(layer), str(expert), " ".join(_code(token) for token in tokens)]
+        for layer, experts in enumerate(layers)
+        for expert, tokens in enumerate(experts)
+    ]
+    return _table(["layer", "expert", "tokens"], cells)
+
+
+def _code(token: str) -> str:
+    """A token as inline code in a table's cell; what cannot be seen is written as Python does."""
+    text = repr(token)[1:-1].replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

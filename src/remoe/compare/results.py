@@ -51,6 +51,7 @@ class Row:
         peak_memory_bytes: the largest of the runs.
         sparsity: of validation, mean over the seeds.
         settling_steps: first step at which S has settled, None where it has not.
+        sparsity_deviation: standard deviation of a step's S from then on, mean over the seeds that settled.
     """
 
     variant: str
@@ -70,6 +71,7 @@ class Row:
     peak_memory_bytes: int
     sparsity: float
     settling_steps: list[int | None]
+    sparsity_deviation: float | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) ->
     summaries = [pool.summary(run) for run in runs]
     column = {name: [summary[name] for summary in summaries] for name in summaries[0]}
     domains = [name for name in summaries[0]["validation"] if name != "all"]
+    settled = (summary for summary in summaries if summary["settling_step"] is not None)
+    deviations = [summary["sparsity_deviation"] for summary in settled]
     return Row(
         variant=runs[0].variant,
         point=dict(runs[0].point),
@@ -142,4 +146,5 @@ def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) ->
         peak_memory_bytes=max(column["peak_memory_bytes"]),
         sparsity=statistics.mean(summary["validation"]["all"]["sparsity"] for summary in summaries),
         settling_steps=column["settling_step"],
+        sparsity_deviation=statistics.mean(deviations) if deviations else None,
     )

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+import torch
 import yaml
 
 from remoe.compare.budget import matches
@@ -14,7 +15,10 @@ from remoe.compare.experiment import Experiment, Run
 from remoe.compare.live import Live
 from remoe.compare.pool import Pool
 from remoe.data import Dataset
+from remoe.errors import ConfigError, RemoeError
+from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.training.interrupt import Interrupt
+from remoe.training.trainer import model_config
 
 POLL_SECONDS = 1.0
 
@@ -23,6 +27,20 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     """All runs in the order in which they are made: at equal tokens, then at equal FLOPs as far as they are known."""
     runs = experiment.runs + [match.run for match in matches(experiment, pool.summary) if match.run]
     return list(dict.fromkeys(runs))
+
+
+def check_models(experiment: Experiment, dataset: Dataset) -> None:
+    """Finds, before hours of training, the runs whose model cannot be built.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    for run in experiment.runs:
+        try:
+            with torch.device("meta"):
+                RemoeForCausalLM(model_config(run.config, dataset))
+        except ConfigError as error:
+            raise ConfigError(f"{run.label}: {error}") from error
 
 
 def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: str, live: Live) -> bool:
@@ -42,6 +60,7 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: 
     """
     pool.path.mkdir(parents=True, exist_ok=True)
     tried: set[str] = set()
+    record_finished(experiment, pool, dataset, device, live)
     with Interrupt() as interrupt:
         while run := _next(experiment, pool, tried):
             name = pool.name(run)
@@ -58,9 +77,19 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: 
                 tried.add(name)
                 live.failed(run, _last_line(pool.log_file(run)) or f"exit code {code}")
             else:
-                pool.record(run, dataset, device)
                 live.finished(run)
+                record_finished(experiment, pool, dataset, device, live)
     return True
+
+
+def record_finished(experiment: Experiment, pool: Pool, dataset: Dataset, device: str, live: Live) -> None:
+    """Makes the record of every finished run that has none: whoever trained it may have been stopped before."""
+    for run in known_runs(experiment, pool):
+        if pool.summary(run) is not None and not pool.record_file(run).exists():
+            try:
+                pool.record(run, dataset, device)
+            except RemoeError as error:
+                live.failed(run, f"no record: {error}")
 
 
 def _next(experiment: Experiment, pool: Pool, tried: set[str]) -> Run | None:
