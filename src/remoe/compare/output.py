@@ -17,12 +17,11 @@ from remoe.compare.results import results
 from remoe.data import Dataset
 from remoe.errors import CheckpointError
 from remoe.routing import ROUTERS
-from remoe.sparsity import LAMBDA_MIN
 
 logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
-FLOOR = 1.5  # up to so many times the least lambda counts as it
+NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
 MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers", "date")
 
 
@@ -94,10 +93,12 @@ def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | 
 
 def _notes(name: str, seeds: Sequence[RunRecord]) -> Iterator[str]:
     for record in seeds:
-        lam = (record.course.get("lambda") or [None])[-1]
-        if lam is not None and lam <= LAMBDA_MIN * FLOOR and ROUTERS[record.summary["router"]].steered:
+        if not ROUTERS[record.summary["router"]].steered:
+            continue
+        penalty = record.course["lambda"][-1] * record.course["reg_loss"][-1]
+        if penalty < NO_PENALTY:
             seed = record.options["seed"]
-            yield f"lambda of {name}, seed {seed}, ended at its floor: the penalty was nil, and S was not steered."
+            yield f"the penalty of {name}, seed {seed}, has vanished at its end ({penalty:.1g} nats): nothing steers S."
 
 
 def _machines(experiment: Experiment, pool: Pool) -> list[str]:
