@@ -92,3 +92,17 @@ def test_operators_follow_their_contract():
     leaves = [t.requires_grad_() for t in tensors]
     # Stored pairs end with an expert: rows of one that fits in part only are not written, and compare as noise.
     torch.library.opcheck(_forward, (*leaves, token_N, count_E, 2, "loop"))
+
+
+def test_operators_and_layer_take_other_strides():
+    from remoe.experts.ops import _forward
+
+    torch.compiler.reset()
+    layer = remoe.MoE(16, 24, 3, 1, init_std=0.5)
+    x = torch.randn(1, 16, 12).transpose(1, 2).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-4, atol=1e-6)
+    count_E, token_N = torch.tensor([2, 0, 3]), torch.tensor([0, 5, 1, 5, 8])
+    tensors = [torch.randn(6, 9).t(), torch.randn(3, 6, 8).mT, torch.randn(3, 4, 6).mT, torch.rand(5)]
+    leaves = [t.requires_grad_() for t in tensors]
+    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 2, "loop"))

@@ -170,3 +170,9 @@ def test_all_experts_can_be_wanted():
     with torch.no_grad():
         outputs = remoe.upcycle(build("llama"), 3, k=3, samples=[ids])(ids)
     assert all(routing.sparsity == 0 for routing in outputs.routings)
+
+
+@pytest.mark.parametrize("name", ["router", "router_options", "shared_expert_size", "vocab_size"])
+def test_what_upcycle_sets_is_no_option(name):
+    with pytest.raises(ConfigError, match=f"upcycle itself sets {name}"):
+        remoe.upcycle(build("llama"), 4, **{name: 1})

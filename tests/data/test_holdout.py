@@ -62,13 +62,9 @@ def test_few_items_give_their_share_of_bytes_without_a_huge_one() -> None:
     documents += [Document("y" * 1_000_000, "e", "huge")] + [
         Document(f"{i} " + "z" * 10_000, "e", f"s{i}") for i in range(99)
     ]
-    checked = 0
-    for seed in range(10):
+    for seed in range(40):
         holdout = build(documents, 0.05, seed)
         for domain in "de":
             total = sum(item.num_bytes for item in documents if item.domain == domain)
             held = sum(item.num_bytes for item in documents if item.domain == domain and holdout.holds_out(item))
-            if held < 0.5 * total:  # the hash alone may still choose the huge one
-                assert 0.04 * total < held < 0.15 * total
-                checked += 1
-    assert checked >= 15
+            assert 0.04 * total < held < 0.15 * total

@@ -249,7 +249,7 @@ def test_folder_of_others_is_left_alone(
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, small_options: Options, write_jsonl: Writer) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two"])
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out"), pytest.raises(DataError, match="another preparation is writing"):
+    with locked(tmp_path / "out", OSError("busy")), pytest.raises(DataError, match="another preparation is writing"):
         prepare(small_options(tmp_path / "out", source))
 
 
@@ -261,6 +261,18 @@ def test_empty_corpus_is_refused(tmp_path: Path, small_options: Options, content
     full = write_jsonl(tmp_path / "full.jsonl", ["some text"])
     with pytest.raises(DataError, match=r"d\.jsonl: no text found"):
         prepare(small_options(tmp_path / "out", full, validation=(str(tmp_path / "d.jsonl"),)))
+
+
+def test_the_same_text_in_both_splits_or_twice_is_refused(tmp_path: Path, small_options: Options) -> None:
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
+    for source in (str(saved), "stdlib"):
+        with pytest.raises(DataError, match="is both a training and a validation source"):
+            prepare(small_options(tmp_path / "out", source, validation=(source,)))
+        with pytest.raises(DataError, match="is named twice"):
+            prepare(small_options(tmp_path / "out", source, source))
 
 
 def test_file_in_both_splits_is_refused(tmp_path: Path, small_options: Options, write_jsonl: Writer) -> None:

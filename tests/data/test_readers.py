@@ -112,6 +112,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
         (b'{"text": "\\ud800"}\n', "line 1: the text holds a lone surrogate"),
         (b'{"text": "a", "domain": null}\n', "line 1: the domain is missing"),
+        (b'{"text": "a", "domain": "all"}\n', "line 1: 'all' cannot be a domain's name"),
     ],
 )
 def test_faulty_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:

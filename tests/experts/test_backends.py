@@ -141,3 +141,28 @@ def test_what_a_backend_cannot_run_it_says():
 def test_unknown_backend():
     with pytest.raises(ConfigError, match="unknown experts backend 'cuda'"):
         Experts(4, 8, 8, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gates_of_another_dtype_are_converted(dtype):
+    leaves, active = problem(63, 60, 36, 5, 0.5)
+    x, gate_up, down, gate_TE = (leaf.detach() for leaf in leaves)
+    pairs = Assignment.from_gates(gate_TE.to(dtype), active)
+    same = Assignment.from_gates(gate_TE.to(dtype).float(), active)
+    y, expected = (run_experts(x, gate_up, down, p, backend="loop") for p in (pairs, same))
+    assert torch.equal(y, expected)
+
+
+def test_another_number_of_threads_in_the_backward_pass():
+    leaves, active = problem(400, 64, 48, 6, 1.0)
+    x, gate_up, down, gate_TE = leaves
+    dy, threads = torch.randn_like(x), torch.get_num_threads()
+    found = []
+    for forward, back in ((1, 1), (1, 2)):
+        torch.set_num_threads(forward)
+        y = run_experts(x, gate_up, down, Assignment.from_gates(gate_TE, active), backend="loop", stored=700)
+        torch.set_num_threads(back)
+        found.append(torch.autograd.grad(y, leaves, dy))
+    torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        assert ((one - other).norm() / one.norm()) < 1e-6

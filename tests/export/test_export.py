@@ -120,6 +120,8 @@ def test_unfinished_run_has_a_card_without_results(tmp_path):
     run = tmp_path / "run"
     flags = ["--steps", "4", "--validate.every", "4", "--checkpoint.every", "2", "--out", str(run)]
     assert main(["train", *FLAGS, *flags]) == 0
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics[: len(metrics) - 40])  # killed while it wrote the last record
     assert main(["export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 of 4" in card

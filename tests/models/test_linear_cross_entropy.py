@@ -227,3 +227,11 @@ def test_transformers_trainer_trains_without_logits_and_evaluates_with_them(tmp_
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     assert seen == [(6, 21, 97)] * 2
+
+
+def test_second_derivatives_are_refused():
+    hidden_TD, weight_VD, target_T = problem()
+    hidden_TD.requires_grad_()
+    loss = linear_cross_entropy(hidden_TD, weight_VD, target_T).sin()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(loss, hidden_TD, create_graph=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import FLAGS
 
 from remoe.cli.main import main
+from remoe.data.files import locked
 from remoe.training.checkpoint import list_checkpoints
 from remoe.training.rundir import RunFolder
 
@@ -198,3 +199,16 @@ def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, caps
     assert RunFolder(tmp_path / "run").load_config().router_options == {"warmup_k": 2, "warmup_steps": 3}
     assert main([*resume, "--router-options", "renormalize", "true"]) == 2
     assert "it was started with" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_run_that_is_being_trained_is_left_alone(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(corpus, run, "--checkpoint.every", "5") == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    with locked(run, OSError("busy")):
+        capsys.readouterr()
+        assert main(["train", "--out", str(run), "--resume"]) == 2
+        assert "another process is training this run" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(["train", "--out", str(run), "--resume"]) == 0

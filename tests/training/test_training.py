@@ -10,9 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import FLAGS
 
 from remoe.cli.main import main
+from remoe.cli.parsing import parse
 from remoe.data import ValidationWindows, open_dataset
+from remoe.errors import ConfigError
 from remoe.training.checkpoint import list_checkpoints
-from remoe.training.config import OptimOptions, config_from_dict
+from remoe.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml
 from remoe.training.metrics import read_metrics
 from remoe.training.optimizer import learning_rate
 from remoe.training.progress import ProgressLine
@@ -193,3 +195,16 @@ def test_router_options_reach_the_router_and_the_summary_counts_their_pairs(corp
     assert summary["total_parameters"] - summary["active_parameters"] == 2 * 3 * 3 * 32 * 128
     assert summary["peak_memory_bytes"] > 1e7
     assert summary["tokens_per_second"] > 0
+
+
+def test_words_and_numbers_of_a_configuration_are_what_they_mean(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("router: relu_norm\nrouter_options: {locality: 1e-3}\n")
+    assert config_from_yaml(path).router_options == {"locality": 1e-3}
+    path.write_text("router: topk\nrouter: relu\n")
+    with pytest.raises(ConfigError, match="given twice"):
+        config_from_yaml(path)
+    for word, value in (("no", False), ("Off", False), ("yes", True), ("1e2", 100.0), ("3", 3), ("l1", "l1")):
+        found = parse(TrainConfig, ["--router-options", "x", word], prog="x").router_options["x"]
+        assert found == value
+        assert type(found) is type(value)

@@ -18,7 +18,7 @@ import pydantic
 import yaml
 
 from remoe.errors import ConfigError
-from remoe.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge
+from remoe.training.config import StrictLoader, TrainConfig, changes_result, config_from_dict, flatten, merge
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
 
@@ -121,7 +121,7 @@ def load_experiment(path: str | Path) -> Experiment:
     """
     path = Path(path)
     try:
-        given = yaml.load(path.read_text(), _StrictLoader)
+        given = yaml.load(path.read_text(), StrictLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read experiment {path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
@@ -208,22 +208,6 @@ class _VariantKeys:
 
 _FILE = pydantic.TypeAdapter(_File)
 _VARIANT = pydantic.TypeAdapter(_VariantKeys)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A key given twice is an error: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for twice in (key for index, key in enumerate(keys) if key in keys[:index]):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-3 as a word; people mean a number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _validate(adapter: pydantic.TypeAdapter, values: dict[str, Any], source: str) -> Any:

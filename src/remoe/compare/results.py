@@ -9,6 +9,7 @@ from typing import Any
 from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Point, Run
 from remoe.compare.pool import Pool
+from remoe.data import TOTAL
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None]) -> li
 def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) -> Row:
     summaries = [pool.summary(run) for run in runs]
     column = {name: [summary[name] for summary in summaries] for name in summaries[0]}
-    domains = [name for name in summaries[0]["validation"] if name != "all"]
+    domains = [name for name in summaries[0]["validation"] if name != TOTAL]
     settled = (summary for summary in summaries if summary["settling_step"] is not None)
     deviations = [summary["sparsity_deviation"] for summary in settled]
     return Row(
@@ -144,7 +145,7 @@ def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) ->
         flops_per_token=statistics.mean(column["flops_per_token"]),
         tokens_per_second=statistics.median(speed or math.nan for speed in column["tokens_per_second"]),
         peak_memory_bytes=max(column["peak_memory_bytes"]),
-        sparsity=statistics.mean(summary["validation"]["all"]["sparsity"] for summary in summaries),
+        sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
         settling_steps=column["settling_step"],
         sparsity_deviation=statistics.mean(deviations) if deviations else None,
     )

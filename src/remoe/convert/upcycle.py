@@ -18,6 +18,7 @@ Legend: D model width, F expert width, E copies, G slices of each.
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from statistics import NormalDist
 
 import torch
@@ -74,7 +75,7 @@ def upcycle(
         keep_dense: keep the dense layer as a shared expert, beside experts that start without a contribution;
             different tokens make them differ. Otherwise the experts are copies of it.
         seed: of both.
-        options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance.
+        options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance; none that this function sets.
 
     Raises:
         ConfigError: for a model of another type, or with parts that a ReMoE model does not have; for E < 2, k > E or
@@ -108,7 +109,7 @@ def upcycle(
     if keep_dense and (batches := [as_batch(batch, model.device) for batch in samples]):
         _calibrate(model, batches, 1 - k / num_experts)
     if dense.generation_config is not None:
-        model.generation_config = dense.generation_config
+        model.generation_config = deepcopy(dense.generation_config)
     return model.train(dense.training)
 
 
@@ -152,6 +153,10 @@ def _config(
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     same += ("hidden_act", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
     same += ("tie_word_embeddings", "attention_dropout", "use_cache")
+    if taken := sorted(
+        options.keys() & (fields.keys() - {"sparsity_rule", "lambda_fast_start"} | {"router"} | set(same))
+    ):
+        raise ConfigError(f"upcycle itself sets {', '.join(taken)}")
     unknown = options.keys() - RemoeConfig.__dataclass_fields__.keys()
     if unknown:
         raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from remoe.data.batches import TrainBatches, ValidationWindows
     from remoe.data.dataset import Dataset, Split, open_dataset, verify_hashes
-    from remoe.data.documents import Document
+    from remoe.data.documents import TOTAL, Document
     from remoe.data.options import PrepareOptions
     from remoe.data.preparation import prepare
     from remoe.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -19,6 +19,7 @@ _HOMES = {
     "Document": "documents",
     "PrepareOptions": "options",
     "Split": "dataset",
+    "TOTAL": "documents",
     "TrainBatches": "batches",
     "ValidationWindows": "batches",
     "load_tokenizer": "tokenizer",
@@ -29,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "TOTAL",
     "Dataset",
     "Document",
     "PrepareOptions",

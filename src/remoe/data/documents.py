@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from remoe.errors import DataError
 
+TOTAL = "all"  # in tables and files, the row of all domains together
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -58,6 +60,8 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
         raise DataError(f"{place}: the text is {_describe(text)}, not a string")
     if not isinstance(domain, str) or not domain:
         raise DataError(f"{place}: the domain is {_describe(domain)}, not a name")
+    if domain == TOTAL:
+        raise DataError(f"{place}: {TOTAL!r} cannot be a domain's name: it stands for all of them; rename it")
     if is_blank(text):
         return None
     try:

@@ -61,8 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other preparations out of `folder` meanwhile; raises DataError if one is in it already."""
+def locked(folder: Path, busy: Exception) -> Iterator[None]:
+    """Keep other processes out of `folder` meanwhile; raises `busy` if one is in it already."""
     if os.name != "posix":  # elsewhere a folder cannot be locked
         yield
         return
@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{folder}: another preparation is writing to this folder") from None
+            raise busy from None
         yield
     finally:
         os.close(descriptor)

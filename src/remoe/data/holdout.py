@@ -45,8 +45,9 @@ class HoldoutBuilder:
     """Sees every document once, and then makes a `Holdout` that leaves neither split empty.
 
     Where items are few, a share of them may be almost none of the bytes, or of a domain. So each domain
-    with two or more items always gives its lowest hash, and further ones until `fraction` of its bytes are
-    held out; and it keeps its highest for training, unless that must stand for another domain.
+    with two or more items always gives its lowest hash that is no huge item's, and further ones until
+    `fraction` of its bytes are held out; and it keeps its highest for training, unless that must stand for
+    another domain, and its huge items.
     """
 
     def __init__(self, seed: int, fraction: float) -> None:
@@ -70,7 +71,7 @@ class HoldoutBuilder:
             )
         # no domain gives its highest hash, so the highest of all stays in training
         always = {number for items in domains for number in items.choose(self.fraction)} or {lowest}
-        never = {items.highest for items in domains} - always
+        never = {number for items in domains for number in (items.highest, *items.huge(self.fraction))} - always
         return Holdout(seed=self.seed, fraction=self.fraction, always=frozenset(always), never=frozenset(never))
 
 
@@ -99,8 +100,12 @@ class _DomainItems:
             self._sizes[number] = num_bytes
             del self._sizes[-heapq.heappushpop(self._heap, -number)]
 
+    def huge(self, fraction: float) -> list[int]:
+        """Items that alone are more than may be held out of the domain."""
+        return [number for number, size in self._sizes.items() if size > OVERSHOOT * fraction * self.bytes]
+
     def choose(self, fraction: float) -> list[int]:
-        """The lowest hash, and further ones, less huge items, until `fraction` of the bytes are reached."""
+        """The lowest hashes that fit, until `fraction` of the bytes are reached; the lowest where none does."""
         wanted = fraction * self.bytes
         chosen: list[int] = []
         taken = 0
@@ -108,7 +113,7 @@ class _DomainItems:
             size = self._sizes[number]
             if number == self.highest or (chosen and taken >= wanted):
                 break
-            if not chosen or taken + size <= OVERSHOOT * wanted:
+            if taken + size <= OVERSHOOT * wanted:
                 chosen.append(number)
                 taken += size
-        return chosen
+        return chosen or [number for number in [self.lowest] if number != self.highest]

@@ -62,7 +62,7 @@ def prepare(options: PrepareOptions) -> Path:
     inputs = Inputs.resolve(options)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, DataError(f"{folder}: another preparation is writing to this folder")):
         _Preparation(options, folder, inputs).run()
     return folder
 

@@ -31,9 +31,13 @@ class Inputs:
         columns = Columns(options.text_column, options.domain_column, options.group_column)
         train = [resolve_source(name, columns) for name in options.sources]
         validation = [resolve_source(name, columns) for name in options.validation]
-        shared = _file_paths(train) & _file_paths(validation)
+        shared = _places(train) & _places(validation)
         if shared:
             raise DataError(f"{min(shared)}: is both a training and a validation source")
+        for sources in (train, validation):
+            for index, source in enumerate(sources):
+                if again := _places([source]) & _places(sources[:index]):
+                    raise DataError(f"{min(again)}: is named twice")
         tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
         return cls(train, validation, tokenizer if tokenizer is not None and tokenizer.is_dir() else None)
 
@@ -56,8 +60,15 @@ class Inputs:
                     yield document
 
 
-def _file_paths(sources: list[Source]) -> set[Path]:
-    return {path.resolve() for source in sources if isinstance(source, FileSource) for path, _ in source.files}
+def _places(sources: list[Source]) -> set[str]:
+    """What the sources read: files by their resolved paths, anything else by what tells one such source from others."""
+    places: set[str] = set()
+    for source in sources:
+        if isinstance(source, FileSource):
+            places |= {str(path.resolve()) for path, _ in source.files}
+        else:
+            places.add(str(Path(source.name).resolve()) if Path(source.name).exists() else source.name)
+    return places
 
 
 def check_apart(options: PrepareOptions) -> None:

@@ -87,8 +87,8 @@ def backward(
 def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) -> ctypes.Array:
     """T, D, F, E, C and the rows that scratch memory is for: W, m, window_factors, thread_factors (see ragged.cpp).
 
-    Blocks follow from the counts, C and the number of threads, so that both passes have the same: a pre-activation
-    that is computed again is bit for bit the one that was not stored.
+    Blocks follow from the counts, C and the number of threads, so that both passes have the same, unless that number
+    is changed in between: a pre-activation that is computed again is bit for bit the one that was not stored.
     """
     (T, D), (E, _, F_) = x_TD.shape, down_EDF.shape
     threads, pairs, C = torch.get_num_threads(), sum(count), pre_C2F.shape[0]

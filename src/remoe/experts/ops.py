@@ -48,7 +48,7 @@ def ragged_experts(
     Returns:
         (T, D); zero rows for tokens without an expert.
     """
-    inputs = (x_TD, gate_up_E2FD, down_EDF, gate_N)
+    inputs = (x_TD, gate_up_E2FD, down_EDF, gate_N.to(torch.promote_types(x_TD.dtype, torch.float32)))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         stored = 0
     return _forward(*inputs, token_N, count_E, stored, backend)[0]
@@ -76,7 +76,8 @@ def _forward(
 
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored, backend):
-    return torch.empty_like(x_TD), x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    return y_TD, x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
 
 
 @torch.library.custom_op("remoe::experts_backward", mutates_args=())
@@ -98,7 +99,8 @@ def _backward(
 
 @_backward.register_fake
 def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F, backend):
-    return tuple(torch.empty_like(t) for t in (x_TD, gate_up_E2FD, down_EDF, gate_N))
+    leaves = (x_TD, gate_up_E2FD, down_EDF, gate_N)
+    return tuple(torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves)
 
 
 def _setup_context(ctx, inputs, output) -> None:

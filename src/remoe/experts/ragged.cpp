@@ -173,6 +173,9 @@ extern "C" void experts_forward(const float *x_TD, const float *gate_up_E2FD, co
             multiply(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
             for (int64_t j = 0; j < rows; j++)
                 swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
+            // Of a block that reaches beyond C its first rows: with other threads the backward pass has other blocks.
+            if (start < n.C && start + rows > n.C)
+                std::memcpy(pre_C2F + start * 2 * F, pre_m2F, (n.C - start) * 2 * F * sizeof(float));
             float *out_mD = out_WD + (start - blocks[first].start) * D;
             multiply(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
         }

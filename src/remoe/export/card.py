@@ -9,6 +9,7 @@ from remoe.analysis import figures
 from remoe.analysis.figures import save
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
+from remoe.training.metrics import read_metrics
 from remoe.training.rundir import RunFolder
 
 _USE = """```python
@@ -24,7 +25,7 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
     """Writes README.md and, where the run has its records, plots as PNG; `out` must be there."""
     config = run.load_config()
     summary = json.loads(run.summary.read_text()) if run.summary.is_file() else {}
-    records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.is_file() else []
+    records = read_metrics(run.metrics) if run.metrics.is_file() else []
     step = int(checkpoint.name.rpartition("-")[2])
     finished = summary.get("steps") == step
     c = model.config
@@ -53,7 +54,7 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
         parts += ["## Results\n", _results(summary, ROUTERS[c.router].steered), _domains(summary)]
     else:
         parts.append("This checkpoint is not the end of its run: no validation loss is known for it.\n")
-    parts += _plots(records[:step], summary, c.router, out)
+    parts += _plots([record for record in records if record["step"] <= step], summary, c.router, out)
     # The first separator opens the header.
     (out / "README.md").write_text("---\n" + "\n".join(parts))
 

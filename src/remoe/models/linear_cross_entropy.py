@@ -95,6 +95,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, scale, *_):
+    if torch.is_grad_enabled():  # create_graph: the saved gradients would count as constants
+        raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
     dhidden_TD, dweight_DV = ctx.saved_tensors
     hidden_grad, weight_grad = ctx.wanted
     dhidden_TD = dhidden_TD * scale.to(dhidden_TD.dtype) if hidden_grad else None

@@ -122,5 +122,5 @@ class Routing:
 def count_tokens(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
     """0-dim int64: the tokens that `mask_T` keeps, all of them when it is None."""
     if mask_T is None:
-        return torch.tensor(x_TD.shape[0], device=x_TD.device)
+        return torch.full((), x_TD.shape[0], device=x_TD.device)  # a copy from the host would wait on CUDA
     return mask_T.sum()

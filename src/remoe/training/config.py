@@ -6,6 +6,7 @@ Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,9 @@ class CheckpointOptions:
     """Keep for good each checkpoint whose step is a multiple of this; 0 for none."""
 
 
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has them
+
+
 def _pairs(words: list[str]) -> dict[str, bool | int | float | str]:
     """`["warmup_k", "6"]` as `{"warmup_k": 6}`."""
     if len(words) % 2:
@@ -122,8 +126,8 @@ def _pairs(words: list[str]) -> dict[str, bool | int | float | str]:
 
 
 def _value(word: str) -> bool | int | float | str:
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
+    if word.lower() in FLAGS:
+        return FLAGS[word.lower()]
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(word)
@@ -276,6 +280,22 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
         raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
+class StrictLoader(yaml.SafeLoader):
+    """A key given twice is an error: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for twice in (key for index, key in enumerate(keys) if key in keys[:index]):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as a word; people mean a number.
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
     """TrainConfig of a YAML file; `overrides` go first.
 
@@ -283,7 +303,7 @@ def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
         ConfigError: when the file is missing, is no mapping, or holds unknown options.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), StrictLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

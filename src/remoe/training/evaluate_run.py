@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from remoe.analysis.collect import gates_of
-from remoe.data import ValidationWindows, open_dataset, tokenizer_fingerprint
+from remoe.data import TOTAL, ValidationWindows, open_dataset, tokenizer_fingerprint
 from remoe.errors import CheckpointError, DataError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
@@ -73,7 +73,7 @@ def evaluate_run(
         model.set_max_experts(max_experts)
     results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
     rows = {domain: result.to_dict() for domain, result in results.items()}
-    return checkpoint, folder, rows | {"all": total(results).to_dict()}
+    return checkpoint, folder, rows | {TOTAL: total(results).to_dict()}
 
 
 def sweep_run(

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 import remoe
-from remoe.data import Dataset, PrepareOptions, open_dataset, prepare
+from remoe.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
+from remoe.data.files import locked
+from remoe.data.manifest import MANIFEST_NAME
 from remoe.errors import CheckpointError
 from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
@@ -36,7 +38,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
 
     Raises:
         ConfigError, DataError, CheckpointError: see `Trainer`.
-        CheckpointError: when a resumed run was started with other options.
+        CheckpointError: when a resumed run was started with other options, or another process is training it.
     """
     if saved is not None:
         _check_unchanged(saved, config, run)
@@ -49,24 +51,27 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
-    else:
-        trainer.resume()
-    _print_header(trainer)
-    validation = trainer.train()
-    if validation is None:
-        print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
-        print(f"continue with: remoe train --out {run.path} --resume")
-        return None
-    summary = _summarise(trainer, validation, time.perf_counter() - started)
-    run.summary.write_text(json.dumps(summary, indent=2))
-    _print_summary(summary, trainer)
-    return summary
+    with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
+        if saved is not None:
+            trainer.resume()
+        _print_header(trainer)
+        validation = trainer.train()
+        if validation is None:
+            print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
+            print(f"continue with: remoe train --out {run.path} --resume")
+            return None
+        summary = _summarise(trainer, validation, time.perf_counter() - started)
+        run.summary.write_text(json.dumps(summary, indent=2))
+        _print_summary(summary, trainer)
+        return summary
 
 
 def default_dataset(parent: Path, vocab_size: int) -> Dataset:
     """The running Python's standard library, prepared once in `parent`/data."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
+    if (out / MANIFEST_NAME).exists():  # the library may have got a file since, which is no reason not to train
+        return open_dataset(out)
     prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05))
     return open_dataset(out)
 
@@ -114,7 +119,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(trainer.device),
         "validation_loss": total(validation).loss,
-        "validation": {"all": total(validation).to_dict()}
+        "validation": {TOTAL: total(validation).to_dict()}
         | {domain: result.to_dict() for domain, result in validation.items()},
         "target_sparsity": target,
         "final_sparsity": trainer.model.sparsity.sparsity.item(),
@@ -152,7 +157,7 @@ def _validation_prompt(trainer: Trainer, tokenizer) -> str:
 
 
 def _print_summary(summary: dict, trainer: Trainer) -> None:
-    run, everything = trainer.run, summary["validation"]["all"]
+    run, everything = trainer.run, summary["validation"][TOTAL]
     print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes, data preparation included")
     print(
         f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "

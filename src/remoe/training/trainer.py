@@ -135,9 +135,11 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.model.update_routing()
         # One transfer to the host a step: everything that the record and the checks need.
-        scalars = torch.stack([lm_loss, reg_loss, coefficient, grad_norm, controller.sparsity]).tolist()
-        load_LE, dead_steps_L = controller.load_LE.tolist(), controller.dead_steps_L.tolist()
-        lm_loss, reg_loss, coefficient, grad_norm, sparsity = scalars
+        scalars = torch.stack([lm_loss, reg_loss, coefficient, grad_norm, controller.sparsity])
+        L, E = controller.load_LE.shape
+        values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
+        (lm_loss, reg_loss, coefficient, grad_norm, sparsity), dead_steps_L = values[:5], values[5 : 5 + L]
+        load_LE = [values[first : first + E] for first in range(5 + L, len(values), E)]
         if not (math.isfinite(lm_loss + reg_loss) and math.isfinite(grad_norm)):
             raise self._non_finite(step, lm_loss, reg_loss, grad_norm)
         self.optimizer.step()
