@@ -1,6 +1,7 @@
 """Every backend against naive.py: output and all gradients, odd sizes, empty and full experts, poisoned memory."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, ru
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, run_experts
 from remoe.experts.backends import resolve_backend
+from remoe.experts.triton import windows
 from remoe.routing.assignment import Assignment
 
 EVERYWHERE = ["loop", "loop without kernels"]
@@ -166,3 +168,22 @@ def test_another_number_of_threads_in_the_backward_pass():
     torch.set_num_threads(threads)
     for one, other in zip(*found, strict=True):
         assert ((one - other).norm() / one.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "E", "k"), [(4096, 8, 1), (12288, 8, 1), (16384, 8, 1), (4097, 32, 4), (16384, 64, 8)]
+)
+def test_a_window_ends_with_the_stored_pairs(tokens, E, k):
+    stored = math.ceil(1.25 * k * tokens)
+    slices = windows(tokens * E, stored, tokens)
+    assert [w.stop for w in slices[:-1]] == [w.start for w in slices[1:]]
+    assert slices[0].start == 0
+    assert slices[-1].stop == tokens * E
+    assert stored in [w.stop for w in slices]
+    assert len({len(w) for w in slices[:-1]}) == 1
+    assert len(slices) < 2.5 * E / k  # launches
+
+
+def test_few_pairs_make_no_more_windows():
+    assert len(windows(512 * 64, 640, 512)) == 2
+    assert len(windows(512 * 8, 0, 512)) == 1

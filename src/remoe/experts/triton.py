@@ -26,6 +26,7 @@ from remoe.experts.triton_launch import Launcher, interpreted
 STORED_WINDOWS = 2
 # Rows, so that a machine has enough to do with one window.
 MIN_WINDOW = 16384
+MIN_STORED_WINDOW = 4096  # shorter ones would be too many over the whole list
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,10 +50,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: i
 def windows(pairs: int, stored: int, tokens: int) -> list[range]:
     """Slices of the list of pairs to be worked off one after the other.
 
-    All but the last are of one length, which is bounded by `stored` or, without stored pairs, by `tokens`.
+    All but the last are of one length. One of them ends with the stored pairs, because a window that reaches beyond
+    them is computed again as a whole; only where they are few, longer windows cost less than many.
     """
-    rows = -(-stored // STORED_WINDOWS) if stored else 4 * tokens
-    rows = max(rows, MIN_WINDOW)
+    count = min(STORED_WINDOWS, max(1, round(stored / MIN_WINDOW)))
+    if stored < MIN_STORED_WINDOW:
+        rows = max(0 if stored else 4 * tokens, MIN_WINDOW)
+    else:
+        rows = stored if stored % count else stored // count
     return [range(first, min(first + rows, pairs)) for first in range(0, pairs, rows)]
 
 
