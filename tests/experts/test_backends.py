@@ -105,6 +105,7 @@ def test_one_expert_takes_everything(backend):
 def test_windows_of_lists_with_room(backend, density, stored, monkeypatch):
     """Neither the room behind the pairs nor the number of windows or of stored pairs changes a result."""
     monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 16)
+    monkeypatch.setattr("remoe.experts.triton.MIN_STORED_WINDOW", 1)
     leaves, active = problem(19, 20, 12, 5, density)
     active[:, 2] = False
     backend.keywords["stored"] = stored

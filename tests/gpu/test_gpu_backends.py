@@ -7,6 +7,7 @@ import pytest
 import torch
 from experts.cases import SHAPES, check_equals_naive, check_repeats, problem
 
+import remoe
 from remoe.errors import ConfigError
 from remoe.experts import Experts, run_experts
 from remoe.experts.backends import resolve_backend
@@ -53,6 +54,7 @@ def test_16_bit_equals_naive_in_float64(name, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_windows(name, dtype, density, stored, monkeypatch):
     monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 256)
+    monkeypatch.setattr("remoe.experts.triton.MIN_STORED_WINDOW", 1)
     leaves, active = problem(333, 136, 72, 6, density, dtype, device="cuda")
     active[:, 2] = False
     check_equals_naive(backend(name, leaves, stored=stored), leaves, active, 1e-2)
@@ -85,6 +87,24 @@ def test_triton_never_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         experts(x, gate_up, down, Assignment.from_gates(gate_TE, active)).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("router", ["relu", "topk"])
+def test_layer_never_waits_for_the_device(router):
+    layer = remoe.MoE(256, 384, 8, 1, router, experts="triton").to("cuda", torch.bfloat16)
+    x = torch.randn(4, 256, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+    def step():
+        y, routing = layer(x)
+        (y.float().square().mean() + routing.regularizer).backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
