@@ -67,10 +67,11 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
         f"Data: {data['training_tokens']:,} training and {data['validation_tokens']:,} validation tokens; "
         f"domains {', '.join(dataset.domains)}."
     )
+    shown = [row_name(variant, dict(experiment.points[0])) for variant in experiment.figures]
     top_tokens = {
         name: record.routing.top_tokens
         for name, record in first.items()
-        if name in experiment.figures and record.routing is not None and record.routing.top_tokens
+        if name in shown and record.routing is not None and record.routing.top_tokens
     }
     drawn = draw(experiment, found, first, out / FIGURES)
     report = out / "results.md"
