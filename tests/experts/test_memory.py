@@ -11,12 +11,14 @@ from remoe.routing.assignment import Assignment
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("variant", ["kernels", "no kernels", "steps only"])
+@pytest.mark.parametrize("variant", ["kernels", "kernels of 32 threads", "no kernels", "steps only"])
 @pytest.mark.parametrize(
     "case", [Case(1024, 128, 512, 8, 1), Case(1024, 128, 128, 32, 4), Case(1024, 128, 256, 32, 1)], ids=str
 )
 def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
-    if variant != "kernels":
+    if variant == "kernels of 32 threads":
+        torch.set_num_threads(32)
+    elif variant != "kernels":
         monkeypatch.setattr("remoe.experts.loop.ragged_kernels", lambda: None)
     if variant == "no kernels":
         monkeypatch.setattr("remoe.experts.loop.compiled_kernels", lambda dtype: None)

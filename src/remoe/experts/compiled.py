@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remoe.experts.kernels import Kernels, RaggedKernels, Sizes
 
-BLOCK, MIN_BLOCK = 1024, 64  # pairs that one thread takes through an expert at once
+BLOCK, MIN_BLOCK, LEAST_BLOCK = 1024, 64, 8  # pairs that one thread takes through an expert at once
 BLOCKS_PER_THREAD = 2  # at least, where all pairs are one expert's
 WINDOW = 4096  # pairs per thread whose rows wait in scratch memory to be summed over experts
 
@@ -94,7 +94,9 @@ def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) ->
     threads, pairs, C = torch.get_num_threads(), sum(count), pre_C2F.shape[0]
     block, window = BLOCK, WINDOW * threads
     if 0 < C < pairs:  # more experts are active than wanted: no more scratch memory than else
-        block = min(block, max(C // (8 * threads), MIN_BLOCK))
+        # Of many threads none has enough for a fast product, but all together must not hold more than C.
+        least = max(LEAST_BLOCK, min(MIN_BLOCK, C // (4 * threads)))
+        block = min(block, max(C // (8 * threads), least))
         window = min(window, max(C // 8, threads * block))
     block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
     windows = max(1, -(-pairs // window))
