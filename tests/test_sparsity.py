@@ -258,6 +258,17 @@ def test_recomputation_of_the_whole_model_counts_once():
     assert controller._tokens_L.tolist() == [10]
 
 
+def on_two_ranks(function):
+    """What `function(rank, port, results)` puts into results[rank], of both ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(function, args=(port, results), nprocs=2)
+        return results[0], results[1]
+
+
 def _rank(rank, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     controller = SparsityController(1, 8, 1)
@@ -268,14 +279,9 @@ def _rank(rank, port, results):
 
 
 def test_ranks_agree_on_the_sum_of_their_statistics():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(port, results), nprocs=2)
-        assert results[0] == results[1]
-        assert results[0][1] == pytest.approx(1 - 400 / 3200)
+    first, second = on_two_ranks(_rank)
+    assert first == second
+    assert first[1] == pytest.approx(1 - 400 / 3200)
 
 
 def _wrapped_rank(rank, port, results):
@@ -301,13 +307,7 @@ def _wrapped_rank(rank, port, results):
 
 
 def test_ddp_leaves_each_rank_its_statistics():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_wrapped_rank, args=(port, results), nprocs=2)
-        pairs, slots, sparsities = zip(*results.values(), strict=True)
+    pairs, slots, sparsities = zip(*on_two_ranks(_wrapped_rank), strict=True)
     assert pairs[0] / slots[0] != pytest.approx(pairs[1] / slots[1], rel=1e-4)
     assert sparsities[0] == sparsities[1] == pytest.approx(1 - sum(pairs) / sum(slots), abs=1e-6)
 

@@ -1,0 +1,41 @@
+"""Regularisers on hand-made cases; with their routers they are in test_rival_routers.py."""
+
+import math
+
+import pytest
+import torch
+
+from remoe.routing.regularizers import chunk_sparsity_loss, gate_entropy, locality_loss
+
+
+def test_losses_of_blockffn_on_hand_made_cases():
+    # Two sequences of three tokens, chunks of two: {0, 1}, {2}, {3, 4}, {5}.
+    gate = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    # experts needed per chunk: both 1; p = 1/2 each: mean 1/2; one of two: 1/2; nothing: 0
+    values = [1.0, 1.0, 0.5, 0.5, 0.5, 0.0]
+    loss = chunk_sparsity_loss(gate, None, seq_len=3, chunk=2, num_tokens=6)
+    assert loss.item() == pytest.approx(sum(values) / 6, abs=1e-5)
+    mask = torch.tensor([True, True, True, True, True, False])
+    masked = chunk_sparsity_loss(gate, mask, seq_len=3, chunk=2, num_tokens=5)
+    assert masked.item() == pytest.approx(sum(values) / 5, abs=1e-5)
+
+    logit = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [0.1, 0.2], [0.3, 0.1], [5.0, 5.0]])
+
+    def nats(now, then):
+        p, q = 1 / (1 + math.exp(-3 * now)), 1 / (1 + math.exp(-3 * then))
+        return -(q * math.log(p) + (1 - q) * math.log(1 - p))
+
+    neighbours = [(0, 1), (1, 2), (3, 4), (4, 5)]
+    per_pair = [sum(nats(logit[a, e].item(), logit[b, e].item()) for e in range(2)) / 2 for a, b in neighbours]
+    loss = locality_loss(logit, None, seq_len=3, sharpness=3.0)
+    assert loss.item() == pytest.approx(sum(per_pair) / 4, rel=1e-5)
+    loss = locality_loss(logit, mask, seq_len=3, sharpness=3.0)
+    assert loss.item() == pytest.approx(sum(per_pair[:3]) / 3, rel=1e-5)
+
+
+def test_entropy_has_finite_gradients_at_closed_gates():
+    gate = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+    loss = gate_entropy(gate, num_tokens=3)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2) / 3, abs=1e-4)
+    assert torch.isfinite(gate.grad).all()
