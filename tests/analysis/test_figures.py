@@ -51,8 +51,8 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "loss_against": lambda: figures.loss_against(AGAINST, "experts E"),
     "final_losses": lambda: figures.final_losses(FINAL),
     "active_against_frequency": lambda: routing_figures.active_against_frequency(FREQUENCY),
-    "routed_share_maps": lambda: routing_figures.routed_share_maps(SHARES),
-    "routed_share_by_domain": lambda: routing_figures.routed_share_by_domain(BY_DOMAIN, ["farm", "town"]),
+    "routed_share_maps": lambda: routing_figures.routed_share_maps(SHARES, dict.fromkeys(SHARES, 1)),
+    "routed_share_by_domain": lambda: routing_figures.routed_share_by_domain(BY_DOMAIN, ["farm", "town"], 1),
     "flips": lambda: routing_figures.flips(FLIPS, {"ReMoE": 4, "TopK": 8}),
 }
 
@@ -181,7 +181,7 @@ def test_frequency_shows_every_id_and_means_of_octaves():
 
 
 def test_maps_show_the_shares_their_inactive_experts_and_sparsity():
-    fig = routing_figures.routed_share_maps(SHARES)
+    fig = routing_figures.routed_share_maps(SHARES, dict.fromkeys(SHARES, 1))
     remoe, side, wide = fig.axes[:3]
     assert remoe.images[0].get_array().tolist() == pytest.approx(SHARES["ReMoE"].numpy())
     assert wide.images[0].get_array().tolist() == SHARES["wide"]
@@ -192,7 +192,7 @@ def test_maps_show_the_shares_their_inactive_experts_and_sparsity():
 
 
 def test_domains_have_a_bar_per_expert_in_every_layer():
-    fig = routing_figures.routed_share_by_domain(BY_DOMAIN, ["farm", "town"])
+    fig = routing_figures.routed_share_by_domain(BY_DOMAIN, ["farm", "town"], 1)
     panels = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_visible()}
     assert list(panels) == [f"layer {layer}" for layer in range(5)] + ["Mean active experts"]
     for layer in range(5):

@@ -120,10 +120,13 @@ def test_shares_by_domain_are_of_the_domains_own_tokens():
     assert masked[0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
-def test_an_expert_under_a_64th_of_the_tokens_is_inactive():
-    share = torch.tensor([[0.0, 1 / 64, 0.0156]])
-    assert measures.inactive_experts(share).tolist() == [[True, False, True]]
-    assert measures.inactive_experts(share, 0.0156).tolist() == [[True, False, False]]
+def test_an_expert_under_an_eighth_of_the_mean_load_is_inactive():
+    share = torch.tensor([[0.0, 1 / 64, 0.0156, 0.5, 0.5, 0.5, 0.5, 0.5]])
+    assert measures.inactive_below(8, 1) == 1 / 64  # Fig. 8
+    assert measures.inactive_experts(share, 1).tolist() == [[True, False, True] + [False] * 5]
+    assert measures.inactive_experts(share, 2).tolist() == [[True, True, True] + [False] * 5]
+    even = torch.full((2, 128), 1 / 128)  # a perfectly balanced layer has no inactive expert, whatever its E
+    assert not measures.inactive_experts(even, 1).any()
 
 
 def test_sparsity_of_each_layer():

@@ -6,10 +6,10 @@ from statistics import stdev
 import pytest
 import yaml
 
-from remoe.compare.budget import matches
+from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.pool import Pool
-from remoe.compare.record import RoutingFigures, RunRecord, options_of
+from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, options_of
 from remoe.compare.report import markdown
 from remoe.compare.results import results
 from remoe.errors import ConfigError
@@ -27,16 +27,23 @@ EXPERIMENT = {
 }
 
 
-def finish(pool, run, loss, flops):
+def finish(pool, run, loss, flops, sparsities=None, speed=50.0):
+    """A finished run; S of its steps is 0.875 unless given."""
     folder = pool.folder(run)
     folder.path.mkdir(parents=True)
     folder.config.write_text(yaml.safe_dump(run.config.to_dict()))
-    part = {"loss": loss, "sparsity": 0.8}
+    course = enumerate(sparsities or [0.875] * run.steps, 1)
+    folder.metrics.write_text(
+        "".join(json.dumps({"step": i, "sparsity": s, "tokens_per_second": speed}) + "\n" for i, s in course)
+    )
+    part = {"loss": loss, "sparsity": 0.875}
     summary = {
         "steps": run.steps, "validation_loss": loss, "validation": {"all": part, "code": {"loss": loss + 1}},
-        "total_parameters": 8, "active_parameters": 4, "tokens": 10 * run.steps, "flops": flops,
+        "total_parameters": 9, "active_parameters": 2, "tokens": 10 * run.steps, "flops": flops,
+        "machine": {"cpu": "one" if run.seed else "other", "date": f"2030-01-0{1 + run.seed}"},
+        "target_sparsity": 0.875,
         "flops_per_token": flops / (10 * run.steps), "tokens_per_second": 50.0, "peak_memory_bytes": 2**30,
-        "settling_step": 7 if run.seed else None, "sparsity_deviation": 0.004 if run.seed else None, "seconds": 60.0,
+        "settling_step": 7 if run.seed else None, "seconds": 60.0, "router": run.config.router,
     }  # fmt: skip
     folder.summary.write_text(json.dumps(summary))
 
@@ -52,11 +59,11 @@ def trial():
 
 
 def test_the_cheaper_run_gets_as_many_steps_as_cost_the_same(trial, pool):
-    assert all(match.run is None for match in matches(trial, pool.summary) if match.tokens_run.variant != "relu")
+    assert all(match.run is None for match in matches(trial, pool) if match.tokens_run.variant != "relu")
     for run in trial.runs:
         flops = {"relu": 1100.0, "topk": 1000.0, "near": 1092.0, "wide": 9000.0}[run.variant]
         finish(pool, run, 4.0, flops)
-    found = {(match.tokens_run.variant, match.tokens_run.seed): match.run for match in matches(trial, pool.summary)}
+    found = {(match.tokens_run.variant, match.tokens_run.seed): match.run for match in matches(trial, pool)}
     assert {variant for variant, _ in found} == {"relu", "topk", "near"}
     assert found["topk", 0].steps == 110
     assert found["topk", 0].config.steps == 110
@@ -64,6 +71,28 @@ def test_the_cheaper_run_gets_as_many_steps_as_cost_the_same(trial, pool):
     assert found["near", 1].steps == 100  # within 1 %
     assert found["relu", 0] == trial.runs[0]
     assert pool.state(found["topk", 0]) == "not started"
+
+
+def test_a_dense_stage_is_as_long_in_a_shorter_run(trial, pool):
+    """Of 100 steps the first 20 have all experts on; a step costs 40 with one expert of eight, and 60 a further one."""
+    relu, topk = (next(run for run in trial.runs if run.variant == name) for name in ("relu", "topk"))
+    # 9 parameters, 2 of them active: 8 routed, of which a token in ten meets 1 at S = 0.875: 6 * 10 FLOPs each
+    course = [0.0] * 20 + [0.875] * 80
+    spent = 20 * (40 + 8 * 60) + 80 * (40 + 60)
+    summary = {"steps": 100, "tokens": 1000, "flops": spent, "validation": {"all": {"sparsity": 0.875}}}
+    summary |= {"total_parameters": 9, "active_parameters": 2}
+    assert steps_for(spent - 30 * 100, summary, course) == 70
+    assert steps_for(spent + 7 * 100 + 40, summary, course) == 107
+    assert steps_for(20 * 520, summary, course) == 20
+    assert steps_for(1, summary, course) == 1
+    finish(pool, topk, 4.0, spent, course)
+    finish(pool, relu, 4.0, spent - 3000)
+    (match,) = [m for m in matches(trial, pool) if m.tokens_run == topk]
+    assert match.run.steps == 70
+    finish(pool, match.run, 3.5, 1.05 * (spent - 3000))  # it was denser than foreseen
+    found = results(trial, pool)
+    assert {row.variant: row.over_budget for row in found.equal_flops}["topk"] == pytest.approx(1.05)
+    assert "**Note:** topk at equal FLOPs spent 1.050 times the budget" in markdown(trial, found, {}, {}, "Data.")
 
 
 def test_rows_are_means_over_the_seeds_that_are_finished(trial, pool):
@@ -82,20 +111,78 @@ def test_rows_are_means_over_the_seeds_that_are_finished(trial, pool):
     assert found.missing == ["tiny-hash-seed1", "tiny-hash-seed1 at equal FLOPs"]
     assert [row.variant for row in found.equal_flops] == ["relu", "topk", "near"]
 
-    one = RoutingFigures(3, 1.5, 0.1, None, 0.5, 0.25, [0.8, 0.9], None)
-    other = RoutingFigures(5, 1.7, 0.3, -0.5, 0.5, 0.25, [0.6, 0.9], None)
-    tops = {"relu": [[["the", "a|`b"], ["\n"]]]}
-    routing = {"relu": [one, other], "topk": [one]}
-    text = markdown(trial, found, routing, tops, {"A figure": "figures/a.png"}, "Data.", ["a machine"], ["mind."])
-    assert "| topk | 2 | 100 | 4.4500 ± 0.0707 | +0.3500 ± 0.2121 |" in text
+    text = markdown(trial, found, {}, {"A figure": "figures/a.png"}, "Data.")
+    assert "| topk | 2 | 100 | 4.4500 ± 0.0707 | +0.3500 ± 0.2121 | 5.4500 ± 0.0707 |" in text
     assert "| near | 1 | 100 | 4.1000 | +0.1000 |" in text
-    assert "| GiB | 0.8000 | not, 7 | 0.0040 |".replace("| GiB", "1.00 GiB") in text
-    assert "| topk | 1 | 3 | 1.50 | 0.1000 |  | 0.500 | 0.250 |  | 0.800 0.900 |" in text
-    assert "| relu | 2 | 4 ± 1 | 1.60 ± 0.14 | 0.2000 ± 0.1414 | -0.50 | 0.500 ± 0.000 |" in text
-    assert "| 0 | 0 | `the` `` a\\|`b `` |\n| 0 | 1 | `\\n` |" in text
-    assert "**Note:** mind." in text
+    assert "| topk | 5.450 ± 0.071 |" in text
+    assert "Trained on (2030-01-01 to 2030-01-02):\n\n1. cpu other\n2. cpu one\n" in text
+    assert "| relu | 1, 2 |" in text
+    assert "| near | 1 |" in text
     assert "**Not finished (2):**" in text
-    assert "nan" not in text
+
+
+def routing(**figures):
+    known = {"inactive_experts": 3, "frequency_correlation": None, "sparsity_per_layer": [0.8, 0.9]}
+    known |= {"load_imbalance_per_layer": [1.0, 4.0], "specialisation_per_layer": [0.1, 0.4]}
+    shown = [[["the", "a|`b"], ["\n"]]]
+    return RoutingSummary(RoutingFigures(**known | figures), [], [], [], [], [], shown)
+
+
+def record(summary, routing, **course):
+    steps = {"step": [1, 2, 3, 4, 5, 6], "lambda": [1.0] * 6, "reg_loss": [1.0] * 6, "sparsity": [0.8] * 6}
+    return RunRecord(
+        {"seed": summary.get("seed", 0)}, {"router": "relu", "target_sparsity": 0.8} | summary, steps | course, routing
+    )
+
+
+def test_means_over_layers_are_weighted_by_pairs():
+    figures = routing().figures
+    assert figures.over_pairs("load_imbalance") == pytest.approx((2 * 1 + 1 * 4) / 3)
+    assert figures.over_pairs("expert_reuse") is None  # not kept
+    closed = routing(sparsity_per_layer=[0.8, 1.0], specialisation_per_layer=[0.1, None]).figures
+    assert closed.over_pairs("specialisation") == 0.1
+    assert (
+        routing(sparsity_per_layer=[1.0, 1.0], specialisation_per_layer=[None, None]).figures.over_pairs(
+            "specialisation"
+        )
+        is None
+    )
+
+
+def test_the_table_of_routing_and_what_it_cannot_know(trial, pool):
+    finish(pool, trial.runs[0], 4.0, 1000.0)
+    records = {
+        "relu": [
+            record({}, routing(), flip_rate=[0.6, None, 0.3, None, None, 0.0]),
+            record(
+                {"seed": 1}, routing(inactive_experts=5, frequency_correlation=-0.5, load_imbalance_per_layer=[3, None])
+            ),
+        ],
+        "topk": [record({"router": "topk"}, routing(sparsity_per_layer=[1.0, 1.0]), reg_loss=[0.0] * 6)],
+        "dense": [record({"router": "dense"}, None)],
+        "faded": [record({}, None, reg_loss=[1.0, 1.0, 1.0, 1.0, 1.0, 0.0])],
+    }
+    text = markdown(trial, results(trial, pool), records, {}, "Data.")
+    assert (
+        "| relu | 2 | 4 ± 1 | 2.50 ± 0.71 | 0.2000 ± 0.0000 | -0.50 |  |  | 0.30000 | 0.00000 | 0.800 0.900 |" in text
+    )
+    assert "| topk | 1 | 3 |  |  |  |  |  |  |  | 1.000 1.000 |" in text
+    assert "| 0 | 0 | `the` `` a\\|`b `` |\n| 0 | 1 | `\\n` |" in text
+    assert "**Note:** the penalty of faded, seed 0, has vanished at its end (0 nats)" in text
+    assert text.count("**Note:**") == 1
+    assert "| dense |" not in text
+
+
+def test_the_course_of_s_and_the_time_of_its_stages(trial, pool):
+    course = [0.5] * 40 + [0.7] * 20 + [0.87, 0.88] * 20
+    longer = experiment_from_dict({**EXPERIMENT, "base": {"steps": 102}}, "trial", "trial.yaml")
+    finish(pool, longer.runs[0], 4.0, 1000.0, [*course, 0.9, 0.7], speed=5.0)
+    (row,) = results(longer, pool).equal_tokens
+    assert row.sparse_steps == [61]
+    assert row.minutes == pytest.approx(102 * 2 / 60)
+    assert row.dense_minutes == pytest.approx(60 * 2 / 60)
+    assert (row.late_sparsity, row.late_deviation) == pytest.approx((0.8, stdev([0.9, 0.7])))
+    assert results(trial, pool).equal_tokens == []
 
 
 def test_a_run_under_another_label_is_found(pool):
@@ -133,7 +220,8 @@ def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(tria
     options = options_of(run.config)
     del options["optim.clip"]
     path = records / f"{pool.name(run)}.json"
-    RunRecord(options, {"validation_loss": 4.0}, {}, None).save(path)
+    RunRecord(options, {"validation_loss": 4.0}, {"step": [2, 4], "sparsity": [0.5, 0.75]}, None).save(path)
+    assert Pool(tmp_path / "other", "fingerprint", records).sparsities(run) == [0.5, 0.5, 0.75, 0.75]
     assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
     assert Pool(tmp_path / "other", "fingerprint").summary(run) is None
     later = json.loads(path.read_text()) | {"unheard_of": 1}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,18 @@ def test_resume_takes_no_configuration_file(corpus, uninterrupted, capsys):
 def test_a_finished_run_resumes_to_its_end(corpus, uninterrupted, capsys):
     assert train(corpus, uninterrupted, "--resume") == 0
     assert "finished: 24 steps" in capsys.readouterr().out
+
+
+def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    state = list_checkpoints(out / "checkpoints")[-1] / "training.json"
+    saved = json.loads(state.read_text())
+    assert 0 < saved["seconds"] <= json.loads((uninterrupted / "summary.json").read_text())["seconds"]
+    state.write_text(json.dumps(saved | {"seconds": 1e6, "peak_memory_bytes": 2**60}))
+    assert train(corpus, out, "--resume") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert 1e6 < summary["seconds"] < 1.1e6
+    assert summary["peak_memory_bytes"] == 2**60
 
 
 LIMIT = """

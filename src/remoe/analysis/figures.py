@@ -121,7 +121,7 @@ def loss_against(
     Args:
         systems: for each system and value of the axis the losses of its seeds, nats per token. Points are means, bars
             one standard deviation of the seeds, where there are several.
-        axis: what the values are, e.g. "experts E".
+        axis: what the values are, e.g. "experts E"; on a logarithmic scale where all are positive.
     """
     look = look or looks(systems)
     fig = new_figure(4.2, 3.1)
@@ -133,11 +133,13 @@ def loss_against(
         color, marker, linestyle = look[name]
         ax.errorbar(values, means, deviations, color=color, marker=marker, ls=linestyle, ms=4, capsize=3, label=name)
     values = sorted({value for points in systems.values() for value in points})
-    ax.set_xscale("log")
+    if values[0] > 0:
+        ax.set_xscale("log")
+        axis += " (log scale)"
     ax.xaxis.set_major_locator(FixedLocator(values))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: _quantity(value))
-    label(ax, x=f"{axis} (log scale)", y="validation loss (nats per token)")
+    label(ax, x=axis, y="validation loss (nats per token)")
     ax.legend()
     return fig
 

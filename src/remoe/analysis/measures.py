@@ -15,7 +15,9 @@ from torch import Tensor
 
 from remoe.errors import ConfigError
 
-INACTIVE_BELOW = 1 / 64
+# An expert with less than this share of the wanted mean load, k/E of the tokens, is inactive. At the paper's E = 8 and
+# k = 1 that is its 1/64 of the tokens (Fig. 8).
+INACTIVE_LOAD = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,14 @@ def routed_share_by_domain(
     return torch.stack([routed_share(active_LTE, keep_T & (domain_T == domain)) for domain in range(num_domains)])
 
 
-def inactive_experts(share_LE: Tensor, below: float = INACTIVE_BELOW) -> Tensor:
-    """Experts that take less than `below` of the tokens, 1/64 as in Fig. 8: bool, of the shape of the shares."""
-    return share_LE < below
+def inactive_below(num_experts: int, k: float) -> float:
+    """The share of the tokens under which an expert is inactive: k / (8 E), 1/64 in Fig. 8."""
+    return INACTIVE_LOAD * k / num_experts
+
+
+def inactive_experts(share_LE: Tensor, k: float) -> Tensor:
+    """Experts with less than an eighth of the wanted mean load: bool, of the shape of the shares (..., E)."""
+    return share_LE < inactive_below(share_LE.shape[-1], k)
 
 
 def mean_active_experts(share_LE: Tensor) -> Tensor:
@@ -183,8 +190,9 @@ def specialisation(
 ) -> Specialisation:
     """Mutual information of expert and domain over the routed pairs of each layer.
 
-    The joint distribution is that of a pair drawn from all of the layer's pairs. Estimates from few tokens are too
-    high, by about (C - 1)(E - 1) / (2 pairs) for independent tokens: compare layers or models on the same tokens.
+    The joint distribution is that of a pair drawn from all of the layer's pairs. Estimates from few pairs are too
+    high, by about (C - 1)(E - 1) / (2 pairs) for independent tokens and by more for those of few documents: a layer
+    that is almost closed seems to specialise. A mean over layers must weight them by their pairs.
 
     Args:
         active_LTE: (L, T, E) bool.

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from remoe.analysis.measures import INACTIVE_BELOW, rank_correlation
+from remoe.analysis.measures import inactive_below, rank_correlation
 from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis
 
 MAX_BARS_ACROSS = 100
@@ -58,11 +58,12 @@ def active_against_frequency(
 
 
 @mpl.rc_context(STYLE)
-def routed_share_maps(runs: Mapping[str, ArrayLike]) -> Figure:
+def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Figure:
     """Share of the tokens that each expert of each layer takes (Fig. 8), a map a run, with sparsity per layer.
 
     Args:
         runs: (L, E) shares in 0..1; runs may differ in L and E.
+        k: wanted active experts per token of each run, from which follows which experts are inactive.
     """
     shares = {name: np.asarray(share_LE) for name, share_LE in runs.items()}
     experts = [share_LE.shape[1] for share_LE in shares.values()]
@@ -76,7 +77,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike]) -> Figure:
         # By square root: a few busy experts must not turn all others the same dark.
         norm = PowerNorm(0.5, vmin=0, vmax=highest)
         image = ax.imshow(share_LE, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
-        layer, expert = np.nonzero(share_LE < INACTIVE_BELOW)
+        layer, expert = np.nonzero(share_LE < inactive_below(share_LE.shape[1], k[name]))
         cell_width = 72 * widths[2 * index] / share_LE.shape[1]  # points
         ax.scatter(expert, layer, marker="x", s=min(14, (cell_width / 3) ** 2), lw=0.8, color="white")
         ax.grid(visible=False)
@@ -88,19 +89,20 @@ def routed_share_maps(runs: Mapping[str, ArrayLike]) -> Figure:
         side.tick_params(axis="y", left=False, labelleft=False)
         label(side, x="sparsity")
     bar = fig.colorbar(image, ax=axes.tolist(), pad=0.01, aspect=15)
-    bar.set_label("share of tokens (×: under 1/64)")
+    bar.set_label("share of tokens (×: under 1/8 of the mean)")
     return fig
 
 
 @mpl.rc_context(STYLE)
 def routed_share_by_domain(
-    share_CLE: ArrayLike, domains: Sequence[str], *, look: Mapping[str, Look] | None = None
+    share_CLE: ArrayLike, domains: Sequence[str], k: int, *, look: Mapping[str, Look] | None = None
 ) -> Figure:
     """Share of each domain's tokens that each expert takes, a panel a layer, and active experts (Fig. 9, 12).
 
     Args:
         share_CLE: (C, L, E) shares in 0..1.
         domains: the C names.
+        k: wanted active experts per token, from which follows below which share an expert is inactive.
         look: of the domains.
     """
     share_CLE = np.asarray(share_CLE)
@@ -117,7 +119,7 @@ def routed_share_by_domain(
             offset = (index - (C - 1) / 2) * width
             color, hatch = look[domain].color, HATCHES[look[domain].linestyle]
             ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=color, hatch=hatch, label=domain)
-        ax.axhline(INACTIVE_BELOW, color=GREY, ls=":", lw=0.9)
+        ax.axhline(inactive_below(E, k), color=GREY, ls=":", lw=0.9)
         ax.grid(axis="x", visible=False)
         number_axis(ax, "x", E)
         ax.set_xlim(-0.6, E - 0.4)
@@ -128,7 +130,7 @@ def routed_share_by_domain(
         last = max(row for row in range(rows) if row * columns + column < L)
         axes[last, column].set_xlabel("expert")
         axes[last, column].tick_params(labelbottom=True)
-    upper.supylabel("share of the domain's tokens (dotted: 1/64)", fontsize=8)
+    upper.supylabel("share of the domain's tokens (dotted: 1/8 of the mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=6)
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)

@@ -1,15 +1,27 @@
 """Equal training FLOPs: how many steps a variant may train for what the reference spends."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 from remoe.compare.experiment import Experiment, Run, with_steps
+from remoe.data import TOTAL
 
 TOLERANCE = 0.01  # a run whose FLOPs are this close to the budget counts for both comparisons
 SUFFIX = "-flops"
+LATE = 0.1  # the last part of a run, whose cost per step more steps would have
 
-SummaryOf = Callable[[Run], dict | None]  # a finished run's summary
+
+class Finished(Protocol):
+    """Knows finished runs, as `Pool` does."""
+
+    def summary(self, run: Run) -> dict | None:
+        """Its figures; None for a run that is not finished."""
+
+    def sparsities(self, run: Run) -> Sequence[float]:
+        """S of each step of a finished run."""
 
 
 @dataclass(frozen=True)
@@ -25,35 +37,59 @@ class Match:
     run: Run | None
 
 
-def matches(experiment: Experiment, summary_of: SummaryOf) -> list[Match]:
+def matches(experiment: Experiment, finished: Finished) -> list[Match]:
     """The comparison at equal FLOPs, in the order of the equal-tokens runs; empty when the experiment has none."""
     if not experiment.equal_flops:
         return []
-    runs = experiment.runs
     found = []
-    for run in runs:
+    for run in experiment.runs:
         if run.variant == experiment.reference:
             found.append(Match(run, run))
         elif experiment.variants[run.variant].equal_flops:
-            references = [r for r in runs if r.variant == experiment.reference and r.point == run.point]
-            found.append(Match(run, _matched(run, references, summary_of)))
+            found.append(Match(run, _matched(run, references(experiment, run), finished)))
     return found
 
 
-def _matched(run: Run, references: list[Run], summary_of: SummaryOf) -> Run | None:
-    # without a reference of its own seed: the mean over the reference's seeds
-    same_seed = [reference for reference in references if reference.seed == run.seed] or references
-    budgets = [_flops(reference, summary_of) for reference in same_seed]
-    flops = _flops(run, summary_of)
-    if flops is None or None in budgets:
+def references(experiment: Experiment, run: Run) -> list[Run]:
+    """The reference's run with the same seed, or all of its seeds where there is none."""
+    at_point = [
+        other for other in experiment.runs if other.variant == experiment.reference and other.point == run.point
+    ]
+    return [other for other in at_point if other.seed == run.seed] or at_point
+
+
+def _matched(run: Run, others: Sequence[Run], finished: Finished) -> Run | None:
+    summary, budgets = finished.summary(run), [finished.summary(other) for other in others]
+    if summary is None or None in budgets:
         return None
-    budget = statistics.mean(budgets)
-    if abs(flops / budget - 1) <= TOLERANCE:
+    budget = statistics.mean(other["flops"] for other in budgets)
+    if abs(summary["flops"] / budget - 1) <= TOLERANCE:
         return run
-    steps = max(1, round(run.steps * budget / flops))
+    steps = steps_for(budget, summary, finished.sparsities(run))
     return run if steps == run.steps else with_steps(run, steps, SUFFIX)
 
 
-def _flops(run: Run, summary_of: SummaryOf) -> float | None:
-    summary = summary_of(run)
-    return None if summary is None else summary.get("flops")
+def steps_for(budget: float, summary: dict, sparsities: Sequence[float]) -> int:
+    """Steps after which a run like this one has spent `budget` FLOPs.
+
+    Not in proportion: the first steps of a ReLU router cost more than the others, and a shorter run has as many of
+    them.
+
+    Args:
+        budget: FLOPs.
+        summary: of the finished run.
+        sparsities: S of each of its steps.
+    """
+    tokens = summary["tokens"] / summary["steps"]
+    sparsity = summary["validation"][TOTAL]["sparsity"]
+    # Active parameters were counted at that sparsity; a routed weight costs 6 FLOPs for each token that meets it.
+    inactive = summary["total_parameters"] - summary["active_parameters"]
+    routed = inactive / sparsity if sparsity else 0
+    varying = [6 * routed * (1 - s) * tokens for s in sparsities]
+    constant = (summary["flops"] - sum(varying)) / len(varying)
+    cost = [constant + part for part in varying]
+    late = cost[-max(1, round(LATE * len(cost))) :]
+    spent = [0.0, *accumulate(cost)]
+    if budget > spent[-1]:
+        return len(cost) + round((budget - spent[-1]) / statistics.mean(late))
+    return max(1, min(range(len(spent)), key=lambda steps: abs(spent[steps] - budget)))

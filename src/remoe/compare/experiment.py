@@ -70,7 +70,7 @@ class Run:
     label: str
     options: dict[str, Any] = field(compare=False, repr=False)
     config: TrainConfig = field(compare=False, repr=False)
-    key: str = field(compare=False, repr=False)
+    key: str = field(repr=False)
 
 
 @functools.cache  # asked for again and again while runs are watched

@@ -31,7 +31,7 @@ class Live:
         self.console = Console(highlight=False, soft_wrap=True)
         self.failures: dict[str, str] = {}
         self._running: Run | None = None
-        self._begin = time.monotonic()
+        self._begin, self._waiting = time.monotonic(), False
         self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
         self._moving = self.console.is_terminal
 
@@ -48,7 +48,7 @@ class Live:
 
     def started(self, run: Run) -> None:
         """A run begins, or goes on."""
-        self._running, self._begin = run, time.monotonic()
+        self._running, self._begin, self._waiting = run, time.monotonic(), False
         if not self._moving:
             done = _last_record(self.pool.folder(run).metrics).get("step", 0)
             self.console.print(f"{run.label}: {'resumed' if done else 'started'} at step {done} of {run.steps}")
@@ -72,6 +72,14 @@ class Live:
         self._running = None
         self.console.print(f"{run.label}: stopped; the same command goes on from here")
 
+    def wait(self, run: Run) -> None:
+        """Only other processes have something to do, this run among it."""
+        if self._moving:
+            self._live.update(Group(self.table(), Text(f"{run.label}: another process trains it; {self._count()}")))
+        elif not self._waiting:
+            self.console.print(f"{run.label}: another process trains it; waiting")
+        self._waiting = True
+
     def show(self, run: Run) -> None:
         """Draws the table again."""
         if self._moving:
@@ -82,7 +90,7 @@ class Live:
         tokens = {(run.variant, run.point, run.seed): run for run in self.experiment.runs}
         flops = {
             (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
-            for match in matches(self.experiment, self.pool.summary)
+            for match in matches(self.experiment, self.pool)
         }
         seeds = list(dict.fromkeys(seed for _, _, seed in tokens))
         title = f"{self.experiment.title}: validation loss at equal tokens" + (" and equal FLOPs" if flops else "")
@@ -129,7 +137,7 @@ class Live:
         """`12 of 39 runs finished, about 3.1 hours to go`, by the time of the finished ones."""
         runs = set(self.experiment.runs)
         unknown = 0
-        for match in matches(self.experiment, self.pool.summary):
+        for match in matches(self.experiment, self.pool):
             runs |= {match.run} if match.run else set()
             # where it is not known whether a second run is needed, it mostly is
             unknown += match.run is None

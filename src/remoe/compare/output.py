@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ from remoe.compare.report import markdown, row_name
 from remoe.compare.results import results
 from remoe.data import Dataset
 from remoe.errors import CheckpointError
-from remoe.routing import ROUTERS
 
 logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
-NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
-MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers", "date")
 
 
 def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, device: str) -> Path:
@@ -41,13 +37,6 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
     for run in experiment.runs:
         if (record := _record(run, pool, dataset, device)) is not None:
             records.setdefault(row_name(run.variant, dict(run.point)), []).append(record)
-    routing = {
-        name: [record.routing.figures for record in seeds]
-        for name, seeds in records.items()
-        if seeds[0].routing is not None
-    }
-    first = {name: seeds[0] for name, seeds in records.items()}
-    machines = _machines(experiment, pool)
     data = {
         "fingerprint": dataset.fingerprint,
         "domains": dataset.domains,
@@ -58,26 +47,22 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
         "title": experiment.title,
         "reference": experiment.reference,
         "data": data,
-        "machines": machines,
         **found.to_dict(),
-        "routing": {name: [asdict(figures) for figures in seeds] for name, seeds in routing.items()},
+        "routing": {
+            name: [_routing(record) for record in seeds]
+            for name, seeds in records.items()
+            if seeds[0].routing is not None
+        },
     }
     (out / "results.json").write_text(json.dumps(_without_nan(content), indent=2) + "\n")
     data_line = (
         f"Data: {data['training_tokens']:,} training and {data['validation_tokens']:,} validation tokens; "
         f"domains {', '.join(dataset.domains)}."
     )
-    shown = [row_name(variant, dict(experiment.points[0])) for variant in experiment.figures]
-    top_tokens = {
-        name: record.routing.top_tokens
-        for name, record in first.items()
-        if name in shown and record.routing is not None and record.routing.top_tokens
-    }
-    drawn = draw(experiment, found, first, out / FIGURES)
+    drawn = draw(experiment, found, {name: seeds[0] for name, seeds in records.items()}, out / FIGURES)
     report = out / "results.md"
     figures = {title: f"{FIGURES}/{file}" for title, file in drawn.items()}
-    notes = [note for name, seeds in records.items() for note in _notes(name, seeds)]
-    report.write_text(markdown(experiment, found, routing, top_tokens, figures, data_line, machines, notes))
+    report.write_text(markdown(experiment, found, records, figures, data_line))
     return report
 
 
@@ -92,26 +77,11 @@ def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | 
         return None
 
 
-def _notes(name: str, seeds: Sequence[RunRecord]) -> Iterator[str]:
-    for record in seeds:
-        if not ROUTERS[record.summary["router"]].steered:
-            continue
-        penalty = record.course["lambda"][-1] * record.course["reg_loss"][-1]
-        if penalty < NO_PENALTY:
-            seed = record.options["seed"]
-            yield f"the penalty of {name}, seed {seed}, has vanished at its end ({penalty:.1g} nats): nothing steers S."
-
-
-def _machines(experiment: Experiment, pool: Pool) -> list[str]:
-    """A line for each machine and set of versions that finished runs of the comparison at equal tokens name."""
-    lines = {}
-    for run in experiment.runs:
-        if (summary := pool.summary(run)) is None:
-            continue
-        facts = summary.get("machine", {})
-        parts = [f"{name} {facts[name]}" for name in MACHINE_PARTS if name in facts]
-        lines[", ".join(parts) or "not recorded"] = None
-    return [*lines]
+def _routing(record: RunRecord) -> dict[str, Any]:
+    figures, flips = record.routing.figures, record.mean_flip_rates()
+    means = {name: figures.over_pairs(name) for name in ("load_imbalance", "specialisation", "expert_reuse")}
+    rates = {"flip_rate": flips[0], "flip_rate_last_third": flips[1]} if flips else {}
+    return {**asdict(figures), **means, "chunk_sparsity": figures.mean_chunk_sparsity, **rates}
 
 
 def _without_nan(value: Any) -> Any:

@@ -46,14 +46,13 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
                 f"loss-{name}",
                 figures.final_losses(losses, look=look),
             )
-        axis = _numeric_axis(experiment)
-        if rows and axis:
+        for axis in _numeric_axes(experiment) if rows else []:
             word = axis.rpartition(".")[2]
             systems = _by_axis(rows, axis)
             add(
                 f"Validation loss against {word} at {words}",
                 f"loss-against-{word}-{name}",
-                figures.loss_against(systems, word, look=look),
+                figures.loss_against(systems, word, look=look if systems.keys() <= look.keys() else None),
             )
 
     first = {run.variant: run for run in reversed(experiment.runs) if _is_first(experiment, run)}
@@ -93,12 +92,13 @@ def _draw_routing(records: Mapping[str, RunRecord], look: Mapping[str, figures.L
         routing_figures.active_against_frequency(points, look=look),
     )
     shares = {name: routing.share_LE for name, routing in routings.items()}
-    add("Share of tokens of each expert (Fig. 8)", "routed-share", routing_figures.routed_share_maps(shares))
+    k = {name: record.options["k"] * record.options["granularity"] for name, record in records.items()}
+    add("Share of tokens of each expert (Fig. 8)", "routed-share", routing_figures.routed_share_maps(shares, k))
     for name, routing in routings.items():
         add(
             f"{name}: share of each domain's tokens (Fig. 9, 12)",
             f"routed-share-by-domain-{name}",
-            routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains),
+            routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, k[name]),
         )
 
 
@@ -128,17 +128,20 @@ def _name(run: Run) -> str:
     return row_name(run.variant, dict(run.point))
 
 
-def _numeric_axis(experiment: Experiment) -> str | None:
-    """The one axis that a curve can be drawn along."""
-    if len(experiment.axes) != 1:
-        return None
-    axis, values = next(iter(experiment.axes.items()))
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return axis if numbers and len(values) > 1 else None
+def _numeric_axes(experiment: Experiment) -> list[str]:
+    """The axes that a curve can be drawn along."""
+    numeric = []
+    for axis, values in experiment.axes.items():
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if numbers and len(values) > 1:
+            numeric.append(axis)
+    return numeric
 
 
 def _by_axis(rows: list[Row], axis: str) -> dict[str, dict[float, list[float]]]:
+    """Losses along an axis: of each variant, and of each point of the other axes where there are such."""
     systems: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        systems.setdefault(row.variant, {})[row.point[axis]] = row.validation_loss.values
+        others = {name: value for name, value in row.point.items() if name != axis}
+        systems.setdefault(row_name(row.variant, others), {})[row.point[axis]] = row.validation_loss.values
     return systems

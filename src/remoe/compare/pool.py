@@ -2,7 +2,8 @@
 
 POOL/LABEL-HASH/        a run's folder, as `remoe train` writes it; finished when it has a summary.json
 POOL/LABEL-HASH.yaml    the options that it was started with
-POOL/LABEL-HASH.log     what it printed; locked while it runs
+POOL/LABEL-HASH.log     what it printed
+POOL/.HASH.lock         locked while it runs
 POOL/LABEL-HASH.json    the record of a finished run; in another folder where one is named
 
 A run that has a record is finished, with or without a folder.
@@ -10,19 +11,23 @@ A run that has a record is finished, with or without a folder.
 
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from remoe.compare.experiment import Run
-from remoe.compare.record import RunRecord, options_of, record_of
+from remoe.compare.record import RunRecord, course_of, options_of, record_of
 from remoe.data import Dataset
 from remoe.errors import ConfigError
+from remoe.training.metrics import fill_steps, read_metrics
 from remoe.training.rundir import RunFolder
 
 HASH_LENGTH = 8
+LIST_SECONDS = 1.0
 State = Literal["finished", "unfinished", "not started"]
 
 
@@ -38,21 +43,29 @@ class Pool:
 
     def __init__(self, path: Path, data: str, records: Path | None = None, *, bfloat16: bool = False) -> None:
         self.path, self.records, self._data, self._bfloat16 = path, records or path, data, bfloat16
-        self._names: dict[str, str] = {}  # by the run's key; a folder keeps its name
-        self._finished: dict[str, dict] = {}  # and a finished run its figures
+        self._names: dict[str, str] = {}  # by hash; a folder keeps its name
+        self._finished: dict[str, tuple[dict, dict[str, list]]] = {}  # by the run's key; what is known stays so
+        self._listed = -math.inf
 
     def name(self, run: Run) -> str:
         """LABEL-HASH; an experiment that calls the same run by another label finds the folder of the first."""
-        if run.key not in self._names:
-            kind = " bfloat16" if self._bfloat16 and run.config.dtype == "auto" else ""
-            key = hashlib.sha256(f"{run.key} {self._data}{kind}".encode()).hexdigest()[:HASH_LENGTH]
-            found = [path.name for path in self.path.glob(f"*-{key}") if path.is_dir()]
-            found += [path.stem for path in self.records.glob(f"*-{key}.json")]
-            found = sorted(name for name in found if name[0] != ".")
-            if not found:
-                return f"{run.label}-{key}"
-            self._names[run.key] = found[0]
-        return self._names[run.key]
+        key = self._hash(run)
+        if key not in self._names:
+            self._list()
+        return self._names.get(key, f"{run.label}-{key}")
+
+    def _hash(self, run: Run) -> str:
+        kind = " bfloat16" if self._bfloat16 and run.config.dtype == "auto" else ""
+        return hashlib.sha256(f"{run.key} {self._data}{kind}".encode()).hexdigest()[:HASH_LENGTH]
+
+    def _list(self) -> None:
+        """Finds the names that runs have; once a second, because a moving table asks for all of them all the time."""
+        if time.monotonic() - self._listed < LIST_SECONDS:
+            return
+        folders = [path.name for path in self.path.glob("[!.]*-*") if path.is_dir()]
+        for name in sorted([*folders, *(path.stem for path in self.records.glob("[!.]*-*.json"))]):
+            self._names.setdefault(name[-HASH_LENGTH:], name)
+        self._listed = time.monotonic()
 
     def folder(self, run: Run) -> RunFolder:
         """The run's folder, which need not exist."""
@@ -68,19 +81,37 @@ class Pool:
         Raises:
             ConfigError: when the run was trained with other defaults than today's.
         """
+        found = self._figures(run)
+        return None if found is None else found[0]
+
+    def sparsities(self, run: Run) -> list[float]:
+        """S of each training step of a finished run; between two records (`--log-every`) that of the later one."""
+        course = self._figures(run)[1]
+        return fill_steps(course["step"], course["sparsity"])
+
+    def step_minutes(self, run: Run) -> list[float] | None:
+        """Duration of each training step of a finished run; None where a record has been made without."""
+        summary, course = self._figures(run)
+        if "tokens_per_second" not in course:
+            return None
+        tokens = summary["tokens"] / summary["steps"]
+        return [tokens / speed / 60 for speed in fill_steps(course["step"], course["tokens_per_second"])]
+
+    def _figures(self, run: Run) -> tuple[dict, dict[str, list]] | None:
         if run.key not in self._finished:
             folder, record = self.folder(run), self.record_file(run)
             if record.exists():
                 found = RunRecord.load(record)
-                options, summary = found.options, found.summary
+                options, figures = found.options, (found.summary, found.course)
             else:
                 try:
                     summary = json.loads(folder.summary.read_text())
                 except (FileNotFoundError, ValueError):  # half a file: killed while it was written
                     return None
                 options = options_of(folder.load_config())
+                figures = summary, course_of(read_metrics(folder.metrics))
             _check_same(run, options, record if record.exists() else folder.path)
-            self._finished[run.key] = summary
+            self._finished[run.key] = figures
         return self._finished[run.key]
 
     def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
@@ -98,6 +129,10 @@ class Pool:
         self.records.mkdir(parents=True, exist_ok=True)
         record.save(path)
         return record
+
+    def recorded(self, run: Run) -> bool:
+        """Whether the run is finished and has its record, and nothing is left to do."""
+        return self.summary(run) is not None and self.record_file(run).exists()
 
     def state(self, run: Run) -> State:
         """How far a run is.
@@ -122,12 +157,16 @@ class Pool:
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[IO[bytes] | None]:
-        """The run's log, open for appending and locked against other processes; None when another has it.
+        """A lock on the run against other processes: a file that is locked; None when another has it.
 
         A child that inherits the file holds the lock too: a run whose parent was killed stays locked while it trains.
+        The lock has the run's hash alone in its name, since two experiments may call one run by two labels.
         """
-        with self.log_file(run).open("ab") as log:
-            yield log if _lock(log) else None
+        with (self.path / f".{self._hash(run)}.lock").open("ab") as file:
+            locked = _lock(file)
+            if locked:  # whoever had it before may have given the run a name
+                self._listed = -math.inf
+            yield file if locked else None
 
 
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:

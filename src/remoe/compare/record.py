@@ -3,22 +3,28 @@
 Legend: L layers, E experts, C domains, U distinct token ids.
 """
 
+import inspect
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from remoe.analysis import measures
 from remoe.analysis.collect import RoutingRecord, collect
 from remoe.data import Dataset, ValidationWindows, load_tokenizer
+from remoe.data.files import atomic_write
 from remoe.errors import ConfigError
+from remoe.routing import ROUTERS
 from remoe.training.config import TrainConfig, changes_result, flatten
 from remoe.training.metrics import read_metrics, stage
 from remoe.training.rundir import RunFolder, load_run
-from remoe.training.trainer import pick_device
+from remoe.training.trainer import pick_device, wants_bfloat16
 
 TOKENS = 200_000
 BATCH_SIZE = 32
@@ -26,34 +32,54 @@ CHUNK = 8
 MIN_COUNT = 10  # occurrences of a token id from which its mean active experts are looked at
 TOP, TOP_MIN_COUNT = 8, 50  # tokens shown of an expert, and the occurrences from which one is
 DIGITS = 4  # of every number of the course
-COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "flip_rate")
+COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "flip_rate", "tokens_per_second")
 LEFT_OUT = ("checkpoint", "sample")  # of the summary: a path, and text of no use to a table
 
 
 @dataclass(frozen=True)
 class RoutingFigures:
-    """Measures of one run; means over layers where a measure has a value for each.
+    """Measures of one run; a layer has None where it has nothing to measure, as without any routed pair.
 
     Attributes:
-        inactive_experts: experts of all layers that take less than 1/64 of the tokens.
-        load_imbalance: load of the busiest expert over the mean load.
-        specialisation: mutual information of expert and domain over the entropy of the domain.
+        inactive_experts: experts of all layers with less than an eighth of the wanted mean load.
         frequency_correlation: Spearman's, of a token id's active experts and its frequency; None where all ids have
             the same number.
-        chunk_sparsity: experts that none of 8 neighbouring tokens uses.
-        expert_reuse: share of a token's experts that the next token uses too.
         sparsity_per_layer: (L,).
-        flip_rate: mean over the training of the share of pairs that a step changes; None where it was not measured.
+        load_imbalance_per_layer: (L,), load of the busiest expert over the mean load.
+        specialisation_per_layer: (L,), mutual information of expert and domain over the entropy of the domain.
+        chunk_sparsity_per_layer: (L,), experts that none of 8 neighbouring tokens uses.
+        expert_reuse_per_layer: (L,), share of a token's experts that the next token uses too. None, as the one above,
+            in records of before they were kept by layer.
     """
 
     inactive_experts: int
-    load_imbalance: float
-    specialisation: float
     frequency_correlation: float | None
-    chunk_sparsity: float
-    expert_reuse: float
     sparsity_per_layer: list[float]
-    flip_rate: float | None
+    load_imbalance_per_layer: list[float | None]
+    specialisation_per_layer: list[float | None]
+    chunk_sparsity_per_layer: list[float | None] | None = None
+    expert_reuse_per_layer: list[float | None] | None = None
+
+    @property
+    def mean_chunk_sparsity(self) -> float | None:
+        """The mean over all layers, as of S."""
+        known = [value for value in self.chunk_sparsity_per_layer or [] if value is not None]
+        return statistics.mean(known) if known else None
+
+    def over_pairs(self, measure: str) -> float | None:
+        """The mean of NAME_per_layer, each layer weighted by its routed pairs; None where no layer has a value.
+
+        Without weights a layer that is almost closed would count as much as one that does all the work.
+        """
+        values = getattr(self, f"{measure}_per_layer") or []
+        known = [
+            (1 - sparsity, value)
+            for sparsity, value in zip(self.sparsity_per_layer, values, strict=False)
+            if value is not None and sparsity < 1
+        ]
+        if not known:
+            return None
+        return sum(weight * value for weight, value in known) / sum(weight for weight, _ in known)
 
 
 @dataclass(frozen=True)
@@ -109,11 +135,15 @@ class RunRecord:
         pairs = [(record["step"], record["flip_rate"]) for record in self.steps() if "flip_rate" in record]
         return [step for step, _ in pairs], [rate for _, rate in pairs]
 
+    def mean_flip_rates(self) -> tuple[float, float] | None:
+        """Over the whole run, and over its last third; None where it was not measured."""
+        steps, rates = self.flip_rates()
+        late = [rate for step, rate in zip(steps, rates, strict=True) if 3 * step > 2 * steps[-1]]
+        return (statistics.mean(rates), statistics.mean(late)) if rates else None
+
     def save(self, path: Path) -> None:
         """Writes JSON; half a file never has the name."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n")
-        partial.replace(path)
+        atomic_write(path, (json.dumps(asdict(self), separators=(",", ":"), allow_nan=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
@@ -137,30 +167,39 @@ def _known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
-    """The options that change the result, by dotted names."""
-    return {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
+    """The options that change the result, by dotted names; with the defaults of the router's class among them."""
+    arguments = inspect.signature(ROUTERS[config.router]).parameters.values() if config.router in ROUTERS else ()
+    defaults = {
+        f"router_options.{argument.name}": argument.default
+        for argument in arguments
+        if argument.default is not inspect.Parameter.empty
+    }
+    return defaults | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
+
+
+def course_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    """What is kept of metrics.jsonl, by column; None in a column where a step has no value."""
+    names = [name for name in COURSE if any(name in record for record in records)]
+    return {name: [_rounded(record.get(name)) for record in records] for name in names}
 
 
 def record_of(run: RunFolder, dataset: Dataset, device: str) -> RunRecord:
     """The record of a finished run, whose model is loaded to see how it routes."""
-    records = read_metrics(run.metrics)
-    names = [name for name in COURSE if any(name in record for record in records)]
-    course = {name: [_rounded(record.get(name)) for record in records] for name in names}
+    course = course_of(read_metrics(run.metrics))
     summary = {name: value for name, value in json.loads(run.summary.read_text()).items() if name not in LEFT_OUT}
-    rates = [record["flip_rate"] for record in records if "flip_rate" in record]
-    routing = None
+    routing, config = None, run.load_config()
     if (found := _collect(run, dataset, device)) is not None:
         tokenizer = load_tokenizer(run.tokenizer)
-        routing = routing_of(found, statistics.mean(rates) if rates else None, lambda token: tokenizer.decode([token]))
-    return RunRecord(options_of(run.load_config()), summary, course, routing)
+        routing = routing_of(found, config.k * config.granularity, lambda token: tokenizer.decode([token]))
+    return RunRecord(options_of(config), summary, course, routing)
 
 
-def routing_of(record: RoutingRecord, flip_rate: float | None, text_of: Callable[[int], str]) -> RoutingSummary:
+def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> RoutingSummary:
     """The measures of a model's routing, and what is shown of it.
 
     Args:
         record: the routing.
-        flip_rate: mean over the training, where it was measured.
+        k: wanted active experts per token.
         text_of: the text of a token id.
     """
     active_LTE = record.active_LTE
@@ -169,14 +208,13 @@ def routing_of(record: RoutingRecord, flip_rate: float | None, text_of: Callable
     special = measures.specialisation(active_LTE, record.domain_T, len(record.domains))
     share_LE = measures.routed_share(active_LTE)
     figures = RoutingFigures(
-        inactive_experts=int(measures.inactive_experts(share_LE).sum()),
-        load_imbalance=measures.load_imbalance(active_LTE).mean().item(),
-        specialisation=special.normalised_L.mean().item(),
+        inactive_experts=int(measures.inactive_experts(share_LE, k).sum()),
         frequency_correlation=None if math.isnan(correlation) else correlation,
-        chunk_sparsity=measures.chunk_sparsity(active_LTE, record.sequence_T, CHUNK).mean().item(),
-        expert_reuse=measures.expert_reuse(active_LTE, record.sequence_T).mean().item(),
         sparsity_per_layer=measures.sparsity_per_layer(active_LTE).tolist(),
-        flip_rate=flip_rate,
+        load_imbalance_per_layer=_known_numbers(measures.load_imbalance(active_LTE)),
+        specialisation_per_layer=_known_numbers(special.normalised_L),
+        chunk_sparsity_per_layer=_known_numbers(measures.chunk_sparsity(active_LTE, record.sequence_T, CHUNK)),
+        expert_reuse_per_layer=_known_numbers(measures.expert_reuse(active_LTE, record.sequence_T)),
     )
     top_tokens = [
         [
@@ -201,8 +239,16 @@ def _collect(run: RunFolder, dataset: Dataset, device: str) -> RoutingRecord | N
     model, _, _ = load_run(run.path)
     if not model.config.routes_pairs:
         return None
-    windows = ValidationWindows(dataset.validation, run.load_config().seq_len)
-    return collect(model.to(pick_device(device)), windows, TOKENS, BATCH_SIZE)
+    config, place = run.load_config(), pick_device(device)
+    windows = ValidationWindows(dataset.validation, config.seq_len)
+    bfloat16 = wants_bfloat16(config.dtype, place)  # as it was trained
+    autocast = torch.autocast(place.type, dtype=torch.bfloat16, enabled=bfloat16)
+    return collect(model.to(place), windows, TOKENS, BATCH_SIZE, autocast=autocast)
+
+
+def _known_numbers(value_L: Tensor) -> list[float | None]:
+    """JSON has no NaN: None."""
+    return [None if math.isnan(value) else _rounded(value) for value in value_L.tolist()]
 
 
 def _rounded(value: Any) -> Any:

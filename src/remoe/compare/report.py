@@ -1,12 +1,15 @@
 """results.md: the tables of a comparison, for people."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from remoe.compare.budget import TOLERANCE
 from remoe.compare.experiment import Experiment, describe
-from remoe.compare.record import CHUNK, RoutingFigures
-from remoe.compare.results import Results, Row
+from remoe.compare.record import CHUNK, RunRecord
+from remoe.compare.results import AFTER, Results, Row, Spread
+from remoe.routing import ROUTERS
 
+NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
 EQUAL_TOKENS = "Equal tokens"
 EQUAL_FLOPS = "Equal training FLOPs"
 
@@ -14,48 +17,71 @@ EQUAL_FLOPS = "Equal training FLOPs"
 def markdown(
     experiment: Experiment,
     results: Results,
-    routing: Mapping[str, Sequence[RoutingFigures]],
-    top_tokens: Mapping[str, Sequence[Sequence[Sequence[str]]]],
+    records: Mapping[str, Sequence[RunRecord]],
     figures: Mapping[str, str],
     data: str,
-    machines: Sequence[str],
-    notes: Sequence[str],
 ) -> str:
     """The report.
 
     Args:
         experiment: what was asked for.
         results: its numbers.
-        routing: measures of routing of each seed, by the name of variant and point.
-        top_tokens: of layers and experts, for the systems whose routing is drawn.
+        records: of each seed's run at equal tokens, by the name of variant and point.
         figures: title of each figure and its file, relative to the report.
         data: one line about the data.
-        machines: one line for each machine that runs were trained on.
-        notes: what a reader must know of single runs.
     """
     lines = [f"# {experiment.title}", "", data, ""]
-    lines += [f"Trained on: {machine}" for machine in machines] + [""]
+    days = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "days not recorded"
+    lines += [f"Trained on ({days}):", ""]
+    lines += [f"{number}. {machine}" for number, machine in enumerate(results.machines, 1)] + [""]
     lines += [
         "Validation loss in nats per token, mean ± standard deviation over seeds. FLOPs count the pairs that were",
-        "really routed, from the first step on.",
+        f"really routed, from the first step on; `of {experiment.reference}'s`: as a multiple of the reference's.",
+        f"`S, steps > {AFTER}`: mean ± deviation of a training step's sparsity. `minutes`: of all training steps,",
+        "in brackets of those before stage III. Time and memory of different machines, or of one that did other things",
+        "too, do not compare.",
         "",
     ]
     if results.missing:
         lines += [f"**Not finished ({len(results.missing)}):** {', '.join(results.missing)}.", ""]
-    lines += [line for note in notes for line in (f"**Note:** {note}", "")]
+    lines += [line for note in _notes(results, records) for line in (f"**Note:** {note}", "")]
     for title, rows in ((EQUAL_TOKENS, results.equal_tokens), (EQUAL_FLOPS, results.equal_flops)):
         if rows:
-            lines += [f"## {title}", "", *_cost_table(experiment, rows), ""]
-            lines += [f"### {title}: loss per domain", "", *_domain_table(experiment, rows), ""]
-    if routing:
-        lines += ["## Routing", "", *_routing_table(routing), ""]
-    for name, layers in top_tokens.items():
-        lines += [f"<details><summary>{name}: tokens that each expert takes most surely</summary>", ""]
-        lines += [*_token_table(layers), "", "</details>", ""]
+            lines += [f"## {title}", "", *_loss_table(experiment, rows), ""]
+            lines += [f"### {title}: cost", "", *_cost_table(rows), ""]
+            lines += [f"### {title}: loss per domain", "", *_domain_table(rows), ""]
+    if routed := {name: seeds for name, seeds in records.items() if seeds[0].routing is not None}:
+        lines += ["## Routing", "", *_routing_table(routed), ""]
+        lines += ["Means over layers are weighted by the layers' routed pairs.", ""]
+    for name, seeds in routed.items():
+        if name in shown(experiment) and seeds[0].routing.top_tokens:
+            lines += [f"<details><summary>{name}: tokens that each expert takes most surely</summary>", ""]
+            lines += [*_token_table(seeds[0].routing.top_tokens), "", "</details>", ""]
     if figures:
         lines += ["## Figures", ""]
         lines += [line for title, file in figures.items() for line in (f"![{title}]({file})", "", title, "")]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def shown(experiment: Experiment) -> list[str]:
+    """Names of the systems whose routing is drawn: the chosen variants at the first point."""
+    return [row_name(variant, dict(experiment.points[0])) for variant in experiment.figures]
+
+
+def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iterator[str]:
+    """What a reader must know of single runs."""
+    for row in results.equal_flops:
+        if row.over_budget is not None and abs(row.over_budget - 1) > TOLERANCE:
+            name = row_name(row.variant, row.point)
+            yield f"{name} at equal FLOPs spent {row.over_budget:.3f} times the budget, not the same."
+    for name, seeds in records.items():
+        for record in seeds:
+            if not ROUTERS[record.summary["router"]].steered:
+                continue
+            penalty = record.course["lambda"][-1] * record.course["reg_loss"][-1]
+            if penalty < NO_PENALTY:
+                seed, size = record.options["seed"], f"{penalty:.1g} nats"
+                yield f"the penalty of {name}, seed {seed}, has vanished at its end ({size}): nothing steers S."
 
 
 def row_name(variant: str, point: dict) -> str:
@@ -63,11 +89,10 @@ def row_name(variant: str, point: dict) -> str:
     return ", ".join([variant, *([describe(tuple(point.items()))] if point else [])])
 
 
-def _cost_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     header = [
-        "system", "seeds", "steps", "validation loss", f"minus {experiment.reference}", "active parameters",
-        "total parameters", "FLOPs per token", "training FLOPs", "tokens/s", "peak memory", "S", "settled at step",
-        "deviation of S",
+        "system", "seeds", "steps", "validation loss", f"minus {experiment.reference}", "mean over domains",
+        "FLOPs per token", "training FLOPs", f"of {experiment.reference}'s", "active parameters", "total parameters",
     ]  # fmt: skip
     cells = [
         [
@@ -75,57 +100,86 @@ def _cost_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             str(len(row.seeds)),
             _span(row.steps),
             str(row.validation_loss),
-            "" if row.over_reference is None else _signed(row),
-            f"{row.active_parameters / 1e6:.2f}M",
-            f"{row.total_parameters / 1e6:.2f}M",
+            "" if row.over_reference is None else f"{row.over_reference:+.4f}",
+            str(row.domain_mean),
             f"{row.flops_per_token / 1e6:.2f}M",
             f"{row.flops:.3e}",
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.peak_memory_bytes / 2**30:.2f} GiB",
-            f"{row.sparsity:.4f}",
-            ", ".join("not" if step is None else str(step) for step in row.settling_steps),
-            "" if row.sparsity_deviation is None else f"{row.sparsity_deviation:.4f}",
+            "" if row.over_budget is None else f"{row.over_budget:.3f}",
+            f"{row.active_parameters / 1e6:.2f}M",
+            f"{row.total_parameters / 1e6:.2f}M",
         ]
         for row in rows
     ]
     return _table(header, cells)
 
 
-def _domain_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+def _cost_table(rows: Sequence[Row]) -> list[str]:
+    header = [
+        "system", "machine", "tokens/s", "minutes", "peak memory", "S in validation", f"S, steps > {AFTER}",
+        "stage III from step", "settled at step",
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        name, moves = row_name(row.variant, row.point), row.late_deviation != 0
+        minutes = "" if row.minutes is None else f"{row.minutes:.1f} ({row.dense_minutes:.1f})"
+        late = "" if row.late_sparsity is None else f"{row.late_sparsity:.4f} ± {row.late_deviation:.4f}"
+        cells.append(
+            [
+                name,
+                ", ".join(str(machine + 1) for machine in row.machines),
+                f"{row.tokens_per_second:,.0f}",
+                minutes,
+                f"{row.peak_memory_bytes / 2**30:.2f} GiB",
+                f"{row.sparsity:.4f}",
+                late if moves else "",
+                _steps(row.sparse_steps) if moves else "",
+                _steps(row.settling_steps) if moves else "",
+            ]
+        )
+    return _table(header, cells)
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    return ", ".join("not" if step is None else str(step) for step in steps)
+
+
+def _domain_table(rows: Sequence[Row]) -> list[str]:
     domains = list(rows[0].domains)
-    cells = [
-        [row_name(row.variant, row.point), *(f"{row.domains[domain].mean:.3f}" for domain in domains)] for row in rows
-    ]
+    cells = [[row_name(row.variant, row.point), *(f"{row.domains[domain]:.3f}" for domain in domains)] for row in rows]
     return _table(["system", *domains], cells)
 
 
-def _routing_table(routing: Mapping[str, Sequence[RoutingFigures]]) -> list[str]:
-    columns = {
-        "experts under 1/64": ("inactive_experts", ".0f"),
-        "busiest / mean": ("load_imbalance", ".2f"),
-        "specialisation": ("specialisation", ".4f"),
-        "active experts ~ frequency": ("frequency_correlation", "+.2f"),
-        f"sparsity of {CHUNK} tokens": ("chunk_sparsity", ".3f"),
-        "reuse by the next token": ("expert_reuse", ".3f"),
-        "flip rate": ("flip_rate", ".5f"),
-    }
-    cells = [
-        [
-            name,
-            str(len(seeds)),
-            *(_spread([getattr(figures, field) for figures in seeds], form) for field, form in columns.values()),
-            " ".join(_mean(layer) for layer in zip(*(figures.sparsity_per_layer for figures in seeds), strict=True)),
-        ]
-        for name, seeds in routing.items()
-    ]
-    return _table(["system", "seeds", *columns, "S per layer"], cells)
+def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    header = [
+        "system", "seeds", "experts under 1/8 of the mean", "busiest / mean", "specialisation",
+        "active experts ~ frequency", f"sparsity of {CHUNK} tokens", "reuse by the next token", "flip rate",
+        "flip rate, last third", "S per layer",
+    ]  # fmt: skip
+    cells = []
+    for name, seeds in records.items():
+        figures = [record.routing.figures for record in seeds]
+        flips = [rates for record in seeds if (rates := record.mean_flip_rates())]
+        cells.append(
+            [
+                name,
+                str(len(seeds)),
+                _spread([one.inactive_experts for one in figures], ".0f"),
+                _spread([one.over_pairs("load_imbalance") for one in figures], ".2f"),
+                _spread([one.over_pairs("specialisation") for one in figures], ".4f"),
+                _spread([one.frequency_correlation for one in figures], "+.2f"),
+                _spread([one.mean_chunk_sparsity for one in figures], ".3f"),
+                _spread([one.over_pairs("expert_reuse") for one in figures], ".3f"),
+                _spread([whole for whole, _ in flips], ".5f"),
+                _spread([late for _, late in flips], ".5f"),
+                " ".join(_mean(layer) for layer in zip(*(one.sparsity_per_layer for one in figures), strict=True)),
+            ]
+        )
+    return _table(header, cells)
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
     known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return "".join(f"{value:{form}}" for value in known)
-    return f"{statistics.mean(known):{form}} ± {statistics.stdev(known):{form.lstrip('+')}}"
+    return f"{Spread.of(known):{form}}" if known else ""
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -149,11 +203,6 @@ def _code(token: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _signed(row: Row) -> str:
-    spread = row.over_reference
-    return f"{spread.mean:+.4f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
 
 
 def _span(steps: Sequence[int]) -> str:

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from remoe.compare.budget import matches
+from remoe.compare.budget import matches, references
 from remoe.compare.experiment import Experiment, Point, Run
 from remoe.compare.pool import Pool
 from remoe.data import TOTAL
+from remoe.training.metrics import first_sparse_step
+
+AFTER = 100  # steps from which on the paper gives mean and deviation of S
+MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class Spread:
         values = list(values)
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, values)
 
+    def __format__(self, form: str) -> str:
+        return f"{self.mean:{form}}" + ("" if self.deviation is None else f" ± {self.deviation:{form.lstrip('+')}}")
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+        return f"{self:.4f}"
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,21 @@ class Row:
         over_reference: the same minus the reference's of the same seed; None for the reference, or where no seed is
             shared.
         domains: the loss of each domain.
+        domain_mean: the mean over the domains, each counted once: a large one does not decide it.
         active_parameters: weights that a validation token meets, mean over the seeds.
         flops_per_token: of training, from the pairs really routed, dense stage included; mean over the seeds.
+        over_budget: training FLOPs over the reference's of the same seed, mean over the seeds; None where those are
+            not known.
         tokens_per_second: median over a run's steps, then over the runs.
+        minutes, dense_minutes: of all training steps, and of those before stage III; mean over the seeds. Validation,
+            checkpoints and the start of the process are not in them. None where a record does not have them.
         peak_memory_bytes: the largest of the runs.
+        machines: indices into `Results.machines` of those that trained the runs.
         sparsity: of validation, mean over the seeds.
+        sparse_steps: first step of stage III, None where there is none.
         settling_steps: first step at which S has settled, None where it has not.
-        sparsity_deviation: standard deviation of a step's S from then on, mean over the seeds that settled.
+        late_sparsity, late_deviation: mean and standard deviation of a step's S after the first 100 steps, mean over
+            the seeds; the deviation is 0 where a router has k experts a token at all times. None for shorter runs.
     """
 
     variant: str
@@ -63,24 +78,33 @@ class Row:
     validation_loss: Spread
     over_reference: Spread | None
     domains: dict[str, Spread]
+    domain_mean: Spread
     total_parameters: int
     active_parameters: int
     tokens: float
     flops: float
     flops_per_token: float
+    over_budget: float | None
     tokens_per_second: float
+    minutes: float | None
+    dense_minutes: float | None
     peak_memory_bytes: int
+    machines: list[int]
     sparsity: float
+    sparse_steps: list[int | None]
     settling_steps: list[int | None]
-    sparsity_deviation: float | None
+    late_sparsity: float | None
+    late_deviation: float | None
 
 
 @dataclass(frozen=True)
 class Results:
-    """Both comparisons, and what is missing from them."""
+    """Both comparisons, the machines and days on which their runs ended, and what is missing from them."""
 
     equal_tokens: list[Row]
     equal_flops: list[Row]
+    machines: list[str]
+    dates: list[str]
     missing: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +117,7 @@ def results(experiment: Experiment, pool: Pool) -> Results:
     tokens = {(run.variant, run.point, run.seed): run for run in experiment.runs}
     flops = {
         (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
-        for match in matches(experiment, pool.summary)
+        for match in matches(experiment, pool)
     }
     missing = [run.label for run in tokens.values() if pool.summary(run) is None]
     missing += [
@@ -101,32 +125,43 @@ def results(experiment: Experiment, pool: Pool) -> Results:
         for key, run in flops.items()
         if run != tokens[key] and (run is None or pool.summary(run) is None)
     ]
-    return Results(_rows(experiment, pool, tokens), _rows(experiment, pool, flops), missing)
+    done = [run for run in [*tokens.values(), *flops.values()] if run is not None]
+    machines: dict[str, int] = {}
+    equal_tokens, equal_flops = (_rows(experiment, pool, runs, machines) for runs in (tokens, flops))
+    ended = {summary.get("machine", {}).get("date") for run in done if (summary := pool.summary(run))}
+    return Results(equal_tokens, equal_flops, [*machines], sorted(ended - {None}), missing)
 
 
 Key = tuple[str, Point, int]
 
 
-def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None]) -> list[Row]:
+def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None], machines: dict[str, int]) -> list[Row]:
     done = {key: run for key, run in runs.items() if run is not None and pool.summary(run) is not None}
-    losses = {key: pool.summary(run)["validation_loss"] for key, run in done.items()}
     rows = []
     for point in experiment.points:
         for variant in experiment.variants:
-            own = [key for key in done if key[:2] == (variant, point)]
-            if own:
-                shared = {key: (experiment.reference, point, key[2]) for key in own}
-                over = [losses[key] - losses[other] for key, other in shared.items() if other in losses]
-                rows.append(_row(pool, [done[key] for key in own], None if variant == experiment.reference else over))
+            if own := [run for key, run in done.items() if key[:2] == (variant, point)]:
+                rows.append(_row(experiment, pool, own, machines))
     return rows
 
 
-def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) -> Row:
+def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict[str, int]) -> Row:
     summaries = [pool.summary(run) for run in runs]
     column = {name: [summary[name] for summary in summaries] for name in summaries[0]}
     domains = [name for name in summaries[0]["validation"] if name != TOTAL]
-    settled = (summary for summary in summaries if summary["settling_step"] is not None)
-    deviations = [summary["sparsity_deviation"] for summary in settled]
+    losses = [[summary["validation"][domain]["loss"] for domain in domains] for summary in summaries]
+    over, ratios = [], []
+    for run, summary in zip(runs, summaries, strict=True):
+        others = references(experiment, run)
+        known = [other for other in map(pool.summary, others) if other is not None]
+        over += [summary["validation_loss"] - o["validation_loss"] for o in known if others[0].seed == run.seed]
+        ratios += [summary["flops"] / statistics.mean(other["flops"] for other in known)] if known else []
+    courses = [pool.sparsities(run) for run in runs]
+    late = [course[AFTER:] for course in courses if len(course) > AFTER + 1]
+    starts = [first_sparse_step(c, s["target_sparsity"]) for c, s in zip(courses, summaries, strict=True)]
+    times = [pool.step_minutes(run) for run in runs]
+    timed = None not in times
+    is_reference = runs[0].variant == experiment.reference
     return Row(
         variant=runs[0].variant,
         point=dict(runs[0].point),
@@ -134,18 +169,28 @@ def _row(pool: Pool, runs: Sequence[Run], over_reference: list[float] | None) ->
         runs=[pool.name(run) for run in runs],
         steps=column["steps"],
         validation_loss=Spread.of(column["validation_loss"]),
-        over_reference=Spread.of(over_reference) if over_reference else None,
-        domains={
-            domain: Spread.of(summary["validation"][domain]["loss"] for summary in summaries) for domain in domains
-        },
+        over_reference=Spread.of(over) if over and not is_reference else None,
+        domains={domain: Spread.of(values) for domain, values in zip(domains, zip(*losses, strict=True), strict=True)},
+        domain_mean=Spread.of(map(statistics.mean, losses)),
         total_parameters=column["total_parameters"][0],
         active_parameters=round(statistics.mean(column["active_parameters"])),
         tokens=statistics.mean(column["tokens"]),
         flops=statistics.mean(column["flops"]),
         flops_per_token=statistics.mean(column["flops_per_token"]),
+        over_budget=statistics.mean(ratios) if ratios else None,
         tokens_per_second=statistics.median(speed or math.nan for speed in column["tokens_per_second"]),
+        minutes=statistics.mean(map(sum, times)) if timed else None,
+        dense_minutes=statistics.mean(sum(t[: s - 1]) for t, s in zip(times, starts, strict=True)) if timed else None,
         peak_memory_bytes=max(column["peak_memory_bytes"]),
+        machines=sorted({machines.setdefault(_machine(summary), len(machines)) for summary in summaries}),
         sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
+        sparse_steps=[s if s <= len(c) else None for s, c in zip(starts, courses, strict=True)],
         settling_steps=column["settling_step"],
-        sparsity_deviation=statistics.mean(deviations) if deviations else None,
+        late_sparsity=statistics.mean(map(statistics.mean, late)) if late else None,
+        late_deviation=statistics.mean(map(statistics.stdev, late)) if late else None,
     )
+
+
+def _machine(summary: dict) -> str:
+    facts = summary.get("machine", {})
+    return ", ".join(f"{name} {facts[name]}" for name in MACHINE_PARTS if name in facts) or "not recorded"

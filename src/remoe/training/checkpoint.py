@@ -19,6 +19,7 @@ from remoe.errors import CheckpointError
 
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
+_COST = ("seconds", "peak_memory_bytes")  # 0 in checkpoints of before they were kept
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 
 
@@ -96,7 +97,7 @@ def load_training_state(
         if wrong := [*(set(missing) - tied), *unexpected]:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
         _restore_training(state, model, optimizer)
-        info = {key: info[key] for key in ("step", "data")}
+        info = {"step": info["step"], "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error

@@ -42,6 +42,20 @@ def settling_time(sparsities: Sequence[float], target: float, tolerance: float =
     return None
 
 
+def first_sparse_step(sparsities: Sequence[float], target: float) -> int:
+    """The step, from 1, at which stage III begins; one behind the last where it never does."""
+    stages = (stage(sparsity, target) for sparsity in sparsities)
+    return next((step for step, name in enumerate(stages, 1) if name == "sparse"), len(sparsities) + 1)
+
+
+def fill_steps(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+    """A value for each step from the records of some of them: that of the first record at or behind the step."""
+    filled: list[float] = []
+    for step, value in zip(steps, values, strict=True):
+        filled += [value] * (step - len(filled))
+    return filled
+
+
 class MetricsWriter:
     """Appends one JSON object a record to metrics.jsonl and the same numbers to TensorBoard.
 

@@ -3,7 +3,6 @@
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from remoe.machine import machine
 from remoe.models.plan import training_flops
 from remoe.training.config import TrainConfig, changes_result, differences
 from remoe.training.evaluation import Evaluation, total
-from remoe.training.memory import keep_freed_memory, peak_memory
+from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, wants_bfloat16
@@ -44,7 +43,6 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         _check_unchanged(saved, config, run)
     config.check()
     keep_freed_memory()
-    started = time.perf_counter()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # before the work, not after it
@@ -60,7 +58,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
             print(f"continue with: remoe train --out {run.path} --resume")
             return None
-        summary = _summarise(trainer, validation, time.perf_counter() - started)
+        summary = _summarise(trainer, validation)
         run.summary.write_text(json.dumps(summary, indent=2))
         _print_summary(summary, trainer)
         return summary
@@ -103,7 +101,7 @@ def _print_header(trainer: Trainer) -> None:
         print(f"resumed at step {trainer.step}")
 
 
-def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: float) -> dict:
+def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     config, target = trainer.config, trainer.model.sparsity.target
     sparsities = trainer.sparsities
     settled = settling_time(sparsities, target)
@@ -116,8 +114,8 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation], seconds: flo
         "steps": trainer.step,
         "router": config.router,
         **_cost(trainer, total(validation).sparsity),
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(trainer.device),
+        "seconds": trainer.seconds,
+        "peak_memory_bytes": trainer.peak_memory_bytes,
         "validation_loss": total(validation).loss,
         "validation": {TOTAL: total(validation).to_dict()}
         | {domain: result.to_dict() for domain, result in validation.items()},
@@ -158,7 +156,7 @@ def _validation_prompt(trainer: Trainer, tokenizer) -> str:
 
 def _print_summary(summary: dict, trainer: Trainer) -> None:
     run, everything = trainer.run, summary["validation"][TOTAL]
-    print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes, data preparation included")
+    print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes")
     print(
         f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
         f"bits per byte {everything['bits_per_byte']:.4f}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from remoe.analysis.collect import gates_of
+from remoe.analysis.collect import active_of
 from remoe.analysis.measures import flip_rate
 from remoe.data import Dataset, TrainBatches, ValidationWindows
 from remoe.errors import CheckpointError, ConfigError, RemoeError
@@ -23,6 +23,7 @@ from remoe.training.checkpoint import clean, load_training_state, save_checkpoin
 from remoe.training.config import TrainConfig
 from remoe.training.evaluation import Evaluation, evaluate, total
 from remoe.training.interrupt import Interrupt
+from remoe.training.memory import peak_memory
 from remoe.training.metrics import MetricsWriter, stage
 from remoe.training.optimizer import build_optimizer, learning_rate
 from remoe.training.progress import ProgressLine
@@ -69,6 +70,7 @@ class Trainer:
         self.saved_step = 0
         self.sparsities: list[float] = []  # S of each step
         self.dead_layers: set[int] = set()
+        self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def resume(self) -> None:
         """Continues from the newest checkpoint of the run, or from the start when there is none yet.
@@ -83,6 +85,17 @@ class Trainer:
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
         self.step = self.saved_step = info["step"]
+        self._seconds_before, self._peak_before = info["seconds"], info["peak_memory_bytes"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, by the processes before this one too as far as their checkpoints know."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that the run has taken, in whatever process: a router's dense stage may be long past."""
+        return max(self._peak_before, peak_memory(self.device))
 
     def train(self) -> dict[str, Evaluation] | None:
         """Runs to the last step; returns the final validation, or None when a signal stopped it.
@@ -202,15 +215,19 @@ class Trainer:
         firsts = [next(self.windows.batches(domain, math.ceil(sequences))) for domain in self.windows.domains]
         input_NS, mask_NS = (torch.cat([first[column] for first in firsts]) for column in (0, 2))
         self.model.eval()
-        gate_LTE = gates_of(self.model, input_NS, mask_NS, self.autocast)
+        active_LTE = active_of(self.model, input_NS, mask_NS, self.autocast)
         self.model.train()
-        return gate_LTE != 0
+        return active_LTE
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and applies the retention rule."""
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
-        info = {"data": self.dataset.fingerprint}
+        info = {
+            "data": self.dataset.fingerprint,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
         path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info, self.sparsities)
         self.saved_step = self.step
         clean(self.run.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
