@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remoe.bench.layer import Case, Output, measured_step, relu_layer, tokens
+from remoe.bench.layer import Case, Output, Step, relu_layer, tokens
 from remoe.bench.timing import peak_bytes
 from remoe.experts import run_experts
 from remoe.routing.assignment import Assignment
@@ -27,7 +27,7 @@ def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
     for density in (case.k / case.E, 1):
         layer = Output(relu_layer(case, "loop", density))
         assert layer.layer(x)[1].count_E.sum() == pytest.approx(density * case.T * case.E, rel=0.1)
-        step = measured_step(layer, x, dy)
+        step = Step(layer, x, dy)
         step()
         peaks.append(peak_bytes(step, CPU))
     assert peaks[1] <= 1.5 * peaks[0]

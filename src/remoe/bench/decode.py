@@ -48,10 +48,11 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
     if peers:
         for peer in ("eager", "grouped_mm", "batched_mm"):
             factories[f"transformers {peer}"] = lambda p=peer: mixtral_layer(case, p)
-    stacks = {name: [make().to(device, dtype) for _ in range(layers)] for name, make in factories.items()}
+    with device:  # as in `remoe.bench.layer`
+        stacks = {name: [make().to(device, dtype) for _ in range(layers)] for name, make in factories.items()}
     inputs = {name: [_input(layer, case, device, dtype) for layer in stack] for name, stack in stacks.items()}
     steps = {name: _step(stack, inputs[name]) for name, stack in stacks.items()}
-    seconds = {name: s / layers for name, s in median_seconds(steps, device, repetitions).items()}
+    seconds = {name: s / layers for name, s in median_seconds(steps, device, repetitions, ahead=False).items()}
     active = {
         name: sum(_active_experts(layer, x) for layer, x in zip(stack, inputs[name], strict=True)) / layers
         for name, stack in stacks.items()

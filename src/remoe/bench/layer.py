@@ -3,7 +3,6 @@
 Legend: T tokens, D model width, F expert width, E experts, k wanted experts per token.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
@@ -114,16 +113,17 @@ def bench_layer(
 
 def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[str, object]:
     torch.manual_seed(0)
-    layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}
-    for backend in backends:
-        name = "remoe" if backend == "auto" else f"remoe {backend}"
-        layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
-        layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
-    layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
-    if peers:
-        layers |= peer_layers(case, device, dtype)
+    with device:  # drawing so many weights on the host would take longer than all measurements
+        layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}
+        for backend in backends:
+            name = "remoe" if backend == "auto" else f"remoe {backend}"
+            layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
+            layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
+        layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
+        if peers:
+            layers |= peer_layers(case, device, dtype)
     x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))
-    steps = {name: measured_step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
+    steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
     seconds = median_seconds(steps, device, repetitions)
     dense = seconds["dense"]
     relu = next(layer for layer in layers.values() if isinstance(layer, Output))
@@ -142,20 +142,25 @@ def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]
     """Peak memory of our layer with every expert active, weight gradients included."""
     peaks = {}
     for backend in backends:
-        layer = Output(relu_layer(case, backend, density=1)).to(device, dtype)
-        step = measured_step(layer, x, dy)
+        with device:
+            layer = Output(relu_layer(case, backend, density=1))
+        step = Step(layer.to(device, dtype), x, dy)
         step()
         peaks["remoe relu" if backend == "auto" else f"remoe {backend} relu"] = peak_bytes(step, device) / 1e6
     return peaks
 
 
-def measured_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    x = x.clone().requires_grad_()
-    leaves = [x, *layer.parameters()]
+class Step:
+    """A forward and a backward pass that writes all gradients anew, that of x too."""
 
-    def step() -> None:
-        for leaf in leaves:
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+        self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
+
+    def clear(self) -> None:
+        """Frees the gradients."""
+        for leaf in (self.x, *self.layer.parameters()):
             leaf.grad = None
-        layer(x).backward(dy)
 
-    return step
+    def __call__(self) -> None:
+        self.clear()
+        self.layer(self.x).backward(self.dy)

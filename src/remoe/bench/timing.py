@@ -7,12 +7,23 @@ from collections.abc import Callable
 import torch
 
 WARM_UP = 2
+HEAD_START = 2_000_000  # cycles of the GPU, about a millisecond
 
 
-def median_seconds(functions: dict[str, Callable], device: torch.device, repetitions: int) -> dict[str, float]:
-    """Median time of each function over `repetitions` rounds; in every round each one runs once."""
+def median_seconds(
+    functions: dict[str, Callable], device: torch.device, repetitions: int, *, ahead: bool = True
+) -> dict[str, float]:
+    """Median time of each function over `repetitions` rounds; in every round each one runs once.
+
+    Args:
+        functions: what to time, by name.
+        device: where they run.
+        repetitions: rounds after the first ones, which warm up.
+        ahead: on CUDA, whether the host gets a millisecond's start, as in the middle of a model whose kernels take
+            longer than their launches; without it a function of small kernels takes as long as the host.
+    """
     if device.type == "cuda":
-        return _median_seconds_cuda(functions, repetitions)
+        return _median_seconds_cuda(functions, repetitions, ahead)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(WARM_UP + repetitions):
         for name, function in functions.items():
@@ -23,13 +34,16 @@ def median_seconds(functions: dict[str, Callable], device: torch.device, repetit
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:
+def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead: bool) -> dict[str, float]:
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than the L2 cache
     events: dict[str, list[tuple]] = {name: [] for name in functions}
     for round_ in range(WARM_UP + repetitions):
         for name, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()  # none gains or loses by who ran before
             flush.zero_()
+            if ahead:
+                torch.cuda._sleep(HEAD_START)
             start.record()
             function()
             end.record()
@@ -40,9 +54,15 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int) -> di
 
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
-    """Most memory that `function` holds at once, beyond what it had not yet freed of older blocks."""
+    """Most memory that `function` holds at once, beyond what it had not yet freed of older blocks.
+
+    Args:
+        function: run once; its `clear()`, if it has one, frees what an earlier run has left.
+        device: where it runs.
+    """
     if device.type == "cuda":
         function()
+        getattr(function, "clear", lambda: None)()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

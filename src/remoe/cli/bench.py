@@ -107,6 +107,8 @@ def train_step_command(argv: list[str]) -> int:
         table.add_row(row["name"], *("" if row[c] is None else _figure(row[c]) for c in columns))
     Console().print(table)
     _write(arguments, {"machine": machine(torch.device("cpu")), "rows": result.rows, "details": result.details})
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
     return 0
 
 
@@ -141,8 +143,10 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
         row = bench((case,), device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)[0]
         rows.append(row)
         console.print(_table(case, row))
-    measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
-    _write(arguments, {**measured, "repetitions": arguments.repetitions})
+        measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
+        _write(arguments, {**measured, "repetitions": arguments.repetitions})  # now: the next may be cut off
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
     return 0
 
 
@@ -185,4 +189,3 @@ def _write(arguments: Common, measured: dict) -> None:
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
-        print(f"written: {arguments.out}")

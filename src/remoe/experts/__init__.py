@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remoe.errors import ConfigError
 from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.ops import ragged_experts
@@ -22,6 +23,8 @@ __all__ = ["BACKENDS", "Experts", "naive_experts", "resolve_backend", "run_exper
 # Pairs whose pre-activations are kept for the backward pass, as a multiple of the wanted ones. A layer that has more
 # active, in the dense stage above all, computes those of the others again.
 STORED_RATIO = 1.25
+# On CUDA so many are kept anyway: it is little memory, and the kernels' windows would not be shorter.
+STORED_ON_CUDA = 4096
 
 
 class Experts(nn.Module):
@@ -75,7 +78,10 @@ class Experts(nn.Module):
         x_TD, gate_up, down = _autocast(x_TD, gate_up, down)
         T, E = x_TD.shape[0], down.shape[0]
         per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
-        return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=math.ceil(per_token * T))
+        stored = math.ceil(per_token * T)
+        if x_TD.device.type == "cuda":
+            stored = max(stored, STORED_ON_CUDA)
+        return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
     def run_first(self, x_TD: Tensor) -> Tensor:
         """(T, D): every token through expert 0 with gate one; the dense layer, without gathers."""
@@ -137,7 +143,7 @@ def run_experts(
         (T, D).
 
     Raises:
-        ConfigError: for a backend that is unknown or cannot run on these tensors.
+        ConfigError: for a backend that is unknown or cannot run on these tensors, and for tensors of several dtypes.
     """
     check_backend(backend)
     if backend == "naive":
@@ -146,6 +152,9 @@ def run_experts(
         resolve_backend(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:])
         sonic = import_module("remoe.experts.sonic")
         return sonic.sonic_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
+    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+        dtypes = f"{x_TD.dtype}, {gate_up_E2FD.dtype}, {down_EDF.dtype}"
+        raise ConfigError(f"tokens and weights must have one dtype, but have {dtypes}")
     a = assignment
     stored = a.token_N.shape[0] if stored is None else stored
     return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=backend)

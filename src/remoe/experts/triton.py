@@ -103,7 +103,7 @@ def backward(
     dy_TD, x_TD = dy_TD.contiguous(), x_TD.contiguous()
     gate_up_E2FD, down_EDF = gate_up_E2FD.contiguous(), down_EDF.contiguous()
     dx_TD, dgate_up_E2FD, ddown_EDF = (torch.empty_like(t) for t in (x_TD, gate_up_E2FD, down_EDF))
-    dgate_N = torch.zeros_like(gate_N, memory_format=torch.contiguous_format)
+    dgate_N = torch.empty_like(gate_N, memory_format=torch.contiguous_format)
     if token_N.shape[0] == 0:
         return dx_TD.zero_(), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), dgate_N
     D, F = down_EDF.shape[1:]
@@ -111,6 +111,7 @@ def backward(
     with torch.cuda.device_of(x_TD):
         launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, slices)
         W = len(slices[0])
+        part = launch.gate_parts()
         dpre_W2F = x_TD.new_empty(W, 2 * F)
         # The hidden activation has been used when the gradient of the rows is written.
         shared = x_TD.new_empty(W * max(D, F))
@@ -120,9 +121,10 @@ def backward(
             if pairs.stop > pre_C2F.shape[0]:
                 pre, pre_first = dpre_W2F, pairs.start
                 launch.up_projection(w, x_TD, gate_up_E2FD, pre, pre_first, pairs.stop, None)
-            launch.hidden_gradient(w, dy_TD, down_EDF, pre, pre_first, dpre_W2F, hidden_WF, dgate_N)
+            launch.hidden_gradient(w, dy_TD, down_EDF, pre, pre_first, dpre_W2F, hidden_WF, part)
             launch.weight_gradient(w, dy_TD, hidden_WF, ddown_EDF)
             launch.weight_gradient(w, dpre_W2F, x_TD, dgate_up_E2FD, up=True)
             launch.project(w, dpre_W2F, gate_up_E2FD, dx_WD, up=True)
             launch.combine(w, dx_WD, dx_TD)
+        launch.sum_gate_gradient(part, dgate_N)
     return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N

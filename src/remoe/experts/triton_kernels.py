@@ -21,7 +21,7 @@ HEAD = tl.constexpr(4)
 # Entries of one tile in `tile`: expert, first pair, end; and of one expert in `span`: first pair, end, SKIP to ADD.
 ENTRY = tl.constexpr(3)
 # These differ from call to call; compiling anew for some of their values would not pay.
-VARYING = ("window", "window_rows", "max_tiles", "pre_first", "pre_end", "T")
+VARYING = ("window", "window_rows", "max_tiles", "pre_first", "pre_end", "T", "E", "listed")
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -73,7 +73,7 @@ def plan_windows(
 
 @triton.jit(do_not_specialize=VARYING)
 def list_pairs(
-    token_ptr, head_ptr, tile_ptr, pair_ptr, max_tiles, E: tl.constexpr, ROWS: tl.constexpr
+    token_ptr, head_ptr, tile_ptr, pair_ptr, max_tiles, E, ROWS: tl.constexpr
 ):  # fmt: skip
     """pair[token, expert] = the pair's place in the list. Grid: (max_tiles, windows)."""
     slot = tl.program_id(0)
@@ -206,8 +206,8 @@ def project(
 
 @triton.jit(do_not_specialize=VARYING)
 def combine(
-    rows_ptr, head_ptr, pair_ptr, out_ptr, window, window_rows, T,
-    D: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, head_ptr, pair_ptr, out_ptr, window, window_rows, T, E,
+    D: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[t] = the sum of the token's rows, expert by expert; later windows add to what the earlier ones left."""
     width: tl.constexpr = (D + BLOCK - 1) // BLOCK
@@ -237,13 +237,14 @@ def combine(
 @triton.jit(do_not_specialize=VARYING)
 def hidden_gradient(
     dy_ptr, weight_ptr, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
-    window, window_rows, max_tiles, pre_first,
+    window, window_rows, max_tiles, pre_first, listed,
     D: tl.constexpr, F: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy[token] @ down[e], and through SwiGLU: the gradient of pre, the gated hidden activation, and dgate.
 
-    dgate holds one partial sum per pair and COLUMNS of F: `sum_gate_gradient` adds them. pre may be the memory of dpre.
+    dgate holds one partial sum per COLUMNS of F and listed pair, which `sum_gate_gradient` adds. pre may be the memory
+    of dpre.
     """
     width: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     tiles = tl.load(head_ptr + HEAD * window)
@@ -264,7 +265,7 @@ def hidden_gradient(
         pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64) * 2 * F
         dpre_ptrs, hidden_ptrs = dpre_ptr + local * 2 * F, hidden_ptr + local * F
         dgate = _swiglu_gradient(acc, gate, row < end, n * COLUMNS, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
-        tl.store(dgate_ptr + n * window_rows + local, dgate, mask=row < end)
+        tl.store(dgate_ptr + n.to(tl.int64) * listed + row, dgate, mask=row < end)
 
 
 @triton.jit
@@ -273,7 +274,7 @@ def _swiglu_gradient(
 ):  # fmt: skip
     # Of the columns from `first` on; returns dgate's sum over them.
     columns: tl.constexpr = dhidden.shape[1]
-    if columns > 64:  # more than the registers hold, with all that stands below
+    if columns > 32:  # more than the registers hold, with all that stands below
         low, high = _halves(dhidden)
         dgate = _swiglu_gradient(low, gate, valid, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
         first += columns // 2
@@ -300,21 +301,21 @@ def _swiglu_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def sum_gate_gradient(
-    part_ptr, head_ptr, dgate_ptr, window, window_rows, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    part_ptr, pairs_ptr, dgate_ptr, listed, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """dgate of the window's pairs from the partial sums over F. Grid: at least window_rows / BLOCK."""
-    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = local < tl.load(head_ptr + HEAD * window + 1)
+    """dgate of all pairs from the partial sums over F, zero behind them. Grid: at least listed / BLOCK."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < tl.load(pairs_ptr)
     acc = tl.zeros((BLOCK,), tl.float32)
     for part in range(PARTS):
-        acc += tl.load(part_ptr + part * window_rows + local, mask=inside, other=0.0)
-    tl.store(dgate_ptr + window * window_rows + local, acc, mask=inside)
+        acc += tl.load(part_ptr + tl.cast(part, tl.int64) * listed + row, mask=inside, other=0.0)
+    tl.store(dgate_ptr + row, acc, mask=row < listed)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def weight_gradient(
-    left_ptr, right_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows,
-    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr,
+    left_ptr, right_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows, E,
+    M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[e] (M, N) = left^T @ right over the expert's pairs; experts without pairs get zeros.

@@ -17,13 +17,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How one product is cut: columns, depth of a step, warps, stages of the pipeline, programs per multiprocessor."""
+    """How one product is cut: columns, depth of a step, warps, stages of the pipeline, programs per multiprocessor.
+
+    registers: the most that a thread may take, so that several programs fit; None for as many as it wants.
+    """
 
     columns: int
     depth: int
     warps: int
     stages: int
     programs: int = 1
+    registers: int | None = None
+
+    @property
+    def compiled(self) -> dict[str, int]:
+        """What a launch says of it to the compiler."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,16 @@ TILES = {
         # Its rows are found through the list of tokens, which takes stages of its own.
         weight_gradient=Tile(256, 64, 8, 5),
     ),
+    # The same with few tokens, as in decoding: narrow tiles, so that all multiprocessors read weights, and deep ones,
+    # so that each has many bytes under way.
+    "large, few": Tiles(
+        rows=32,
+        up=Tile(32, 256, 4, 4, 3),
+        down=Tile(16, 256, 4, 4, 4),
+        hidden_gradient=Tile(64, 64, 4, 3, 2),
+        rows_gradient=Tile(32, 64, 4, 3, 2),
+        weight_gradient=Tile(64, 32, 4, 5, 2),
+    ),
     # 16-bit numbers elsewhere
     "small": Tiles(
         rows=128,
@@ -61,6 +81,7 @@ TILES = {
     "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2)] * 5),
     "interpreted": Tiles(16, *[Tile(32, 32, 1, 1)] * 5),
 }
+FEW = 32  # tokens up to which they are few
 GROUP = 8  # rows of tiles that are worked on together
 SUM_BLOCK = 1024
 
@@ -79,9 +100,10 @@ class Launcher:
         from remoe.experts import triton_kernels
 
         self.kernels = triton_kernels
-        self.tiles, self.processors = _device(x_TD.device, x_TD.dtype)
+        self.tiles, self.processors = _device(x_TD.device, x_TD.dtype, x_TD.shape[0] <= FEW)
         self.T, (self.E, self.D, self.F), self.W = x_TD.shape[0], down_EDF.shape, len(slices[0])
         self.gate_N, self.token_N = gate_N.contiguous(), token_N.contiguous()
+        self.pairs = count_E.sum()
         self.rows = min(self.tiles.rows, max(16, _power_of_two(self.T)))
         self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
         # The place of each pair in the list, -1 where there is none.
@@ -93,7 +115,7 @@ class Launcher:
             E=self.E, EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
         )  # fmt: skip
         self.kernels.list_pairs[self.max_tiles, len(slices)](
-            self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, E=self.E, ROWS=self.rows
+            self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, self.E, ROWS=self.rows
         )
 
     def up_projection(
@@ -116,26 +138,32 @@ class Launcher:
     def combine(self, w: int, rows_WD: Tensor, out_TD: Tensor) -> None:
         """Each token's sum of rows."""
         block = min(2048, _power_of_two(self.D))
-        programs = min(self.T * -(-self.D // block), 16 * self.processors)
+        programs = min(self.T * -(-self.D // block), 8 * self.processors)  # as many as are resident at once
         self.kernels.combine[(programs,)](
-            rows_WD, self.head, self.pair_TE, out_TD, w, self.W, self.T,
-            D=self.D, E=self.E, EXPERTS=_power_of_two(self.E), BLOCK=block,
+            rows_WD, self.head, self.pair_TE, out_TD, w, self.W, self.T, self.E,
+            D=self.D, EXPERTS=_power_of_two(self.E), BLOCK=block,
         )  # fmt: skip
+
+    def gate_parts(self) -> Tensor:
+        """(parts, N) float32, uninitialised: partial sums of the gates' gradients, which `hidden_gradient` fills."""
+        parts = -(-self.F // _block(self.F, self.tiles.hidden_gradient.columns))
+        return torch.empty(parts, len(self.token_N), dtype=torch.float32, device=self.token_N.device)
 
     def hidden_gradient(
         self, w: int, dy_TD: Tensor, down_EDF: Tensor, pre: Tensor, pre_first: int,
-        dpre_W2F: Tensor, hidden_WF: Tensor, dgate_N: Tensor,
+        dpre_W2F: Tensor, hidden_WF: Tensor, part: Tensor,
     ) -> None:  # fmt: skip
-        """Gradients of pre-activations and gates, and the gated hidden activation again."""
-        tile = self.tiles.hidden_gradient
-        parts = -(-self.F // _block(self.F, tile.columns))
-        part = torch.empty(parts, self.W, dtype=torch.float32, device=dy_TD.device)
-        self._rowwise(self.kernels.hidden_gradient, tile, self.F)(
+        """Gradients of pre-activations and gates, the latter in parts, and the gated hidden activation again."""
+        self._rowwise(self.kernels.hidden_gradient, self.tiles.hidden_gradient, self.F)(
             dy_TD, down_EDF, self.gate_N, self.token_N, self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
-            w, self.W, self.max_tiles, pre_first, D=self.D, F=self.F,
+            w, self.W, self.max_tiles, pre_first, part.shape[1], D=self.D, F=self.F,
         )  # fmt: skip
-        self.kernels.sum_gate_gradient[(-(-self.W // SUM_BLOCK),)](
-            part, self.head, dgate_N, w, self.W, PARTS=parts, BLOCK=SUM_BLOCK
+
+    def sum_gate_gradient(self, part: Tensor, dgate_N: Tensor) -> None:
+        """The gates' gradient from its parts, once all windows have theirs; zero behind the pairs."""
+        parts, listed = part.shape
+        self.kernels.sum_gate_gradient[(-(-listed // SUM_BLOCK),)](
+            part, self.pairs, dgate_N, listed, PARTS=parts, BLOCK=SUM_BLOCK
         )
 
     def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EMN: Tensor, up: bool = False) -> None:
@@ -144,9 +172,8 @@ class Launcher:
         rows, columns = _block(M, self.tiles.rows), _block(N, tile.columns)
         items = E * -(-M // rows) * -(-N // columns)
         self.kernels.weight_gradient[self._grid(tile, items)](
-            left, right, self.token_N, self.head, self.span, out_EMN, w, self.W,
-            E=E, M=M, N=N, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
-            num_warps=tile.warps, num_stages=tile.stages,
+            left, right, self.token_N, self.head, self.span, out_EMN, w, self.W, E,
+            M=M, N=N, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled,
         )  # fmt: skip
 
     def _rowwise(self, kernel, tile: Tile, width: int) -> Callable[..., None]:
@@ -155,8 +182,7 @@ class Launcher:
 
         def launch(*args, **constants) -> None:
             kernel[grid](
-                *args, **constants, ROWS=self.rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP,
-                num_warps=tile.warps, num_stages=tile.stages,
+                *args, **constants, ROWS=self.rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled
             )  # fmt: skip
 
         return launch
@@ -166,22 +192,25 @@ class Launcher:
 
 
 @cache
-def _device(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, int]:
-    """Tiles, and the number of multiprocessors."""
+def _device(device: torch.device, dtype: torch.dtype, few: bool) -> tuple[Tiles, int]:
+    """Tiles, for few tokens where `few`, and the number of multiprocessors."""
     if interpreted():
         return TILES["interpreted"], 3  # few, so that a program has several tiles
     properties = torch.cuda.get_device_properties(device)
     large = properties.shared_memory_per_block_optin >= 200 * 1024
-    name = "float32" if dtype == torch.float32 else "large" if large else "small"
+    name = "float32" if dtype == torch.float32 else ("large, few" if few else "large") if large else "small"
     return TILES[name], properties.multi_processor_count
 
 
 def _block(width: int, largest: int) -> int:
-    """The largest power of two up to `largest` that leaves at most an eighth of its columns unused, or else 16."""
+    """The largest power of two up to `largest` that leaves at most an eighth of its columns unused, or else 16.
+
+    Half of it where that leaves none unused and is still wide.
+    """
     block = largest
     while block > 16 and 8 * -(-width // block) * block > 9 * width:
         block //= 2
-    return block
+    return block // 2 if block >= 256 and width % block and width % (block // 2) == 0 else block
 
 
 def _power_of_two(n: int) -> int:

@@ -49,10 +49,11 @@ class Assignment:
         if gate_TE.is_cuda or torch.compiler.is_compiling():
             N = T * E if max_pairs is None else max_pairs
             expert_N, token_N = torch.nonzero_static(active_ET, size=N, fill_value=E).unbind(dim=1)
-            # Entries behind the pairs take their gate from one extra slot, so that no two read, or in the backward
-            # pass write, the same gate.
-            slot_N = torch.where(expert_N < E, token_N * E + expert_N, T * E)
-            gate_N = F.pad(gate_TE.reshape(-1), (0, 1)).index_select(0, slot_N)
+            # Each entry takes its gate from a slot of its own, those behind the pairs from spare ones: in the backward
+            # pass, which adds by atomics, no two then write to one place, which would order them by chance or queue.
+            spare_N = T * E + torch.arange(N, device=expert_N.device)
+            slot_N = torch.where(expert_N < E, token_N * E + expert_N, spare_N)
+            gate_N = F.pad(gate_TE.reshape(-1), (0, N)).index_select(0, slot_N)
             return cls(token_N, expert_N, gate_N, count_E, T)
         expert_N, token_N = active_ET.nonzero(as_tuple=True)
         # masked_select walks (E, T) in the same order as nonzero, and its backward is a scatter without atomics.
