@@ -170,6 +170,29 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
     assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 401))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_processes_share_the_work_and_the_preparation(tmp_path):
+    """Each run is trained once, those at equal FLOPs that follow from the other's runs too, and both end well."""
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        (tmp_path / "text" / f"{i}.txt").write_text(" ".join(f"word{i * j % 11} and" for j in range(300)))
+    variants = {"relu": {}, "topk": {"router": "topk"}, "hash": {"router": "hash"}}
+    path = write_experiment(tmp_path, base={**BASE, "vocab_size": 300}, variants=variants)
+    command = [sys.executable, "-m", "remoe.cli.main", "compare", str(path), "--corpus", str(tmp_path / "text")]
+    command += ["--pool", str(tmp_path / "pool"), "--device", "cpu", "--out"]
+    both = [
+        subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in ("one", "other")
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    started = re.findall(r"(\S+): started at step 0", "".join(outputs))
+    assert len(started) == len(set(started)) == len(list((tmp_path / "pool").glob("*/summary.json"))) > 3
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "other")]
+    assert found[0] == found[1]
+    assert found[0]["missing"] == []
+
+
 def test_bad_input_is_one_line(corpus, tmp_path, capsys):
     path = write_experiment(tmp_path)
     for flags, message in (

@@ -94,10 +94,11 @@ def _dataset(options: CompareOptions, vocab_size: int):
     if options.data is not None:
         return open_dataset(Path(options.data))
     if options.corpus is None:
-        return default_dataset(Path(options.pool), vocab_size)
+        return default_dataset(Path(options.pool), vocab_size, wait=True)
     corpus = Path(options.corpus)
     held_out = (str(corpus / "validation"),) if (corpus / "train").is_dir() and (corpus / "validation").is_dir() else ()
     sources = (str(corpus / "train"),) if held_out else (options.corpus,)
     out = Path(options.pool) / "data" / f"{corpus.resolve().name or 'corpus'}-bpe{vocab_size}"
-    prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size))
+    # Several of these commands may begin together: one prepares, the others find its work.
+    prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size), wait=True)
     return open_dataset(out)

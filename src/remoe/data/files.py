@@ -61,8 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, busy: Exception) -> Iterator[None]:
-    """Keep other processes out of `folder` meanwhile; raises `busy` if one is in it already."""
+def locked(folder: Path, busy: Exception | None) -> Iterator[None]:
+    """Keep other processes out of `folder` meanwhile; if one is in it, raises `busy`, or waits where that is None."""
     if os.name != "posix":  # elsewhere a folder cannot be locked
         yield
         return
@@ -71,7 +71,7 @@ def locked(folder: Path, busy: Exception) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise busy from None
         yield

@@ -49,11 +49,12 @@ if TYPE_CHECKING:
 UINT16_VOCABULARY = 1 << 16
 
 
-def prepare(options: PrepareOptions) -> Path:
+def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
     """Make the dataset that `options` asks for, and return its folder.
 
     Goes on where an earlier call with the same options was stopped, with the same result to the byte;
-    returns at once if that one had finished. Raises DataError and ConfigError for what a user can mend.
+    returns at once if that one had finished. While another process prepares the same folder, `wait` for it or raise
+    DataError. Raises DataError and ConfigError for what a user can mend.
     """
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
@@ -62,7 +63,7 @@ def prepare(options: PrepareOptions) -> Path:
     inputs = Inputs.resolve(options)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, DataError(f"{folder}: another preparation is writing to this folder")):
+    with locked(folder, None if wait else DataError(f"{folder}: another preparation is writing to this folder")):
         _Preparation(options, folder, inputs).run()
     return folder
 

@@ -64,13 +64,13 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         return summary
 
 
-def default_dataset(parent: Path, vocab_size: int) -> Dataset:
+def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:
     """The running Python's standard library, prepared once in `parent`/data."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
     if (out / MANIFEST_NAME).exists():  # the library may have got a file since, which is no reason not to train
         return open_dataset(out)
-    prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05))
+    prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05), wait=wait)
     return open_dataset(out)
 
 
