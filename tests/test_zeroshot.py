@@ -255,6 +255,53 @@ def test_a_folder_without_a_model_is_one_line(damage, model, tokenizer, data, tm
     one_line(["eval", str(folder), "--tasks", "piqa", "--task-data", str(data)], str(folder), capsys)
 
 
+def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd):
+    """Table 2 of the paper with one command; what is finished is asked for no task twice."""
+    experiment = {
+        "title": "Trial",
+        "base": {"steps": 4, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4}
+        | {"model": {"hidden_size": 32, "num_hidden_layers": 2}},
+        "seeds": [0, 1],
+        "equal_flops": False,
+        "variants": {"topk": {"router": "topk"}},
+    }
+    (tmp_path / "trial.yaml").write_text(json.dumps(experiment))  # JSON is YAML
+    places = ["--data", str(corpus), "--pool", str(tmp_path / "pool"), "--out", str(tmp_path / "out")]
+    compare = ["compare", str(tmp_path / "trial.yaml"), *places, "--device", "cpu"]
+    tasks = ["--tasks", "piqa,boolq", "--task-data", str(data), "--limit"]
+
+    def accuracies():
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["equal_tokens"]
+        return row["zero_shot"], row["chance"]
+
+    assert main(compare) == 0
+    assert accuracies() == ({}, {})
+    assert main([*compare, *tasks, "6"]) == 0  # the runs are finished, their records lack the tasks
+    found, chance = accuracies()
+    for seed in (0, 1):
+        run = next((tmp_path / "pool").glob(f"*seed{seed}-*/summary.json")).parent
+        assert main(["eval", str(run), *tasks, "6", "--json", str(tmp_path / "one.json")]) == 0
+        alone = json.loads((tmp_path / "one.json").read_text())
+        assert found["mean"]["values"][seed] == pytest.approx(alone["mean_acc"])
+        for task, result in alone["tasks"].items():
+            assert found[task]["values"][seed] == result["acc"]
+            assert chance[task] == result["chance"]
+    report = (tmp_path / "out" / "results.md").read_text()
+    assert "### Equal tokens: zero-shot accuracy" in report
+    assert f"| guessing |  | {chance['piqa']:.3f} |" in report
+    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*.json")}
+    assert len(records) == 2
+    assert main([*compare, *tasks, "6"]) == 0
+    assert main(compare) == 0  # without tasks they stay in the record and in the table
+    assert accuracies() == (found, chance)
+    assert records == {path: path.stat().st_mtime_ns for path in records}
+    assert main([*compare, *tasks, "3"]) == 0
+    assert all(path.stat().st_mtime_ns > before for path, before in records.items())
+    capfd.readouterr()
+    for flags, words in ((["--limit", "3"], "need --tasks"), (["--tasks", "pica"], "unknown task 'pica'")):
+        one_line([*compare, *flags], words, capfd)
+
+
 def test_without_the_harness_the_command_names_the_extra(run, capsys, monkeypatch):
     for name in [name for name in sys.modules if name == "remoe.zeroshot" or name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)

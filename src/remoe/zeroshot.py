@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.routing.base import Router
@@ -240,6 +241,63 @@ def is_causal(model: "PreTrainedModel") -> bool:
     figures themselves are too good, because an answer's first tokens are told about its last.
     """
     return all(module.causal for module in model.modules() if isinstance(module, Router))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's zero-shot accuracies.
+
+    Attributes:
+        checkpoint: where its weights lie.
+        tasks: results by name.
+        causal: whether no token's logits depend on later ones; figures of other models do not compare.
+        window: tokens that it reads at most.
+        batch_size: sequences per forward pass; 1 for a model that is not causal.
+    """
+
+    checkpoint: Path
+    tasks: dict[str, TaskResult]
+    causal: bool
+    window: int
+    batch_size: int
+
+    @property
+    def mean_acc(self) -> float:
+        """Mean of `acc` over the tasks."""
+        return sum(result.acc for result in self.tasks.values()) / len(self.tasks)
+
+
+def evaluate_model(
+    path: str | Path,
+    tasks: dict[str, ConfigurableTask],
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Evaluated:
+    """Evaluates what `load_model` finds at `path` on tasks from `load_tasks`.
+
+    Args:
+        path: see `load_model`.
+        tasks: by name.
+        limit: as of `evaluate_task`.
+        batch_size: sequences per forward pass.
+        device: where.
+
+    Raises:
+        CheckpointError, DataError: as `load_model`.
+    """
+    model, tokenizer, checkpoint = load_model(path)
+    causal = is_causal(model)
+    harness = WindowedModel(
+        pretrained=model.to(device),
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size if causal else 1,
+        softmax_dtype="float32",  # log-probabilities of a model in bfloat16 would tie
+    )
+    results = {name: evaluate_task(harness, name, task, limit=limit) for name, task in tasks.items()}
+    return Evaluated(checkpoint, results, causal, harness.max_length, harness.batch_size)
 
 
 def evaluate_task(model: WindowedModel, name: str, task: ConfigurableTask, *, limit: int | None = None) -> TaskResult:

@@ -35,6 +35,13 @@ class CompareOptions:
     records: str | None = None
     """Folder of the finished runs' records, a JSON file each (options, figures, course, routing); the pool by default.
     A run with a record is not trained again, wherever it was trained."""
+    tasks: str | None = None
+    """Zero-shot tasks for every run (Table 2), separated by commas, as of `remoe eval --tasks`; needs the extra eval.
+    A run whose checkpoints are gone keeps what its record has."""
+    task_data: str | None = None
+    """Folder with a file TASK.parquet for each task; by default the harness's own, from the Hugging Face hub."""
+    limit: int | None = None
+    """At most so many rows of each task, evenly spaced; everything by default."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu) or a torch device."""
     list: bool = False
@@ -48,6 +55,10 @@ def compare_command(argv: list[str]) -> int:
     options = parse(CompareOptions, argv, prog=PROG)
     if options.data is not None and options.corpus is not None:
         raise ConfigError("--data and --corpus do not go together")
+    if options.tasks is None and (options.task_data is not None or options.limit is not None):
+        raise ConfigError("--task-data and --limit need --tasks")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("--limit must be at least 1")
 
     from remoe.compare.experiment import load_experiment
 
@@ -63,11 +74,12 @@ def compare_command(argv: list[str]) -> int:
 
     quiet_transformers()
     keep_freed_memory()
+    tasks = _tasks(options)  # before hours of work, not after them
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     check_models(experiment, dataset)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", pick_device(options.device))
-    pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16)
+    pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
     live = Live(experiment, pool)
     if options.list:
         live.console.print(live.table())
@@ -85,6 +97,16 @@ def compare_command(argv: list[str]) -> int:
     print(f"figures      {out / 'figures'}")
     print(f"runs         {pool.path}")
     return 1 if live.failures else 0
+
+
+def _tasks(options: CompareOptions):
+    if options.tasks is None:
+        return None
+    from remoe.compare.pool import Tasks
+    from remoe.zeroshot import load_tasks, parse_tasks
+
+    folder = None if options.task_data is None else Path(options.task_data)
+    return Tasks(load_tasks(parse_tasks(options.tasks), folder), options.limit)
 
 
 def _dataset(options: CompareOptions, vocab_size: int):

@@ -141,36 +141,27 @@ def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
     from remoe.cli.quiet import quiet_transformers
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device
-    from remoe.zeroshot import WindowedModel, evaluate_task, is_causal, load_model, load_tasks, parse_tasks
+    from remoe.zeroshot import evaluate_model, load_tasks, parse_tasks
 
     quiet_transformers()
-    names = parse_tasks(tasks)
-    loaded = load_tasks(names, None if options.task_data is None else Path(options.task_data))
-    model, tokenizer, checkpoint = load_model(options.run)
+    loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))
     keep_freed_memory()
-    causal = is_causal(model)
-    if not causal:
-        print("the router looks ahead: one sequence at a time, and figures not comparable with other models'")
-    harness = WindowedModel(
-        pretrained=model.to(pick_device("auto")),
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=options.batch_size if causal else 1,
-        softmax_dtype="float32",  # log-probabilities of a model in bfloat16 would tie
+    found = evaluate_model(
+        options.run, loaded, limit=options.limit, batch_size=options.batch_size, device=pick_device("auto")
     )
-    results = {name: evaluate_task(harness, name, task, limit=options.limit) for name, task in loaded.items()}
-    mean = sum(result.acc for result in results.values()) / len(results)
-    _print_tasks(f"zero-shot accuracy of {checkpoint}", results, mean)
+    if not found.causal:
+        print("the router looks ahead: one sequence at a time, and figures not comparable with other models'")
+    _print_tasks(f"zero-shot accuracy of {found.checkpoint}", found.tasks, found.mean_acc)
     if options.json:
         figures = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(found.checkpoint),
             "task_data": options.task_data,
             "limit": options.limit,
-            "batch_size": harness.batch_size,
-            "causal": causal,
-            "window": harness.max_length,
-            "tasks": {name: asdict(result) for name, result in results.items()},
-            "mean_acc": mean,
+            "batch_size": found.batch_size,
+            "causal": found.causal,
+            "window": found.window,
+            "tasks": {name: asdict(result) for name, result in found.tasks.items()},
+            "mean_acc": found.mean_acc,
         }
         Path(options.json).write_text(json.dumps(figures, indent=2))
     return 0

@@ -16,19 +16,29 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from remoe.compare.experiment import Run
-from remoe.compare.record import RunRecord, course_of, options_of, record_of
+from remoe.compare.record import RunRecord, ZeroShot, course_of, options_of, record_of
 from remoe.data import Dataset
 from remoe.errors import ConfigError
 from remoe.training.metrics import fill_steps, read_metrics
 from remoe.training.rundir import RunFolder
+from remoe.training.trainer import pick_device
 
 HASH_LENGTH = 8
 LIST_SECONDS = 1.0
 State = Literal["finished", "unfinished", "not started"]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Zero-shot tasks, as `remoe.zeroshot.load_tasks` gives them, and how many rows of each; None for all."""
+
+    loaded: dict[str, Any]
+    limit: int | None
 
 
 class Pool:
@@ -39,12 +49,24 @@ class Pool:
         data: fingerprint of the data.
         records: folder of the finished runs' records; the pool's own by default.
         bfloat16: whether `--dtype auto` means bfloat16 on the runs' device: such runs are others than those in float32.
+        tasks: zero-shot tasks that records must have, where the run's checkpoints are still there.
     """
 
-    def __init__(self, path: Path, data: str, records: Path | None = None, *, bfloat16: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        data: str,
+        records: Path | None = None,
+        *,
+        bfloat16: bool = False,
+        tasks: Tasks | None = None,
+    ) -> None:
         self.path, self.records, self._data, self._bfloat16 = path, records or path, data, bfloat16
+        self._tasks = tasks
         self._names: dict[str, str] = {}  # by hash; a folder keeps its name
-        self._finished: dict[str, tuple[dict, dict[str, list]]] = {}  # by the run's key; what is known stays so
+        self._finished: dict[
+            str, tuple[dict, dict[str, list], ZeroShot | None]
+        ] = {}  # by the run's key; what is known stays so
         self._listed = -math.inf
 
     def name(self, run: Run) -> str:
@@ -91,48 +113,62 @@ class Pool:
 
     def step_minutes(self, run: Run) -> list[float] | None:
         """Duration of each training step of a finished run; None where a record has been made without."""
-        summary, course = self._figures(run)
+        summary, course, _ = self._figures(run)
         if "tokens_per_second" not in course:
             return None
         tokens = summary["tokens"] / summary["steps"]
         return [tokens / speed / 60 for speed in fill_steps(course["step"], course["tokens_per_second"])]
 
-    def _figures(self, run: Run) -> tuple[dict, dict[str, list]] | None:
+    def _figures(self, run: Run) -> tuple[dict, dict[str, list], ZeroShot | None] | None:
         if run.key not in self._finished:
             folder, record = self.folder(run), self.record_file(run)
             if record.exists():
                 found = RunRecord.load(record)
-                options, figures = found.options, (found.summary, found.course)
+                options, figures = found.options, (found.summary, found.course, found.zero_shot)
             else:
                 try:
                     summary = json.loads(folder.summary.read_text())
                 except (FileNotFoundError, ValueError):  # half a file: killed while it was written
                     return None
                 options = options_of(folder.load_config())
-                figures = summary, course_of(read_metrics(folder.metrics))
+                figures = summary, course_of(read_metrics(folder.metrics)), None
             _check_same(run, options, record if record.exists() else folder.path)
             self._finished[run.key] = figures
         return self._finished[run.key]
 
     def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
-        """The record of a finished run; made when there is none yet.
+        """The record of a finished run; made, or its zero-shot tasks added, where that is missing.
 
         Args:
             run: finished.
             dataset: the pool's, for the routing of validation tokens.
             device: for the forward passes.
         """
-        path = self.record_file(run)
-        if path.exists():
+        path, folder = self.record_file(run), self.folder(run)
+        if path.exists() and not self._lacks_tasks(run):
             return RunRecord.load(path)
-        record = record_of(self.folder(run), dataset, device)
+        record = RunRecord.load(path) if path.exists() else record_of(folder, dataset, device)
+        if self._tasks is not None:
+            record = replace(record, zero_shot=_zero_shot(folder, self._tasks, device))
         self.records.mkdir(parents=True, exist_ok=True)
         record.save(path)
+        self._finished.pop(run.key, None)
         return record
+
+    def zero_shot(self, run: Run) -> ZeroShot | None:
+        """Zero-shot accuracies of a finished run, where its record has them."""
+        return self._figures(run)[2]
+
+    def _lacks_tasks(self, run: Run) -> bool:
+        """Whether tasks are asked for that the record does not have, and could be evaluated."""
+        if self._tasks is None or self.folder(run).last_checkpoint() is None:
+            return False
+        known = self.zero_shot(run)
+        return known is None or known.limit != self._tasks.limit or not self._tasks.loaded.keys() <= known.tasks.keys()
 
     def recorded(self, run: Run) -> bool:
         """Whether the run is finished and has its record, and nothing is left to do."""
-        return self.summary(run) is not None and self.record_file(run).exists()
+        return self.summary(run) is not None and self.record_file(run).exists() and not self._lacks_tasks(run)
 
     def state(self, run: Run) -> State:
         """How far a run is.
@@ -167,6 +203,13 @@ class Pool:
             if locked:  # whoever had it before may have given the run a name
                 self._listed = -math.inf
             yield file if locked else None
+
+
+def _zero_shot(folder: RunFolder, tasks: Tasks, device: str) -> ZeroShot:
+    from remoe.zeroshot import evaluate_model  # needs an extra
+
+    found = evaluate_model(folder.path, tasks.loaded, limit=tasks.limit, device=pick_device(device))
+    return ZeroShot(tasks.limit, {name: asdict(result) for name, result in found.tasks.items()})
 
 
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:

@@ -107,6 +107,19 @@ class RoutingSummary:
 
 
 @dataclass(frozen=True)
+class ZeroShot:
+    """Zero-shot accuracy of a trained model.
+
+    Attributes:
+        limit: rows of each task, at most; None for all.
+        tasks: fields of `remoe.zeroshot.TaskResult`, by the task's name.
+    """
+
+    limit: int | None
+    tasks: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What is kept of a finished run.
 
@@ -115,12 +128,14 @@ class RunRecord:
         summary: the run's summary.json.
         course: columns of its metrics.jsonl.
         routing: None for a model without pairs.
+        zero_shot: None where it was not asked for.
     """
 
     options: dict[str, Any]
     summary: dict[str, Any]
     course: dict[str, list]
     routing: RoutingSummary | None
+    zero_shot: ZeroShot | None = None
 
     def steps(self) -> list[dict]:
         """The course, a record a step, as metrics.jsonl has it."""
@@ -157,6 +172,8 @@ class RunRecord:
             if (routing := given["routing"]) is not None:
                 figures = RoutingFigures(**_known(RoutingFigures, routing["figures"]))
                 given["routing"] = RoutingSummary(**{**_known(RoutingSummary, routing), "figures": figures})
+            if given.get("zero_shot") is not None:
+                given["zero_shot"] = ZeroShot(**given["zero_shot"])
             return cls(**_known(cls, given))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is not a whole record ({error}): move it away") from error

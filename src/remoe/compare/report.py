@@ -50,6 +50,8 @@ def markdown(
             lines += [f"## {title}", "", *_loss_table(experiment, rows), ""]
             lines += [f"### {title}: cost", "", *_cost_table(rows), ""]
             lines += [f"### {title}: loss per domain", "", *_domain_table(rows), ""]
+            if evaluated := [row for row in rows if row.zero_shot]:
+                lines += [f"### {title}: zero-shot accuracy", "", *_task_table(evaluated), ""]
     if routed := {name: seeds for name, seeds in records.items() if seeds[0].routing is not None}:
         lines += ["## Routing", "", *_routing_table(routed), ""]
         lines += ["Means over layers are weighted by the layers' routed pairs.", ""]
@@ -147,6 +149,17 @@ def _domain_table(rows: Sequence[Row]) -> list[str]:
     domains = list(rows[0].domains)
     cells = [[row_name(row.variant, row.point), *(f"{row.domains[domain]:.3f}" for domain in domains)] for row in rows]
     return _table(["system", *domains], cells)
+
+
+def _task_table(rows: Sequence[Row]) -> list[str]:
+    tasks = list(rows[0].zero_shot)
+    cells = [
+        [row_name(row.variant, row.point), str(len(row.seeds))]
+        + [f"{row.zero_shot[task]:.3f}" if task in row.zero_shot else "" for task in tasks]
+        for row in rows
+    ]
+    chance = ["guessing", "", *(f"{rows[0].chance[task]:.3f}" for task in tasks)]
+    return _table(["system", "seeds", *tasks], [*cells, chance])
 
 
 def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:

@@ -68,6 +68,8 @@ class Row:
         settling_steps: first step at which S has settled, None where it has not.
         late_sparsity, late_deviation: mean and standard deviation of a step's S after the first 100 steps, mean over
             the seeds; the deviation is 0 where a router has k experts a token at all times. None for shorter runs.
+        zero_shot: accuracy on each task, and as "mean" that over the tasks; empty unless all runs have the same tasks.
+        chance: accuracy of guessing, likewise.
     """
 
     variant: str
@@ -95,6 +97,8 @@ class Row:
     settling_steps: list[int | None]
     late_sparsity: float | None
     late_deviation: float | None
+    zero_shot: dict[str, Spread]
+    chance: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,18 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         settling_steps=column["settling_step"],
         late_sparsity=statistics.mean(map(statistics.mean, late)) if late else None,
         late_deviation=statistics.mean(map(statistics.stdev, late)) if late else None,
+        zero_shot={task: Spread.of(values) for task, values in _tasks(pool, runs, "acc").items()},
+        chance={task: values[0] for task, values in _tasks(pool, runs, "chance").items()},
     )
+
+
+def _tasks(pool: Pool, runs: Sequence[Run], figure: str) -> dict[str, list[float]]:
+    """A figure of each task, and its mean over the tasks, of all runs."""
+    found = [pool.zero_shot(run) for run in runs]
+    if None in found or len({tuple(one.tasks) for one in found}) > 1:
+        return {}
+    columns = {task: [one.tasks[task][figure] for one in found] for task in found[0].tasks}
+    return columns | {"mean": [statistics.mean(values) for values in zip(*columns.values(), strict=True)]}
 
 
 def _machine(summary: dict) -> str:
