@@ -89,6 +89,19 @@ def test_numbers_are_numbers_in_any_notation(tmp_path):
         load_experiment(path)
 
 
+def test_options_laid_over_the_base(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("base: {steps: 9, model: {hidden_size: 32}}\nvariants: {a: {}, b: {batch_size: 32}}\n")
+    changed = {"steps": 90, "model.num_hidden_layers": "2", "batch_size": 64, "optim.lr": "1e-3"}
+    one, other = load_experiment(path, changed).runs
+    assert (one.steps, one.config.batch_size, one.config.optim.lr) == (90, 64, 1e-3)
+    assert (one.config.model.hidden_size, one.config.model.num_hidden_layers) == (32, 2)
+    assert other.config.batch_size == 32  # a variant's own
+    for name, message in (("stps", "unknown option 'stps'"), ("seed", "seed cannot be set here")):
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(path, {name: 1})
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.yaml"
     for text, message in (("- 1", "not a mapping"), ("a: [", "cannot read"), ("variants: {a: {}, a: {}}", "twice")):

@@ -1,12 +1,13 @@
 """`remoe compare`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
+from remoe.training.config import NamedValues
 
 PROG = "remoe compare"
 
@@ -42,6 +43,9 @@ class CompareOptions:
     """Folder with a file TASK.parquet for each task; by default the harness's own, from the Hugging Face hub."""
     limit: int | None = None
     """At most so many rows of each task, evenly spaced; everything by default."""
+    base: NamedValues = field(default_factory=dict)
+    """Options of `remoe train` laid over the experiment's base, name by value, for the same matrix at another scale:
+    `--base steps 6000 batch_size 64 model.hidden_size 384`."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu) or a torch device."""
     list: bool = False
@@ -62,7 +66,7 @@ def compare_command(argv: list[str]) -> int:
 
     from remoe.compare.experiment import load_experiment
 
-    experiment = load_experiment(options.experiment)
+    experiment = load_experiment(options.experiment, options.base)
 
     from remoe.cli.quiet import quiet_transformers
     from remoe.compare.live import Live

@@ -9,9 +9,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -113,8 +114,12 @@ class Experiment:
         return list(itertools.product(*values))
 
 
-def load_experiment(path: str | Path) -> Experiment:
+def load_experiment(path: str | Path, base: Mapping[str, Any] = MappingProxyType({})) -> Experiment:
     """Reads and checks an experiment file, the options of every run among it.
+
+    Args:
+        path: of the file.
+        base: dotted options laid over the file's base.
 
     Raises:
         ConfigError: for a file that cannot be read, an unknown key, or options that `remoe train` would refuse.
@@ -126,6 +131,8 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ConfigError(f"cannot read experiment {path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"experiment {path} is not a mapping")
+    if base and isinstance(given.get("base") or {}, dict):
+        given["base"] = merge(given.get("base") or {}, _nested(base.items()))
     return experiment_from_dict(given, path.stem, str(path))
 
 

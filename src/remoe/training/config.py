@@ -135,7 +135,7 @@ def _value(word: str) -> bool | int | float | str:
 
 
 # One flag with any number of words: by itself tyro would give each key of a default a flag of its own.
-RouterOptions = Annotated[
+NamedValues = Annotated[
     dict[str, bool | int | float | str],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
@@ -164,7 +164,7 @@ class TrainConfig:
     router: str = "relu"
     """relu, relu_norm, relu_scaled, relu_quantile, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory,
     dense or dense_wide."""
-    router_options: RouterOptions = field(default_factory=dict)
+    router_options: NamedValues = field(default_factory=dict)
     """Options of the router's class, name by value, as in `--router-options warmup_k 6 warmup_steps 100`."""
     num_experts: int = 8
     """Experts E per layer, before the split by granularity."""
