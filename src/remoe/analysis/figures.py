@@ -43,7 +43,7 @@ def training_course(
     panels = {
         "Sparsity S": ("share of inactive pairs", lambda record: record["sparsity"]),
         "Coefficient λ": ("λ", lambda record: record["lambda"]),
-        "Regulariser $L_{reg}$": ("gate sum per token", lambda record: record["reg_loss"]),
+        "Regulariser $L_{reg}$": ("load-weighted gates per token", lambda record: record["reg_loss"]),
         "Penalty λ·$L_{reg}$": ("nats", lambda record: record["lambda"] * record["reg_loss"]),
         "Language model loss $L_{lm}$": ("nats per token", lambda record: record["lm_loss"]),
     }
@@ -153,7 +153,7 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
     """
     look = look or looks(systems)
     fig = new_figure(5.4, 0.9 + 0.3 * len(systems))
-    fig.get_layout_engine().set(rect=(0, 0, 0.98, 1))  # a text hangs over the right end
+    fig.get_layout_engine().set(rect=(0, 0, 0.96, 1))  # a text hangs over the right end
     ax = fig.subplots()
     order = sorted(systems, key=lambda name: fmean(systems[name]))
     for row, name in enumerate(order):

@@ -40,9 +40,12 @@ STYLE = {
 }
 GREY = "#777777"
 
-# Okabe and Ito's palette without its yellow, which white paper swallows. Markers and dashes say the same once more.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito's palette without its yellow, which white paper swallows, and three more that differ from it in
+# lightness too. Markers and dashes say the same once more.
+_COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A3E00", "#A6A6A6", "#5E3C99",
+)  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", "p")
 _DASHES = ("-", "--", ":")
 
 
@@ -57,7 +60,7 @@ class Look(NamedTuple):
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for each name, by its place; give the same dict to all figures of a report to keep them alike."""
     return {
-        name: Look(_COLORS[i % 7], _MARKERS[i % 7], _DASHES[i // 7 % len(_DASHES)])
+        name: Look(_COLORS[i % 10], _MARKERS[i % 10], _DASHES[i // 10 % len(_DASHES)])
         for i, name in enumerate(dict.fromkeys(names))
     }
 
