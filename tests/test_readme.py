@@ -1,23 +1,37 @@
-"""What the README prints must work as printed."""
+"""What the README and the guide print must work as printed."""
 
 import re
 from pathlib import Path
 
+import pytest
+import yaml
+
+from remoe import routing
 from remoe.cli.main import COMMANDS
+from remoe.compare.experiment import experiment_from_dict
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_python_examples_run():
-    examples = blocks("python")
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["README", "guide"])
+def test_python_examples_run(text):
+    before = dict(routing.ROUTERS)
+    examples = blocks("python", text)
     assert examples
     for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(example, "example", "exec"), {})
+    routing.ROUTERS.clear()
+    routing.ROUTERS.update(before)
+
+
+def test_the_experiment_in_the_guide_loads():
+    (example,) = blocks("yaml", GUIDE)
+    assert len(experiment_from_dict(yaml.safe_load(example), "one", "one.yaml").runs) == 1
 
 
 def test_two_commands_set_everything_up_and_ci_calls_the_second():
