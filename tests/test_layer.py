@@ -190,3 +190,25 @@ def test_weak_pairs_are_left_out_at_evaluation_only(threshold, cap):
     torch.testing.assert_close(y, expected)
     assert pruned.count_E.sum() == pairs < routing.count_E.sum()
     assert torch.equal(layer.train()(x)[1].gate_TE, routing.gate_TE)
+
+
+def test_an_attention_mask_of_integers_is_a_mask():
+    layer = remoe.MoE(6, 8, 4, 1)
+    x, mask = torch.randn(2, 3, 6), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    (y, routing), (expected, same) = layer(x, mask), layer(x, mask.bool())
+    assert torch.equal(y, expected)
+    assert routing.num_tokens == same.num_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "others", "words"),
+    [
+        ((2, 3, 5), {}, r"x must be \(..., 6\), but is \(2, 3, 5\)"),
+        ((2, 3, 6), {"mask": (2, 4)}, r"mask must be \(2, 3\) for this x, but is \(2, 4\)"),
+        ((2, 3, 6), {"token_ids": (6,)}, r"token_ids must be \(2, 3\)"),
+    ],
+)
+def test_inputs_of_a_wrong_shape_are_named(x, others, words):
+    given = {name: torch.ones(shape, dtype=torch.int64) for name, shape in others.items()}
+    with pytest.raises(ConfigError, match=words):
+        remoe.MoE(6, 8, 4, 1)(torch.randn(x), **given)

@@ -204,6 +204,16 @@ def test_without_tokens_no_router_moves(router):
     assert all(torch.equal(value, before[name]) for name, value in state().items())
 
 
+def test_routings_of_another_model_are_refused():
+    control = SparsityController(2, 4, 1)
+    routings = {E: remoe.MoE(6, 8, E, 1)(torch.randn(3, 6))[1] for E in (4, 8)}
+    for given, words in (([routings[4]], "but got: 4$"), ([routings[4], routings[8]], "but got: 4, 8$")):
+        with pytest.raises(ConfigError, match=f"a routing of 4 experts for each of 2 layers, {words}"):
+            control.observe(given)
+    with pytest.raises(ConfigError, match="num_layers"):
+        SparsityController(0, 4, 1)
+
+
 def test_dead_layers_are_named_after_100_steps():
     controller = SparsityController(3, 8, 1)
     alive, dead = batch(100), batch(0)

@@ -91,16 +91,24 @@ class MoE(nn.Module):
         Args:
             x: (..., S, D) or (T, D): any number of leading dimensions. The one before D are the tokens of a sequence,
                 for routers that look at neighbours.
-            mask: (...) bool without D, false for padding: such tokens are in no pair and no statistic.
+            mask: (...) without D, false or 0 for padding: such tokens are in no pair and no statistic.
             token_ids: (...) int64 without D; router="hash" needs them.
 
         Returns:
             y: like x; zero for tokens without an expert (they keep the residual connection only), but for a shared
                 expert's output. Rows of padding mean nothing.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
+
+        Raises:
+            ConfigError: for an x of another width than D, or a mask or ids of another shape than x's without D.
         """
+        if x.shape[-1] != self.experts.down_proj.shape[1]:
+            raise ConfigError(f"x must be (..., {self.experts.down_proj.shape[1]}), but is {tuple(x.shape)}")
+        for name, given in (("mask", mask), ("token_ids", token_ids)):
+            if given is not None and given.shape != x.shape[:-1]:
+                raise ConfigError(f"{name} must be {tuple(x.shape[:-1])} for this x, but is {tuple(given.shape)}")
         x_TD = x.reshape(-1, x.shape[-1])
-        mask_T = None if mask is None else mask.reshape(-1)
+        mask_T = None if mask is None else mask.reshape(-1).bool()
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         seq_len = x.shape[-2] if x.ndim > 1 else 1
         routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)

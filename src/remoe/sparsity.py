@@ -62,7 +62,7 @@ class SparsityController(nn.Module):
         statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update_state`.
 
     Raises:
-        ConfigError: for an unknown rule, k not in 1..E, lambda_init <= 0 or alpha <= 1.
+        ConfigError: for an unknown rule, no layers, k not in 1..E, lambda_init <= 0 or alpha <= 1.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class SparsityController(nn.Module):
         super().__init__()
         if rule not in RULES:
             raise ConfigError(f"unknown sparsity rule {rule!r}; choose one of: {', '.join(RULES)}")
+        if num_layers < 1:
+            raise ConfigError(f"num_layers must be at least 1, but is {num_layers}")
         if not 1 <= k <= num_experts:
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
         if not (0 < lambda_init < math.inf and 1 < alpha < math.inf):
@@ -138,7 +140,17 @@ class SparsityController(nn.Module):
         """Adds the statistics of one forward pass, one routing per layer.
 
         A forward pass that recomputes activations inside a backward pass is not counted again.
+
+        Args:
+            routings: L of them, of layers with E experts.
+
+        Raises:
+            ConfigError: for another number of layers or experts.
         """
+        L, E = self.load_LE.shape
+        if len(routings) != L or any(routing.count_E.shape[0] != E for routing in routings):
+            sizes = ", ".join(str(routing.count_E.shape[0]) for routing in routings)
+            raise ConfigError(f"observe needs a routing of {E} experts for each of {L} layers, but got: {sizes}")
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         self._pairs_LE += torch.stack([routing.count_E for routing in routings])

@@ -169,6 +169,31 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["plan", "huge"], "unknown preset 'huge'"),
         (["plan", "tiny", "--k", "9"], "k = 9 and E = 8"),
         (["trian"], "unknown command 'trian'"),
+        (["train", "--stepz", "3"], "perhaps you meant --steps"),
+        (["train", "--model.max-experts-per-token", "2", "--router", "topk"], "no effect with router topk"),
+        (["export"], "RUN and DIR missing"),
+        (["compare"], "error: EXPERIMENT missing"),
+        (["data", "prepare", "x"], "error: --out missing"),
+        (["data", "prepare", "--out", "d", "--vocab-size", "3"], "error: --vocab-size must be"),
+        (["bench", "layer", "--threads", "0"], "--threads must be at least 1, but is 0"),
+        (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
+        (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
+        (
+            ["train", "--router", "topk", "--router-options", "warmup_k", "2.5", "warmup_steps", "3"],
+            "router 'topk': option warmup_k must be a whole number, but is 2.5",
+        ),
+        (
+            ["train", "--router-options", "d_model", "3"],
+            "has no option 'd_model'; it has: load_balance, ",
+        ),
+        (["train", "--router-options", "load_balance", "maybe"], "must be true or false, but is 'maybe'"),
+        (["train", "--router-options", "gate_scale", "a"], "option gate_scale must be a number, but is 'a'"),
+        (["train", "--router", "dense", "--router-options", "a", "1"], "router 'dense' has no option 'a'; it has none"),
+        (["train", "--router", "relu_norm", "--router-options", "chunk", "0"], "chunk >= 1"),
+        (["train", "--router", "relu_scaled", "--router-options", "scale_init", "0"], "scale_init must be above zero"),
+        (["train", "--router", "threshold", "--router-options", "decay", "1"], "below 1, but is 1"),
+        (["train", "--router", "sigmoid", "--router-options", "bias_step", "-1"], "must not be negative"),
+        (["train", "--router", "sparsemixer", "--router-options", "jitter", "2"], "jitter"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -182,6 +207,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, corpus, tmp_pat
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_a_wrong_router_is_found_before_any_data_is_prepared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("remoe.training.run.default_dataset", lambda *_: pytest.fail("prepares data"))
+    assert main(["train", "--router", "reluu"]) == 2
+    assert "unknown router 'reluu'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["no tokenizer", "empty tokenizer", "no config", "other config", "garbage config"])

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remoe.cli.parsing import parse
+from remoe.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,20 @@ def train_step_command(argv: list[str]) -> int:
 
 
 def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+    if arguments.repetitions < 1:
+        raise ConfigError(f"--repetitions must be at least 1, but is {arguments.repetitions}")
     _start(arguments)
     import torch
 
     from remoe.bench import decode, layer
     from remoe.bench.roofline import measure_roofline
+    from remoe.experts.backends import check_backend
     from remoe.machine import machine
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device
 
+    for backend in arguments.backends:
+        check_backend(backend)
     keep_freed_memory()
     device = pick_device(arguments.device)
     name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if arguments.dtype == "auto" else arguments.dtype
@@ -180,6 +186,8 @@ def _figure(value: float) -> str:
 def _start(arguments: Common) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler would print to stderr
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, but is {arguments.threads}")
         import torch
 
         torch.set_num_threads(arguments.threads)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,7 +22,7 @@ class CompareOptions:
     may work on one pool, for instance one for each GPU.
     """
 
-    experiment: tyro.conf.Positional[str]
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
     """YAML file: variants (name: options of `remoe train`), and if wanted title, base (options of all), seeds,
     reference, axes (option: values), equal_flops, figures; see experiments/."""
     corpus: str | None = None
@@ -79,8 +80,8 @@ def compare_command(argv: list[str]) -> int:
     quiet_transformers()
     keep_freed_memory()
     tasks = _tasks(options)  # before hours of work, not after them
+    check_models(experiment)
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
-    check_models(experiment, dataset)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", pick_device(options.device))
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -24,7 +24,7 @@ class EvalOptions:
     With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install 'remoe[eval]').
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run's folder (its newest checkpoint is used) or one of its checkpoints; with --tasks also the folder of any
     transformers language model with its tokenizer."""
     data: str | None = None
@@ -69,6 +69,8 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--data and --max-tokens do not go with --tasks; use --task-data and --limit")
     if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
         raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
+    if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
+        raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
     if options.sweep_threshold is not None:
         return _sweep(options, options.sweep_threshold)
     return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
@@ -135,9 +137,6 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
 
 
 def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
-    if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
-        raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
-
     from remoe.cli.quiet import quiet_transformers
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device

@@ -1,6 +1,7 @@
 """`remoe export`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -13,9 +14,9 @@ PROG = "remoe export"
 class ExportOptions:
     """Write a trained model to a folder that plain transformers loads with trust_remote_code=True."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """Folder to write: weights, tokenizer, code, and a model card with plots. A new or empty one."""
 
 

@@ -1,6 +1,7 @@
 """`remoe generate`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ PROG = "remoe generate"
 class GenerateOptions:
     """Write text with a trained model; the same seed writes the same text."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
     prompt: str = ""
     """Text to go on from; empty for a new document."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import itertools
+import re
 import sys
 from typing import TypeVar
 
@@ -10,6 +12,7 @@ import tyro
 from remoe.errors import ConfigError
 
 T = TypeVar("T")
+FRAME = " │╭╰╮╯─-|+"  # what boxes and rules are drawn with
 
 
 def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
@@ -37,14 +40,18 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
 
 
 def _first_sentence(box: str) -> str:
-    """tyro draws a box: the lines between its title and its first rule are the message."""
-    lines = [line.strip(" │╭╰╮╯─-|+") for line in box.splitlines()[1:]]
-    message = []
-    for line in lines:
-        if not line:
-            break
-        message.append(line)
-    return " ".join(message) or " ".join(box.split())
+    """tyro draws a title, outside a terminal a rule, the message, a rule, and then perhaps a guess."""
+    lines = [line.strip(" │|") if line.strip(FRAME) else "" for line in box.splitlines()[1:]]
+    lines = list(itertools.dropwhile(lambda line: not line, lines))
+    message = list(itertools.takewhile(bool, lines))
+    if message and message[0].startswith("Missing from"):
+        names = [name[0] for line in message[1:] if (name := re.match(r"--[\w.-]+|[A-Z]{2,}$", line))]
+        return f"{' and '.join(names)} missing" if names else " ".join(message)
+    said = re.sub(r"^Error parsing [A-Z]\w+: ", "", " ".join(message) or " ".join(box.split()))
+    if any(line.startswith("Perhaps you meant") for line in lines):
+        guess = next((name[0] for line in lines[len(message) :] if (name := re.match(r"--[\w.-]+", line))), None)
+        said += f"; perhaps you meant {guess}" if guess else ""
+    return said
 
 
 def fail(message: str) -> int:

@@ -1,6 +1,7 @@
 """`remoe plan`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ PROG = "remoe plan"
 class PlanOptions:
     """Parameters, FLOPs and memory of a model; nothing is allocated."""
 
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
     """tiny, mini, 182m, 469m or 978m."""
     router: str = "relu"
     """A name that `remoe train --router` takes."""

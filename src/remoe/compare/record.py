@@ -3,7 +3,6 @@
 Legend: L layers, E experts, C domains, U distinct token ids.
 """
 
-import inspect
 import json
 import math
 import statistics
@@ -20,7 +19,7 @@ from remoe.analysis.collect import RoutingRecord, collect
 from remoe.data import Dataset, ValidationWindows, load_tokenizer
 from remoe.data.files import atomic_write
 from remoe.errors import ConfigError
-from remoe.routing import ROUTERS
+from remoe.routing import ROUTERS, router_options
 from remoe.training.config import TrainConfig, changes_result, flatten
 from remoe.training.metrics import read_metrics, stage
 from remoe.training.rundir import RunFolder, load_run
@@ -185,12 +184,8 @@ def _known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
     """The options that change the result, by dotted names; with the defaults of the router's class among them."""
-    arguments = inspect.signature(ROUTERS[config.router]).parameters.values() if config.router in ROUTERS else ()
-    defaults = {
-        f"router_options.{argument.name}": argument.default
-        for argument in arguments
-        if argument.default is not inspect.Parameter.empty
-    }
+    known = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
+    defaults = {f"router_options.{name}": option.default for name, option in known.items()}
     return defaults | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
 
 

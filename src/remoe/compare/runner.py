@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import IO
 
-import torch
 import yaml
 
 from remoe.compare.budget import matches
@@ -17,9 +16,8 @@ from remoe.compare.live import Live
 from remoe.compare.pool import Pool
 from remoe.data import Dataset
 from remoe.errors import ConfigError, RemoeError
-from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.training.interrupt import Interrupt
-from remoe.training.trainer import model_config
+from remoe.training.trainer import check_model
 
 POLL_SECONDS = 1.0
 
@@ -33,7 +31,7 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     return list(unique.values())
 
 
-def check_models(experiment: Experiment, dataset: Dataset) -> None:
+def check_models(experiment: Experiment) -> None:
     """Finds, before hours of training, the runs whose model cannot be built.
 
     Raises:
@@ -41,8 +39,7 @@ def check_models(experiment: Experiment, dataset: Dataset) -> None:
     """
     for run in experiment.runs:
         try:
-            with torch.device("meta"):
-                RemoeForCausalLM(model_config(run.config, dataset))
+            check_model(run.config)
         except ConfigError as error:
             raise ConfigError(f"{run.label}: {error}") from error
 

@@ -128,6 +128,8 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
             )
+        if self.max_experts_per_token is not None and self.router not in ("relu", "relu_scaled"):
+            raise ConfigError(f"max_experts_per_token has no effect with router {self.router} (only relu, relu_scaled)")
         if self.shared_expert_size < 0:
             raise ConfigError(f"shared_expert_size must not be negative, but is {self.shared_expert_size}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):

@@ -7,6 +7,7 @@ from remoe.routing.dense import DenseRouter
 from remoe.routing.expert_choice import ExpertChoiceRouter
 from remoe.routing.hash import HashRouter
 from remoe.routing.lory import LoryRouter
+from remoe.routing.options import check_options, router_options
 from remoe.routing.relu import ReLURouter
 from remoe.routing.relu_norm import ReLUNormRouter
 from remoe.routing.relu_quantile import ReLUQuantileRouter
@@ -32,20 +33,28 @@ ROUTERS: dict[str, type[Router]] = {
     "dense_wide": DenseRouter,
 }
 
-__all__ = ["ROUTERS", "Assignment", "DenseRouter", "ReLURouter", "Router", "Routing", "TopKRouter", "build_router"]
+__all__ = [
+    "ROUTERS",
+    "Assignment",
+    "DenseRouter",
+    "ReLURouter",
+    "Router",
+    "Routing",
+    "TopKRouter",
+    "build_router",
+    "router_options",
+]
 
 
-def build_router(name: str, d_model: int, num_experts: int, k: int, **options: object) -> Router:
+def build_router(name: str, d_model: int, num_experts: int, k: int, /, **options: object) -> Router:
     """A router by name; `options` are those of its class.
 
     Raises:
         ConfigError: for a name that is not in ROUTERS, an option the router does not have, or a bad value.
     """
     router = router_class(name)
-    try:
-        return router(**options) if router is DenseRouter else router(d_model, num_experts, k, **options)
-    except TypeError as error:
-        raise ConfigError(f"router {name!r}: {error}") from error
+    check_options(name, router, options)
+    return router() if router is DenseRouter else router(d_model, num_experts, k, **options)
 
 
 def router_class(name: str) -> type[Router]:

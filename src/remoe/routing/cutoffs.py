@@ -6,6 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor
 
+from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.base import LinearRouter, unmasked
 
@@ -46,11 +47,16 @@ class CutoffRouter(LinearRouter):
         d_model: D.
         num_experts: E.
         k: wanted mean of active experts per token.
-        decay: of the moving average, per step.
+        decay: of the moving average, per step, from 0 to below 1.
+
+    Raises:
+        ConfigError: when k is not in 1..E, or the decay is out of range.
     """
 
     def __init__(self, d_model: int, num_experts: int, k: int, decay: float) -> None:
         super().__init__(d_model, num_experts, k)
+        if not 0 <= decay < 1:
+            raise ConfigError(f"decay must be at least 0 and below 1, but is {decay}")
         self.decay = decay
         self.register_buffer("cutoff_E", torch.zeros(num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))

@@ -55,6 +55,8 @@ class ReLUNormRouter(LinearRouter):
         super().__init__(d_model, num_experts, k)
         if penalty not in PENALTIES:
             raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        if chunk < 1 or not eps > 0 or not locality >= 0:
+            raise ConfigError(f"need chunk >= 1, eps > 0 and locality >= 0, but they are {chunk}, {eps} and {locality}")
         self.penalty, self.chunk, self.locality, self.sharpness, self.eps = penalty, chunk, locality, sharpness, eps
         self.scale = nn.Parameter(torch.ones(num_experts))
 

@@ -46,6 +46,8 @@ class ReLUScaledRouter(ReLURouter):
         super().__init__(d_model, num_experts, k, **options)
         if penalty not in PENALTIES:
             raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        if not scale_init > 0:
+            raise ConfigError(f"scale_init must be above zero, but is {scale_init}")
         self.penalty_kind, self.scale_init = penalty, scale_init
         self.scale = nn.Parameter(torch.full((num_experts,), scale_init))
 

@@ -6,6 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor
 
+from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
 
@@ -37,6 +38,8 @@ class SigmoidRouter(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts, k)
         self.renormalize = k > 1 if renormalize is None else renormalize
+        if not bias_step >= 0:
+            raise ConfigError(f"bias_step must not be negative, but is {bias_step}")
         self.bias_step = bias_step
         self.gate_scale = check_gate_scale(gate_scale)
         self.register_buffer("bias_E", torch.zeros(num_experts))

@@ -250,13 +250,27 @@ class Trainer:
         self.dead_layers = dead
 
 
+def check_model(config: TrainConfig) -> None:
+    """Finds, without data, whether the model that `config` describes can be built.
+
+    Raises:
+        ConfigError: when it cannot.
+    """
+    with torch.device("meta"):
+        RemoeForCausalLM(_model_config(config, config.vocab_size, eos_token_id=0))
+
+
 def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
     """Configuration of the model that `config` describes, for the dataset's tokenizer."""
+    return _model_config(config, dataset.vocab_size, dataset.eos_token_id)
+
+
+def _model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> RemoeConfig:
     return RemoeConfig(
         **vars(config.model),
-        vocab_size=math.ceil(dataset.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         max_position_embeddings=config.seq_len,
-        eos_token_id=dataset.eos_token_id,
+        eos_token_id=eos_token_id,
         router=config.router,
         router_options=config.router_options or None,
         num_experts=config.num_experts,

@@ -1,0 +1,44 @@
+"""The options of a router: what its class takes beside D, E and k, read off its constructor."""
+
+import inspect
+import types
+from typing import get_args
+
+from remoe.errors import ConfigError
+from remoe.routing.base import Router
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", types.NoneType: "nothing"}
+SHAPE = ("self", "d_model", "num_experts", "k")
+
+
+def router_options(router: type[Router]) -> dict[str, inspect.Parameter]:
+    """Options by name; with those of its base where a constructor hands on what it does not know (`**options`)."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in router.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        for parameter in parameters:
+            if parameter.default is not parameter.empty and parameter.name not in SHAPE:
+                found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def check_options(name: str, router: type[Router], options: dict[str, object]) -> None:
+    """Checks names and types of options; what values they may have only the class knows.
+
+    Raises:
+        ConfigError: naming the router, the option, and what it may be.
+    """
+    known = router_options(router)
+    for option, value in options.items():
+        if option not in known:
+            names = f"it has: {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"router {name!r} has no option {option!r}; {names}")
+        wanted = get_args(known[option].annotation) or (known[option].annotation,)
+        fits = type(value) in wanted or (float in wanted and type(value) is int)
+        if not fits:
+            words = " or ".join(WORDS[kind] for kind in wanted if kind is not types.NoneType)
+            raise ConfigError(f"router {name!r}: option {option} must be {words}, but is {value!r}")
