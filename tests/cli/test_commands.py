@@ -209,6 +209,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, corpus, tmp_pat
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.parametrize("arguments", [["bench"], ["data", "--help"]])
+def test_a_group_lists_its_own_commands(arguments, capsys):
+    assert main(arguments) == (0 if "--help" in arguments else 2)
+    out = capsys.readouterr().out
+    assert all((f"  {name} " in out) == name.startswith(arguments[0]) for name in COMMANDS)
+
+
 def test_a_wrong_router_is_found_before_any_data_is_prepared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("remoe.training.run.default_dataset", lambda *_: pytest.fail("prepares data"))

@@ -94,6 +94,8 @@ def compare_command(argv: list[str]) -> int:
             finished = train_missing(experiment, pool, dataset, options.device, live)
         if not finished:
             return 130
+    elif not any(pool.summary(run) for run in experiment.runs):
+        raise ConfigError(f"no run of {options.experiment} is finished yet")
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
     report = write(experiment, pool, dataset, out, options.device)
     if not live.console.is_terminal:

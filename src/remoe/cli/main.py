@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     name = " ".join(argv[:2]) if argv[0] in groups else argv[0]
     if name not in COMMANDS:
         if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
-            print(_help())
+            print(_help(argv[0]))
             return 0 if len(argv) > 1 else 2
         return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
@@ -79,14 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _help() -> str:
+def _help(group: str = "") -> str:
+    """What there is, of one group of commands or of all."""
     lines = [
         "remoe: mixture-of-experts with ReLU routing (arXiv 2412.14711)",
         "",
         "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains each option",
         "",
     ]
-    lines += [f"  {name:<17}{text}" for name, (_, _, text) in COMMANDS.items()]
+    lines += [f"  {name:<18}{text}" for name, (_, _, text) in COMMANDS.items() if name.startswith(group)]
     return "\n".join(lines)
 
 

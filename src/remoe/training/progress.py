@@ -6,11 +6,12 @@ from collections import deque
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from remoe.routing import ROUTERS
 from remoe.training.config import TrainConfig
 
 
 class ProgressLine:
-    """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`.
+    """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`; lambda where the router is steered by it.
 
     Args:
         config: of the run.
@@ -55,8 +56,9 @@ class ProgressLine:
         tokens = sum(tokens for tokens, _ in self._recent)
         seconds = sum(seconds for _, seconds in self._recent)
         left = round((self._config.steps - step) * seconds / len(self._recent))
+        steered = f"lambda {record['lambda']:.2e}  " if ROUTERS[self._config.router].steered else ""
         return (
-            f"step {step:>6}/{self._config.steps}  loss {record['loss']:.4f}  lambda {record['lambda']:.2e}  "
+            f"step {step:>6}/{self._config.steps}  loss {record['loss']:.4f}  {steered}"
             f"sparsity {record['sparsity']:.4f} (target {self._target:.4g})  {record['stage']:<11}  "
             f"{tokens / seconds:>7,.0f} tokens/s  left {left // 60}:{left % 60:02}"
         )
