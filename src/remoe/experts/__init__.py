@@ -79,7 +79,7 @@ class Experts(nn.Module):
         T, E = x_TD.shape[0], down.shape[0]
         per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
         stored = math.ceil(per_token * T)
-        if x_TD.device.type == "cuda":
+        if x_TD.device.type == "cuda" and not torch.compiler.is_compiling():  # a comparison would fix a symbolic T
             stored = max(stored, STORED_ON_CUDA)
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
