@@ -71,6 +71,7 @@ class MoE(nn.Module):
         else:
             self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
         self.shared_expert = Experts(1, d_model, shared_expert_size, experts, 1) if shared_expert_size else None
+        self.d_model = d_model
         self.gate_threshold: float = 0.0
         self.max_experts: int | None = None
         self.reset_parameters(init_std)
@@ -102,8 +103,8 @@ class MoE(nn.Module):
         Raises:
             ConfigError: for an x of another width than D, or a mask or ids of another shape than x's without D.
         """
-        if x.shape[-1] != self.experts.down_proj.shape[1]:
-            raise ConfigError(f"x must be (..., {self.experts.down_proj.shape[1]}), but is {tuple(x.shape)}")
+        if x.shape[-1] != self.d_model:
+            raise ConfigError(f"x must be (..., {self.d_model}), but is {tuple(x.shape)}")
         for name, given in (("mask", mask), ("token_ids", token_ids)):
             if given is not None and given.shape != x.shape[:-1]:
                 raise ConfigError(f"{name} must be {tuple(x.shape[:-1])} for this x, but is {tuple(given.shape)}")

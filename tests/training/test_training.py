@@ -54,8 +54,9 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(corpus, tmp_path, caps
     board.Reload()
     assert [event.step for event in board.Scalars("lm_loss")] == list(range(1, 41))
     output = capsys.readouterr().out
-    for words in ("lambda", "sparsity", "tokens/s", "left", "validation loss", str(out)):
+    for words in ("sparsity", "tokens/s", "left", "validation loss", str(out)):
         assert words in output
+    assert ("  lambda " in output) == (router == "relu")  # where it steers
 
 
 def test_lambda_of_a_run_follows_equation_7(corpus, tmp_path):
