@@ -32,6 +32,10 @@ def test_granularity_changes_neither_flops_nor_weights_but_the_router():
     assert fine.total_parameters - coarse.total_parameters == 4 * 128 * 8 * 3
 
 
+def test_a_cap_changes_nothing_that_is_planned():
+    assert plan(config("tiny", max_experts_per_token=2), 256, 1) == plan(config("tiny"), 256, 1)
+
+
 def test_flops_of_a_run_count_the_pairs_of_each_step():
     settings = config("tiny", shared_expert_size=64)
     tokens, S, D, L = 1000, 256, 128, 4

@@ -130,7 +130,7 @@ def _activation_bytes(config: RemoeConfig, seq_len: int, micro_batch_size: int, 
     """
     if not config.routes_pairs:
         return _stored_bytes(config, seq_len, micro_batch_size)
-    changes = {"router": "dense", "router_options": None}
+    changes = {"router": "dense", "router_options": None, "max_experts_per_token": None}
     changes |= {"num_experts_per_tok": 1, "granularity": 1, "intermediate_size": 1}
     skeleton = RemoeConfig(**{**config.to_diff_dict(), **changes})
     pairs = micro_batch_size * seq_len * density * config.num_experts * config.granularity
