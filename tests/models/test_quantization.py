@@ -56,6 +56,8 @@ def test_a_layer_without_any_pair():
 def test_what_cannot_be_quantised_is_named():
     with pytest.raises(ConfigError, match="unknown quantisation 'int3'"):
         quantize(build(), "int3")
+    with pytest.raises(ConfigError, match="int4 needs CUDA; use int8"):
+        quantize(build(), "int4")
     with pytest.raises(ConfigError, match="merges"):
         quantize(build(router="lory"))
     model = quantize(build())

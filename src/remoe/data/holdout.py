@@ -66,8 +66,8 @@ class HoldoutBuilder:
         lowest, highest = min(items.lowest for items in domains), max(items.highest for items in domains)
         if lowest == highest:
             raise DataError(
-                f"{', '.join(sources)}: a single source item cannot be divided into training and validation;"
-                " name validation sources with --validation"
+                f"{', '.join(sources)}: a single source item cannot be divided into training and validation:"
+                " give a second file by --validation, or a folder of several files"
             )
         # no domain gives its highest hash, so the highest of all stays in training
         always = {number for items in domains for number in items.choose(self.fraction)} or {lowest}

@@ -25,11 +25,13 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         The model.
 
     Raises:
-        ConfigError: for an unknown scheme, a model that is quantised already or merges its experts, a missing torchao,
-            or a scheme that torchao cannot do here.
+        ConfigError: for an unknown scheme, int4 without CUDA, a model that is quantised already or merges its experts,
+            a missing torchao, or a scheme that torchao cannot do here.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"unknown quantisation {scheme!r}; choose one of: {', '.join(SCHEMES)}")
+    if scheme == "int4" and model.device.type != "cuda":
+        raise ConfigError("int4 needs CUDA; use int8")
     if model.config.router == "lory":
         raise ConfigError("router 'lory' merges its experts' weights, which quantised weights do not allow")
     try:
