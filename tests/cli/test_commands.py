@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from tiny_run import FLAGS
 
 from remoe.cli.main import COMMANDS, main
 from remoe.data import PrepareOptions, prepare
+from remoe.routing import ROUTERS
+from remoe.sparsity import RULES
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +154,10 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--sparsity.lambda-init", "inf"], "--sparsity.lambda-init"),
         (["train", "--model.initializer-range", "-1"], "--model.initializer-range"),
         (["train", "--model.max-experts-per-token", "1", "--k", "2"], "at least k = 2"),
-        (["train", "--device", "meta"], "--device meta"),
+        (["train", "--device", "meta"], "unknown device 'meta'; choose auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--device", "cuda:999"], "--device cuda:999"),
         (["train", "--prompt", "x\udcff"], "not valid UTF-8"),
         (["train", "--micro-batch-size", "3"], "does not divide"),
-        (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--seq-len", "100000"], "too few for one window of 100000"),
@@ -173,9 +176,12 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--model.max-experts-per-token", "2", "--router", "topk"], "no effect with router topk"),
         (["export"], "RUN and DIR missing"),
         (["compare"], "error: EXPERIMENT missing"),
+        (["data", "check"], "error: DIR missing"),
+        (["train", "--seed"], "error: --seed needs a value"),
         (["data", "prepare", "x"], "error: --out missing"),
         (["data", "prepare", "--out", "d", "--vocab-size", "3"], "error: --vocab-size must be"),
         (["bench", "layer", "--threads", "0"], "--threads must be at least 1, but is 0"),
+        (["bench", "layer", "--backends", "foo"], "unknown experts backend 'foo'"),
         (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
         (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
         (
@@ -190,6 +196,12 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["train", "--router-options", "gate_scale", "a"], "option gate_scale must be a number, but is 'a'"),
         (["train", "--router", "dense", "--router-options", "a", "1"], "router 'dense' has no option 'a'; it has none"),
         (["train", "--router", "relu_norm", "--router-options", "chunk", "0"], "chunk >= 1"),
+        (["train", "--router-options", "load_balance_power", "inf"], "load_balance_power must be finite"),
+        (["train", "--router", "lory", "--router-options", "segment", "0"], "segment must be at least 1"),
+        (
+            ["train", "--router", "topk", "--router-options", "warmup_k", "9", "warmup_steps", "3"],
+            "warmup_k must be between k = 1 and E = 8",
+        ),
         (["train", "--router", "relu_scaled", "--router-options", "scale_init", "0"], "scale_init must be above zero"),
         (["train", "--router", "threshold", "--router-options", "decay", "1"], "below 1, but is 1"),
         (["train", "--router", "sigmoid", "--router-options", "bias_step", "-1"], "must not be negative"),
@@ -216,11 +228,36 @@ def test_a_group_lists_its_own_commands(arguments, capsys):
     assert all((f"  {name} " in out) == name.startswith(arguments[0]) for name in COMMANDS)
 
 
-def test_a_wrong_router_is_found_before_any_data_is_prepared(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("flags", [["--router", "reluu"], ["--router-options", "a", "1"], ["--device", "abacus"]])
+def test_what_cannot_be_trained_is_found_before_any_data_is_prepared(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("remoe.training.run.default_dataset", lambda *_: pytest.fail("prepares data"))
-    assert main(["train", "--router", "reluu"]) == 2
-    assert "unknown router 'reluu'" in capsys.readouterr().err
+    assert main(["train", *flags]) == 2
+    assert "error: unknown" in (error := capsys.readouterr().err) or "has no option 'a'" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("train", "[OPTIONS]"),
+        ("export", "RUN DIR"),
+        ("eval", "RUN"),
+        ("generate", "RUN"),
+        ("plan", "PRESET"),
+        ("compare", "EXPERIMENT"),
+        ("data check", "DIR"),
+        ("data prepare", "[SOURCE ...]"),
+    ],
+)
+def test_help_names_positional_arguments_and_every_router(command, name, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(f"] {name}")
+    if command == "train":
+        known = re.search(r"relu, relu_norm.*?dense_wide", out, re.DOTALL)[0]
+        assert re.findall(r"[a-z]\w+", known.replace(" or ", " ")) == list(ROUTERS)
+        assert all(f"'{rule}'" in out for rule in RULES)
 
 
 @pytest.mark.parametrize("damage", ["no tokenizer", "empty tokenizer", "no config", "other config", "garbage config"])

@@ -48,7 +48,7 @@ class CompareOptions:
     """Options of `remoe train` laid over the experiment's base, name by value, for the same matrix at another scale:
     `--base steps 6000 batch_size 64 model.hidden_size 384`."""
     device: str = "auto"
-    """auto (cuda if there is one, else cpu) or a torch device."""
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps."""
     list: bool = False
     """Only show which runs there are, and how far."""
     report_only: bool = False
@@ -81,9 +81,10 @@ def compare_command(argv: list[str]) -> int:
     keep_freed_memory()
     tasks = _tasks(options)  # before hours of work, not after them
     check_models(experiment)
+    device = pick_device(options.device)
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     records = Path(options.records) if options.records else None
-    bfloat16 = wants_bfloat16("auto", pick_device(options.device))
+    bfloat16 = wants_bfloat16("auto", device)
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
     live = Live(experiment, pool)
     if options.list:

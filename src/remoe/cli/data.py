@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from remoe.cli.parsing import parse
 from remoe.data.options import PrepareOptions
@@ -18,14 +19,14 @@ class PrepareArguments(PrepareOptions):
     A run that was stopped goes on where it was when the same command is given again.
     """
 
-    sources: Positional[tuple[str, ...]] = ("stdlib",)
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE ...]")] = ("stdlib",)
 
 
 @dataclass(frozen=True)
 class CheckArguments:
     """Verify every byte of a prepared dataset, and show what is in it."""
 
-    path: Positional[Path]
+    path: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder that `remoe data prepare` wrote."""
 
 

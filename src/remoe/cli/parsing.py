@@ -47,6 +47,8 @@ def _first_sentence(box: str) -> str:
     if message and message[0].startswith("Missing from"):
         names = [name[0] for line in message[1:] if (name := re.match(r"--[\w.-]+|[A-Z]{2,}$", line))]
         return f"{' and '.join(names)} missing" if names else " ".join(message)
+    if novalue := re.match(r"Missing value for argument '(.+?)'", " ".join(message)):
+        return f"{novalue[1]} needs a value"
     said = re.sub(r"^Error parsing [A-Z]\w+: ", "", " ".join(message) or " ".join(box.split()))
     if any(line.startswith("Perhaps you meant") for line in lines):
         guess = next((name[0] for line in lines[len(message) :] if (name := re.match(r"--[\w.-]+", line))), None)

@@ -29,7 +29,7 @@ class RemoeConfig(PreTrainedConfig):
         router_options: further keyword arguments of the router's class.
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
         load_balance: for "relu": weight the penalty by each expert's load (Eq. 10, 11) instead of plain L1 (Eq. 9).
-        max_experts_per_token: for "relu": cap on the executed experts of a token; None for no cap.
+        max_experts_per_token: for "relu" and "relu_scaled": cap on the executed experts of a token; None for no cap.
         regularizer_normalization: "paper": the penalty is the mean over layers (the 1/L of Eq. 9 and 11).
             "official": the sum, as in the authors' code; lambda is then L times smaller at equal penalty.
             Routers whose coefficient is constant always sum, as the paper's TopK baseline does.

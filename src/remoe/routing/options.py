@@ -1,6 +1,7 @@
 """The options of a router: what its class takes beside D, E and k, read off its constructor."""
 
 import inspect
+import math
 import types
 from typing import get_args
 
@@ -42,3 +43,5 @@ def check_options(name: str, router: type[Router], options: dict[str, object]) -
         if not fits:
             words = " or ".join(WORDS[kind] for kind in wanted if kind is not types.NoneType)
             raise ConfigError(f"router {name!r}: option {option} must be {words}, but is {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"router {name!r}: option {option} must be finite, but is {value}")

@@ -35,7 +35,7 @@ class ReLUNormRouter(LinearRouter):
         eps: added to the mean square; 1e-6 in the authors' code. Gates far below its root are not normalised.
 
     Raises:
-        ConfigError: when k is not in 1..E, or for an unknown penalty.
+        ConfigError: when k is not in 1..E, for an unknown penalty, chunk < 1, eps <= 0 or locality < 0.
     """
 
     steered = True

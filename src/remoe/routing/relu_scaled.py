@@ -30,7 +30,7 @@ class ReLUScaledRouter(ReLURouter):
         options: those of `ReLURouter`.
 
     Raises:
-        ConfigError: as `ReLURouter`, and for an unknown penalty.
+        ConfigError: as `ReLURouter`, and for an unknown penalty or scale_init <= 0.
     """
 
     def __init__(

@@ -24,6 +24,9 @@ class SigmoidRouter(LinearRouter):
             always be one and the router would never learn.
         bias_step: the paper's 0.001.
         gate_scale: constant factor on the gates, the paper's routed scaling factor.
+
+    Raises:
+        ConfigError: when k is not in 1..E, bias_step < 0 or gate_scale <= 0.
     """
 
     def __init__(

@@ -25,6 +25,9 @@ class SparseMixerRouter(LinearRouter):
         num_experts: E.
         k: experts per token.
         jitter: half the relative distance within which an expert may be drawn; the authors' 0.1.
+
+    Raises:
+        ConfigError: when k is not in 1..E, or jitter not in [0, 1).
     """
 
     def __init__(self, d_model: int, num_experts: int, k: int, *, jitter: float = 0.1) -> None:

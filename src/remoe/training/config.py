@@ -46,7 +46,7 @@ class ModelOptions:
     regularizer_normalization: str = "paper"
     """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balance penalty of routers that lambda does not steer (topk)."""
+    """Weight of the load-balance penalty of routers that lambda does not steer (topk, sparsemixer)."""
     experts_backend: str = "auto"
     """How experts are run: auto; loop (everywhere); grouped, triton, sonic (CUDA); naive (slow, the specification)."""
 
@@ -76,7 +76,8 @@ class SparsityOptions:
     """Control of lambda (relu, relu_norm, relu_scaled)."""
 
     rule: str = "smooth"
-    """'sign': the paper's Eq. 7; 'official': the authors' code; 'smooth': proportional, damped, bounded."""
+    """'sign': the paper's Eq. 7; 'official': the authors' code; 'smooth': proportional, damped, bounded; 'none':
+    lambda stays."""
     lambda_init: float = 1e-8
     """lambda_0."""
     alpha: float = 1.2
@@ -185,7 +186,7 @@ class TrainConfig:
     vocab_size: int = 4096
     """Vocabulary of the tokenizer trained for the default data; other data brings its own."""
     device: str = "auto"
-    """auto (cuda if there is one, else cpu) or a torch device."""
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """auto (bfloat16 autocast on a GPU that has it, else float32), float32 or bfloat16."""
     compile: bool = False

@@ -21,7 +21,7 @@ from remoe.training.evaluation import Evaluation, total
 from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
-from remoe.training.trainer import Trainer, check_model, wants_bfloat16
+from remoe.training.trainer import Trainer, check_model, pick_device, wants_bfloat16
 
 
 def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> dict | None:
@@ -43,6 +43,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         _check_unchanged(saved, config, run)
     config.check()
     check_model(config)  # before the data is prepared
+    pick_device(config.device)
     keep_freed_memory()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere

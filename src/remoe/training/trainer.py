@@ -6,6 +6,7 @@ uninterrupted one bit for bit on the CPU.
 
 import logging
 import math
+import re
 import time
 from pathlib import Path
 
@@ -291,10 +292,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ConfigError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise ConfigError(f"--device {name}: training needs cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
