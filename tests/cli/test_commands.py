@@ -184,6 +184,7 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         (["bench", "layer", "--backends", "foo"], "unknown experts backend 'foo'"),
         (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
         (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
+        (["eval", "nowhere", "--json", "."], "--json . is a folder"),
         (
             ["train", "--router", "topk", "--router-options", "warmup_k", "2.5", "warmup_steps", "3"],
             "router 'topk': option warmup_k must be a whole number, but is 2.5",

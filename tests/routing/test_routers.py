@@ -1,5 +1,7 @@
 """Routers against the formulas in plain float64 loops: gates, counts, regulariser and every gradient."""
 
+from typing import Literal
+
 import pytest
 import reference
 import torch
@@ -151,8 +153,32 @@ def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_diff
         ("topk", 0, {}, "k = 0 and E = 5"),
         ("relu", 2, {"max_experts_per_token": 1}, "at least k = 2"),
         ("topk", 1, {"max_experts_per_token": 2}, "max_experts_per_token"),
+        ("relu", 1, {"bias": 1}, "option bias must be true or false, but is 1"),
+        ("relu", 1, {"max_experts_per_token": True}, "must be a whole number, but is True"),
+        ("relu", 1, {"k": 2}, "has no option 'k'"),
+        ("relu", 1, {"load_balance_power": float("nan")}, "must be finite, but is nan"),
+        ("relu_scaled", 1, {"gate_scale": "2"}, "option gate_scale must be a number"),
+        ("relu_norm", 1, {"penalty": 3}, "option penalty must be a word"),
+        ("relu_norm", 1, {"eps": 0.0}, "eps > 0"),
+        ("relu_norm", 1, {"locality": -1}, "locality >= 0"),
+        ("relu_quantile", 1, {"decay": -0.1}, "decay must be at least 0"),
+        ("expert_choice", 1, {"decay": 1}, "below 1, but is 1"),
+        ("sigmoid", 1, {"renormalize": 0}, "option renormalize must be true or false"),
+        ("hash", 1, {"seed": 1}, "router 'hash' has no option 'seed'; it has none"),
     ],
 )
 def test_bad_settings_are_named(name, k, options, words):
     with pytest.raises(ConfigError, match=words):
         build_router(name, D, E, k, **options)
+
+
+def test_options_of_an_own_router_are_checked_where_their_types_are_known(monkeypatch):
+    class Own(ReLURouter):
+        def __init__(self, d_model, num_experts, k, *, size: "int" = 1, kind: Literal["a", "b"] = "a", **options):
+            super().__init__(d_model, num_experts, k, **options)
+            self.kind = kind
+
+    monkeypatch.setitem(ROUTERS, "own", Own)
+    assert build_router("own", D, E, 1, size=2, kind="b", gate_scale=2).kind == "b"
+    with pytest.raises(ConfigError, match="option size must be a whole number, but is 'a'"):
+        build_router("own", D, E, 1, size="a")

@@ -71,6 +71,8 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
     if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
         raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
+    if options.json and Path(options.json).is_dir():
+        raise ConfigError(f"--json {options.json} is a folder")
     if options.sweep_threshold is not None:
         return _sweep(options, options.sweep_threshold)
     return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)

@@ -18,7 +18,7 @@ def router_options(router: type[Router]) -> dict[str, inspect.Parameter]:
     for cls in router.__mro__:
         if "__init__" not in vars(cls):
             continue
-        parameters = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()
         for parameter in parameters:
             if parameter.default is not parameter.empty and parameter.name not in SHAPE:
                 found.setdefault(parameter.name, parameter)
@@ -39,6 +39,8 @@ def check_options(name: str, router: type[Router], options: dict[str, object]) -
             names = f"it has: {', '.join(known)}" if known else "it has none"
             raise ConfigError(f"router {name!r} has no option {option!r}; {names}")
         wanted = get_args(known[option].annotation) or (known[option].annotation,)
+        if not WORDS.keys() >= set(wanted):  # a class of the user's own, with types of its own
+            continue
         fits = type(value) in wanted or (float in wanted and type(value) is int)
         if not fits:
             words = " or ".join(WORDS[kind] for kind in wanted if kind is not types.NoneType)
