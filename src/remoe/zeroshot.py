@@ -250,7 +250,7 @@ class Evaluated:
     Attributes:
         checkpoint: where its weights lie.
         tasks: results by name.
-        causal: whether no token's logits depend on later ones; figures of other models do not compare.
+        causal: whether no token's logits depend on later ones; else the figures do not compare with other models'.
         window: tokens that it reads at most.
         batch_size: sequences per forward pass; 1 for a model that is not causal.
     """
