@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
 from remoe.training.config import NamedValues
+
+if TYPE_CHECKING:
+    from remoe.compare.pool import Tasks
 
 PROG = "remoe compare"
 
@@ -107,7 +110,7 @@ def compare_command(argv: list[str]) -> int:
     return 1 if live.failures else 0
 
 
-def _tasks(options: CompareOptions):
+def _tasks(options: CompareOptions) -> "Tasks | None":
     if options.tasks is None:
         return None
     from remoe.compare.pool import Tasks

@@ -64,9 +64,7 @@ class Pool:
         self.path, self.records, self._data, self._bfloat16 = path, records or path, data, bfloat16
         self._tasks = tasks
         self._names: dict[str, str] = {}  # by hash; a folder keeps its name
-        self._finished: dict[
-            str, tuple[dict, dict[str, list], ZeroShot | None]
-        ] = {}  # by the run's key; what is known stays so
+        self._records: dict[str, RunRecord] = {}  # by the run's key
         self._listed = -math.inf
 
     def name(self, run: Run) -> str:
@@ -103,38 +101,43 @@ class Pool:
         Raises:
             ConfigError: when the run was trained with other defaults than today's.
         """
-        found = self._figures(run)
-        return None if found is None else found[0]
+        found = self._found(run)
+        return None if found is None else found.summary
 
     def sparsities(self, run: Run) -> list[float]:
         """S of each training step of a finished run; between two records (`--log-every`) that of the later one."""
-        course = self._figures(run)[1]
+        course = self._found(run).course
         return fill_steps(course["step"], course["sparsity"])
 
     def step_minutes(self, run: Run) -> list[float] | None:
         """Duration of each training step of a finished run; None where a record has been made without."""
-        summary, course, _ = self._figures(run)
-        if "tokens_per_second" not in course:
+        found = self._found(run)
+        if "tokens_per_second" not in found.course:
             return None
-        tokens = summary["tokens"] / summary["steps"]
-        return [tokens / speed / 60 for speed in fill_steps(course["step"], course["tokens_per_second"])]
+        tokens = found.summary["tokens"] / found.summary["steps"]
+        return [tokens / speed / 60 for speed in fill_steps(found.course["step"], found.course["tokens_per_second"])]
 
-    def _figures(self, run: Run) -> tuple[dict, dict[str, list], ZeroShot | None] | None:
-        if run.key not in self._finished:
-            folder, record = self.folder(run), self.record_file(run)
-            if record.exists():
-                found = RunRecord.load(record)
-                options, figures = found.options, (found.summary, found.course, found.zero_shot)
-            else:
-                try:
-                    summary = json.loads(folder.summary.read_text())
-                except (FileNotFoundError, ValueError):  # half a file: killed while it was written
-                    return None
-                options = options_of(folder.load_config())
-                figures = summary, course_of(read_metrics(folder.metrics)), None
-            _check_same(run, options, record if record.exists() else folder.path)
-            self._finished[run.key] = figures
-        return self._finished[run.key]
+    def zero_shot(self, run: Run) -> ZeroShot | None:
+        """Zero-shot accuracies of a finished run, where its record has them."""
+        return self._found(run).zero_shot
+
+    def _found(self, run: Run) -> RunRecord | None:
+        """A finished run's record, or what its folder gives of one; None for any other run."""
+        if run.key in self._records:
+            return self._records[run.key]
+        folder, path = self.folder(run), self.record_file(run)
+        if recorded := path.exists():
+            found = RunRecord.load(path)
+        else:
+            try:
+                summary = json.loads(folder.summary.read_text())
+            except (FileNotFoundError, ValueError):  # half a file: killed while it was written
+                return None
+            found = RunRecord(options_of(folder.load_config()), summary, course_of(read_metrics(folder.metrics)), None)
+        _check_same(run, found.options, path if recorded else folder.path)
+        if recorded:  # else some process will make it
+            self._records[run.key] = found
+        return found
 
     def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
         """The record of a finished run; made, or its zero-shot tasks added, where that is missing.
@@ -145,19 +148,15 @@ class Pool:
             device: for the forward passes.
         """
         path, folder = self.record_file(run), self.folder(run)
-        if path.exists() and not self._lacks_tasks(run):
-            return RunRecord.load(path)
-        record = RunRecord.load(path) if path.exists() else record_of(folder, dataset, device)
+        if self.recorded(run):
+            return self._records[run.key]
+        record = self._found(run) if path.exists() else record_of(folder, dataset, device)
         if self._tasks is not None:
             record = replace(record, zero_shot=_zero_shot(folder, self._tasks, device))
         self.records.mkdir(parents=True, exist_ok=True)
         record.save(path)
-        self._finished.pop(run.key, None)
+        self._records[run.key] = record
         return record
-
-    def zero_shot(self, run: Run) -> ZeroShot | None:
-        """Zero-shot accuracies of a finished run, where its record has them."""
-        return self._figures(run)[2]
 
     def _lacks_tasks(self, run: Run) -> bool:
         """Whether tasks are asked for that the record does not have, and could be evaluated."""
@@ -200,8 +199,9 @@ class Pool:
         """
         with (self.path / f".{self._hash(run)}.lock").open("ab") as file:
             locked = _lock(file)
-            if locked:  # whoever had it before may have given the run a name
+            if locked:  # whoever had it before may have given the run a name, and its record more
                 self._listed = -math.inf
+                self._records.pop(run.key, None)
             yield file if locked else None
 
 
