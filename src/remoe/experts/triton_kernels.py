@@ -26,8 +26,8 @@ VARYING = ("window", "window_rows", "max_tiles", "pre_first", "pre_end", "T", "E
 
 @triton.jit(do_not_specialize=VARYING)
 def plan_windows(
-    count_ptr, head_ptr, tile_ptr, span_ptr, window_rows, max_tiles,
-    E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    count_ptr, head_ptr, tile_ptr, span_ptr, window_rows, max_tiles, E,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The tiles of every window and the pairs that each expert has in it. Grid: (windows, E)."""
     window = tl.program_id(0)

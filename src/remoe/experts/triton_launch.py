@@ -111,8 +111,8 @@ class Launcher:
         shapes = (4,), (self.max_tiles, 3), (self.E, 3)
         self.head, self.tile, self.span = (self.pair_TE.new_empty(len(slices), *shape) for shape in shapes)
         self.kernels.plan_windows[len(slices), self.E](
-            count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles,
-            E=self.E, EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
+            count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles, self.E,
+            EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
         )  # fmt: skip
         self.kernels.list_pairs[self.max_tiles, len(slices)](
             self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, self.E, ROWS=self.rows

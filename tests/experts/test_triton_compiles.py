@@ -1,0 +1,90 @@
+"""The Triton kernels compile for the GPUs that the table of tiles is for, and fit into their memory; no GPU is needed.
+
+The launches of a forward and a backward pass are recorded, and each kernel is compiled with their arguments.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from remoe.experts import triton as backend
+from remoe.experts import triton_kernels, triton_launch
+
+SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
+CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Recorder:
+    """Stands for the kernels' module and remembers launches instead of making them."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getattr__(self, name):
+        return RecordedKernel(name, self.launches)
+
+
+class RecordedKernel:
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: self.launches.append((self.name, args, named))
+
+
+def launches(tiles, T, D, F, E, monkeypatch):
+    dtype = torch.float32 if tiles == "float32" else torch.bfloat16
+    x_TD, gate_up_E2FD, down_EDF = torch.zeros(T, D), torch.zeros(E, 2 * F, D), torch.zeros(E, D, F)
+    x_TD, gate_up_E2FD, down_EDF = (t.to(dtype) for t in (x_TD, gate_up_E2FD, down_EDF))
+    token_N, gate_N = torch.arange(T).repeat(E), torch.zeros(E * T)
+    count_E, pre_C2F = torch.full((E,), T), x_TD.new_zeros(T, 2 * F)
+    monkeypatch.setattr(triton_launch, "_device", lambda *_: (triton_launch.TILES[tiles], 132))
+    recorder = Recorder()
+    monkeypatch.setattr("remoe.experts.triton_kernels", recorder, raising=False)
+    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", T)  # the second window is computed again
+    backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, T)
+    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+    return recorder.launches
+
+
+def compiled(name, args, named, capability):
+    kernel = getattr(triton_kernels, name)
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
+    assert set(values) == set(names), name
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    signature, aligned = {}, {}
+    for place, argument in enumerate(names):
+        value = values[argument]
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[argument] = TYPES[value.dtype]
+            aligned[place,] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "i32"
+    options = {option: named[option] for option in OPTIONS if option in named}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted here")
+@pytest.mark.parametrize(("tiles", "T"), [("large", 256), ("large, few", 16), ("small", 256), ("float32", 256)])
+def test_every_kernel_compiles_and_fits(tiles, T, monkeypatch):
+    seen = {}
+    for name, args, named in launches(tiles, T, 512, 704, 3, monkeypatch):
+        key = (name, *sorted((k, v) for k, v in named.items()), *(a.dtype for a in args if torch.is_tensor(a)))
+        if key not in seen:
+            seen[key] = compiled(name, args, named, CAPABILITY[tiles])
+    assert len({key[0] for key in seen}) == 8  # all there are
+    for (name, *_), binary in seen.items():
+        assert binary.metadata.shared <= SHARED[tiles] * 1024, name
+        assert "cubin" in binary.asm, name
