@@ -15,6 +15,7 @@ from remoe.errors import ConfigError
 from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.ops import ragged_experts
+from remoe.experts.triton import MIN_STORED_WINDOW
 from remoe.gemm import linear
 from remoe.routing.assignment import Assignment
 
@@ -23,8 +24,6 @@ __all__ = ["BACKENDS", "Experts", "naive_experts", "resolve_backend", "run_exper
 # Pairs whose pre-activations are kept for the backward pass, as a multiple of the wanted ones. A layer that has more
 # active, in the dense stage above all, computes those of the others again.
 STORED_RATIO = 1.25
-# On CUDA so many are kept anyway: it is little memory, and the kernels' windows would not be shorter.
-STORED_ON_CUDA = 4096
 
 
 class Experts(nn.Module):
@@ -80,7 +79,7 @@ class Experts(nn.Module):
         per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
         stored = math.ceil(per_token * T)
         if x_TD.device.type == "cuda" and not torch.compiler.is_compiling():  # a comparison would fix a symbolic T
-            stored = max(stored, STORED_ON_CUDA)
+            stored = max(stored, MIN_STORED_WINDOW)  # shorter windows would not be made
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
     def run_first(self, x_TD: Tensor) -> Tensor:
