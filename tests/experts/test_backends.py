@@ -85,6 +85,22 @@ def test_16_bit(backend, dtype, widths):
 
 
 @every_backend
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("widths", [(61, 35), (128, 96)], ids=["odd", "even"])
+def test_few_tokens_without_gradients(backend, dtype, tolerance, widths):
+    """Decoding has kernels of its own; here the experts have 0 to 15 tokens each."""
+    (x, gate_up, down, gate_TE), _ = problem(15, *widths, 16, 1.0, dtype)
+    skip_unless_able(backend, (x, gate_up, down, gate_TE))
+    active = torch.arange(15)[:, None] < torch.arange(16)
+    assignment = Assignment.from_gates(torch.rand_like(gate_TE), active)
+    expected = naive_experts(x.double(), gate_up.double(), down.double(), assignment)
+    with torch.no_grad():
+        y = backend(x, gate_up, down, assignment)
+    assert y.dtype == dtype
+    assert reference.relative_error(y, expected) < tolerance
+
+
+@every_backend
 def test_two_runs_are_bitwise_equal(backend):
     leaves, active = problem(63, 60, 36, 5, 0.4)
     check_repeats(backend, leaves, active)

@@ -5,6 +5,7 @@
 //
 // Legend: T tokens, D model width, F expert width, N pairs, m pairs of one expert, L listed experts.
 
+#include "gemm.h"
 #include "kernels.h"
 
 namespace {
@@ -40,54 +41,56 @@ void swiglu_backward(const X *pre_m2F, const X *dhidden_mF, const float *gate_m,
                                          dpre_m2F + i * 2 * F);
 }
 
-const int64_t ROWS = 4;  // tokens that share one pass over two rows of weights
+typedef uint16_t bits16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t bits32 __attribute__((vector_size(4 * LANES), may_alias));
 
-// out[0][i] = dot(x_i, v), out[1][i] = dot(x_i, w) for ROWS rows x_i
-template <typename X>
-inline void dots(const X *v_K, const X *w_K, const X *const *x_iK, int64_t K, float out[2][ROWS]) {
-    const X *x0 = x_iK[0], *x1 = x_iK[1], *x2 = x_iK[2], *x3 = x_iK[3];
-    float v0 = 0, v1 = 0, v2 = 0, v3 = 0, w0 = 0, w1 = 0, w2 = 0, w3 = 0;
-#pragma omp simd reduction(+ : v0, v1, v2, v3, w0, w1, w2, w3)
-    for (int64_t k = 0; k < K; k++) {
-        float v = load(v_K[k]), w = load(w_K[k]);
-        float a = load(x0[k]), b = load(x1[k]), c = load(x2[k]), d = load(x3[k]);
-        v0 += v * a, v1 += v * b, v2 += v * c, v3 += v * d;
-        w0 += w * a, w1 += w * b, w2 += w * c, w3 += w * d;
-    }
-    float sums[2][ROWS] = {{v0, v1, v2, v3}, {w0, w1, w2, w3}};
-    std::memcpy(out, sums, sizeof(sums));
+inline vec load_vec(const float *p) { return *(const vec *)p; }
+inline vec load_vec(const bfloat16 *p) { return (vec)(__builtin_convertvector(*(const bits16 *)p, bits32) << 16); }
+
+inline float sum_of(vec v) {
+    float lanes[LANES], sum = 0;
+    std::memcpy(lanes, &v, sizeof(lanes));
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
 }
 
-template <typename X>
-inline void dots_of_two(const X *v_K, const X *w_K, const X *x0, const X *x1, int64_t K, float out[2][ROWS]) {
-    float v0 = 0, v1 = 0, w0 = 0, w1 = 0;
-#pragma omp simd reduction(+ : v0, v1, w0, w1)
-    for (int64_t k = 0; k < K; k++) {
-        float v = load(v_K[k]), w = load(w_K[k]), a = load(x0[k]), b = load(x1[k]);
-        v0 += v * a, v1 += v * b, w0 += w * a, w1 += w * b;
+const int ROWS = 8;  // tokens that share one pass over two rows of weights
+
+// out[0][i] = dot(x_i, v), out[1][i] = dot(x_i, w) for R rows x_i. The next rows of weights, `step` elements on, are
+// fetched meanwhile: processors fetch ahead by themselves, but not beyond a page of 4 KB.
+template <int R, typename X>
+inline void dots_of(const X *v_K, const X *w_K, int64_t step, const X *const *x_iK, int64_t K, float out[2][ROWS]) {
+    vec v_sum[R] = {}, w_sum[R] = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        __builtin_prefetch(v_K + step + k, 0, 2);
+        __builtin_prefetch(w_K + step + k, 0, 2);
+        const vec v = load_vec(v_K + k), w = load_vec(w_K + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            const vec x = load_vec(x_iK[i] + k);
+            v_sum[i] += v * x, w_sum[i] += w * x;
+        }
     }
-    out[0][0] = v0, out[0][1] = v1, out[1][0] = w0, out[1][1] = w1;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+        float v = sum_of(v_sum[i]), w = sum_of(w_sum[i]);
+        for (int64_t j = k; j < K; j++) {
+            const float x = load(x_iK[i][j]);
+            v += load(v_K[j]) * x, w += load(w_K[j]) * x;
+        }
+        out[0][i] = v, out[1][i] = w;
+    }
 }
 
-template <typename X>
-inline void dots_of_one(const X *v_K, const X *w_K, const X *x_K, int64_t K, float out[2][ROWS]) {
-    float v0 = 0, w0 = 0;
-#pragma omp simd reduction(+ : v0, w0)
-    for (int64_t k = 0; k < K; k++) {
-        float a = load(x_K[k]);
-        v0 += load(v_K[k]) * a, w0 += load(w_K[k]) * a;
-    }
-    out[0][0] = v0, out[1][0] = w0;
-}
-
-// The same for `rows` <= ROWS rows that `row_of(i)` finds.
-template <typename X, typename RowOf>
-inline void dots(const X *v_K, const X *w_K, int64_t rows, RowOf row_of, int64_t K, float out[2][ROWS]) {
-    if (rows == 1) return dots_of_one(v_K, w_K, row_of(0), K, out);
-    if (rows == 2) return dots_of_two(v_K, w_K, row_of(0), row_of(1), K, out);
-    const X *x[ROWS];
-    for (int64_t i = 0; i < ROWS; i++) x[i] = row_of(i < rows ? i : 0);
-    dots(v_K, w_K, x, K, out);
+// The same for `rows` <= R of them.
+template <int R = ROWS, typename X>
+inline void dots(const X *v_K, const X *w_K, int64_t step, const X *const *x_iK, int64_t rows, int64_t K,
+                 float out[2][ROWS]) {
+    if constexpr (R > 1)
+        if (rows < R) return dots<R - 1>(v_K, w_K, step, x_iK, rows, K, out);
+    dots_of<R>(v_K, w_K, step, x_iK, K, out);
 }
 
 // Few tokens: time goes into reading the weights of the active experts, so each is read once, in order, by one thread.
@@ -103,10 +106,11 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
 #pragma omp for schedule(static) nowait
             for (int64_t f = 0; f < F; f++) {
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
-                    int64_t rows = end - pair < ROWS ? end - pair : ROWS;
+                    const int64_t rows = std::min<int64_t>(end - pair, ROWS);
+                    const X *x[ROWS];
+                    for (int64_t i = 0; i < rows; i++) x[i] = x_TD + token_N[pair + i] * D;
                     float out[2][ROWS];
-                    auto row_of = [&](int64_t i) { return x_TD + token_N[pair + i] * D; };
-                    dots(gate_up_2FD + f * D, gate_up_2FD + (F + f) * D, rows, row_of, D, out);
+                    dots(gate_up_2FD + f * D, gate_up_2FD + (F + f) * D, D, x, rows, D, out);
                     for (int64_t i = 0; i < rows; i++) {
                         float z = out[0][i];
                         store(hidden_NF + (pair + i) * F + f, z * sigmoid(z) * out[1][i] * gate_N[pair + i]);
@@ -123,10 +127,11 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
             for (int64_t half = 0; half < (D + 1) / 2; half++) {
                 const int64_t d = 2 * half, next = d + 1 < D ? d + 1 : d;
                 for (int64_t pair = start_L[l]; pair < end; pair += ROWS) {
-                    int64_t rows = end - pair < ROWS ? end - pair : ROWS;
+                    const int64_t rows = std::min<int64_t>(end - pair, ROWS);
+                    const X *hidden[ROWS];
+                    for (int64_t i = 0; i < rows; i++) hidden[i] = hidden_NF + (pair + i) * F;
                     float out[2][ROWS];
-                    auto row_of = [&](int64_t i) { return hidden_NF + (pair + i) * F; };
-                    dots(down_DF + d * F, down_DF + next * F, rows, row_of, F, out);
+                    dots(down_DF + d * F, down_DF + next * F, 2 * F, hidden, rows, F, out);
                     for (int64_t i = 0; i < rows; i++) {
                         float *y_D = y_TD + token_N[pair + i] * D;
                         y_D[d] += out[0][i];

@@ -25,7 +25,7 @@ from remoe.experts.kernels import Kernels, RaggedKernels, compiled_kernels, ragg
 
 BLOCK, MIN_BLOCK = 512, 64  # pairs
 # Up to so many pairs per active expert, reading the weights is what takes the time, and a GEMM would pack them first.
-FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 4}
+FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 8}
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> None:
