@@ -10,11 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from remoe.cli.main import main
 from remoe.compare.experiment import load_experiment
 from remoe.compare.pool import Pool
+from remoe.compare.runner import Worker, workers_on
 from remoe.data import open_dataset
 from remoe.training.metrics import read_metrics
 
@@ -128,16 +130,16 @@ def test_a_model_that_cannot_be_built_is_named_before_any_training(corpus, tmp_p
     assert not list((tmp_path / "pool").glob("tiny*"))
 
 
-def start(path, corpus, folder):
-    command = [sys.executable, "-m", "remoe.cli.main", *arguments(path, corpus, folder)]
+def start(path, corpus, folder, *flags):
+    command = [sys.executable, "-m", "remoe.cli.main", *arguments(path, corpus, folder), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition, process):
+def wait_for(condition, process=None):
     for _ in range(1200):
         if condition():
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process is None or process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     pytest.fail("waited two minutes")
 
@@ -190,6 +192,54 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
     found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "other")]
     assert found[0] == found[1]
     assert found[0]["missing"] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def test_workers_train_side_by_side(corpus, tmp_path):
+    base = {**BASE, "steps": 300}
+    path = write_experiment(tmp_path, base=base, equal_flops=False)
+    pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
+    runs = load_experiment(path).runs
+    process = start(path, corpus, tmp_path, "--workers", "2")
+    wait_for(lambda: all(pool.folder(run).last_checkpoint() for run in runs), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.findall(r"(\S+): stopped; the same command", output) != []
+    steps = [read_metrics(pool.folder(run).metrics)[-1]["step"] for run in runs]
+    assert all(0 < step < 300 for step in steps)  # both were on their way, and both have stopped
+    assert main([*arguments(path, corpus, tmp_path), "--workers", "2"]) == 0
+    for run in runs:
+        assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 301))
+        assert pool.summary(run)["machine"]["threads"] == max(1, torch.get_num_threads() // 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def test_a_workers_error_stops_the_others(corpus, tmp_path, monkeypatch, capfd):
+    variants = {"short": {"steps": 2}, "long": {"steps": 100_000}}
+    path = write_experiment(tmp_path, variants=variants, equal_flops=False)
+    pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
+    long = load_experiment(path).runs[1]
+
+    def fail(*_):
+        wait_for(lambda: pool.folder(long).config.exists())  # the other worker has begun
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Pool, "record", fail)
+    assert main([*arguments(path, corpus, tmp_path), "--workers", "2"]) != 0
+    assert "no space left" in capfd.readouterr().err
+    with pool.claimed(long) as lock:  # nothing trains on unseen
+        assert lock is not None
+    assert pool.state(long) == "unfinished"
+
+
+def test_workers_share_threads_and_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert workers_on("auto", 1) == [Worker("auto", 7)]
+    assert workers_on("cpu", 3) == [Worker("cpu", 2)] * 3
+    assert workers_on("cuda", 3) == [Worker("cuda:0", 2), Worker("cuda:1", 2), Worker("cuda:0", 2)]
+    assert workers_on("cuda:1", 9) == [Worker("cuda:1", 1)] * 9
 
 
 def test_bad_input_is_one_line(corpus, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`remoe compare`."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,8 +22,8 @@ class CompareOptions:
     """Train a matrix of runs (routers, seeds, sizes, anything) from one file, and compare them.
 
     At equal tokens, and at equal training FLOPs: a run that spends more or less than the reference is trained again for
-    as many steps as cost the same. Whatever stops it, the same command goes on and repeats nothing. Several processes
-    may work on one pool, for instance one for each GPU.
+    as many steps as cost the same. Whatever stops it, the same command goes on and repeats nothing. Several processes,
+    of several machines too where they see one folder, may work on one pool.
     """
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
@@ -52,6 +53,9 @@ class CompareOptions:
     `--base steps 6000 batch_size 64 model.hidden_size 384`."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps."""
+    workers: int = 1
+    """Runs that train at the same time, sharing the processor's cores evenly, and all GPUs unless --device names one.
+    On a processor one for each core is fastest, for the memory of as many runs."""
     list: bool = False
     """Only show which runs there are, and how far."""
     report_only: bool = False
@@ -67,6 +71,10 @@ def compare_command(argv: list[str]) -> int:
         raise ConfigError("--task-data and --limit need --tasks")
     if options.limit is not None and options.limit < 1:
         raise ConfigError("--limit must be at least 1")
+    if options.workers < 1:
+        raise ConfigError("--workers must be at least 1")
+    if options.workers > 1 and os.name != "posix":
+        raise ConfigError("--workers needs file locks, which this system does not have")
 
     from remoe.compare.experiment import load_experiment
 
@@ -76,7 +84,7 @@ def compare_command(argv: list[str]) -> int:
     from remoe.compare.live import Live
     from remoe.compare.output import write
     from remoe.compare.pool import Pool
-    from remoe.compare.runner import check_models, train_missing
+    from remoe.compare.runner import check_models, train_missing, workers_on
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device, wants_bfloat16
 
@@ -89,13 +97,14 @@ def compare_command(argv: list[str]) -> int:
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", device)
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
-    live = Live(experiment, pool)
+    live = Live(experiment, pool, options.workers)
     if options.list:
         live.console.print(live.table())
         return 0
     if not options.report_only:
         with live:
-            finished = train_missing(experiment, pool, dataset, options.device, live)
+            workers = workers_on(options.device, options.workers)
+            finished = train_missing(experiment, pool, dataset, workers, live)
         if not finished:
             return 130
     elif not any(pool.summary(run) for run in experiment.runs):

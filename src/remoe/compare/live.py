@@ -24,14 +24,15 @@ class Live:
     Args:
         experiment: what is run.
         pool: where.
+        workers: how many train at the same time.
     """
 
-    def __init__(self, experiment: Experiment, pool: Pool) -> None:
-        self.experiment, self.pool = experiment, pool
+    def __init__(self, experiment: Experiment, pool: Pool, workers: int = 1) -> None:
+        self.experiment, self.pool, self.workers = experiment, pool, workers
         self.console = Console(highlight=False, soft_wrap=True)
         self.failures: dict[str, str] = {}
-        self._running: Run | None = None
-        self._begin, self._waiting = time.monotonic(), False
+        self._begin: dict[Run, float] = {}  # of the runs in progress
+        self._waiting = False
         self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
         self._moving = self.console.is_terminal
 
@@ -41,49 +42,51 @@ class Live:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._running = None
+        self._begin = {}
         if self._moving:
             self._live.update(self.table(), refresh=True)
             self._live.stop()
 
     def started(self, run: Run) -> None:
         """A run begins, or goes on."""
-        self._running, self._begin, self._waiting = run, time.monotonic(), False
+        self._begin[run], self._waiting = time.monotonic(), False
         if not self._moving:
             done = _last_record(self.pool.folder(run).metrics).get("step", 0)
             self.console.print(f"{run.label}: {'resumed' if done else 'started'} at step {done} of {run.steps}")
 
     def finished(self, run: Run) -> None:
         """A run has its summary."""
-        self._running = None
         loss = self.pool.summary(run)["validation_loss"]
-        minutes = (time.monotonic() - self._begin) / 60
+        minutes = (time.monotonic() - self._begin.pop(run)) / 60
         if not self._moving:
             self.console.print(f"{run.label}: validation loss {loss:.4f} after {minutes:.1f} minutes; {self._count()}")
 
     def failed(self, run: Run, reason: str) -> None:
         """A run ended without a summary."""
-        self._running = None
+        self._begin.pop(run, None)
         self.failures[self.pool.name(run)] = reason
         self.console.print(f"{run.label}: failed: {reason}")
 
     def stopped(self, run: Run) -> None:
         """A signal stopped a run."""
-        self._running = None
+        self._begin.pop(run, None)
         self.console.print(f"{run.label}: stopped; the same command goes on from here")
 
     def wait(self, run: Run) -> None:
-        """Only other processes have something to do, this run among it."""
+        """A worker has nothing to do, because others have all that is left, this run among it."""
+        if self._begin:  # others of this process
+            return
         if self._moving:
             self._live.update(Group(self.table(), Text(f"{run.label}: another process trains it; {self._count()}")))
         elif not self._waiting:
             self.console.print(f"{run.label}: another process trains it; waiting")
         self._waiting = True
 
-    def show(self, run: Run) -> None:
+    def show(self) -> None:
         """Draws the table again."""
         if self._moving:
-            self._live.update(Group(self.table(), self._line(run)))
+            lines = [self._line(run) for run in list(self._begin)]
+            self._live.update(Group(self.table(), *lines, Text(self._count())))
 
     def table(self) -> Table:
         """A row for each variant and point, a column for each seed of either comparison."""
@@ -120,7 +123,7 @@ class Live:
         if self.pool.name(run) in self.failures:
             return "failed"
         step = _last_record(self.pool.folder(run).metrics).get("step", 0)
-        return f"{100 * step // run.steps} %" if step or run == self._running else "·"
+        return f"{100 * step // run.steps} %" if step or run in self._begin else "·"
 
     def _line(self, run: Run) -> Text:
         record = _last_record(self.pool.folder(run).metrics)
@@ -129,8 +132,7 @@ class Live:
         left = (run.steps - record["step"]) * record["tokens"] / record["step"] / record["tokens_per_second"]
         return Text(
             f"{run.label}: step {record['step']}/{run.steps}  loss {record['loss']:.4f}  "
-            f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"left {left / 60:.1f} min; {self._count()}"
+            f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  left {left / 60:.1f} min"
         )
 
     def _count(self) -> str:
@@ -146,7 +148,8 @@ class Live:
         text = f"{len(summaries)} of {total} runs finished"
         if not summaries or len(summaries) == total:
             return text
-        hours = statistics.mean(summary["seconds"] for summary in summaries) * (total - len(summaries)) / 3600
+        seconds = statistics.mean(summary["seconds"] for summary in summaries)
+        hours = seconds * (total - len(summaries)) / self.workers / 3600
         return f"{text}, about {hours:.1f} hours to go"
 
 

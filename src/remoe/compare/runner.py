@@ -1,13 +1,17 @@
-"""Runs what is missing, one `remoe train` after the other, each in a process of its own."""
+"""Runs what is missing, a `remoe train` for each worker, in a process of its own."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import torch
 import yaml
 
 from remoe.compare.budget import matches
@@ -44,10 +48,25 @@ def check_models(experiment: Experiment) -> None:
             raise ConfigError(f"{run.label}: {error}") from error
 
 
-def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: str, live: Live) -> bool:
+@dataclass(frozen=True)
+class Worker:
+    """One of those who train at the same time: where, and on how many threads of the processor."""
+
+    device: str
+    threads: int
+
+
+def workers_on(device: str, count: int) -> list[Worker]:
+    """Workers that share this process's threads evenly, and several of them all GPUs where `device` names none."""
+    threads = max(1, torch.get_num_threads() // count)
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") and count > 1 else 0
+    return [Worker(f"cuda:{number % gpus}" if gpus else device, threads) for number in range(count)]
+
+
+def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, workers: Sequence[Worker], live: Live) -> bool:
     """Trains every run that is not finished, and makes the records of those that are.
 
-    Several processes may share the work on one pool: each takes what no other has, and waits for the others' runs
+    Workers, of several processes too, may share one pool: each takes what no other has, and waits for the others' runs
     where there is nothing else to do, because further runs may follow from them.
     A run that fails is left as it is, and the others go on.
 
@@ -55,74 +74,102 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, device: 
         experiment: what to run.
         pool: where runs lie.
         dataset: what they are trained on.
-        device: `--device` of `remoe train`.
+        workers: a run at a time each.
         live: shows how far everything is.
 
     Returns:
-        False when a signal stopped the work; the run in progress has saved its state.
+        False when a signal stopped the work; the runs in progress have saved their state.
     """
     pool.path.mkdir(parents=True, exist_ok=True)
-    failed: set[str] = set()  # keys
-    with Interrupt() as interrupt:
-        while todo := [run for run in known_runs(experiment, pool) if run.key not in failed and not pool.recorded(run)]:
+    with Interrupt() as interrupt, ThreadPoolExecutor(len(workers)) as executor:
+        matrix = _Matrix(experiment, pool, dataset, live, interrupt)
+        futures = [executor.submit(matrix.work, worker) for worker in workers]
+        try:
+            while (state := wait(futures, POLL_SECONDS, FIRST_EXCEPTION)).not_done:
+                for future in state.done:
+                    future.result()
+            return all(future.result() for future in futures)
+        except BaseException:  # a worker's error, or a second Ctrl-C: the others must not go on for hours
+            matrix.broken = True
+            raise
+
+
+@dataclass
+class _Matrix:
+    """What the workers of a process share."""
+
+    experiment: Experiment
+    pool: Pool
+    dataset: Dataset
+    live: Live
+    interrupt: Interrupt
+    failed: set[str] = field(default_factory=set)  # keys
+    broken: bool = False
+
+    @property
+    def signals(self) -> int:
+        """How many signals runs in progress must have had: with the first they save their state, with two they end."""
+        return bool(self.interrupt.received) + self.broken
+
+    def work(self, worker: Worker) -> bool:
+        """Trains runs until none is left; False when a signal stopped it."""
+        torch.set_num_threads(worker.threads)  # of this thread, for the records
+        while todo := [run for run in known_runs(self.experiment, self.pool) if self._unfinished(run)]:
             for run in todo:
-                with pool.claimed(run) as lock:
-                    if lock is None or pool.recorded(run):  # another process has it, or has just finished it
+                with self.pool.claimed(run) as lock:
+                    if lock is None or not self._unfinished(run):  # another has it, or has just finished it
                         continue
-                    if error := _finish(run, pool, dataset, device, lock, interrupt, live):
-                        failed.add(run.key)
-                        live.failed(run, error)
+                    if error := self._finish(run, worker, lock):
+                        self.failed.add(run.key)
+                        self.live.failed(run, error)
                 break
             else:
-                live.wait(run)
+                self.live.wait(run)
                 time.sleep(POLL_SECONDS)
-            if interrupt.received:
-                live.stopped(run)
+            if self.signals:
+                self.live.stopped(run)
                 return False
-    return True
+        return True
 
+    def _unfinished(self, run: Run) -> bool:
+        return run.key not in self.failed and not self.pool.recorded(run)
 
-def _finish(
-    run: Run, pool: Pool, dataset: Dataset, device: str, lock: IO[bytes], interrupt: Interrupt, live: Live
-) -> str | None:
-    """Trains a run where it is not finished, and makes its record; says why where that fails."""
-    if pool.state(run) != "finished":
-        live.started(run)
-        code = _train(run, pool, dataset.path, device, lock, interrupt, live)
-        if pool.summary(run) is None:
-            return None if interrupt.received else _last_line(pool.log_file(run)) or f"exit code {code}"
-        live.finished(run)
-    try:
-        pool.record(run, dataset, device)
-    except RemoeError as error:
-        return f"no record: {error}"
-    return None
+    def _finish(self, run: Run, worker: Worker, lock: IO[bytes]) -> str | None:
+        """Trains a run where it is not finished, and makes its record; says why where that fails."""
+        if self.pool.state(run) != "finished":
+            self.live.started(run)
+            code = self._train(run, worker, lock)
+            if self.pool.summary(run) is None:
+                return None if self.signals else _last_line(self.pool.log_file(run)) or f"exit code {code}"
+            self.live.finished(run)
+        try:
+            self.pool.record(run, self.dataset, worker.device)
+        except RemoeError as error:
+            return f"no record: {error}"
+        return None
 
-
-def _train(run: Run, pool: Pool, data: Path, device: str, lock: IO[bytes], interrupt: Interrupt, live: Live) -> int:
-    options = pool.options_file(run)
-    options.write_text(yaml.safe_dump(run.options, sort_keys=False))
-    folder = pool.folder(run)
-    how = ["--resume"] if folder.config.exists() else ["--config", str(options)]
-    where = ["--data", str(data), "--out", str(folder.path), "--device", device]
-    command = [sys.executable, "-m", "remoe.cli.main", "train", *how, *where]
-    with pool.log_file(run).open("ab") as log:
-        # In a session of its own, so that Ctrl-C reaches the child once: from here. It holds the lock too.
-        posix = {"start_new_session": True, "pass_fds": [lock.fileno()]} if os.name == "posix" else {}
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **posix)
-    asked = False
-    try:
+    def _train(self, run: Run, worker: Worker, lock: IO[bytes]) -> int:
+        options = self.pool.options_file(run)
+        options.write_text(yaml.safe_dump(run.options, sort_keys=False))
+        folder = self.pool.folder(run)
+        how = ["--resume"] if folder.config.exists() else ["--config", str(options)]
+        where = ["--data", str(self.dataset.path), "--out", str(folder.path), "--device", worker.device]
+        command = [sys.executable, "-m", "remoe.cli.main", "train", *how, *where]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(worker.threads)}
+        with self.pool.log_file(run).open("ab") as log:
+            # In a session of its own, so that Ctrl-C reaches the child once: from here. It holds the lock too.
+            posix = {"start_new_session": True, "pass_fds": [lock.fileno()]} if os.name == "posix" else {}
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **posix
+            )
+        sent = 0
         while child.poll() is None:
-            if interrupt.received and not asked:
+            if sent < self.signals:
                 child.send_signal(signal.SIGINT)
-                asked = True
-            live.show(run)
+                sent += 1
+            self.live.show()
             time.sleep(POLL_SECONDS)
-    finally:  # a second Ctrl-C, or a terminal that is gone: no child trains on unseen
-        if child.poll() is None:
-            child.send_signal(signal.SIGINT)
-            child.wait()
-    return child.returncode
+        return child.returncode
 
 
 def _last_line(log: Path) -> str:
