@@ -32,7 +32,7 @@ def expected(layer, x, router, k):
 
 
 @pytest.mark.parametrize("backend", ["loop", "naive"])
-@pytest.mark.parametrize("router", ["relu", "topk", "dense"])
+@pytest.mark.parametrize("router", ["relu", "topk", "dense", "dense_wide"])
 def test_equals_the_formulas(router, backend):
     layer, x = pair(router, backend=backend)
     y64, penalty64, weights, x64 = expected(layer, x, router, 2)
@@ -124,6 +124,7 @@ def test_granularity_splits_experts_and_keeps_the_compute():
 
 def test_dense_has_the_width_of_k_experts():
     assert remoe.MoE(D, F, E, 2, "dense").experts.down_proj.shape == (1, D, 2 * F)
+    assert remoe.MoE(D, F, E, 2, "dense_wide").experts.down_proj.shape == (1, D, E * F)
 
 
 @pytest.mark.parametrize("router", ["relu", "topk", "dense"])

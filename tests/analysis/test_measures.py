@@ -173,6 +173,11 @@ def test_information_without_pairs_or_with_one_domain():
     one_domain = measures.specialisation(active("10 01"), ids(0, 0), 1)
     assert one_domain.nats_L.item() == 0
     assert one_domain.normalised_L.item() == NAN
+    for seed in range(20):  # not by a lucky rounding
+        expert_T = torch.randint(16, (3000,), generator=torch.Generator().manual_seed(seed))
+        of_many = measures.specialisation(torch.nn.functional.one_hot(expert_T, 16)[None].bool(), ids(*[0] * 3000), 1)
+        assert of_many.nats_L.item() < 1e-12
+        assert of_many.normalised_L.item() == NAN
     assert measures.specialisation(active("00 00"), ids(0, 1), 2).nats_L.item() == NAN
 
 

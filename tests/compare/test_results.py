@@ -1,17 +1,21 @@
 """Equal FLOPs and the tables, on hand-made summaries."""
 
 import json
+from dataclasses import replace
 from statistics import stdev
 
 import pytest
+import torch
 import yaml
 
+from remoe.analysis.collect import RoutingRecord
 from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
+from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
-from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, options_of
+from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, options_of, routing_of
 from remoe.compare.report import markdown
-from remoe.compare.results import results
+from remoe.compare.results import Results, results
 from remoe.errors import ConfigError
 
 EXPERIMENT = {
@@ -95,6 +99,22 @@ def test_a_dense_stage_is_as_long_in_a_shorter_run(trial, pool):
     assert "**Note:** topk at equal FLOPs spent 1.050 times the budget" in markdown(trial, found, {}, {}, "Data.")
 
 
+def test_what_is_computed_twice_is_shown_beside_the_flops(trial, pool):
+    """Of 8 routed weights a layer keeps 1.25 times the wanted eighth; two thirds of them are up projections."""
+    relu, topk = (next(run for run in trial.runs if run.variant == name) for name in ("relu", "topk"))
+    finish(pool, relu, 4.0, 1e5)
+    finish(pool, topk, 4.0, 8e4)
+    course = [[0.5, 0.875]] * 20 + [[0.75, 1.0]] * 80
+    metrics = pool.folder(relu).metrics
+    steps = [json.loads(line) | {"sparsity_per_layer": s} for line, s in zip(metrics.open(), course, strict=True)]
+    metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    again = 8 * (20 * (0.5 - 0.15625) + 80 * (0.25 - 0.15625)) / 2  # weights, of two equal layers, the first alone
+    rows = {row.variant: row for row in results(trial, pool).equal_tokens}
+    assert rows["relu"].over_budget_executed == 1
+    assert rows["topk"].over_budget == pytest.approx(0.8)
+    assert rows["topk"].over_budget_executed == pytest.approx(8e4 / (1e5 + 10 * 2 * 2 / 3 * again))
+
+
 def test_rows_are_means_over_the_seeds_that_are_finished(trial, pool):
     losses = {"relu": [4.0, 4.2], "topk": [4.5, 4.4], "near": [4.1], "wide": [3.0]}
     for run in trial.runs:
@@ -146,6 +166,37 @@ def test_means_over_layers_are_weighted_by_pairs():
             "specialisation"
         )
         is None
+    )
+
+
+def test_a_short_text_with_rare_tokens_and_a_domain_without_any(trial, tmp_path):
+    active_LTE = torch.tensor([[[1, 0], [0, 1], [1, 1], [1, 0]]]).bool()
+    tokens, domains, windows = torch.tensor([5, 6, 7, 5]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 0, 1, 1])
+    found = routing_of(RoutingRecord(active_LTE, tokens, domains, windows, ("a", "b", "c")), 1, str)
+    assert found.domains == ["a", "c"]
+    assert found.share_CLE == [[[0.5, 0.5]], [[1.0, 0.5]]]
+    assert found.count_U == []  # none occurs ten times
+    run = next(run for run in trial.runs if run.variant == "relu")
+    whole = record({"validation_loss": 4.0}, found, lm_loss=[5.0] * 6, sparsity_per_layer=[[0.8]] * 6)
+    whole = replace(whole, options=options_of(run.config))
+    whole.save(tmp_path / "record.json")
+    drawn = draw(trial, Results([], [], [], [], []), {"relu": RunRecord.load(tmp_path / "record.json")}, tmp_path)
+    assert any("Fig. 8" in title for title in drawn)
+    assert not any("Fig. 7" in title for title in drawn)
+
+
+def test_a_system_that_looks_ahead_in_training_is_marked(tmp_path):
+    variants = {"relu": {}, "choice": {"router": "expert_choice"}}
+    trial = experiment_from_dict({"title": "T", "variants": variants}, "trial", "trial.yaml")
+    records = {run.variant: record({}, None, lm_loss=[5.0] * 6, sparsity_per_layer=[[0.8]] * 6) for run in trial.runs}
+    drawn = draw(trial, Results([], [], [], [], []), records, tmp_path)
+    assert "Training loss, first seed (†: chooses among later tokens)" in drawn
+    assert "choice†" in (tmp_path / "training-loss.svg").read_text()
+    assert "Training loss, first seed" in draw(
+        experiment_from_dict({"title": "T", "variants": {"relu": {}}}, "trial", "trial.yaml"),
+        Results([], [], [], [], []),
+        {"relu": records["relu"]},
+        tmp_path,
     )
 
 

@@ -142,6 +142,31 @@ def test_sparsemixer_samples_in_training_and_differentiates_the_softmax():
     assert gradient.flatten().tolist() == pytest.approx([expected, -expected, 0.0], rel=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_sparsemixer_in_training_with_the_same_draws(k):
+    router, x = router_and_input("sparsemixer", k=k)
+    torch.manual_seed(5)
+    noise = [(-torch.empty(T, E).exponential_().log(), torch.rand(T, 1)) for _ in range(k)]
+
+    def formula(x64, w64):
+        for t, row in enumerate(logits(x64, w64)):
+            gates, drawn = [z * 0 for z in row], set()
+            for gumbel_TE, coin_T1 in noise:
+                left = [e for e in range(E) if e not in drawn]
+                largest = max(left, key=lambda e: float(row[e]))
+                top = float(row[largest])
+                near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
+                expert = max(near, key=lambda e: float(row[e]) + float(gumbel_TE[t, e]))
+                pi = row[expert].exp() / sum(row[e].exp() for e in near)
+                m = 1 if expert == largest or coin_T1[t] > 0.75 else 1 / 3
+                gates[expert] = pi + ((m - 1) * pi).detach()
+                drawn.add(expert)
+            yield gates
+
+    torch.manual_seed(5)
+    check(router, x, formula)
+
+
 def by_choice(scores, k=K):
     """Rows of scores with everything but each expert's round(T k / E) largest set to zero."""
     wanted = round(len(scores) * k / E)
@@ -376,6 +401,8 @@ def test_lory_merges_the_experts_by_the_segment_before(first_segment):
         *((name, 1, {"gate_scale": 0.0}, "gate_scale") for name in ("relu", "topk", "sigmoid", "relu_quantile")),
         ("relu_norm", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
         ("relu_scaled", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
+        ("relu_scaled", 1, {"load_balance": False}, "no effect with penalty 'entropy'"),
+        ("relu_scaled", 1, {"load_balance_power": 2.0}, "no effect with penalty 'entropy'"),
         ("threshold", 1, {"warmup_steps": 0}, "warmup_steps"),
         ("lory", 2, {}, "must be 1"),
         ("lory", 1, {"first_segment": "x"}, "first_segment"),

@@ -43,7 +43,7 @@ def training_course(
     panels = {
         "Sparsity S": ("share of inactive pairs", lambda record: record["sparsity"]),
         "Coefficient λ": ("λ", lambda record: record["lambda"]),
-        "Regulariser $L_{reg}$": ("load-weighted gates per token", lambda record: record["reg_loss"]),
+        "Regulariser $L_{reg}$": ("per token, before λ", lambda record: record["reg_loss"]),
         "Penalty λ·$L_{reg}$": ("nats", lambda record: record["lambda"] * record["reg_loss"]),
         "Language model loss $L_{lm}$": ("nats per token", lambda record: record["lm_loss"]),
     }

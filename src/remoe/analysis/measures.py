@@ -207,8 +207,9 @@ def specialisation(
     domain_entropy_L = _entropy(joint_LCE.sum(dim=2))
     # I = H(domain) + H(expert) - H(both), and rounding must not make it negative.
     nats_L = domain_entropy_L + _entropy(joint_LCE.sum(dim=1)) - _entropy(joint_LCE.flatten(1))
-    nats_L = nats_L.clamp(min=0)
-    return Specialisation(nats_L, torch.where(domain_entropy_L > 0, nats_L / domain_entropy_L, torch.nan))
+    nats_L = nats_L.clamp(min=0).minimum(domain_entropy_L)
+    several_L = (pairs_LCE.sum(dim=2) > 0).sum(dim=1) > 1
+    return Specialisation(nats_L, torch.where(several_L, nats_L / domain_entropy_L, torch.nan))
 
 
 def top_tokens(

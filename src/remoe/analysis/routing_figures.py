@@ -168,7 +168,7 @@ def flips(
     right.margins(x=0.22)
     right.grid(axis="y", visible=False)
     right.tick_params(axis="y", length=0, labelsize=8)
-    label(right, x="experts changed per token, layer and step", title="Mean flip count")
+    label(right, x="experts per token and layer", title="Mean flip count")
     return fig
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from remoe.compare.experiment import Experiment, Run, with_steps
 from remoe.data import TOTAL
+from remoe.experts import STORED_RATIO
 
 TOLERANCE = 0.01  # a run whose FLOPs are this close to the budget counts for both comparisons
 SUFFIX = "-flops"
@@ -81,11 +82,8 @@ def steps_for(budget: float, summary: dict, sparsities: Sequence[float]) -> int:
         sparsities: S of each of its steps.
     """
     tokens = summary["tokens"] / summary["steps"]
-    sparsity = summary["validation"][TOTAL]["sparsity"]
-    # Active parameters were counted at that sparsity; a routed weight costs 6 FLOPs for each token that meets it.
-    inactive = summary["total_parameters"] - summary["active_parameters"]
-    routed = inactive / sparsity if sparsity else 0
-    varying = [6 * routed * (1 - s) * tokens for s in sparsities]
+    routed = _routed_parameters(summary)
+    varying = [6 * routed * (1 - s) * tokens for s in sparsities]  # FLOPs of a weight for each token that meets it
     constant = (summary["flops"] - sum(varying)) / len(varying)
     cost = [constant + part for part in varying]
     late = cost[-max(1, round(LATE * len(cost))) :]
@@ -93,3 +91,25 @@ def steps_for(budget: float, summary: dict, sparsities: Sequence[float]) -> int:
     if budget > spent[-1]:
         return len(cost) + round((budget - spent[-1]) / statistics.mean(late))
     return max(1, min(range(len(spent)), key=lambda steps: abs(spent[steps] - budget)))
+
+
+def recomputed_flops(summary: dict, sparsities: Sequence[Sequence[float]]) -> float:
+    """FLOPs of the up projections that a run computed twice, which its `flops` do not count.
+
+    A layer keeps the pre-activations of at most STORED_RATIO times the wanted pairs, so that the dense stage takes no
+    more memory than the others; those of further pairs are computed again in the backward pass.
+
+    Args:
+        summary: of the finished run.
+        sparsities: S of each layer at each of its steps.
+    """
+    kept = STORED_RATIO * (1 - summary["target_sparsity"])
+    again = sum(max(0.0, 1 - s - kept) for layers in sparsities for s in layers) / len(sparsities[0])
+    # Two of an expert's three matrices, a multiply and an add.
+    return 2 * _routed_parameters(summary) * 2 / 3 * again * summary["tokens"] / summary["steps"]
+
+
+def _routed_parameters(summary: dict) -> float:
+    """Weights of all experts; 0 where every token has all of them."""
+    sparsity = summary["validation"][TOTAL]["sparsity"]  # at which active parameters were counted
+    return (summary["total_parameters"] - summary["active_parameters"]) / sparsity if sparsity else 0.0

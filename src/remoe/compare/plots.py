@@ -13,6 +13,7 @@ from remoe.compare.results import Results, Row
 from remoe.routing import ROUTERS
 
 LOSS_WINDOW = 50  # steps of a moving mean
+AHEAD = "†"
 
 
 def draw(experiment: Experiment, results: Results, records: Mapping[str, RunRecord], folder: Path) -> dict[str, str]:
@@ -60,11 +61,13 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
     first = {name: first[name] for name in experiment.variants if name in first}
     steps = {name: records[_name(run)].steps() for name, run in first.items()}
     if steps:
-        courses = {name: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in steps.items()}
+        marked = {name: name + AHEAD * ROUTERS[first[name].config.router].looks_ahead for name in steps}
+        courses = {marked[name]: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in steps.items()}
+        lookahead = f" ({AHEAD}: chooses among later tokens)" if marked.keys() != courses.keys() else ""
         add(
-            "Training loss, first seed",
+            f"Training loss, first seed{lookahead}",
             "training-loss",
-            figures.training_losses(courses, window=LOSS_WINDOW, look=look),
+            figures.training_losses(courses, window=LOSS_WINDOW, look={marked[name]: look[name] for name in steps}),
         )
     chosen = [name for name in experiment.figures if name in first]
     steered = {name: steps[name] for name in chosen if ROUTERS[first[name].config.router].steered}
@@ -85,12 +88,13 @@ def _draw_routing(records: Mapping[str, RunRecord], look: Mapping[str, figures.L
     routings = {name: record.routing for name, record in records.items() if record.routing is not None}
     if not routings:
         return
-    points = {name: (routing.count_U, routing.active_U) for name, routing in routings.items()}
-    add(
-        "Active experts against the frequency of the token (Fig. 7)",
-        "active-against-frequency",
-        routing_figures.active_against_frequency(points, look=look),
-    )
+    points = {name: (one.count_U, one.active_U) for name, one in routings.items() if one.count_U}
+    if points:  # ids that occur often enough
+        add(
+            "Active experts against the frequency of the token (Fig. 7)",
+            "active-against-frequency",
+            routing_figures.active_against_frequency(points, look=look),
+        )
     shares = {name: routing.share_LE for name, routing in routings.items()}
     k = {name: record.options["k"] * record.options["granularity"] for name, record in records.items()}
     add("Share of tokens of each expert (Fig. 8)", "routed-share", routing_figures.routed_share_maps(shares, k))

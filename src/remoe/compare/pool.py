@@ -109,6 +109,13 @@ class Pool:
         course = self._found(run).course
         return fill_steps(course["step"], course["sparsity"])
 
+    def layer_sparsities(self, run: Run) -> list[list[float]] | None:
+        """S of each layer at each training step of a finished run; None for a model without pairs."""
+        course = self._found(run).course
+        if "sparsity_per_layer" not in course:
+            return None
+        return fill_steps(course["step"], course["sparsity_per_layer"])
+
     def step_minutes(self, run: Run) -> list[float] | None:
         """Duration of each training step of a finished run; None where a record has been made without."""
         found = self._found(run)

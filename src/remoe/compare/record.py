@@ -89,7 +89,7 @@ class RoutingSummary:
         figures: its measures.
         share_LE: share of the tokens that each expert takes.
         share_CLE: the same of each domain's tokens.
-        domains: their names, (C,).
+        domains: names of those that have tokens, (C,).
         count_U: how often each token id occurs.
         active_U: its mean active experts.
         top_tokens: of each layer's experts, the text of the tokens that it takes most surely (Table 12); empty in
@@ -235,12 +235,13 @@ def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> 
         ]
         for active_TE in active_LTE
     ]
-    share_CLE = measures.routed_share_by_domain(active_LTE, record.domain_T, len(record.domains))
+    seen_C = torch.bincount(record.domain_T, minlength=len(record.domains)) > 0
+    share_CLE = measures.routed_share_by_domain(active_LTE, record.domain_T, len(record.domains))[seen_C]
     return RoutingSummary(
         figures,
         _rounded(share_LE.tolist()),
         _rounded(share_CLE.tolist()),
-        list(record.domains),
+        [domain for domain, seen in zip(record.domains, seen_C.tolist(), strict=True) if seen],
         by_token.count_U.tolist(),
         _rounded(by_token.active_U.tolist()),
         top_tokens,

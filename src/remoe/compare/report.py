@@ -37,6 +37,7 @@ def markdown(
     lines += [
         "Validation loss in nats per token, mean ± standard deviation over seeds. FLOPs count the pairs that were",
         f"really routed, from the first step on; `of {experiment.reference}'s`: as a multiple of the reference's.",
+        "`executed`: the same with the up projections that were computed again to save memory, which FLOPs leave out.",
         f"`S, steps > {AFTER}`: mean ± deviation of a training step's sparsity. `minutes`: of all training steps,",
         "in brackets of those before stage III. Time and memory of different machines, or of one that did other things",
         "too, do not compare.",
@@ -94,7 +95,8 @@ def row_name(variant: str, point: dict) -> str:
 def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     header = [
         "system", "seeds", "steps", "validation loss", f"minus {experiment.reference}", "mean over domains",
-        "FLOPs per token", "training FLOPs", f"of {experiment.reference}'s", "active parameters", "total parameters",
+        "FLOPs per token", "training FLOPs", f"of {experiment.reference}'s", "executed", "active parameters",
+        "total parameters",
     ]  # fmt: skip
     cells = [
         [
@@ -107,6 +109,7 @@ def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             f"{row.flops_per_token / 1e6:.2f}M",
             f"{row.flops:.3e}",
             "" if row.over_budget is None else f"{row.over_budget:.3f}",
+            "" if row.over_budget_executed is None else f"{row.over_budget_executed:.3f}",
             f"{row.active_parameters / 1e6:.2f}M",
             f"{row.total_parameters / 1e6:.2f}M",
         ]

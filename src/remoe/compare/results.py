@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from remoe.compare.budget import matches, references
+from remoe.compare.budget import matches, recomputed_flops, references
 from remoe.compare.experiment import Experiment, Point, Run
 from remoe.compare.pool import Pool
 from remoe.data import TOTAL
@@ -58,6 +58,7 @@ class Row:
         flops_per_token: of training, from the pairs really routed, dense stage included; mean over the seeds.
         over_budget: training FLOPs over the reference's of the same seed, mean over the seeds; None where those are
             not known.
+        over_budget_executed: the same with what was computed twice to save memory.
         tokens_per_second: median over a run's steps, then over the runs.
         minutes, dense_minutes: of all training steps, and of those before stage III; mean over the seeds. Validation,
             checkpoints and the start of the process are not in them. None where a record does not have them.
@@ -87,6 +88,7 @@ class Row:
     flops: float
     flops_per_token: float
     over_budget: float | None
+    over_budget_executed: float | None
     tokens_per_second: float
     minutes: float | None
     dense_minutes: float | None
@@ -154,12 +156,14 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
     column = {name: [summary[name] for summary in summaries] for name in summaries[0]}
     domains = [name for name in summaries[0]["validation"] if name != TOTAL]
     losses = [[summary["validation"][domain]["loss"] for domain in domains] for summary in summaries]
-    over, ratios = [], []
+    over, ratios, executed = [], [], []
     for run, summary in zip(runs, summaries, strict=True):
         others = references(experiment, run)
-        known = [other for other in map(pool.summary, others) if other is not None]
+        ended = [other for other in others if pool.summary(other) is not None]
+        known = [pool.summary(other) for other in ended]
         over += [summary["validation_loss"] - o["validation_loss"] for o in known if others[0].seed == run.seed]
         ratios += [summary["flops"] / statistics.mean(other["flops"] for other in known)] if known else []
+        executed += [_executed(pool, run) / statistics.mean(_executed(pool, other) for other in ended)] if ended else []
     courses = [pool.sparsities(run) for run in runs]
     late = [course[AFTER:] for course in courses if len(course) > AFTER + 1]
     starts = [first_sparse_step(c, s["target_sparsity"]) for c, s in zip(courses, summaries, strict=True)]
@@ -182,6 +186,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         flops=statistics.mean(column["flops"]),
         flops_per_token=statistics.mean(column["flops_per_token"]),
         over_budget=statistics.mean(ratios) if ratios else None,
+        over_budget_executed=statistics.mean(executed) if executed else None,
         tokens_per_second=statistics.median(speed or math.nan for speed in column["tokens_per_second"]),
         minutes=statistics.mean(map(sum, times)) if timed else None,
         dense_minutes=statistics.mean(sum(t[: s - 1]) for t, s in zip(times, starts, strict=True)) if timed else None,
@@ -195,6 +200,12 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         zero_shot={task: Spread.of(values) for task, values in _tasks(pool, runs, "acc").items()},
         chance={task: values[0] for task, values in _tasks(pool, runs, "chance").items()},
     )
+
+
+def _executed(pool: Pool, run: Run) -> float:
+    """Training FLOPs with what was computed twice."""
+    summary, sparsities = pool.summary(run), pool.layer_sparsities(run)
+    return summary["flops"] + (recomputed_flops(summary, sparsities) if sparsities else 0.0)
 
 
 def _tasks(pool: Pool, runs: Sequence[Run], figure: str) -> dict[str, list[float]]:

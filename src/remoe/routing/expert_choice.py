@@ -24,6 +24,8 @@ class ExpertChoiceRouter(CutoffRouter):
         decay: of the cutoffs' moving average, per step.
     """
 
+    looks_ahead = True
+
     def __init__(
         self, d_model: int, num_experts: int, k: int, *, causal_evaluation: bool = True, decay: float = 0.99
     ) -> None:

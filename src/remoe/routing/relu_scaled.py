@@ -27,7 +27,7 @@ class ReLUScaledRouter(ReLURouter):
         penalty: what lambda multiplies. "entropy": the mean entropy of a token's gates, DECO's. "l1": the penalty of
             `ReLURouter` on ReLU(x W), without the scale.
         scale_init: every a_e at the start; DECO's 0.1.
-        options: those of `ReLURouter`.
+        options: those of `ReLURouter`; load_balance and load_balance_power with penalty "l1" only.
 
     Raises:
         ConfigError: as `ReLURouter`, and for an unknown penalty or scale_init <= 0.
@@ -46,6 +46,10 @@ class ReLUScaledRouter(ReLURouter):
         super().__init__(d_model, num_experts, k, **options)
         if penalty not in PENALTIES:
             raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        if penalty == "entropy" and not (
+            options.get("load_balance", True) and options.get("load_balance_power", 1) == 1
+        ):
+            raise ConfigError("load_balance and load_balance_power have no effect with penalty 'entropy'")
         if not scale_init > 0:
             raise ConfigError(f"scale_init must be above zero, but is {scale_init}")
         self.penalty_kind, self.scale_init = penalty, scale_init

@@ -21,7 +21,8 @@ class SigmoidRouter(LinearRouter):
         num_experts: E.
         k: experts per token.
         renormalize: divide by the sum of the chosen scores. By default for k > 1 only: for k = 1 the gate would
-            always be one and the router would never learn.
+            always be one and the router would never learn. With granularity G, k here is k G: say which, where
+            several G are compared.
         bias_step: the paper's 0.001.
         gate_scale: constant factor on the gates, the paper's routed scaling factor.
 

@@ -13,8 +13,8 @@ from remoe.routing.cutoffs import CutoffRouter
 class ThresholdRouter(CutoffRouter):
     """Expert e is active where score_e > c_e; c_e is a moving average of the (1 - k/E) quantile of the step's scores.
 
-    Causal in training and at evaluation, balanced without a loss, 0 to E experts per token. The score is
-    sigmoid(x W), which is also the gate.
+    Causal at evaluation, and in training after the warm-up; balanced without a loss, 0 to E experts per token. The
+    score is sigmoid(x W), which is also the gate.
 
     Args:
         d_model: D.
@@ -27,6 +27,8 @@ class ThresholdRouter(CutoffRouter):
     Raises:
         ConfigError: when k is not in 1..E or there is no warm-up step.
     """
+
+    looks_ahead = True
 
     def __init__(self, d_model: int, num_experts: int, k: int, *, warmup_steps: int = 100, decay: float = 0.99) -> None:
         super().__init__(d_model, num_experts, k, decay)

@@ -42,7 +42,7 @@ class ModelOptions:
     max_experts_per_token: int | None = None
     """Cap on the experts a token may use, counted after the split by granularity; at least k (relu, relu_scaled)."""
     load_balance: bool = True
-    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu, relu_scaled)."""
+    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu; relu_scaled with penalty l1)."""
     regularizer_normalization: str = "paper"
     """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
     router_aux_loss_coef: float = 0.01

@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -28,5 +29,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at the most: on the GPU for a CUDA device, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage would give the peak of the process that started this one, if that was higher
+        (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(peak.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,8 +4,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from remoe.errors import RemoeError
+
+Value = TypeVar("Value")
 
 DENSE_ABOVE = 0.45
 SPARSE_BELOW = 1.5
@@ -48,9 +51,9 @@ def first_sparse_step(sparsities: Sequence[float], target: float) -> int:
     return next((step for step, name in enumerate(stages, 1) if name == "sparse"), len(sparsities) + 1)
 
 
-def fill_steps(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+def fill_steps(steps: Sequence[int], values: Sequence[Value]) -> list[Value]:
     """A value for each step from the records of some of them: that of the first record at or behind the step."""
-    filled: list[float] = []
+    filled: list[Value] = []
     for step, value in zip(steps, values, strict=True):
         filled += [value] * (step - len(filled))
     return filled
