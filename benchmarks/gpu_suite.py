@@ -10,6 +10,8 @@ On a machine without network, packages that it lacks travel as wheels (`pip down
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,10 +84,13 @@ def main() -> None:
     for name, command, limit in parts(options.out):
         start = time.perf_counter()
         with open(options.out / f"{name}.log", "w") as log:
+            part = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             try:
-                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+                code = part.wait(timeout=limit)
             except subprocess.TimeoutExpired:
                 code = f"over {limit} s"
+                os.killpg(part.pid, signal.SIGKILL)  # with its workers, which would keep the GPU busy
+                part.wait()
         summary.append({"part": name, "exit": code, "seconds": round(time.perf_counter() - start, 1)})
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

@@ -13,7 +13,7 @@ import json
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,12 +30,16 @@ from remoe.routing.assignment import Assignment
 CANDIDATES: dict[str, list[Tile]] = {
     "up": [
         Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2),
-        Tile(128, 64, 4, 4, 2),
+        Tile(128, 64, 4, 4, 2), Tile(256, 64, 8, 3, exact=True),
     ],
     "down": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2)],
-    "hidden_gradient": [Tile(256, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 2, 128)],
+    "hidden_gradient": [
+        Tile(256, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 2, 128), Tile(256, 64, 8, 3, exact=True),
+    ],
     "rows_gradient": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2)],
-    "weight_gradient": [Tile(256, 64, 8, 5), Tile(256, 64, 8, 7), Tile(128, 64, 8, 5, 2, 128)],
+    "weight_gradient": [
+        Tile(256, 64, 8, 5), Tile(256, 64, 8, 7), Tile(128, 64, 8, 5, 2, 128), Tile(256, 64, 8, 5, exact=True),
+    ],
 }  # fmt: skip
 TINY = (Case(48, 32, 48, 3, 1),)
 WORKERS = 12
@@ -106,9 +110,9 @@ class Products:
         return 2 * matrices * self.rows * self.case.D * self.case.F
 
 
-@cache
+@lru_cache(1)  # of each process: the cases come one after the other
 def problem(case: Case) -> Products:
-    """The layer of a case, made once in each process."""
+    """The layer of a case."""
     device = torch.device("cpu" if interpreted() else "cuda")
     return Products(case, device, torch.float16 if interpreted() else torch.bfloat16)
 

@@ -82,3 +82,9 @@ def _onednn_is_faster() -> bool:
         return False
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and from a multiple of 16 bytes on: GPUs read in such units, and a view may start anywhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -8,13 +8,14 @@ import torch
 from remoe.bench import decode
 from remoe.bench.decode import bench_decode
 from remoe.bench.layer import Case, bench_layer, relu_layer, tokens
+from remoe.bench.peers import peer_layers
 from remoe.bench.roofline import Roofline
 from remoe.bench.timing import peak_bytes
 from remoe.cli.main import main
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 OURS = {"dense", "remoe relu", "remoe topk"}
-PEERS = {"transformers eager", "transformers grouped_mm"}
+PEERS = {"transformers eager", "transformers grouped_mm", "transformers grouped_mm, relu padded"}
 
 
 @pytest.mark.parametrize("peers", [True, False])
@@ -27,6 +28,20 @@ def test_layer(peers):
         assert row["milliseconds"][name] == pytest.approx(row["ratio_to_dense"][name] * row["milliseconds"]["dense"])
     assert set(row["dense_stage_peak_megabytes"]) == {"remoe relu"}
     json.dumps(row)
+
+
+def test_a_peer_computes_the_ragged_load_that_it_is_given():
+    case = Case(48, 16, 32, 6, 2)
+    ours, x = relu_layer(case, "loop", 0.4), tokens(48, 16, CPU, FLOAT32)
+    y, routing = ours(x)
+    active_T = (routing.gate_TE > 0).sum(dim=1)
+    assert active_T.min() < active_T.max()
+    peer = peer_layers(case, CPU, ours.router, int(active_T.max()))["transformers grouped_mm, relu padded"]
+    peer.experts.load_state_dict(ours.experts.state_dict())
+    torch.testing.assert_close(peer(x), y)
+    peer(x).sum().backward()
+    y.sum().backward()
+    torch.testing.assert_close(peer.router.weight.grad, ours.router.weight.grad)
 
 
 def test_decode(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -289,6 +290,16 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     assert "another tokenizer" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(run), "--data", str(data)]) == 2
     assert "not the data" in capsys.readouterr().err
+
+
+def test_threads_do_not_wait_for_each_other_at_full_speed(monkeypatch, tmp_path):
+    """Or a training step becomes ten times slower where something else runs too. The test below: torch comes later."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_every_command_has_help_that_starts_without_torch(tmp_path):

@@ -66,6 +66,35 @@ def test_pairs_are_sorted_and_carry_their_gates():
     assert len(pairs.gate_N) == (routing.gate_TE > 0).sum()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [
+        ("topk", {}, 2),
+        ("topk", {"warmup_k": 4, "warmup_steps": 1}, 4),
+        ("sigmoid", {}, 2),
+        ("sparsemixer", {}, 2),
+        ("hash", {}, 2),
+        ("relu", {"max_experts_per_token": 3}, 3),
+        ("relu", {}, E),
+    ],
+)
+def test_lists_with_room_have_no_more_than_there_can_be(name, options, most, monkeypatch):
+    """As on CUDA: the room costs memory, and there windows of work."""
+    router = build_router(name, D, E, 2, **options)
+    router.reset_parameters(std=1.0)
+    router.eval()
+    x, ids = torch.randn(T, D), torch.randint(100, (T,))
+    exact = router(x, ids_T=ids).assignment
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    roomy = router(x, ids_T=ids).assignment
+    pairs = len(exact.token_N)
+    assert len(roomy.token_N) == T * most >= pairs
+    assert torch.equal(roomy.token_N[:pairs], exact.token_N)
+    assert torch.equal(roomy.expert_N[:pairs], exact.expert_N)
+    assert torch.equal(roomy.gate_N[:pairs], exact.gate_N)
+    assert (roomy.expert_N[pairs:] == E).all()
+
+
 @pytest.mark.parametrize("name", list(ROUTERS))
 def test_padding_is_in_no_pair_no_count_and_no_loss(name):
     router = build_router(name, D, E, 1 if name == "lory" else 2)

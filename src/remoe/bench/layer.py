@@ -120,16 +120,20 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
             layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
             layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
         layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
-        if peers:
-            layers |= peer_layers(case, device, dtype)
     x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))
+    relu = next(layer for layer in layers.values() if isinstance(layer, Output)).to(device, dtype)
+    with torch.no_grad():
+        active_T = (relu(x, routing=True).gate_TE > 0).sum(dim=1)
+    if peers:
+        with device:
+            layers |= peer_layers(case, device, relu.layer.router, int(active_T.max()))
     steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
     seconds = median_seconds(steps, device, repetitions)
     dense = seconds["dense"]
-    relu = next(layer for layer in layers.values() if isinstance(layer, Output))
     return {
         **asdict(case),
-        "active_pairs_per_token": relu(x, routing=True).count_E.sum().item() / case.T,
+        "active_pairs_per_token": active_T.sum().item() / case.T,
+        "most_pairs_of_a_token": int(active_T.max()),
         "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
         "ratio_to_dense": {name: s / dense for name, s in seconds.items()},
         "share_of_gemm_rate": {name: case.flops / s / roofline.gemm_flops for name, s in seconds.items()},

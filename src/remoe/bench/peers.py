@@ -3,11 +3,14 @@
 Legend: T tokens, D model width, F expert width, E experts, k experts per token.
 """
 
+import copy
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from remoe.routing.base import LinearRouter
 
 
 class Size(Protocol):
@@ -30,12 +33,44 @@ class _Sequence(nn.Module):
         return self.block(x[None])[0]
 
 
-def peer_layers(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Layers of others with TopK routing, by name, their router included."""
+def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int) -> dict[str, nn.Module]:
+    """Layers of others, by name, their router included.
+
+    Args:
+        size: D, F, E, k.
+        device: where they will run.
+        relu: a ReLU router, whose ragged load they are given too; they take the same number of experts for every token.
+        slots: the most experts that it gives a token.
+    """
     layers = {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
+    experts = mixtral_layer(size, "grouped_mm").block.experts
+    layers["transformers grouped_mm, relu padded"] = _Padded(relu, slots, experts, absent=size.E)
     if device.type == "cuda" and find_spec("scattermoe"):
         layers["scattermoe"] = _ScatterMoE(size)
+        layers["scattermoe, relu padded"] = _Padded(relu, slots, _scattermoe_experts(size, slots))
     return layers
+
+
+class _Padded(nn.Module):
+    """The load of a ReLU router on experts that take exactly so many for every token.
+
+    Args:
+        router: the ReLU router, copied.
+        slots: experts that a token is given, those that it does not have with gate zero.
+        experts: called with (T, D), (T, slots) experts and (T, slots) gates.
+        absent: the expert of slots without one, where the experts know a number for that; by default it is some expert
+            that the token does not have, and its product with the gate zero.
+    """
+
+    def __init__(self, router: LinearRouter, slots: int, experts: nn.Module, absent: int | None = None) -> None:
+        super().__init__()
+        self.router, self.slots, self.experts, self.absent = copy.deepcopy(router), slots, experts, absent
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_TK, expert_TK = self.router.logits(x).relu().topk(self.slots, dim=1)
+        if self.absent is not None:
+            expert_TK = torch.where(gate_TK > 0, expert_TK, self.absent)
+        return self.experts(x, expert_TK, gate_TK.to(x.dtype))
 
 
 class _ScatterMoE(nn.Module):
@@ -43,15 +78,23 @@ class _ScatterMoE(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        from scattermoe.mlp import GLUMLP
-
         self.k = size.k
         self.router = nn.Linear(size.D, size.E, bias=False)
-        self.experts = GLUMLP(size.D, size.F, size.E, size.k, bias=False, activation=nn.SiLU())
+        self.experts = _scattermoe_experts(size, size.k)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_TK, expert_TK = self.router(x).float().softmax(dim=1).topk(self.k, dim=1)
-        return self.experts(x, gate_TK.to(x.dtype), expert_TK)
+        return self.experts(x, expert_TK, gate_TK.to(x.dtype))
+
+
+def _scattermoe_experts(size: Size, k: int) -> nn.Module:
+    from scattermoe.mlp import GLUMLP
+
+    class Experts(GLUMLP):
+        def forward(self, x: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+            return super().forward(x, gate_TK, expert_TK)
+
+    return Experts(size.D, size.F, size.E, k, bias=False, activation=nn.SiLU())
 
 
 def mixtral_layer(size: Size, implementation: str) -> nn.Module:

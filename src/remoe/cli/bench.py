@@ -92,10 +92,9 @@ def train_step_command(argv: list[str]) -> int:
     """Run `remoe bench train-step`; returns the exit code, raises ConfigError or DataError for bad input."""
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
-    import torch
-
     from remoe.bench.train_step import TrainStepOptions, train_step
     from remoe.machine import machine
+    from remoe.training.trainer import pick_device
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
@@ -107,7 +106,14 @@ def train_step_command(argv: list[str]) -> int:
     for row in result.rows:
         table.add_row(row["name"], *("" if row[c] is None else _figure(row[c]) for c in columns))
     Console().print(table)
-    _write(arguments, {"machine": machine(torch.device("cpu")), "rows": result.rows, "details": result.details})
+    _write(
+        arguments,
+        {
+            "machine": machine(pick_device(arguments.config.get("device", "auto"))),
+            "rows": result.rows,
+            "details": result.details,
+        },
+    )
     if arguments.out is not None:
         print(f"written: {arguments.out}")
     return 0

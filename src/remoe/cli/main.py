@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if len(argv) > 1 else 2
         return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
+    # How often GNU OpenMP's threads look whether the others are done before they sleep. With its own 300,000 a training
+    # step becomes ten times slower as soon as another program wants one of the cores; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.experts.triton import windows
+from remoe.gemm import aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +43,7 @@ def forward(
     stored: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
-    gate_up_ED2F, down_EFD = _aligned(gate_up_E2FD).transpose(1, 2), _aligned(down_EDF).transpose(1, 2)
+    gate_up_ED2F, down_EFD = aligned(gate_up_E2FD).transpose(1, 2), aligned(down_EDF).transpose(1, 2)
     T = x_TD.shape[0]
     y_TD = torch.zeros_like(x_TD)
     pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
@@ -67,7 +68,7 @@ def backward(
     pre_C2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
-    gate_up_E2FD, down_EDF = _aligned(gate_up_E2FD), _aligned(down_EDF)
+    gate_up_E2FD, down_EDF = aligned(gate_up_E2FD), aligned(down_EDF)
     T, C = x_TD.shape[0], pre_C2F.shape[0]
     dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
     dgate_up_E2FD = ddown_EDF = None
@@ -99,12 +100,6 @@ def _swiglu_backward(pre_m2F: Tensor, dhidden_mF: Tensor, gate_m1: Tensor) -> tu
     # d silu(a) / da = sigmoid + silu * (1 - sigmoid)
     da_mF = dhidden_mF * b_mF * (sigmoid_mF + silu_mF * (1 - sigmoid_mF))
     return hidden_mF.mul_(gate_m1), torch.cat((da_mF, dhidden_mF * silu_mF), dim=1), dgate_m
-
-
-def _aligned(weight: Tensor) -> Tensor:
-    """grouped_mm reads in units of 16 bytes; a view into a larger tensor may start anywhere."""
-    weight = weight.contiguous()
-    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
 
 @dataclass(frozen=True, slots=True)

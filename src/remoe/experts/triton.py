@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from remoe.experts.triton_launch import Launcher, interpreted
+from remoe.gemm import aligned
 
 # Windows that the stored pairs take: the more, the less scratch memory and the more kernels.
 STORED_WINDOWS = 2
@@ -71,7 +72,7 @@ def forward(
     stored: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
-    x_TD, gate_up_E2FD, down_EDF = x_TD.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
+    x_TD, gate_up_E2FD, down_EDF = map(aligned, (x_TD, gate_up_E2FD, down_EDF))
     F = down_EDF.shape[2]
     C = min(token_N.shape[0], stored)
     y_TD, pre_C2F = torch.empty_like(x_TD), x_TD.new_empty(C, 2 * F)
@@ -100,8 +101,7 @@ def backward(
     pre_C2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
-    dy_TD, x_TD = dy_TD.contiguous(), x_TD.contiguous()
-    gate_up_E2FD, down_EDF = gate_up_E2FD.contiguous(), down_EDF.contiguous()
+    dy_TD, x_TD, gate_up_E2FD, down_EDF = map(aligned, (dy_TD, x_TD, gate_up_E2FD, down_EDF))
     dx_TD, dgate_up_E2FD, ddown_EDF = (torch.empty_like(t) for t in (x_TD, gate_up_E2FD, down_EDF))
     dgate_N = torch.empty_like(gate_N, memory_format=torch.contiguous_format)
     if token_N.shape[0] == 0:

@@ -20,6 +20,7 @@ class Tile:
     """How one product is cut: columns, depth of a step, warps, stages of the pipeline, programs per multiprocessor.
 
     registers: the most that a thread may take, so that several programs fit; None for as many as it wants.
+    exact: as many columns as said, however many of them a width leaves unused.
     """
 
     columns: int
@@ -28,12 +29,17 @@ class Tile:
     stages: int
     programs: int = 1
     registers: int | None = None
+    exact: bool = False
 
     @property
     def compiled(self) -> dict[str, int]:
         """What a launch says of it to the compiler."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages} | limit
+
+    def block(self, width: int) -> int:
+        """Columns for a matrix of this width."""
+        return self.columns if self.exact else _block(width, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +152,7 @@ class Launcher:
 
     def gate_parts(self) -> Tensor:
         """(parts, N) float32, uninitialised: partial sums of the gates' gradients, which `hidden_gradient` fills."""
-        parts = -(-self.F // _block(self.F, self.tiles.hidden_gradient.columns))
+        parts = -(-self.F // self.tiles.hidden_gradient.block(self.F))
         return torch.empty(parts, len(self.token_N), dtype=torch.float32, device=self.token_N.device)
 
     def hidden_gradient(
@@ -169,7 +175,7 @@ class Launcher:
     def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EMN: Tensor, up: bool = False) -> None:
         """Gradient of `gate_up` where `up`, else of `down`; experts without pairs get zeros."""
         (E, M, N), tile = out_EMN.shape, self.tiles.weight_gradient
-        rows, columns = _block(M, self.tiles.rows), _block(N, tile.columns)
+        rows, columns = _block(M, self.tiles.rows), tile.block(N)
         items = E * -(-M // rows) * -(-N // columns)
         self.kernels.weight_gradient[self._grid(tile, items)](
             left, right, self.token_N, self.head, self.span, out_EMN, w, self.W, E,
@@ -177,7 +183,7 @@ class Launcher:
         )  # fmt: skip
 
     def _rowwise(self, kernel, tile: Tile, width: int) -> Callable[..., None]:
-        columns = _block(width, tile.columns)
+        columns = tile.block(width)
         grid = self._grid(tile, self.max_tiles * -(-width // columns))
 
         def launch(*args, **constants) -> None:

@@ -106,12 +106,13 @@ class Routing:
             cap: at most so many experts per token, those with the largest gates; None for no cap.
         """
         size_TE = self.gate_TE.detach().abs()  # a learned scale may be negative
-        keep_TE = size_TE > threshold
+        keep_TE, most = size_TE > threshold, self.assignment.token_N.shape[0]
         if cap is not None and cap < keep_TE.shape[1]:
+            most = min(most, size_TE.shape[0] * cap)
             chosen_TC = size_TE.topk(cap, dim=1).indices
             keep_TE = keep_TE & torch.zeros_like(keep_TE).scatter(1, chosen_TC, True)
         gate_TE = self.gate_TE * keep_TE
-        return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE), gate_TE=gate_TE)
+        return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE, most), gate_TE=gate_TE)
 
     @property
     def sparsity(self) -> Tensor:

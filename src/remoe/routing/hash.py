@@ -25,8 +25,9 @@ class HashRouter(Router):
             raise ConfigError('router "hash" needs token ids: layer(x, token_ids=...), and a model input_ids')
         part_K = torch.arange(self.k, device=ids_T.device)
         expert_TK = (self.k * ids_T[:, None] + part_K) % self.num_experts
-        active_TE = torch.zeros(len(ids_T), self.num_experts, dtype=torch.bool, device=ids_T.device)
+        active_TE = torch.zeros(ids_T.shape[0], self.num_experts, dtype=torch.bool, device=ids_T.device)
         active_TE = unmasked(active_TE.scatter(1, expert_TK, True), mask_T)
         gate_TE = active_TE.float()
         nothing = torch.zeros((), device=x_TD.device)
-        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, None, count_tokens(x_TD, mask_T), nothing)
+        pairs = Assignment.from_gates(gate_TE, active_TE, ids_T.shape[0] * self.k)
+        return Routing(pairs, gate_TE, None, count_tokens(x_TD, mask_T), nothing)

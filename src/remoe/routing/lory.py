@@ -54,7 +54,7 @@ class LoryRouter(LinearRouter):
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, *, seq_len: int | None = None, **_: object
     ) -> Routing:
-        T = len(x_TD)
+        T = x_TD.shape[0]
         S = T if seq_len is None else seq_len
         order_T = None if mask_T is None else padding_last(mask_T, S)
         if order_T is None:

@@ -63,11 +63,11 @@ class ReLURouter(LinearRouter):
         regularizer = self.penalty(gate_TE, active_TE, num_tokens)
         gate_TE = self.scaled(gate_TE)
 
-        cap = self.max_experts_per_token
+        cap, most = self.max_experts_per_token, None
         if cap is not None and cap < self.num_experts:
             active_TE = unmasked(active_TE & largest(gate_TE.abs(), cap), mask_T)
-            gate_TE = gate_TE * active_TE
-        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
+            gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * cap
+        return Routing(Assignment.from_gates(gate_TE, active_TE, most), gate_TE, logits_TE, num_tokens, regularizer)
 
     def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         """0-dim: what lambda multiplies."""

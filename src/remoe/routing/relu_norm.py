@@ -76,7 +76,7 @@ class ReLUNormRouter(LinearRouter):
         normed_TE = F.rms_norm(open_TE, (self.num_experts,), eps=self.eps)
         gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
         num_tokens = count_tokens(x_TD, mask_T)
-        seq_len = len(x_TD) if seq_len is None else seq_len
+        seq_len = x_TD.shape[0] if seq_len is None else seq_len
         if self.penalty == "chunk":
             sizes = {"seq_len": seq_len, "chunk": self.chunk, "num_tokens": num_tokens}
             regularizer = chunk_sparsity_loss(open_TE, mask_T, **sizes)

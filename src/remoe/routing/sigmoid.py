@@ -58,7 +58,8 @@ class SigmoidRouter(LinearRouter):
             gate_TE = gate_TE / total_T1.clamp(min=torch.finfo(gate_TE.dtype).tiny)
         num_tokens = count_tokens(x_TD, mask_T)
         nothing = torch.zeros((), device=x_TD.device)
-        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, nothing)
+        pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * self.k)
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, nothing)
 
     @torch.no_grad()
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:

@@ -51,7 +51,8 @@ class SparseMixerRouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         regularizer = switch_loss(prob_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
         gate_TE = gate_TE * active_TE
-        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
+        pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * self.k)
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)
 
     def _draw(self, logits_TE: Tensor, drawn_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(T, 1) int64 and float32: one more expert of each token, and its gate."""

@@ -70,7 +70,8 @@ class TopKRouter(LinearRouter):
             gate_TE = gate_TE / gate_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate_TE.dtype).tiny)
         if self.gate_scale != 1:
             gate_TE = gate_TE * self.gate_scale
-        return Routing(Assignment.from_gates(gate_TE, active_TE), gate_TE, logits_TE, num_tokens, regularizer)
+        pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * (self.warmup_k or self.k))
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)
 
     @torch.no_grad()
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
