@@ -144,6 +144,23 @@ def test_logits_and_gates_are_float32(name, mode):
     torch.testing.assert_close(routing.logits_TE, exact)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_logits_of_16_bit_tokens_have_the_gradients_of_float32_and_keep_no_copy(weights):
+    router = build_router("relu", D, E, 2, bias=True).to(weights)
+    router.reset_parameters(std=1.0)
+    x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        logits = router.logits(x)
+    assert torch.float32 not in kept or weights == torch.float32
+    probe = torch.randn(T, E)
+    found = torch.autograd.grad((logits * probe).sum(), (x, router.weight, router.bias))
+    exact = probe @ router.weight.float(), probe.t() @ x.float(), probe.sum(dim=0)
+    for gradient, expected, dtype in zip(found, exact, (torch.bfloat16, weights, weights), strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-5)
+
+
 def test_relu_gradcheck():
     # Away from zero logits, where ReLU has no derivative.
     router = ReLURouter(4, 3, 1).double()

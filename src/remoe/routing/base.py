@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError
@@ -98,13 +99,32 @@ class LinearRouter(Router):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             bias_E = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
+            if x_TD.dtype == dtype:
+                return F.linear(x_TD, self.weight.to(dtype), bias_E)
+            logits_TE = _Float32Product.apply(x_TD, self.weight)
+            return logits_TE if bias_E is None else logits_TE + bias_E
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class _Float32Product(torch.autograd.Function):
+    """x W^T in float32 of 16-bit tokens, which are kept for the backward pass as they are, not as float32."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.float() @ weight_ED.float().t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype)
+        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
 
 
 def keep_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
