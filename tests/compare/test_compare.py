@@ -15,6 +15,7 @@ import yaml
 
 from remoe.cli.main import main
 from remoe.compare.experiment import load_experiment
+from remoe.compare.live import Live
 from remoe.compare.pool import Pool
 from remoe.compare.runner import Worker, workers_on
 from remoe.data import open_dataset
@@ -231,6 +232,24 @@ def test_a_workers_error_stops_the_others(corpus, tmp_path, monkeypatch, capfd):
     with pool.claimed(long) as lock:  # nothing trains on unseen
         assert lock is not None
     assert pool.state(long) == "unfinished"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def test_an_error_while_a_run_trains_stops_that_run(corpus, tmp_path, monkeypatch, capfd):
+    path = write_experiment(tmp_path, base={**BASE, "steps": 100_000}, variants={"relu": {}})
+    pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
+    (run,) = load_experiment(path).runs
+
+    def fail(_):
+        if pool.folder(run).last_checkpoint() is not None:
+            raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(Live, "show", fail)
+    assert main(arguments(path, corpus, tmp_path)) != 0
+    assert "the terminal is gone" in capfd.readouterr().err
+    with pool.claimed(run) as lock:
+        assert lock is not None
+    assert pool.state(run) == "unfinished"
 
 
 def test_workers_share_threads_and_gpus(monkeypatch):

@@ -163,12 +163,17 @@ class _Matrix:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **posix
             )
         sent = 0
-        while child.poll() is None:
-            if sent < self.signals:
+        try:
+            while child.poll() is None:
+                if sent < self.signals:
+                    child.send_signal(signal.SIGINT)
+                    sent += 1
+                self.live.show()
+                time.sleep(POLL_SECONDS)
+        finally:  # an error, such as a terminal that is gone: no child trains on unseen
+            if child.poll() is None:
                 child.send_signal(signal.SIGINT)
-                sent += 1
-            self.live.show()
-            time.sleep(POLL_SECONDS)
+                child.wait()
         return child.returncode
 
 
