@@ -65,6 +65,7 @@ class CompareOptions:
 def compare_command(argv: list[str]) -> int:
     """Runs what is missing, then writes tables and figures; 1 when a run failed, 130 when a signal stopped it."""
     options = parse(CompareOptions, argv, prog=PROG)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars in the table; read when they are imported
     if options.data is not None and options.corpus is not None:
         raise ConfigError("--data and --corpus do not go together")
     if options.tasks is None and (options.task_data is not None or options.limit is not None):
