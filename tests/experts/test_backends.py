@@ -17,7 +17,12 @@ from remoe.experts.backends import resolve_backend
 from remoe.experts.triton import windows
 from remoe.routing.assignment import Assignment
 
-EVERYWHERE = ["loop", "loop without kernels"]
+SHAPES_16_BIT = SHAPES | {
+    "16 bytes": (31, 64, 40, 5, 0.4),
+    "odd widths": (31, 61, 35, 5, 0.6),
+    "long": (9, 1100, 70, 2, 0.7),
+}
+EVERYWHERE = ["loop", "loop without passes", "loop without kernels"]
 # Triton decides on its first import whether to interpret its kernels, so its tests run in a process of their own, which
 # `test_triton_in_its_interpreter` starts. tests/gpu runs the compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,6 +33,8 @@ RAGGED = ["grouped", "triton"] if INTERPRETED else ["grouped"]
 def backend(request, monkeypatch):
     """A backend as a function."""
     name, _, variant = request.param.partition(" ")
+    if variant:
+        monkeypatch.setattr(f"remoe.experts.{name}.ragged_kernels", lambda dtype: None)
     if variant == "without kernels":
         monkeypatch.setattr(f"remoe.experts.{name}.compiled_kernels", lambda dtype: None)
     return functools.partial(run_experts, backend=name)
@@ -77,9 +84,9 @@ def test_gradcheck(backend):
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("widths", [(60, 36), (64, 40)], ids=["odd", "16 bytes"])
-def test_16_bit(backend, dtype, widths):
-    leaves, active = problem(31, *widths, 5, 0.4, dtype)
+@pytest.mark.parametrize("shape", SHAPES_16_BIT.values(), ids=SHAPES_16_BIT.keys())
+def test_16_bit(backend, dtype, shape):
+    leaves, active = problem(*shape, dtype)
     skip_unless_able(backend, leaves)
     check_equals_naive(backend, leaves, active, 1e-2)
 

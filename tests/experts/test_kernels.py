@@ -43,7 +43,7 @@ def test_built_once_and_found_again(fresh):
 def test_switched_off(fresh, monkeypatch):
     monkeypatch.setenv("REMOE_KERNELS", "0")
     assert kernels.compiled_kernels(torch.float32) is None
-    assert kernels.ragged_kernels() is None
+    assert kernels.ragged_kernels(torch.float32) is None
     assert not list(fresh.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Whole passes in compiled code: experts for a few tokens, and forward and backward passes in float32.
+"""Whole passes in compiled code: experts for a few tokens, and forward and backward passes.
 
 Same arguments as in `remoe.experts.ops`, contiguous; `count` is count_E as a list.
 
@@ -53,12 +53,12 @@ def forward(
     pre_C2F: Tensor,
 ) -> Tensor:
     """Output; pre_C2F takes the pre-activations of the first C pairs."""
-    y_TD = torch.zeros_like(x_TD)
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
-    scratch = x_TD.new_empty(kernels.forward_scratch(sizes))
+    scratch = torch.empty(kernels.forward_scratch(sizes), dtype=torch.uint8)
     inputs = _addresses(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E)
     kernels.experts_forward(*inputs, sizes, *_addresses(scratch, pre_C2F, y_TD))
-    return y_TD
+    return y_TD.to(x_TD.dtype)
 
 
 def backward(
@@ -74,14 +74,14 @@ def backward(
     pre_C2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate."""
-    dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
+    dx_TD, dgate_N = torch.zeros_like(x_TD, dtype=torch.float32), torch.zeros_like(gate_N)
     dgate_up_E2FD, ddown_EDF = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
     sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
-    scratch = x_TD.new_empty(kernels.backward_scratch(sizes))
+    scratch = torch.empty(kernels.backward_scratch(sizes), dtype=torch.uint8)
     inputs = _addresses(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
     outputs = _addresses(scratch, dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N)
     kernels.experts_backward(*inputs, sizes, *outputs)
-    return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
+    return dx_TD.to(x_TD.dtype), dgate_up_E2FD, ddown_EDF, dgate_N
 
 
 def _sizes(x_TD: Tensor, down_EDF: Tensor, pre_C2F: Tensor, count: list[int]) -> ctypes.Array:

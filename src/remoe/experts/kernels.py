@@ -53,20 +53,22 @@ class Kernels:
 
 
 class RaggedKernels:
-    """The functions of ragged.cpp: whole passes in float32."""
+    """The functions of ragged.cpp, whole passes, for one dtype."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
         for name, arguments in _RAGGED_ARGUMENTS.items():
-            function = getattr(library, name)
+            function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, _I if name.endswith("scratch") else None
             setattr(self, name, function)
 
 
 @cache
-def ragged_kernels() -> RaggedKernels | None:
-    """Whole passes for float32, or None where the machine cannot build them."""
-    library = _library()
-    return None if library is None else RaggedKernels(library)
+def ragged_kernels(dtype: torch.dtype) -> RaggedKernels | None:
+    """Whole passes for `dtype`, or None: the machine cannot build them, or other products of that dtype are faster."""
+    library = _library() if dtype in _SUFFIXES else None
+    if library is None or not hasattr(library, f"experts_forward_{_SUFFIXES[dtype]}"):
+        return None
+    return RaggedKernels(library, _SUFFIXES[dtype])
 
 
 @cache

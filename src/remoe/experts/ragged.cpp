@@ -1,4 +1,5 @@
-// Forward and backward pass of all experts in float32, one thread per block of an expert's pairs.
+// Forward and backward pass of all experts, one thread per block of an expert's pairs; in float32, and in bfloat16 where the
+// processor multiplies that (with sums over experts in float32).
 //
 // A matrix product of a few hundred rows is too small to be shared by threads without loss, but there are many of
 // them. So each thread takes a block through gather, up projection, SwiGLU and down projection, in scratch memory of its
@@ -63,8 +64,9 @@ std::vector<size_t> by_size(const std::vector<Block> &blocks, size_t first, size
     return order;
 }
 
-void gather_rows(const float *x_TD, const int64_t *token_m, int64_t m, int64_t D, float *out_mD) {
-    for (int64_t i = 0; i < m; i++) std::memcpy(out_mD + i * D, x_TD + token_m[i] * D, D * sizeof(float));
+template <typename X>
+void gather_rows(const X *x_TD, const int64_t *token_m, int64_t m, int64_t D, X *out_mD) {
+    for (int64_t i = 0; i < m; i++) std::memcpy(out_mD + i * D, x_TD + token_m[i] * D, D * sizeof(X));
 }
 
 // y_TD[token] += row for the rows of blocks [first, end). Each thread has a range of tokens; an expert's tokens are
@@ -85,18 +87,19 @@ void combine(const std::vector<Block> &blocks, size_t first, size_t end, const f
 }
 
 // What the weight gradients are made of.
+template <typename X>
 struct Factors {
-    float *x_D, *dy_D, *hidden_F, *dpre_2F;
+    X *x_D, *dy_D, *hidden_F, *dpre_2F;
 
     Factors row(int64_t i, const Sizes &n) const {
         return {x_D + i * n.D, dy_D + i * n.D, hidden_F + i * n.F, dpre_2F + i * 2 * n.F};
     }
 
-    static Factors in(float *memory, int64_t rows, const Sizes &n) {
+    static Factors in(X *memory, int64_t rows, const Sizes &n) {
         return {memory, memory + rows * n.D, memory + rows * 2 * n.D, memory + rows * (2 * n.D + n.F)};
     }
 
-    static int64_t floats(int64_t rows, const Sizes &n) { return rows * (2 * n.D + 3 * n.F); }
+    static int64_t numbers(int64_t rows, const Sizes &n) { return rows * (2 * n.D + 3 * n.F); }
 };
 
 // Rows [from, to) of one expert's weight gradient, over its pairs [start, start + rows).
@@ -106,8 +109,8 @@ struct Tile {
     bool first;  // of the expert's windows
 };
 
-void weight_gradient(const Tile &t, const Factors &a, const Sizes &n, float *dgate_up_E2FD,
-                     float *ddown_EDF) {
+template <typename X>
+void weight_gradient(const Tile &t, const Factors<X> &a, const Sizes &n, X *dgate_up_E2FD, X *ddown_EDF) {
     const int64_t size = t.to - t.from;
     const bool add = !t.first;
     if (t.down)
@@ -142,40 +145,45 @@ std::vector<Tile> weight_tiles(const std::vector<Block> &blocks, size_t first, s
     return tiles;
 }
 
-}  // namespace
-
-// Floats of scratch memory that the passes need.
-extern "C" int64_t forward_scratch(const Sizes *n) {
-    return (n->W + n->m) * n->D + omp_get_max_threads() * n->m * (n->D + 3 * n->F);
+// Scratch memory: rows to be summed over experts, in float32, and behind them the numbers of windows and threads.
+template <typename X>
+int64_t scratch_bytes(int64_t numbers, const Sizes &n) {
+    return (n.W + n.m) * n.D * sizeof(float) + numbers * sizeof(X);
 }
 
-extern "C" int64_t backward_scratch(const Sizes *n) {
-    return (n->W + n->m) * n->D + Factors::floats(n->window_factors, *n) +
-           omp_get_max_threads() * (Factors::floats(n->thread_factors, *n) + n->m * 3 * n->F);
+template <typename X>
+int64_t forward_scratch(const Sizes &n) {
+    return scratch_bytes<X>(omp_get_max_threads() * n.m * (n.D + 3 * n.F), n);
 }
 
-extern "C" void experts_forward(const float *x_TD, const float *gate_up_E2FD, const float *down_EDF,
-                                const float *gate_N, const int64_t *token_N, const int64_t *count_E, const Sizes *sizes,
-                                float *scratch, float *pre_C2F, float *y_TD) {
-    const Sizes n = *sizes;
+template <typename X>
+int64_t backward_scratch(const Sizes &n) {
+    const int64_t of_threads = omp_get_max_threads() * (Factors<X>::numbers(n.thread_factors, n) + n.m * 3 * n.F);
+    return scratch_bytes<X>(Factors<X>::numbers(n.window_factors, n) + of_threads, n);
+}
+
+template <typename X>
+void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const float *gate_N, const int64_t *token_N,
+             const int64_t *count_E, const Sizes &n, void *scratch, X *pre_C2F, float *y_TD) {
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
-    float *out_WD = scratch, *of_threads = scratch + (n.W + m) * D;
+    float *out_WD = (float *)scratch;
+    X *of_threads = (X *)(out_WD + (n.W + m) * D);
     for (size_t first = 0, end; first < blocks.size(); first = end) {
         end = window_end(blocks, first, n.W);
         const std::vector<size_t> order = by_size(blocks, first, end);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < order.size(); i++) {
             const auto [e, start, rows] = blocks[order[i]];
-            float *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
-            float *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
+            X *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
+            X *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
             gather_rows(x_TD, token_N + start, rows, D, x_mD);
             multiply(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
             for (int64_t j = 0; j < rows; j++)
                 swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
             // Of a block that reaches beyond C its first rows: with other threads the backward pass has other blocks.
             if (start < n.C && start + rows > n.C)
-                std::memcpy(pre_C2F + start * 2 * F, pre_m2F, (n.C - start) * 2 * F * sizeof(float));
+                std::memcpy(pre_C2F + start * 2 * F, pre_m2F, (n.C - start) * 2 * F * sizeof(X));
             float *out_mD = out_WD + (start - blocks[first].start) * D;
             multiply(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
         }
@@ -183,22 +191,22 @@ extern "C" void experts_forward(const float *x_TD, const float *gate_up_E2FD, co
     }
 }
 
-extern "C" void experts_backward(const float *dy_TD, const float *x_TD, const float *gate_up_E2FD,
-                                 const float *down_EDF, const float *gate_N, const int64_t *token_N,
-                                 const int64_t *count_E, const float *pre_C2F, const Sizes *sizes, float *scratch,
-                                 float *dx_TD, float *dgate_up_E2FD, float *ddown_EDF, float *dgate_N) {
-    const Sizes n = *sizes;
+template <typename X>
+void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const float *gate_N,
+              const int64_t *token_N, const int64_t *count_E, const X *pre_C2F, const Sizes &n, void *scratch,
+              float *dx_TD, X *dgate_up_E2FD, X *ddown_EDF, float *dgate_N) {
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
-    const int64_t of_thread = Factors::floats(n.thread_factors, n) + m * 3 * F;
-    float *dx_WD = scratch, *of_window = dx_WD + (n.W + m) * D;
-    float *of_threads = of_window + Factors::floats(n.window_factors, n);
-    const Factors window = Factors::in(of_window, n.window_factors, n);
+    const int64_t of_thread = Factors<X>::numbers(n.thread_factors, n) + m * 3 * F;
+    float *dx_WD = (float *)scratch;
+    X *of_window = (X *)(dx_WD + (n.W + m) * D);
+    X *of_threads = of_window + Factors<X>::numbers(n.window_factors, n);
+    const Factors<X> window = Factors<X>::in(of_window, n.window_factors, n);
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < n.E; e++) {
         if (count_E[e]) continue;
-        std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(float));
-        std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(float));
+        std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(X));
+        std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(X));
     }
     for (size_t first = 0, end; first < blocks.size(); first = end) {
         end = window_end(blocks, first, n.W);
@@ -207,12 +215,12 @@ extern "C" void experts_backward(const float *dy_TD, const float *x_TD, const fl
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < order.size(); i++) {
             const auto [e, start, rows] = blocks[order[i]];
-            const float *gate_up_2FD = gate_up_E2FD + e * 2 * F * D, *pre_m2F = pre_C2F + start * 2 * F;
-            float *own = of_threads + omp_get_thread_num() * of_thread;
-            float *dhidden_mF = own + Factors::floats(n.thread_factors, n), *again_m2F = dhidden_mF + m * F;
+            const X *gate_up_2FD = gate_up_E2FD + e * 2 * F * D, *pre_m2F = pre_C2F + start * 2 * F;
+            X *own = of_threads + omp_get_thread_num() * of_thread;
+            X *dhidden_mF = own + Factors<X>::numbers(n.thread_factors, n), *again_m2F = dhidden_mF + m * F;
             // All of an expert's pairs in one block: its weight gradients are made while the factors are in cache.
             const bool whole = is_whole(blocks[order[i]], count_E);
-            const Factors a = whole ? Factors::in(own, n.thread_factors, n) : window.row(start - base, n);
+            const Factors<X> a = whole ? Factors<X>::in(own, n.thread_factors, n) : window.row(start - base, n);
             gather_rows(x_TD, token_N + start, rows, D, a.x_D);
             gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
             if (start + rows > n.C) {
@@ -221,7 +229,7 @@ extern "C" void experts_backward(const float *dy_TD, const float *x_TD, const fl
             }
             multiply(false, false, rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, false, dhidden_mF, F);
             for (int64_t j = 0; j < rows; j++) {
-                const Factors row = a.row(j, n);
+                const Factors<X> row = a.row(j, n);
                 dgate_N[start + j] = swiglu_backward_row(pre_m2F + j * 2 * F, dhidden_mF + j * F, gate_N[start + j], F,
                                                          row.hidden_F, row.dpre_2F);
             }
@@ -239,3 +247,25 @@ extern "C" void experts_backward(const float *dy_TD, const float *x_TD, const fl
             weight_gradient(tiles[i], window.row(tiles[i].start - base, n), n, dgate_up_E2FD, ddown_EDF);
     }
 }
+
+}  // namespace
+
+#define EXPORT(X, suffix)                                                                                              \
+    extern "C" int64_t forward_scratch_##suffix(const Sizes *n) { return forward_scratch<X>(*n); }                     \
+    extern "C" int64_t backward_scratch_##suffix(const Sizes *n) { return backward_scratch<X>(*n); }                   \
+    extern "C" void experts_forward_##suffix(const X *x, const X *gate_up, const X *down, const float *gate,           \
+                                             const int64_t *token, const int64_t *count, const Sizes *n,               \
+                                             void *scratch, X *pre, float *y) {                                        \
+        forward(x, gate_up, down, gate, token, count, *n, scratch, pre, y);                                            \
+    }                                                                                                                  \
+    extern "C" void experts_backward_##suffix(const X *dy, const X *x, const X *gate_up, const X *down,                \
+                                              const float *gate, const int64_t *token, const int64_t *count,           \
+                                              const X *pre, const Sizes *n, void *scratch, float *dx, X *dgate_up,     \
+                                              X *ddown, float *dgate) {                                                \
+        backward(dy, x, gate_up, down, gate, token, count, pre, *n, scratch, dx, dgate_up, ddown, dgate);              \
+    }
+
+EXPORT(float, float32)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the latter's products are faster, and oneDNN's
+EXPORT(bfloat16, bfloat16)
+#endif
