@@ -8,8 +8,8 @@ two runs agree bit for bit. Scratch memory is that of one block.
 The gate multiplies the hidden activation, before the down projection: its gradient then needs no expert output. The
 backward pass recomputes the activation from the stored pre-activations, and those too where they were not stored.
 
-Where there are compiled kernels for whole passes, `compiled.py` takes those instead, a block per thread: in float32, and
-in bfloat16 on processors that multiply it. Runs on every device, with plain torch operations where nothing is built.
+Where there are compiled kernels for whole passes, `compiled.py` takes those instead, a block per thread: in float32,
+and in bfloat16 on processors that multiply it. Runs on every device, by plain torch operations where nothing is built.
 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, m pairs of one block.
 """
