@@ -17,16 +17,15 @@ from remoe.experts.backends import resolve_backend
 from remoe.experts.triton import windows
 from remoe.routing.assignment import Assignment
 
-SHAPES_16_BIT = SHAPES | {
-    "16 bytes": (31, 64, 40, 5, 0.4),
-    "odd widths": (31, 61, 35, 5, 0.6),
-    "long": (9, 1100, 70, 2, 0.7),
-}
 EVERYWHERE = ["loop", "loop without passes", "loop without kernels"]
 # Triton decides on its first import whether to interpret its kernels, so its tests run in a process of their own, which
 # `test_triton_in_its_interpreter` starts. tests/gpu runs the compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RAGGED = ["grouped", "triton"] if INTERPRETED else ["grouped"]
+SHAPES_16_BIT = {
+    "16 bytes": (31, 64, 40, 5, 0.4),
+    "odd widths": (31, 61, 35, 5, 0.6),
+} | ({} if INTERPRETED else SHAPES | {"long": (9, 1100, 70, 2, 0.7)})  # the interpreter is slow
 
 
 @pytest.fixture
