@@ -15,7 +15,7 @@ from remoe.cli.main import main
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 OURS = {"dense", "remoe relu", "remoe topk"}
-PEERS = {"transformers eager", "transformers grouped_mm", "transformers grouped_mm, relu padded"}
+PEERS = {"transformers eager", "transformers grouped_mm", "grouped_mm, relu load"}
 
 
 @pytest.mark.parametrize("peers", [True, False])
@@ -36,7 +36,7 @@ def test_a_peer_computes_the_ragged_load_that_it_is_given():
     y, routing = ours(x)
     active_T = (routing.gate_TE > 0).sum(dim=1)
     assert active_T.min() < active_T.max()
-    peer = peer_layers(case, CPU, ours.router, int(active_T.max()))["transformers grouped_mm, relu padded"]
+    peer = peer_layers(case, CPU, ours.router, int(active_T.max()))["grouped_mm, relu load"]
     peer.experts.load_state_dict(ours.experts.state_dict())
     torch.testing.assert_close(peer(x), y)
     peer(x).sum().backward()

@@ -44,10 +44,10 @@ def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int
     """
     layers = {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
     experts = mixtral_layer(size, "grouped_mm").block.experts
-    layers["transformers grouped_mm, relu padded"] = _Padded(relu, slots, experts, absent=size.E)
+    layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent=size.E)
     if device.type == "cuda" and find_spec("scattermoe"):
         layers["scattermoe"] = _ScatterMoE(size)
-        layers["scattermoe, relu padded"] = _Padded(relu, slots, _scattermoe_experts(size, slots))
+        layers["scattermoe, relu load"] = _Padded(relu, slots, _scattermoe_experts(size, slots))
     return layers
 
 
