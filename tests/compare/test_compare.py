@@ -196,7 +196,7 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
-def test_workers_train_side_by_side(corpus, tmp_path):
+def test_workers_train_side_by_side(corpus, tmp_path, capfd):
     base = {**BASE, "steps": 300}
     path = write_experiment(tmp_path, base=base, equal_flops=False)
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
@@ -210,6 +210,7 @@ def test_workers_train_side_by_side(corpus, tmp_path):
     steps = [read_metrics(pool.folder(run).metrics)[-1]["step"] for run in runs]
     assert all(0 < step < 300 for step in steps)  # both were on their way, and both have stopped
     assert main([*arguments(path, corpus, tmp_path), "--workers", "2"]) == 0
+    assert "another process" not in capfd.readouterr().out  # a worker waits for the other in silence
     for run in runs:
         assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 301))
         assert pool.summary(run)["machine"]["threads"] == max(1, torch.get_num_threads() // 2)

@@ -1,47 +1,14 @@
 """The other routing methods against their formulas in plain loops, with gradients."""
 
-import math
-
 import pytest
 import reference
 import torch
+from routing.formulas import D, E, K, T, check, check_penalty, logits, router_and_input, softmax
 
 import remoe
 from remoe.errors import ConfigError
 from remoe.routing import build_router
 from remoe.routing.regularizers import load_balanced_l1_loss
-
-T, D, E, K = 63, 20, 5, 2
-
-
-def router_and_input(name, k=K, **options):
-    router = build_router(name, D, E, k, **options)
-    router.reset_parameters(std=1.0)
-    return router, torch.randn(T, D, requires_grad=True)
-
-
-def check(router, x, formula):
-    """Gates and the gradients of x and the router's weight equal those of `formula(x64, w64) -> list of rows`."""
-    routing = router(x)
-    x64, w64 = (t.detach().double().requires_grad_() for t in (x, router.weight))
-    expected = torch.stack([torch.stack(row) for row in formula(x64, w64)])
-    probe = torch.randn(T, E)
-    (routing.gate_TE * probe).sum().backward()
-    (expected * probe.double()).sum().backward()
-    assert reference.relative_error(routing.gate_TE, expected) < 1e-5
-    assert reference.relative_error(x.grad, x64.grad) < 1e-5
-    assert reference.relative_error(router.weight.grad, w64.grad) < 1e-5
-    assert torch.equal(routing.count_E, (routing.gate_TE != 0).sum(dim=0))
-    return routing
-
-
-def logits(x64, w64):
-    return [[(x_D * w_D).sum() for w_D in w64] for x_D in x64]
-
-
-def softmax(row):
-    total = sum(z.exp() for z in row)
-    return [z.exp() / total for z in row]
 
 
 def best(values, k):
@@ -99,74 +66,6 @@ def test_sigmoid_chooses_with_the_bias_and_gates_without_it():
     assert torch.allclose(router.bias_E, torch.tensor([0.499, -0.499, 0.0, 0.2, -0.099]), atol=1e-6)
 
 
-def sparsemixer_gates(x64, w64, k):
-    """At evaluation."""
-    for row in logits(x64, w64):
-        gates, drawn = [z * 0 for z in row], set()
-        for _ in range(k):
-            left = [e for e in range(E) if e not in drawn]
-            top = max(float(row[e]) for e in left)
-            near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
-            expert = max(near, key=lambda e: float(row[e]))
-            gates[expert] = row[expert].exp() / sum(row[e].exp() for e in near)
-            drawn.add(expert)
-        yield gates
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_sparsemixer_takes_the_largest_at_evaluation(k):
-    router, x = router_and_input("sparsemixer", k=k)
-    router.eval()
-
-    check(router, x, lambda x64, w64: sparsemixer_gates(x64, w64, k))
-
-
-def test_sparsemixer_samples_in_training_and_differentiates_the_softmax():
-    router = build_router("sparsemixer", 1, 3, 1)
-    # Logits 1.0, 0.9 and -1 for every token: the third is out of reach, the second is drawn with probability pi.
-    router.weight.data = torch.tensor([[1.0], [0.9], [-1.0]])
-    x = torch.ones(40_000, 1, requires_grad=True)
-    routing = router(x)
-    pi = 1 / (1 + math.exp(-0.1))
-    share = routing.count_E / len(x)
-    assert share[0].item() == pytest.approx(pi, abs=0.01)
-    assert share[1].item() == pytest.approx(1 - pi, abs=0.01)
-    assert share[2] == 0
-    second = routing.gate_TE[:, 1][routing.gate_TE[:, 1] > 0]
-    whole = second > 0.4  # 1 - pi, or a third of it
-    assert whole.float().mean().item() == pytest.approx(0.25, abs=0.02)
-    torch.testing.assert_close(second[~whole], torch.full_like(second[~whole], (1 - pi) / 3))
-    (gradient,) = torch.autograd.grad(routing.gate_TE.sum(), router.weight)
-    # d pi_e / d z_e = pi_e (1 - pi_e), whatever m is; the other's is the negative
-    expected = pi * (1 - pi) * (routing.count_E[0] - routing.count_E[1]).item()
-    assert gradient.flatten().tolist() == pytest.approx([expected, -expected, 0.0], rel=1e-3)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_sparsemixer_in_training_with_the_same_draws(k):
-    router, x = router_and_input("sparsemixer", k=k)
-    torch.manual_seed(5)
-    noise = [(-torch.empty(T, E).exponential_().log(), torch.rand(T, 1)) for _ in range(k)]
-
-    def formula(x64, w64):
-        for t, row in enumerate(logits(x64, w64)):
-            gates, drawn = [z * 0 for z in row], set()
-            for gumbel_TE, coin_T1 in noise:
-                left = [e for e in range(E) if e not in drawn]
-                largest = max(left, key=lambda e: float(row[e]))
-                top = float(row[largest])
-                near = [e for e in left if (top - float(row[e])) / max(abs(float(row[e])), top) <= 0.2]
-                expert = max(near, key=lambda e: float(row[e]) + float(gumbel_TE[t, e]))
-                pi = row[expert].exp() / sum(row[e].exp() for e in near)
-                m = 1 if expert == largest or coin_T1[t] > 0.75 else 1 / 3
-                gates[expert] = pi + ((m - 1) * pi).detach()
-                drawn.add(expert)
-            yield gates
-
-    torch.manual_seed(5)
-    check(router, x, formula)
-
-
 def by_choice(scores, k=K):
     """Rows of scores with everything but each expert's round(T k / E) largest set to zero."""
     wanted = round(len(scores) * k / E)
@@ -217,30 +116,6 @@ def test_relu_quantile_is_a_relu_above_the_moving_quantile():
             [torch.clamp(z - zero, min=0) for z, zero in zip(row, zeros, strict=True)] for row in logits(x64, w64)
         ],
     )
-
-
-def check_penalty(router, x, gates, penalty, loss_of=lambda routing: routing.regularizer, **kwargs):
-    """`gates(x64, w64, scale64)` and `penalty` of the same against the router's: values, and gradients of all three."""
-    scale = getattr(router, "scale", None)
-    if scale is not None:
-        scale.data.uniform_(0.5, 2.0)
-    leaves = [x, router.weight] + ([] if scale is None else [scale])
-    x64, w64, *rest = leaves64 = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    scale64 = rest[0] if rest else torch.ones(E, dtype=torch.float64)
-    routing = router(x, **kwargs)
-    rows, loss64 = gates(x64, w64, scale64), penalty(x64, w64, scale64)
-    expected = torch.stack([torch.stack(list(row)) for row in rows])
-    probe = torch.randn(T, E)
-    loss = loss_of(routing)
-    assert reference.relative_error(routing.gate_TE, expected) < 1e-5
-    assert reference.relative_error(loss, loss64) < 1e-5
-    for total, total64 in ((loss, loss64), ((routing.gate_TE * probe).sum(), (expected * probe.double()).sum())):
-        actual = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
-        wanted = torch.autograd.grad(total64, leaves64, retain_graph=True, materialize_grads=True)
-        for a, w in zip(actual, wanted, strict=True):
-            assert reference.relative_error(a, w) < 1e-5
-        assert actual[0].any()
-        assert actual[1].any()
 
 
 def relu_norm_gates(x64, w64, scale64):
@@ -310,19 +185,6 @@ def test_relu_scaled_has_a_scale_per_expert_and_penalises_the_entropy():
         return total
 
     check_penalty(router, x, gates, entropy)
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_sparsemixer_balances_by_the_switch_loss(k):
-    router, x = router_and_input("sparsemixer", k=k)
-    router.eval()
-    counts = router(x).count_E.tolist()
-
-    def balance(x64, w64, scale64):
-        probs = [softmax(row) for row in logits(x64, w64)]
-        return E * sum(counts[e] / (k * T) * sum(row[e] for row in probs) / T for e in range(E))
-
-    check_penalty(router, x, lambda *leaves: sparsemixer_gates(*leaves[:2], k), balance)
 
 
 def test_cap_and_dial_keep_the_gates_that_are_largest_in_size():

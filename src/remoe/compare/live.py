@@ -73,9 +73,7 @@ class Live:
         self.console.print(f"{run.label}: stopped; the same command goes on from here")
 
     def wait(self, run: Run) -> None:
-        """A worker has nothing to do, because others have all that is left, this run among it."""
-        if self._begin:  # others of this process
-            return
+        """Only other processes have something to do, this run among it."""
         if self._moving:
             self._live.update(Group(self.table(), Text(f"{run.label}: another process trains it; {self._count()}")))
         elif not self._waiting:

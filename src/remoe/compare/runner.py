@@ -104,6 +104,7 @@ class _Matrix:
     live: Live
     interrupt: Interrupt
     failed: set[str] = field(default_factory=set)  # keys
+    claimed: set[str] = field(default_factory=set)
     broken: bool = False
 
     @property
@@ -119,12 +120,15 @@ class _Matrix:
                 with self.pool.claimed(run) as lock:
                     if lock is None or not self._unfinished(run):  # another has it, or has just finished it
                         continue
+                    self.claimed.add(run.key)
                     if error := self._finish(run, worker, lock):
                         self.failed.add(run.key)
                         self.live.failed(run, error)
+                    self.claimed.remove(run.key)
                 break
             else:
-                self.live.wait(run)
+                if not self.claimed:
+                    self.live.wait(run)
                 time.sleep(POLL_SECONDS)
             if self.signals:
                 self.live.stopped(run)

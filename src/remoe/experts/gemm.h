@@ -4,8 +4,8 @@
 // by two vectors of c in registers. Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix
 // Multiplication" (2008). Widths follow the vector registers that the compiler has been told of.
 //
-// Panels are made of units of 32 bits: a float32, or two bfloat16 that follow each other in k, which AVX512-BF16 multiplies
-// and adds in one go.
+// Panels are made of units of 32 bits: a float32, or two bfloat16 that follow each other in k, which AVX512-BF16
+// multiplies and adds in one go.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Experts for a few tokens, and the steps between matrix products that are called from Python, for float32 and bfloat16.
+// Experts for a few tokens, and the steps between matrix products that are called from Python, in float32 and bfloat16.
 //
 // Rows are split among threads, and every output element is written by one thread in a fixed order, so results do not
 // depend on timing.

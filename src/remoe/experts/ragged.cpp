@@ -1,11 +1,10 @@
-// Forward and backward pass of all experts, one thread per block of an expert's pairs; in float32, and in bfloat16 where the
-// processor multiplies that (with sums over experts in float32).
+// Forward and backward pass of all experts, one thread per block of an expert's pairs; in float32, and in bfloat16
+// where the processor multiplies that (with sums over experts in float32).
 //
-// A matrix product of a few hundred rows is too small to be shared by threads without loss, but there are many of
-// them. So each thread takes a block through gather, up projection, SwiGLU and down projection, in scratch memory of its
-// own. Windows of blocks bound the memory for what threads hand to each other: the
-// rows to be summed per token, and what the weight gradients are made of. Each sum is done by one thread in the order
-// of the pairs, whatever the number of threads.
+// A matrix product of a few hundred rows is too small to be shared by threads without loss, but there are many of them.
+// So each thread takes a block through gather, up projection, SwiGLU and down projection, in scratch memory of its own.
+// Windows of blocks bound the memory for what threads hand to each other: the rows to be summed per token, and what
+// the weight gradients are made of. Each sum is done by one thread in the order of the pairs, whatever their number.
 //
 // Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W pairs
 // of a window; it has room for W + m.

@@ -121,10 +121,11 @@ class _Float32Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
-        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype)
-        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+        dx, dweight = ctx.needs_input_grad
+        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype) if dx else None
+        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype) if dweight else None
 
 
 def keep_float32(module: nn.Module, before: dict[str, Tensor]) -> None:

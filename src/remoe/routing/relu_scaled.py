@@ -30,7 +30,7 @@ class ReLUScaledRouter(ReLURouter):
         options: those of `ReLURouter`; load_balance and load_balance_power with penalty "l1" only.
 
     Raises:
-        ConfigError: as `ReLURouter`, and for an unknown penalty or scale_init <= 0.
+        ConfigError: as `ReLURouter`, and for an unknown penalty, scale_init <= 0, or an option that has no effect.
     """
 
     def __init__(
