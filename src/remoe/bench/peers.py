@@ -43,8 +43,10 @@ def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int
         slots: the most experts that it gives a token.
     """
     layers = {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
-    experts = mixtral_layer(size, "grouped_mm").block.experts
-    layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent=size.E)
+    experts, absent = mixtral_layer(size, "grouped_mm").block.experts, None
+    if hasattr(experts, "_is_expert_parallel"):  # then it knows pairs of experts that it does not have, and skips them
+        experts._is_expert_parallel, absent = True, size.E
+    layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent)
     if device.type == "cuda" and find_spec("scattermoe"):
         layers["scattermoe"] = _ScatterMoE(size)
         layers["scattermoe, relu load"] = _Padded(relu, slots, _scattermoe_experts(size, slots))
