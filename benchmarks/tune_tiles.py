@@ -28,18 +28,20 @@ from remoe.machine import machine
 from remoe.routing.assignment import Assignment
 
 CANDIDATES: dict[str, list[Tile]] = {
-    "up": [
-        Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2),
-        Tile(128, 64, 4, 4, 2), Tile(256, 64, 8, 3, exact=True),
+    "up": [Tile(256, 64, 8, 4, exact=True), Tile(256, 64, 8, 3, exact=True), Tile(128, 64, 8, 3, 2, 128)],
+    "down": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 4, 3, 2)],
+    "hidden_gradient": [Tile(128, 64, 8, 3, 2, 128), Tile(256, 64, 8, 4, exact=True), Tile(128, 64, 4, 3, 2)],
+    "rows_gradient": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 4, 3, 2)],
+    "gate_up_gradient": [
+        Tile(128, 64, 8, 5, rows=256), Tile(256, 64, 8, 5), Tile(256, 64, 8, 7), Tile(128, 64, 8, 5, 2, 128),
     ],
-    "down": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2)],
-    "hidden_gradient": [
-        Tile(256, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 2, 128), Tile(256, 64, 8, 3, exact=True),
+    "down_gradient": [
+        Tile(256, 64, 8, 5, exact=True), Tile(256, 64, 8, 7, exact=True), Tile(128, 64, 8, 5, 2, 128),
+        Tile(128, 64, 8, 5, rows=256),
     ],
-    "rows_gradient": [Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 8, 3, 2), Tile(128, 64, 4, 3, 2)],
-    "weight_gradient": [
-        Tile(256, 64, 8, 5), Tile(256, 64, 8, 7), Tile(128, 64, 8, 5, 2, 128), Tile(256, 64, 8, 5, exact=True),
-    ],
+}  # fmt: skip
+MATRICES = {
+    "up": 2, "down": 1, "hidden_gradient": 1, "rows_gradient": 2, "gate_up_gradient": 2, "down_gradient": 1,
 }  # fmt: skip
 TINY = (Case(48, 32, 48, 3, 1),)
 WORKERS = 12
@@ -94,20 +96,22 @@ class Products:
                 out = [self.x.new_empty(W, self.case.D)]
                 launch.project(0, self.pre, self.gate_up, out[0], up=True)
             elif product == "hidden_gradient":
-                out = [torch.empty_like(self.pre), torch.empty_like(self.hidden)]
-                launch.hidden_gradient(0, self.dy, self.down, self.pre, 0, *out, launch.gate_parts())
-            else:
-                out = [torch.empty_like(self.gate_up), torch.empty_like(self.down)]
+                scratch = [self.x.new_empty(launch.scratch_rows, t.shape[1]) for t in (self.pre, self.hidden)]
+                launch.hidden_gradient(0, self.dy, self.down, self.pre, 0, *scratch, launch.gate_parts())
+                out = [rows[:W] for rows in scratch]
+            elif product == "gate_up_gradient":
+                out = [torch.empty_like(self.gate_up)]
                 launch.weight_gradient(0, self.pre, self.x, out[0], up=True)
-                launch.weight_gradient(0, self.dy, self.hidden, out[1])
+            else:
+                out = [torch.empty_like(self.down)]
+                launch.weight_gradient(0, self.hidden, self.dy, out[0])
         finally:
             launch.tiles = tiles
         return out
 
     def flops(self, product: str) -> int:
         """Of one run."""
-        matrices = {"up": 2, "down": 1, "hidden_gradient": 1, "rows_gradient": 2, "weight_gradient": 3}[product]
-        return 2 * matrices * self.rows * self.case.D * self.case.F
+        return 2 * MATRICES[product] * self.rows * self.case.D * self.case.F
 
 
 @lru_cache(1)  # of each process: the cases come one after the other

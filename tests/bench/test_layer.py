@@ -20,10 +20,15 @@ PEERS = {"transformers eager", "transformers grouped_mm", "grouped_mm, relu load
 
 @pytest.mark.parametrize("peers", [True, False])
 def test_layer(peers):
-    (row,) = bench_layer((Case(64, 16, 32, 4, 2),), CPU, FLOAT32, ("auto",), peers, 2, Roofline(1e9, 1e9, 1e9))
+    case = Case(64, 16, 32, 4, 2)
+    (row,) = bench_layer((case,), CPU, FLOAT32, ("auto",), peers, 2, Roofline(1e9, 1e9, 1e9))
     names = OURS | {"remoe dense"} | (PEERS if peers else set())
     assert set(row["milliseconds"]) == set(row["peak_megabytes"]) == names
     assert row["ratio_to_dense"]["dense"] == 1
+    dense_weights = 4 * 3 * case.D * case.k * case.F
+    for name in names:
+        assert 0 < row["activation_megabytes"][name] < row["peak_megabytes"][name]
+    assert row["peak_megabytes"]["dense"] - row["activation_megabytes"]["dense"] == pytest.approx(dense_weights / 1e6)
     for name in names:
         assert row["milliseconds"][name] == pytest.approx(row["ratio_to_dense"][name] * row["milliseconds"]["dense"])
     assert set(row["dense_stage_peak_megabytes"]) == {"remoe relu"}

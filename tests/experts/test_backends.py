@@ -14,7 +14,7 @@ from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, ru
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, run_experts
 from remoe.experts.backends import resolve_backend
-from remoe.experts.triton import windows
+from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, windows
 from remoe.routing.assignment import Assignment
 
 EVERYWHERE = ["loop", "loop without passes", "loop without kernels"]
@@ -123,12 +123,12 @@ def test_one_expert_takes_everything(backend):
 
 @pytest.mark.parametrize("backend", RAGGED, indirect=True)
 @pytest.mark.parametrize("stored", [0, 7, 40, 64, None], ids=lambda stored: f"stored={stored}")
-@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
-def test_windows_of_lists_with_room(backend, density, stored, monkeypatch):
+@pytest.mark.parametrize(("density", "D", "F"), [(0.0, 20, 12), (0.5, 20, 12), (0.5, 32, 16), (1.0, 32, 16)])
+def test_windows_of_lists_with_room(backend, density, D, F, stored, monkeypatch):
     """Neither the room behind the pairs nor the number of windows or of stored pairs changes a result."""
-    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 16)
-    monkeypatch.setattr("remoe.experts.triton.MIN_STORED_WINDOW", 1)
-    leaves, active = problem(19, 20, 12, 5, density)
+    monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", 16)
+    monkeypatch.setattr("remoe.experts.windows.MIN_STORED_WINDOW", 1)
+    leaves, active = problem(19, D, F, 5, density)
     active[:, 2] = False
     backend.keywords["stored"] = stored
     check_equals_naive(backend, leaves, active, 1e-5, room=True)
@@ -193,20 +193,25 @@ def test_another_number_of_threads_in_the_backward_pass():
         assert ((one - other).norm() / one.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("D", [256, 2048])
 @pytest.mark.parametrize(
     ("tokens", "E", "k"), [(4096, 8, 1), (12288, 8, 1), (16384, 8, 1), (4097, 32, 4), (16384, 64, 8)]
 )
-def test_a_window_ends_with_the_stored_pairs(tokens, E, k):
-    stored = math.ceil(1.25 * k * tokens)
-    slices = windows(tokens * E, stored, tokens)
+def test_a_window_ends_with_the_stored_pairs(tokens, E, k, D):
+    F = 704
+    stored = math.ceil(1.25 * k * tokens / STORED_MULTIPLE) * STORED_MULTIPLE
+    slices = windows(tokens * E, stored, tokens, D, F)
     assert [w.stop for w in slices[:-1]] == [w.start for w in slices[1:]]
     assert slices[0].start == 0
     assert slices[-1].stop == tokens * E
     assert stored in [w.stop for w in slices]
     assert len({len(w) for w in slices[:-1]}) == 1
-    assert len(slices) < 2.5 * E / k  # launches
+    if stored >= 4 * MIN_WINDOW:
+        assert len(slices[0]) * (2 * F + max(D, F)) <= stored * 2 * F  # scratch memory and stored memory
+    else:
+        assert len(slices[0]) >= min(stored, MIN_WINDOW)
 
 
 def test_few_pairs_make_no_more_windows():
-    assert len(windows(512 * 64, 640, 512)) == 2
-    assert len(windows(512 * 8, 0, 512)) == 1
+    assert len(windows(512 * 64, 640, 512, 256, 256)) == 2
+    assert len(windows(512 * 8, 0, 512, 256, 256)) == 1

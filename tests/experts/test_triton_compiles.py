@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.experts import triton as backend
 from remoe.experts import triton_kernels, triton_launch
@@ -49,7 +50,7 @@ def launches(tiles, T, D, F, E, monkeypatch):
     monkeypatch.setattr(triton_launch, "_device", lambda *_: (triton_launch.TILES[tiles], 132))
     recorder = Recorder()
     monkeypatch.setattr("remoe.experts.triton_kernels", recorder, raising=False)
-    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", T)  # the second window is computed again
+    monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", T)  # the second window is computed again
     backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, T)
     backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
     return recorder.launches
@@ -66,6 +67,8 @@ def compiled(name, args, named, capability):
         value = values[argument]
         if argument in constants:
             signature[argument] = "constexpr"
+        elif isinstance(value, TensorDescriptor):
+            signature[argument] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[argument] = TYPES[value.dtype]
             aligned[place,] = [["tt.divisibility", 16]]
@@ -77,10 +80,15 @@ def compiled(name, args, named, capability):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted here")
-@pytest.mark.parametrize(("tiles", "T"), [("large", 256), ("large, few", 16), ("small", 256), ("float32", 256)])
-def test_every_kernel_compiles_and_fits(tiles, T, monkeypatch):
+@pytest.mark.parametrize(
+    ("tiles", "T", "F"),
+    [("large", 256, 704), ("large", 256, 700), ("large, few", 16, 704), ("small", 256, 704), ("float32", 256, 704)],
+)
+def test_every_kernel_compiles_and_fits(tiles, T, F, monkeypatch):
     seen = {}
-    for name, args, named in launches(tiles, T, 512, 704, 3, monkeypatch):
+    for name, args, named in launches(tiles, T, 512, F, 3, monkeypatch):
+        if name == "weight_gradient":
+            assert named["DESCRIBED"] == (tiles == "large" and F == 704)
         key = (name, *sorted((k, v) for k, v in named.items()), *(a.dtype for a in args if torch.is_tensor(a)))
         if key not in seen:
             seen[key] = compiled(name, args, named, CAPABILITY[tiles])

@@ -53,11 +53,13 @@ def test_16_bit_equals_naive_in_float64(name, dtype, shape):
 @without_waiting
 @pytest.mark.parametrize("stored", [0, 7, 300, 1500, None], ids=lambda stored: f"stored={stored}")
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_windows(name, dtype, density, stored, monkeypatch):
-    monkeypatch.setattr("remoe.experts.triton.MIN_WINDOW", 256)
-    monkeypatch.setattr("remoe.experts.triton.MIN_STORED_WINDOW", 1)
-    leaves, active = problem(333, 136, 72, 6, density, dtype, device="cuda")
+@pytest.mark.parametrize(
+    ("dtype", "D", "F"), [(torch.bfloat16, 192, 96), (torch.bfloat16, 136, 72), (torch.float16, 192, 96)]
+)
+def test_windows(name, dtype, D, F, density, stored, monkeypatch):
+    monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", 256)
+    monkeypatch.setattr("remoe.experts.windows.MIN_STORED_WINDOW", 1)
+    leaves, active = problem(333, D, F, 6, density, dtype, device="cuda")
     active[:, 2] = False
     check_equals_naive(backend(name, leaves, stored=stored), leaves, active, 1e-2)
 
@@ -112,15 +114,18 @@ def test_triton_with_rows_that_begin_anywhere():
     assert (y - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("router", ["relu", "topk"])
-def test_layer_compiles_in_one_graph_and_under_autocast(router):
-    layer = remoe.MoE(256, 384, 8, 2, router, experts="triton").to("cuda")
+def test_layer_compiles_in_one_graph_and_under_autocast(router, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    layer = remoe.MoE(256, 384, 8, 2, router, experts="triton").to("cuda", dtype)
     compiled = torch.compile(layer, fullgraph=True)
     for T in (64, 200):
         found = []
         for run in (layer, compiled):
-            x = torch.randn(T, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(T)).requires_grad_()
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            generator = torch.Generator("cuda").manual_seed(T)
+            x = torch.randn(T, 256, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
                 y, routing = run(x)
             layer.zero_grad()
             (y.float().square().mean() + routing.regularizer).backward()
@@ -169,6 +174,21 @@ def test_layer_never_waits_for_the_device(router):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("E", [8, 13])
+def test_logits_of_bfloat16_tokens_are_as_exact_as_in_float32(E):
+    router = remoe.MoE(512, 64, E, 2, "relu").router.to("cuda", torch.bfloat16)
+    x = torch.randn(700, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    dlogits = torch.randn(700, E, device="cuda")
+    router.logits(x).backward(dlogits)
+    exact = [t.detach().double().requires_grad_() for t in (x, router.weight)]
+    logits = exact[0] @ exact[1].t()
+    logits.backward(dlogits.double())
+    assert (router.logits(x) - logits).norm() < 1e-6 * logits.norm()
+    for ours, theirs in zip((x, router.weight), exact, strict=True):  # rounded to bfloat16, and no worse
+        rounding = (theirs.grad.bfloat16() - theirs.grad).norm()
+        assert (ours.grad - theirs.grad).norm() < 1.02 * rounding
+
+
 def test_triton_in_a_cuda_graph():
     leaves, active = problem(*LARGE["many tiles"], torch.bfloat16, device="cuda")
     x, gate_up, down, gate_TE = (leaf.detach() for leaf in leaves)
@@ -179,6 +199,35 @@ def test_triton_in_a_cuda_graph():
         y = experts(x, gate_up, down, Assignment.from_gates(gate_TE, active))
     graph.replay()
     assert torch.equal(y, expected)
+
+
+def test_windows_without_pairs_change_nothing_when_the_host_leaves_them_out(monkeypatch):
+    from remoe.experts.triton_launch import Launcher
+
+    T, E, stored = 4096, 16, 4104
+    leaves, active = problem(T, 256, 128, E, 0.05, torch.bfloat16, device="cuda")
+    x, gate_up, down, gate_TE = leaves
+    experts, launches = backend("triton", leaves, stored=stored), []
+    combine = Launcher.combine
+    monkeypatch.setattr(Launcher, "combine", lambda *given: launches.append(given) or combine(*given))
+
+    def run(ahead):
+        assignment = Assignment.from_gates(gate_TE, active)
+        launches.clear()
+        torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(2_000_000_000)  # about a second: the host is done before the device begins
+        y = experts(x, gate_up, down, assignment)
+        if not ahead:
+            torch.cuda.synchronize()
+        return len(launches), y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    run(ahead=False)  # compiles
+    every, *first = run(ahead=True)
+    fewer, *second = run(ahead=False)
+    assert every == -(-T * E // stored)
+    assert fewer < every
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_dense_stage_needs_at_most_half_more_memory():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from remoe.bench.peers import peer_layers
 from remoe.bench.roofline import Roofline
-from remoe.bench.timing import median_seconds, peak_bytes
+from remoe.bench.timing import host_seconds, median_seconds, peak_bytes
 from remoe.layer import MoE
 from remoe.routing import Routing
 
@@ -130,6 +130,8 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
     steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
     seconds = median_seconds(steps, device, repetitions)
     dense = seconds["dense"]
+    host = host_seconds(steps, repetitions) if device.type == "cuda" else {}
+    peak = {name: peak_bytes(step, device) for name, step in steps.items()}
     return {
         **asdict(case),
         "active_pairs_per_token": active_T.sum().item() / case.T,
@@ -137,7 +139,9 @@ def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[st
         "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
         "ratio_to_dense": {name: s / dense for name, s in seconds.items()},
         "share_of_gemm_rate": {name: case.flops / s / roofline.gemm_flops for name, s in seconds.items()},
-        "peak_megabytes": {name: peak_bytes(step, device) / 1e6 for name, step in steps.items()},
+        "host_milliseconds": {name: 1e3 * s for name, s in host.items()},
+        "peak_megabytes": {name: p / 1e6 for name, p in peak.items()},
+        "activation_megabytes": {name: (p - steps[name].gradient_bytes) / 1e6 for name, p in peak.items()},
         "dense_stage_peak_megabytes": _dense_stage_peaks(case, device, dtype, backends, x, dy),
     }
 
@@ -159,6 +163,11 @@ class Step:
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients of all weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self.layer.parameters())
 
     def clear(self) -> None:
         """Frees the gradients."""

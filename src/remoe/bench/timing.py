@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 WARM_UP = 2
-HEAD_START = 2_000_000  # cycles of the GPU, about a millisecond
+HEAD_START = 20_000_000  # cycles of the GPU, about ten milliseconds
 
 
 def median_seconds(
@@ -19,8 +19,9 @@ def median_seconds(
         functions: what to time, by name.
         device: where they run.
         repetitions: rounds after the first ones, which warm up.
-        ahead: on CUDA, whether the host gets a millisecond's start, as in the middle of a model whose kernels take
-            longer than their launches; without it a function of small kernels takes as long as the host.
+        ahead: on CUDA, whether the host gets ten milliseconds' start, so that the device never waits for it, as in the
+            middle of a model whose kernels take longer than their launches; without it a function of small kernels
+            takes as long as the host, whose time `host_seconds` tells.
     """
     if device.type == "cuda":
         return _median_seconds_cuda(functions, repetitions, ahead)
@@ -51,6 +52,21 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead
                 events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs) for name, pairs in events.items()}
+
+
+def host_seconds(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    """Median time until each function returns on CUDA: of its launches, and of waiting for the device where it does."""
+    medians = {}
+    for name, function in functions.items():
+        times = []
+        for _ in range(repetitions):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        medians[name] = statistics.median(times)
+    torch.cuda.synchronize()
+    return medians
 
 
 def peak_bytes(function: Callable, device: torch.device) -> int:

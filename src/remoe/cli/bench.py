@@ -30,7 +30,8 @@ class LayerArguments(Common):
 
     The dense layer has the same active FLOPs. Implementations take turns; figures are medians. "/ dense" is the time
     as a multiple of the dense layer's, "/ GEMM" the experts' FLOPs per second as a share of a large matrix
-    product's, "all on" the peak memory with every expert active.
+    product's, "peak MB" the most memory at once, "act. MB" that without the weights' gradients, "all on" the peak with
+    every expert active; on a GPU, "host ms" is the time until the host has launched it all.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
@@ -167,7 +168,9 @@ _COLUMNS = {
     "milliseconds": "ms",
     "ratio_to_dense": "/ dense",
     "share_of_gemm_rate": "/ GEMM",
+    "host_milliseconds": "host ms",
     "peak_megabytes": "peak MB",
+    "activation_megabytes": "act. MB",
     "dense_stage_peak_megabytes": "all on",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
@@ -175,7 +178,7 @@ _COLUMNS = {
 
 
 def _table(case: object, row: dict) -> Table:
-    columns = [name for name in _COLUMNS if name in row]
+    columns = [name for name in _COLUMNS if row.get(name)]
     table = Table(title=f"T, D, F, E, k = {case}", title_justify="left")
     table.add_column("implementation", no_wrap=True)
     for column in columns:

@@ -15,7 +15,7 @@ from remoe.errors import ConfigError
 from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.ops import ragged_experts
-from remoe.experts.triton import MIN_STORED_WINDOW
+from remoe.experts.windows import MIN_STORED_WINDOW, STORED_MULTIPLE
 from remoe.gemm import linear
 from remoe.routing.assignment import Assignment
 
@@ -80,6 +80,7 @@ class Experts(nn.Module):
         stored = math.ceil(per_token * T)
         if x_TD.device.type == "cuda" and not torch.compiler.is_compiling():  # a comparison would fix a symbolic T
             stored = max(stored, MIN_STORED_WINDOW)  # shorter windows would not be made
+        stored = -(-stored // STORED_MULTIPLE) * STORED_MULTIPLE
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
     def run_first(self, x_TD: Tensor) -> Tensor:

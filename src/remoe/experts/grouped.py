@@ -1,9 +1,10 @@
 """Experts in `torch.nn.functional.grouped_mm`, with plain torch operations between the products.
 
 The offsets of the experts' rows stay on the device; torch asks for them itself where it has no kernel and loops over
-the experts, as it does for float32. Everything else works on whole windows (see `remoe.experts.triton`), whether their
-rows are pairs or lie behind them: that is the price of needing nothing but torch. What stands in rows behind the pairs
-reaches no result.
+the experts, as it does for float32. Everything else works on whole windows (`remoe.experts.windows`), whether their
+rows are pairs or lie behind them: that is the price of needing nothing but torch. Windows without any pairs would cost
+as much, so before the second one the host waits until the device has counted them, while it works on the first. What
+stands in rows behind the pairs reaches no result.
 
 The combine is the gradient of an embedding lookup: a segment sum that is deterministic on every device and sums in
 float32 on GPUs.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.experts.triton import windows
+from remoe.experts.windows import PairCount, windows
 from remoe.gemm import aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +45,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
     gate_up_ED2F, down_EFD = aligned(gate_up_E2FD).transpose(1, 2), aligned(down_EDF).transpose(1, 2)
-    T = x_TD.shape[0]
     y_TD = torch.zeros_like(x_TD)
     pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
-    for window in _windows(token_N, gate_N, count_E, pre_C2F.shape[0], T):
+    for window in _windows(token_N, gate_N, count_E, pre_C2F.shape[0], *x_TD.shape, down_EDF.shape[2]):
         pre_m2F = F.grouped_mm(window.gather(x_TD), gate_up_ED2F, offs=window.end_E)
         kept = pre_C2F[window.first : window.first + window.size]
         kept.copy_(pre_m2F[: kept.shape[0]])
@@ -69,10 +69,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
     gate_up_E2FD, down_EDF = aligned(gate_up_E2FD), aligned(down_EDF)
-    T, C = x_TD.shape[0], pre_C2F.shape[0]
+    C = pre_C2F.shape[0]
     dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
     dgate_up_E2FD = ddown_EDF = None
-    for window in _windows(token_N, gate_N, count_E, C, T):
+    for window in _windows(token_N, gate_N, count_E, C, *x_TD.shape, down_EDF.shape[2]):
         end = window.first + window.size
         x_mD, dy_mD = window.gather(x_TD), window.gather(dy_TD)
         if end <= C:
@@ -143,9 +143,14 @@ class _Window:
         return product_EIJ if sum_EIJ is None else sum_EIJ.add_(product_EIJ)
 
 
-def _windows(token_N: Tensor, gate_N: Tensor, count_E: Tensor, stored: int, tokens: int) -> Iterator[_Window]:
+def _windows(
+    token_N: Tensor, gate_N: Tensor, count_E: Tensor, stored: int, tokens: int, d_model: int, d_expert: int
+) -> Iterator[_Window]:
     end_E = count_E.cumsum(0)
-    for pairs in windows(token_N.shape[0], stored, tokens):
+    count = PairCount(count_E)
+    for pairs in windows(token_N.shape[0], stored, tokens, d_model, d_expert):
+        if count.end_before(pairs, wait=True):
+            break
         row_m = torch.arange(pairs.start, pairs.stop, device=token_N.device)
         behind_m = row_m >= end_E[-1]
         yield _Window(

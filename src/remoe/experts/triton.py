@@ -6,11 +6,13 @@ weight gradients, each with its gather; gradient of the rows; combine.
 
 The combine adds a token's rows in the order of the experts, so there are no atomics, and two runs agree bit for bit.
 
-The pairs are worked off in windows of a fixed number of rows that share their scratch memory. How many windows there
-could be follows from the length of the list, how many there are only the device knows: the kernels of the others end
-at once. Thus memory is bounded by the pairs that are wanted and not by those that are possible, and the host never
-waits. What several windows contribute to is rounded to the tensors' dtype once in each; in training that is one more
-rounding at most, until more pairs are active than wanted.
+The pairs are worked off in windows (`remoe.experts.windows`) that share their scratch memory. Thus memory is bounded
+by the pairs that are wanted and not by those that are possible. Only the device knows which windows have pairs: the
+kernels of the others end at once, and the host does not launch them where the device has told it in time, but it never
+waits. What several windows contribute to is rounded to the tensors' dtype once in each.
+
+Where the device has bulk copies of tensors (compute capability 9.0), the weights, the scratch rows and the gradients'
+rows are read by them; only tokens are gathered by their addresses.
 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, W rows of a window.
 """
@@ -21,13 +23,8 @@ import torch
 from torch import Tensor
 
 from remoe.experts.triton_launch import Launcher, interpreted
+from remoe.experts.windows import windows
 from remoe.gemm import aligned
-
-# Windows that the stored pairs take: the more, the less scratch memory and the more kernels.
-STORED_WINDOWS = 2
-# Rows, so that a machine has enough to do with one window.
-MIN_WINDOW = 16384
-MIN_STORED_WINDOW = 4096  # shorter ones would be too many over the whole list
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,20 +45,6 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: i
     return None
 
 
-def windows(pairs: int, stored: int, tokens: int) -> list[range]:
-    """Slices of the list of pairs to be worked off one after the other.
-
-    All but the last are of one length. One of them ends with the stored pairs, because a window that reaches beyond
-    them is computed again as a whole; only where they are few, longer windows cost less than many.
-    """
-    count = min(STORED_WINDOWS, max(1, round(stored / MIN_WINDOW)))
-    if stored < MIN_STORED_WINDOW:
-        rows = max(0 if stored else 4 * tokens, MIN_WINDOW)
-    else:
-        rows = stored if stored % count else stored // count
-    return [range(first, min(first + rows, pairs)) for first in range(0, pairs, rows)]
-
-
 def forward(
     x_TD: Tensor,
     gate_up_E2FD: Tensor,
@@ -78,12 +61,14 @@ def forward(
     y_TD, pre_C2F = torch.empty_like(x_TD), x_TD.new_empty(C, 2 * F)
     if token_N.shape[0] == 0:
         return y_TD.zero_(), pre_C2F
-    slices = windows(token_N.shape[0], C, x_TD.shape[0])
+    slices = windows(token_N.shape[0], C, *x_TD.shape, F)
     with torch.cuda.device_of(x_TD):
         launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, slices)
         W = len(slices[0])
         hidden_WF, out_WD = x_TD.new_empty(W, F), x_TD.new_empty(W, x_TD.shape[1])
-        for w in range(len(slices)):
+        for w, pairs in enumerate(slices):
+            if launch.pairs.end_before(pairs):
+                break
             launch.up_projection(w, x_TD, gate_up_E2FD, pre_C2F, 0, C, hidden_WF)
             launch.project(w, hidden_WF, down_EDF, out_WD)
             launch.combine(w, out_WD, y_TD)
@@ -107,22 +92,24 @@ def backward(
     if token_N.shape[0] == 0:
         return dx_TD.zero_(), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), dgate_N
     D, F = down_EDF.shape[1:]
-    slices = windows(token_N.shape[0], pre_C2F.shape[0], x_TD.shape[0])
+    slices = windows(token_N.shape[0], pre_C2F.shape[0], *x_TD.shape, F)
     with torch.cuda.device_of(x_TD):
         launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, slices)
-        W = len(slices[0])
+        W = launch.scratch_rows
         part = launch.gate_parts()
         dpre_W2F = x_TD.new_empty(W, 2 * F)
         # The hidden activation has been used when the gradient of the rows is written.
         shared = x_TD.new_empty(W * max(D, F))
         hidden_WF, dx_WD = shared[: W * F].view(W, F), shared[: W * D].view(W, D)
         for w, pairs in enumerate(slices):
+            if launch.pairs.end_before(pairs):
+                break
             pre, pre_first = pre_C2F, 0
             if pairs.stop > pre_C2F.shape[0]:
                 pre, pre_first = dpre_W2F, pairs.start
                 launch.up_projection(w, x_TD, gate_up_E2FD, pre, pre_first, pairs.stop, None)
             launch.hidden_gradient(w, dy_TD, down_EDF, pre, pre_first, dpre_W2F, hidden_WF, part)
-            launch.weight_gradient(w, dy_TD, hidden_WF, ddown_EDF)
+            launch.weight_gradient(w, hidden_WF, dy_TD, ddown_EDF)
             launch.weight_gradient(w, dpre_W2F, x_TD, dgate_up_E2FD, up=True)
             launch.project(w, dpre_W2F, gate_up_E2FD, dx_WD, up=True)
             launch.combine(w, dx_WD, dx_TD)

@@ -102,56 +102,65 @@ def _locate(item, height, width, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    a_ptrs, b_ptrs, b_columns, acc, b_step, K: tl.constexpr, DEPTH: tl.constexpr
+def _columns(row_ptrs, first, K: tl.constexpr, DEPTH: tl.constexpr):
+    # DEPTH columns from `first` on of the rows that begin at `row_ptrs`, each of K numbers; zeros behind them.
+    k = first + tl.arange(0, DEPTH)
+    if K % DEPTH == 0:
+        return tl.load(row_ptrs[:, None] + k[None, :])
+    else:
+        return tl.load(row_ptrs[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _block(
+    matrix, top, row, column, M, N: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    # acc + a @ b, where the pointers are those of the first DEPTH of K; b_columns masks b's columns.
-    k = tl.arange(0, DEPTH)
-    for base in range(0, K, DEPTH):
-        if K % DEPTH == 0:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs, mask=b_columns[None, :], other=0.0)
+    # HEIGHT x WIDTH numbers from (row, column) on of the (M, N) matrix that begins with row `top` of `matrix`; zeros
+    # outside of it, but where DESCRIBED, the rows behind its M are those of the matrix that follows.
+    # The branches are closed ones: the compiler reads what stands behind a return.
+    if DESCRIBED:
+        return matrix.load([top + row, column])
+    else:
+        i = row + tl.arange(0, HEIGHT)
+        j = column + tl.arange(0, WIDTH)
+        block_ptrs = matrix + ((tl.cast(top, tl.int64) + i) * N)[:, None] + j[None, :]
+        if N % WIDTH == 0:
+            return tl.load(block_ptrs, mask=(i < M)[:, None], other=0.0)
         else:
-            inside = base + k < K
-            a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=inside[:, None] & b_columns[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_ptrs += DEPTH
-        b_ptrs += b_step
-    return acc
+            return tl.load(block_ptrs, mask=(i < M)[:, None] & (j < N)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def up_projection(
-    x_ptr, weight_ptr, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, hidden_ptr,
+    x_ptr, weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, hidden_ptr,
     window, window_rows, max_tiles, pre_first, pre_end,
-    D: tl.constexpr, F: tl.constexpr, HIDDEN: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, HIDDEN: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """pre = x[token] @ gate_up[e]^T; hidden = silu(pre's gate) * pre's up * the router's gate, where HIDDEN.
 
     Of pre, the rows before pre_end are kept; row 0 of its memory is the pair pre_first. A tile's columns are HALF gate
-    columns and the up columns that belong to them: one product yields both operands of SwiGLU.
+    columns and the up columns that belong to them, the operands of SwiGLU.
     """
     HALF: tl.constexpr = COLUMNS // 2
     width: tl.constexpr = (F + HALF - 1) // HALF
     tiles = tl.load(head_ptr + HEAD * window)
-    k = tl.arange(0, DEPTH)
-    column = tl.arange(0, COLUMNS)
     for item in range(tl.program_id(0), tiles * width, tl.num_programs(0)):
         slot, n = _locate(item, tiles, width, GROUP)
         expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
         row = first + tl.arange(0, ROWS)
         # Rows behind the tile read token 0 and are not stored.
-        token = tl.load(token_ptr + row, mask=row < end, other=0)
-        inside = n * HALF + column % HALF < F
-        weight_row = expert.to(tl.int64) * 2 * F + n * HALF + column % HALF + column // HALF * F
-        a_ptrs = x_ptr + (token[:, None] * D + k[None, :])
-        b_ptrs = weight_ptr + (weight_row[None, :] * D + k[:, None])
-        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        acc = _product(a_ptrs, b_ptrs, inside, acc, DEPTH, D, DEPTH)
+        x_ptrs = x_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
+        a = tl.zeros((ROWS, HALF), tl.float32)
+        b = tl.zeros((ROWS, HALF), tl.float32)
+        for k in range(0, D, DEPTH):
+            x = _columns(x_ptrs, k, D, DEPTH)
+            gate_weight = _block(weight, expert * 2 * F, n * HALF, k, F, D, HALF, DEPTH, DESCRIBED)
+            a = tl.dot(x, tl.trans(gate_weight), a, input_precision="ieee")
+            up_weight = _block(weight, expert * 2 * F + F, n * HALF, k, F, D, HALF, DEPTH, DESCRIBED)
+            b = tl.dot(x, tl.trans(up_weight), b, input_precision="ieee")
 
-        a, b = _halves(acc)
         f = n * HALF + tl.arange(0, HALF)
         valid = (row < end)[:, None] & (f < F)[None, :]
         if HIDDEN:
@@ -166,42 +175,32 @@ def up_projection(
             tl.store(pre_ptrs + F, b.to(pre_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
-def _halves(tile):
-    rows: tl.constexpr = tile.shape[0]
-    columns: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
-
-
 @triton.jit(do_not_specialize=VARYING)
 def project(
-    rows_ptr, weight_ptr, head_ptr, tile_ptr, out_ptr, window, window_rows, max_tiles,
-    K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    rows, weight, head_ptr, tile_ptr, out_ptr, window, window_rows, max_tiles,
+    K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = rows @ weight[e] (K, N), or rows @ weight[e]^T (N, K) where TRANSPOSED."""
     width: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tiles = tl.load(head_ptr + HEAD * window)
-    k = tl.arange(0, DEPTH)
-    for item in range(tl.program_id(0), tiles * width, tl.num_programs(0)):
+    # Flattened, a program reads its next tile's blocks while it writes the last one's.
+    for item in tl.range(tl.program_id(0), tiles * width, tl.num_programs(0), flatten=DESCRIBED):
         slot, n = _locate(item, tiles, width, GROUP)
         expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
-        row = first + tl.arange(0, ROWS)
-        local = (row - window * window_rows).to(tl.int64)
-        column = n * COLUMNS + tl.arange(0, COLUMNS)
-        # Rows behind the tile read its first row and are not stored.
-        source = tl.where(row < end, row, first) - window * window_rows
-        a_ptrs = rows_ptr + (source.to(tl.int64)[:, None] * K + k[None, :])
-        weight = weight_ptr + expert.to(tl.int64) * K * N
+        low, high = first - window * window_rows, end - window * window_rows
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if TRANSPOSED:
-            b_ptrs = weight + (column[None, :] * K + k[:, None])
-            acc = _product(a_ptrs, b_ptrs, column < N, acc, DEPTH, K, DEPTH)
-        else:
-            b_ptrs = weight + (k[:, None] * N + column[None, :])
-            acc = _product(a_ptrs, b_ptrs, column < N, acc, DEPTH * N, K, DEPTH)
-        out_ptrs = out_ptr + local[:, None] * N + column[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(row < end)[:, None] & (column < N)[None, :])
+        for k in range(0, K, DEPTH):
+            left = _block(rows, 0, low, k, high, K, ROWS, DEPTH, DESCRIBED)
+            if TRANSPOSED:
+                right = tl.trans(_block(weight, expert * N, n * COLUMNS, k, N, K, COLUMNS, DEPTH, DESCRIBED))
+            else:
+                right = _block(weight, expert * K, k, n * COLUMNS, K, N, DEPTH, COLUMNS, DESCRIBED)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        row = low + tl.arange(0, ROWS)
+        column = n * COLUMNS + tl.arange(0, COLUMNS)
+        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + column[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(row < high)[:, None] & (column < N)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -236,51 +235,58 @@ def combine(
 
 @triton.jit(do_not_specialize=VARYING)
 def hidden_gradient(
-    dy_ptr, weight_ptr, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
+    dy_ptr, weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
     window, window_rows, max_tiles, pre_first, listed,
-    D: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy[token] @ down[e], and through SwiGLU: the gradient of pre, the gated hidden activation, and dgate.
 
     dgate holds one partial sum per COLUMNS of F and listed pair, which `sum_gate_gradient` adds. pre may be the memory
-    of dpre.
+    of dpre. Behind the window's last pair come zeros to the end of its tile.
     """
     width: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     tiles = tl.load(head_ptr + HEAD * window)
-    k = tl.arange(0, DEPTH)
     for item in range(tl.program_id(0), tiles * width, tl.num_programs(0)):
         slot, n = _locate(item, tiles, width, GROUP)
         expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
         row = first + tl.arange(0, ROWS)
         local = (row - window * window_rows).to(tl.int64)
-        token = tl.load(token_ptr + row, mask=row < end, other=0)
-        f = n * COLUMNS + tl.arange(0, COLUMNS)
-        a_ptrs = dy_ptr + (token[:, None] * D + k[None, :])
-        b_ptrs = weight_ptr + (expert.to(tl.int64) * D * F + (k[:, None] * F + f[None, :]))
+        dy_ptrs = dy_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        acc = _product(a_ptrs, b_ptrs, f < F, acc, DEPTH * F, D, DEPTH)
+        for k in range(0, D, DEPTH):
+            down = _block(weight, expert * D, k, n * COLUMNS, D, F, DEPTH, COLUMNS, DESCRIBED)
+            acc = tl.dot(_columns(dy_ptrs, k, D, DEPTH), down, acc, input_precision="ieee")
 
         gate = tl.load(gate_ptr + row, mask=row < end, other=0.0)
         pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64) * 2 * F
         dpre_ptrs, hidden_ptrs = dpre_ptr + local * 2 * F, hidden_ptr + local * F
-        dgate = _swiglu_gradient(acc, gate, row < end, n * COLUMNS, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
+        written = row < tl.where(slot == tiles - 1, first + ROWS, end)
+        dgate = _swiglu_gradient(acc, gate, row < end, written, n * COLUMNS, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
         tl.store(dgate_ptr + n.to(tl.int64) * listed + row, dgate, mask=row < end)
 
 
 @triton.jit
+def _halves(tile):
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _swiglu_gradient(
-    dhidden, gate, valid, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F: tl.constexpr
+    dhidden, gate, valid, written, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F: tl.constexpr
 ):  # fmt: skip
-    # Of the columns from `first` on; returns dgate's sum over them.
+    # Of the columns from `first` on; returns dgate's sum over them. Rows that are not valid have zero gate.
     columns: tl.constexpr = dhidden.shape[1]
     if columns > 32:  # more than the registers hold, with all that stands below
         low, high = _halves(dhidden)
-        dgate = _swiglu_gradient(low, gate, valid, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
+        dgate = _swiglu_gradient(low, gate, valid, written, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
         first += columns // 2
-        return dgate + _swiglu_gradient(high, gate, valid, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
+        return dgate + _swiglu_gradient(high, gate, valid, written, first, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
     f = first + tl.arange(0, columns)
     inside = valid[:, None] & (f < F)[None, :]
+    written = written[:, None] & (f < F)[None, :]
     pre_ptrs = pre_ptrs[:, None] + f[None, :]
     a = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(pre_ptrs + F, mask=inside, other=0.0).to(tl.float32)
@@ -289,13 +295,13 @@ def _swiglu_gradient(
     silu = a * sigmoid
     dgate = tl.sum(dhidden * silu * b, axis=1)
     hidden = silu * b * gate[:, None]
-    tl.store(hidden_ptrs[:, None] + f[None, :], hidden.to(hidden_ptrs.dtype.element_ty), mask=inside)
+    tl.store(hidden_ptrs[:, None] + f[None, :], hidden.to(hidden_ptrs.dtype.element_ty), mask=written)
     dhidden *= gate[:, None]
     # d silu(a) / da = sigmoid + silu * (1 - sigmoid)
     da = dhidden * b * (sigmoid + silu * (1 - sigmoid))
     dpre_ptrs = dpre_ptrs[:, None] + f[None, :]
-    tl.store(dpre_ptrs, da.to(dpre_ptrs.dtype.element_ty), mask=inside)
-    tl.store(dpre_ptrs + F, (dhidden * silu).to(dpre_ptrs.dtype.element_ty), mask=inside)
+    tl.store(dpre_ptrs, da.to(dpre_ptrs.dtype.element_ty), mask=written)
+    tl.store(dpre_ptrs + F, (dhidden * silu).to(dpre_ptrs.dtype.element_ty), mask=written)
     return dgate
 
 
@@ -314,13 +320,14 @@ def sum_gate_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def weight_gradient(
-    left_ptr, right_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows, E,
-    M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr,
+    rows, tokens_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows, E,
+    M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr, DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (M, N) = left^T @ right over the expert's pairs; experts without pairs get zeros.
+    """out[e] (M, N) over the expert's pairs; experts without pairs get zeros.
 
-    left, right: dpre, x[token] where UP, for gate_up; dy[token], hidden for down.
+    For gate_up, where UP, rows^T @ tokens[token]: of dpre and x. For down, tokens[token]^T @ rows: of dy and hidden.
+    The rows behind a DESCRIBED expert's meet zeros: they must be numbers.
     """
     height: tl.constexpr = (M + ROWS - 1) // ROWS
     width: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
@@ -335,15 +342,18 @@ def weight_gradient(
             i = m * ROWS + tl.arange(0, ROWS)
             j = n * COLUMNS + tl.arange(0, COLUMNS)
             acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for base in range(low, high, DEPTH):
-                row = base + tl.arange(0, DEPTH)
+            for first in range(low, high, DEPTH):
+                row = first + tl.arange(0, DEPTH)
                 token = tl.load(token_ptr + row, mask=row < high, other=0)
-                local = (row - window * window_rows).to(tl.int64)
-                left_row, right_row = (local, token) if UP else (token, local)
-                left_ptrs = left_ptr + (left_row[:, None] * M + i[None, :])
-                right_ptrs = right_ptr + (right_row[:, None] * N + j[None, :])
-                left = tl.load(left_ptrs, mask=(row < high)[:, None] & (i < M)[None, :], other=0.0)
-                right = tl.load(right_ptrs, mask=(row < high)[:, None] & (j < N)[None, :], other=0.0)
+                base, end = first - window * window_rows, high - window * window_rows
+                if UP:
+                    left = _block(rows, 0, base, m * ROWS, end, M, DEPTH, ROWS, DESCRIBED)
+                    inside = (row < high)[:, None] & (j < N)[None, :]
+                    right = tl.load(tokens_ptr + (token[:, None] * N + j[None, :]), mask=inside, other=0.0)
+                else:
+                    inside = (row < high)[:, None] & (i < M)[None, :]
+                    left = tl.load(tokens_ptr + (token[:, None] * M + i[None, :]), mask=inside, other=0.0)
+                    right = _block(rows, 0, base, n * COLUMNS, end, N, DEPTH, COLUMNS, DESCRIBED)
                 acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
             out_row = expert.to(tl.int64) * M + i
             out_ptrs = out_ptr + out_row[:, None] * N + j[None, :]

@@ -7,12 +7,17 @@ Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C st
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from remoe.experts.windows import PairCount
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,7 @@ class Tile:
 
     registers: the most that a thread may take, so that several programs fit; None for as many as it wants.
     exact: as many columns as said, however many of them a width leaves unused.
+    rows: of a weight gradient's tile, whose rows are no pairs.
     """
 
     columns: int
@@ -30,6 +36,7 @@ class Tile:
     programs: int = 1
     registers: int | None = None
     exact: bool = False
+    rows: int = 128
 
     @property
     def compiled(self) -> dict[str, int]:
@@ -39,31 +46,48 @@ class Tile:
 
     def block(self, width: int) -> int:
         """Columns for a matrix of this width."""
-        return self.columns if self.exact else _block(width, self.columns)
+        return min(self.columns, max(16, _power_of_two(width))) if self.exact else _block(width, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The cuts of all products on one kind of device; `rows` is the height of all their tiles."""
+    """The cuts of all products on one kind of device.
+
+    rows: pairs of a tile.
+    described: weights and rows of pairs are read by tensor descriptors (the bulk copies of compute capability 9.0),
+        where their sizes allow it. The depth of both weight gradients then divides `rows`.
+    """
 
     rows: int
     up: Tile
     down: Tile
     hidden_gradient: Tile
     rows_gradient: Tile
-    weight_gradient: Tile
+    gate_up_gradient: Tile
+    down_gradient: Tile
+    described: bool = False
+
+    def can_describe(self, D: int, F: int, itemsize: int) -> bool:
+        """Whether experts of this size are read by descriptors: no step reaches behind an expert's rows."""
+        tiles = (self.up, self.hidden_gradient, self.down, self.rows_gradient)
+        depths = zip(tiles, (D, D, F, 2 * F), strict=True)
+        return self.described and F * itemsize % 16 == 0 and not any(width % tile.depth for tile, width in depths)
 
 
 TILES = {
-    # 16-bit numbers, 200 KiB of shared memory and more: compute capability 9.0, 10.0
+    # 16-bit numbers, 200 KiB of shared memory and more: compute capability 9.0, 10.0. The fastest that
+    # benchmarks/tune_tiles.py found on an H200.
     "large": Tiles(
         rows=128,
-        up=Tile(256, 64, 8, 3),
+        up=Tile(256, 64, 8, 4, exact=True),
         down=Tile(256, 64, 8, 3),
-        hidden_gradient=Tile(256, 64, 8, 3),
+        hidden_gradient=Tile(128, 64, 8, 3, 2, 128),
         rows_gradient=Tile(256, 64, 8, 3),
-        # Its rows are found through the list of tokens, which takes stages of its own.
-        weight_gradient=Tile(256, 64, 8, 5),
+        # Wide where the rows are read by descriptors. The others are found through the list of tokens, which takes
+        # stages of its own.
+        gate_up_gradient=Tile(128, 64, 8, 5, rows=256),
+        down_gradient=Tile(256, 64, 8, 5, exact=True),
+        described=True,
     ),
     # The same with few tokens, as in decoding: narrow tiles, so that all multiprocessors read weights, and deep ones,
     # so that each has many bytes under way.
@@ -73,7 +97,8 @@ TILES = {
         down=Tile(16, 256, 4, 4, 4),
         hidden_gradient=Tile(64, 64, 4, 3, 2),
         rows_gradient=Tile(32, 64, 4, 3, 2),
-        weight_gradient=Tile(64, 32, 4, 5, 2),
+        gate_up_gradient=Tile(64, 32, 4, 5, 2, rows=32),
+        down_gradient=Tile(64, 32, 4, 5, 2, rows=32),
     ),
     # 16-bit numbers elsewhere
     "small": Tiles(
@@ -82,10 +107,11 @@ TILES = {
         down=Tile(128, 32, 8, 4),
         hidden_gradient=Tile(64, 32, 8, 4),
         rows_gradient=Tile(128, 32, 8, 4),
-        weight_gradient=Tile(128, 32, 8, 6),
+        gate_up_gradient=Tile(128, 32, 8, 6),
+        down_gradient=Tile(128, 32, 8, 6),
     ),
-    "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2)] * 5),
-    "interpreted": Tiles(16, *[Tile(32, 32, 1, 1)] * 5),
+    "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2, rows=64)] * 6),
+    "interpreted": Tiles(16, *[Tile(32, 16, 1, 1, rows=16)] * 6, described=True),
 }
 FEW = 32  # tokens up to which they are few
 GROUP = 8  # rows of tiles that are worked on together
@@ -108,9 +134,11 @@ class Launcher:
         self.kernels = triton_kernels
         self.tiles, self.processors = _device(x_TD.device, x_TD.dtype, x_TD.shape[0] <= FEW)
         self.T, (self.E, self.D, self.F), self.W = x_TD.shape[0], down_EDF.shape, len(slices[0])
+        self.described = self.tiles.can_describe(self.D, self.F, x_TD.element_size())
         self.gate_N, self.token_N = gate_N.contiguous(), token_N.contiguous()
-        self.pairs = count_E.sum()
+        self.pairs = PairCount(count_E)
         self.rows = min(self.tiles.rows, max(16, _power_of_two(self.T)))
+        self.scratch_rows = self.W + self.rows  # of a window, and of the tile that its last pair is in
         self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
         # The place of each pair in the list, -1 where there is none.
         self.pair_TE = torch.full((self.T, self.E), -1, dtype=torch.int32, device=x_TD.device)
@@ -128,18 +156,25 @@ class Launcher:
         self, w: int, x_TD: Tensor, gate_up_E2FD: Tensor, pre: Tensor, first: int, end: int, hidden_WF: Tensor | None
     ) -> None:
         """Pre-activations of the pairs before `end`, into `pre`, whose row 0 is the pair `first`; hidden activation."""
-        self._rowwise(self.kernels.up_projection, self.tiles.up, 2 * self.F)(
-            x_TD, gate_up_E2FD, self.gate_N, self.token_N, self.head, self.tile, pre,
-            pre if hidden_WF is None else hidden_WF, w, self.W, self.max_tiles, first, end,
-            D=self.D, F=self.F, HIDDEN=hidden_WF is not None,
+        tile, columns = self.tiles.up, self.tiles.up.block(2 * self.F)
+        self._launch_rowwise(
+            self.kernels.up_projection, tile, columns, 2 * self.F,
+            x_TD, self._matrix(gate_up_E2FD, columns // 2, tile.depth), self.gate_N, self.token_N,
+            self.head, self.tile, pre, pre if hidden_WF is None else hidden_WF,
+            w, self.W, self.max_tiles, first, end, D=self.D, F=self.F, HIDDEN=hidden_WF is not None,
         )  # fmt: skip
 
     def project(self, w: int, rows_WK: Tensor, weight: Tensor, out_WN: Tensor, up: bool = False) -> None:
         """Rows through `down`, or where `up` their gradient through `gate_up`."""
         K, N = rows_WK.shape[1], out_WN.shape[1]
-        self._rowwise(self.kernels.project, self.tiles.rows_gradient if up else self.tiles.down, N)(
-            rows_WK, weight, self.head, self.tile, out_WN, w, self.W, self.max_tiles, K=K, N=N, TRANSPOSED=not up
-        )
+        tile = self.tiles.rows_gradient if up else self.tiles.down
+        columns = tile.block(N)
+        block = (tile.depth, columns) if up else (columns, tile.depth)
+        self._launch_rowwise(
+            self.kernels.project, tile, columns, N,
+            self._matrix(rows_WK, self.rows, tile.depth), self._matrix(weight, *block), self.head, self.tile, out_WN,
+            w, self.W, self.max_tiles, K=K, N=N, TRANSPOSED=not up,
+        )  # fmt: skip
 
     def combine(self, w: int, rows_WD: Tensor, out_TD: Tensor) -> None:
         """Each token's sum of rows."""
@@ -160,8 +195,11 @@ class Launcher:
         dpre_W2F: Tensor, hidden_WF: Tensor, part: Tensor,
     ) -> None:  # fmt: skip
         """Gradients of pre-activations and gates, the latter in parts, and the gated hidden activation again."""
-        self._rowwise(self.kernels.hidden_gradient, self.tiles.hidden_gradient, self.F)(
-            dy_TD, down_EDF, self.gate_N, self.token_N, self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
+        tile, columns = self.tiles.hidden_gradient, self.tiles.hidden_gradient.block(self.F)
+        self._launch_rowwise(
+            self.kernels.hidden_gradient, tile, columns, self.F,
+            dy_TD, self._matrix(down_EDF, tile.depth, columns), self.gate_N, self.token_N,
+            self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
             w, self.W, self.max_tiles, pre_first, part.shape[1], D=self.D, F=self.F,
         )  # fmt: skip
 
@@ -169,29 +207,33 @@ class Launcher:
         """The gates' gradient from its parts, once all windows have theirs; zero behind the pairs."""
         parts, listed = part.shape
         self.kernels.sum_gate_gradient[(-(-listed // SUM_BLOCK),)](
-            part, self.pairs, dgate_N, listed, PARTS=parts, BLOCK=SUM_BLOCK
+            part, self.pairs.total, dgate_N, listed, PARTS=parts, BLOCK=SUM_BLOCK
         )
 
-    def weight_gradient(self, w: int, left: Tensor, right: Tensor, out_EMN: Tensor, up: bool = False) -> None:
-        """Gradient of `gate_up` where `up`, else of `down`; experts without pairs get zeros."""
-        (E, M, N), tile = out_EMN.shape, self.tiles.weight_gradient
-        rows, columns = _block(M, self.tiles.rows), tile.block(N)
-        items = E * -(-M // rows) * -(-N // columns)
-        self.kernels.weight_gradient[self._grid(tile, items)](
-            left, right, self.token_N, self.head, self.span, out_EMN, w, self.W, E,
-            M=M, N=N, UP=up, ROWS=rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled,
+    def weight_gradient(self, w: int, rows: Tensor, tokens: Tensor, out_EMN: Tensor, up: bool = False) -> None:
+        """Gradient of `gate_up` from dpre and x where `up`, else of `down` from hidden and dy; zeros without pairs."""
+        E, M, N = out_EMN.shape
+        tile = self.tiles.gate_up_gradient if up else self.tiles.down_gradient
+        height, columns = _block(M, tile.rows), tile.block(N)
+        self.kernels.weight_gradient[self._grid(tile, E * -(-M // height) * -(-N // columns))](
+            self._matrix(rows, tile.depth, height if up else columns), tokens, self.token_N,
+            self.head, self.span, out_EMN, w, self.W, E, M=M, N=N, UP=up, DESCRIBED=self.described,
+            ROWS=height, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled,
         )  # fmt: skip
 
-    def _rowwise(self, kernel, tile: Tile, width: int) -> Callable[..., None]:
-        columns = tile.block(width)
-        grid = self._grid(tile, self.max_tiles * -(-width // columns))
+    def _matrix(self, tensor: Tensor, height: int, width: int) -> "Tensor | TensorDescriptor":
+        """What a kernel reads blocks of this size from: the matrix of a tensor's last dimension."""
+        if not self.described:
+            return tensor
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-        def launch(*args, **constants) -> None:
-            kernel[grid](
-                *args, **constants, ROWS=self.rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled
-            )  # fmt: skip
+        return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [height, width])
 
-        return launch
+    def _launch_rowwise(self, kernel, tile: Tile, columns: int, width: int, *args, **constants) -> None:
+        kernel[self._grid(tile, self.max_tiles * -(-width // columns))](
+            *args, **constants, DESCRIBED=self.described,
+            ROWS=self.rows, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled,
+        )  # fmt: skip
 
     def _grid(self, tile: Tile, items: int) -> tuple[int]:
         return (min(items, tile.programs * self.processors),)

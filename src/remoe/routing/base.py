@@ -112,11 +112,18 @@ class LinearRouter(Router):
 
 
 class _Float32Product(torch.autograd.Function):
-    """x W^T in float32 of 16-bit tokens, which are kept for the backward pass as they are, not as float32."""
+    """x W^T in float32 of 16-bit tokens, which are kept for the backward pass as they are, not as float32.
+
+    A GPU multiplies bfloat16 by bfloat16 exactly and sums in float32; the gradient of the logits, which has more
+    digits, goes through it as the sum of two bfloat16 numbers, which leaves out 1 part in 2^17.
+    """
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
+        ctx.in_bfloat16 = x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16
+        if ctx.in_bfloat16:
+            return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
         return x_TD.float() @ weight_ED.float().t()
 
     @staticmethod
@@ -124,6 +131,14 @@ class _Float32Product(torch.autograd.Function):
     def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         dx, dweight = ctx.needs_input_grad
+        if ctx.in_bfloat16:
+            high_TE = dlogits_TE.bfloat16()
+            parts_T2E = torch.cat((high_TE, (dlogits_TE - high_TE).bfloat16()), dim=1)
+            dx_TD = parts_T2E @ weight_ED.repeat(2, 1) if dx else None
+            if not dweight:
+                return dx_TD, None
+            dweight_2ED = torch.mm(parts_T2E.t(), x_TD, out_dtype=torch.float32).unflatten(0, (2, -1))
+            return dx_TD, dweight_2ED.sum(dim=0).bfloat16()
         dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype) if dx else None
         return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype) if dweight else None
 
