@@ -79,7 +79,9 @@ class Products:
         self.x, self.dy, self.gate_up, self.down = draw(T, D), draw(T, D), draw(E, 2 * F, D), draw(E, D, F)
         self.pre, self.hidden = draw(W, 2 * F), draw(W, F)
         slices = [range(W)]
-        self.launch = Launcher(self.x, self.down, pairs.gate_N[:W].detach(), pairs.token_N[:W], pairs.count_E, slices)
+        self.launch = Launcher(
+            self.x, self.down, pairs.gate_N[:W].detach(), pairs.token_N[:W], pairs.count_E, None, slices
+        )
 
     def run(self, product: str, tile: Tile) -> list[Tensor]:
         """Runs one product by one tile; returns what it wrote."""

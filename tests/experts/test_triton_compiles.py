@@ -51,8 +51,8 @@ def launches(tiles, T, D, F, E, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr("remoe.experts.triton_kernels", recorder, raising=False)
     monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", T)  # the second window is computed again
-    backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, T)
-    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+    backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, T)
+    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, pre_C2F)
     return recorder.launches
 
 

@@ -157,7 +157,8 @@ def run_experts(
         raise ConfigError(f"tokens and weights must have one dtype, but have {dtypes}")
     a = assignment
     stored = a.token_N.shape[0] if stored is None else stored
-    return ragged_experts(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, stored=stored, backend=backend)
+    lists = (a.gate_N, a.token_N, a.count_E, a.pair_TE)
+    return ragged_experts(x_TD, gate_up_E2FD, down_EDF, *lists, stored=stored, backend=backend)
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -174,7 +175,8 @@ def _dequantised(gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment)
     gate_up_A2FD = torch.stack([gate_up_E2FD[expert].dequantize() for expert in experts])
     down_ADF = torch.stack([down_EDF[expert].dequantize() for expert in experts])
     expert_N = torch.searchsorted(active_A, assignment.expert_N)
-    return gate_up_A2FD, down_ADF, replace(assignment, expert_N=expert_N, count_E=assignment.count_E[active_A])
+    count_A = assignment.count_E[active_A]
+    return gate_up_A2FD, down_ADF, replace(assignment, expert_N=expert_N, count_E=count_A, pair_TE=None)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -39,6 +39,7 @@ def forward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     stored: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
@@ -77,6 +78,7 @@ def backward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     pre_C2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""

@@ -6,8 +6,8 @@ derivative of the first.
 
 A backend is a module with
 
-    forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored) -> y_TD, pre_C2F
-    backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)
+    forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, stored) -> y_TD, pre_C2F
+    backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F)
         -> dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
 where C = min(N, stored): the pre-activations of the first C pairs are kept for the backward pass, those of the others
@@ -33,6 +33,7 @@ def ragged_experts(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     *,
     stored: int,
     backend: str,
@@ -41,7 +42,7 @@ def ragged_experts(
 
     Args:
         x_TD, gate_up_E2FD, down_EDF: (T, D), (E, 2F, D), (E, D, F), of one dtype.
-        gate_N, token_N, count_E: as in `Assignment`.
+        gate_N, token_N, count_E, pair_TE: as in `Assignment`.
         stored: pairs whose pre-activations may be kept for the backward pass; the others' are computed again.
         backend: "auto", "loop", "grouped" or "triton".
 
@@ -51,7 +52,7 @@ def ragged_experts(
     inputs = (x_TD, gate_up_E2FD, down_EDF, gate_N.to(torch.promote_types(x_TD.dtype, torch.float32)))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         stored = 0
-    return _forward(*inputs, token_N, count_E, stored, backend)[0]
+    return _forward(*inputs, token_N, count_E, pair_TE, stored, backend)[0]
 
 
 def _module(backend: str, x_TD: Tensor, down_EDF: Tensor) -> ModuleType:
@@ -68,14 +69,17 @@ def _forward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     stored: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(backend, x_TD, down_EDF).forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored)
+    return _module(backend, x_TD, down_EDF).forward(
+        x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, stored
+    )
 
 
 @_forward.register_fake
-def _(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, stored, backend):
+def _(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, stored, backend):
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     return y_TD, x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
 
@@ -89,16 +93,17 @@ def _backward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     pre_C2F: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _module(backend, x_TD, down_EDF).backward(
-        dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F
+        dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F
     )
 
 
 @_backward.register_fake
-def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F, backend):
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F, backend):
     leaves = (x_TD, gate_up_E2FD, down_EDF, gate_N)
     return tuple(torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves)
 
@@ -111,8 +116,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy_TD, _):
     if dy_TD is None:
-        return (None,) * 8
-    return *_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None, None
+        return (None,) * 9
+    return *_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -52,6 +52,7 @@ def forward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     stored: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `remoe.experts.ops`."""
@@ -63,7 +64,7 @@ def forward(
         return y_TD.zero_(), pre_C2F
     slices = windows(token_N.shape[0], C, *x_TD.shape, F)
     with torch.cuda.device_of(x_TD):
-        launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, slices)
+        launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, pair_TE, slices)
         W = len(slices[0])
         hidden_WF, out_WD = x_TD.new_empty(W, F), x_TD.new_empty(W, x_TD.shape[1])
         for w, pairs in enumerate(slices):
@@ -83,6 +84,7 @@ def backward(
     gate_N: Tensor,
     token_N: Tensor,
     count_E: Tensor,
+    pair_TE: Tensor | None,
     pre_C2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
@@ -94,7 +96,7 @@ def backward(
     D, F = down_EDF.shape[1:]
     slices = windows(token_N.shape[0], pre_C2F.shape[0], *x_TD.shape, F)
     with torch.cuda.device_of(x_TD):
-        launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, slices)
+        launch = Launcher(x_TD, down_EDF, gate_N, token_N, count_E, pair_TE, slices)
         W = launch.scratch_rows
         part = launch.gate_parts()
         dpre_W2F = x_TD.new_empty(W, 2 * F)

@@ -224,13 +224,31 @@ def combine(
             acc = tl.zeros((BLOCK,), tl.float32)
             if window > 0:
                 acc += tl.load(out_ptrs, mask=d < D, other=0.0).to(tl.float32)
+            row_ptrs = rows_ptr + d
             last = first - 1
-            for _ in range(pairs):
-                # Places in the list grow with the expert.
-                last = tl.min(tl.where(pair > last, pair, 2147483647))
-                row = (last - first).to(tl.int64)
-                acc += tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            for _ in range(0, pairs, 4):  # four rows are under way at a time
+                one = _next_pair(pair, last)
+                two = _next_pair(pair, one)
+                three = _next_pair(pair, two)
+                last = _next_pair(pair, three)
+                a = _pair_row(row_ptrs, one, first, window_rows, d < D, D)
+                b = _pair_row(row_ptrs, two, first, window_rows, d < D, D)
+                c = _pair_row(row_ptrs, three, first, window_rows, d < D, D)
+                acc = acc + a + b + c + _pair_row(row_ptrs, last, first, window_rows, d < D, D)
             tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _next_pair(pair, last):
+    # The token's next place in the list: places grow with the expert.
+    return tl.min(tl.where(pair > last, pair, 2147483647))
+
+
+@triton.jit
+def _pair_row(row_ptrs, pair, first, window_rows, inside, D: tl.constexpr):
+    # Zeros where the pair is in a later window, or there is none.
+    row = (pair - first).to(tl.int64)
+    return tl.load(row_ptrs + row * D, mask=inside & (pair - first < window_rows), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -127,8 +127,9 @@ class Launcher:
     """The kernels over the windows of one list of pairs. Each method launches one kernel for window `w`."""
 
     def __init__(
-        self, x_TD: Tensor, down_EDF: Tensor, gate_N: Tensor, token_N: Tensor, count_E: Tensor, slices: list[range]
-    ) -> None:
+        self, x_TD: Tensor, down_EDF: Tensor, gate_N: Tensor, token_N: Tensor, count_E: Tensor, pair_TE: Tensor | None,
+        slices: list[range],
+    ) -> None:  # fmt: skip
         from remoe.experts import triton_kernels
 
         self.kernels = triton_kernels
@@ -140,17 +141,19 @@ class Launcher:
         self.rows = min(self.tiles.rows, max(16, _power_of_two(self.T)))
         self.scratch_rows = self.W + self.rows  # of a window, and of the tile that its last pair is in
         self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
-        # The place of each pair in the list, -1 where there is none.
-        self.pair_TE = torch.full((self.T, self.E), -1, dtype=torch.int32, device=x_TD.device)
         shapes = (4,), (self.max_tiles, 3), (self.E, 3)
-        self.head, self.tile, self.span = (self.pair_TE.new_empty(len(slices), *shape) for shape in shapes)
+        integers = {"dtype": torch.int32, "device": x_TD.device}
+        self.head, self.tile, self.span = (torch.empty(len(slices), *shape, **integers) for shape in shapes)
         self.kernels.plan_windows[len(slices), self.E](
             count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles, self.E,
             EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
         )  # fmt: skip
-        self.kernels.list_pairs[self.max_tiles, len(slices)](
-            self.token_N, self.head, self.tile, self.pair_TE, self.max_tiles, self.E, ROWS=self.rows
-        )
+        if pair_TE is None:
+            pair_TE = torch.full((self.T, self.E), -1, **integers)
+            self.kernels.list_pairs[self.max_tiles, len(slices)](
+                self.token_N, self.head, self.tile, pair_TE, self.max_tiles, self.E, ROWS=self.rows
+            )
+        self.pair_TE = pair_TE
 
     def up_projection(
         self, w: int, x_TD: Tensor, gate_up_E2FD: Tensor, pre: Tensor, first: int, end: int, hidden_WF: Tensor | None
@@ -214,7 +217,7 @@ class Launcher:
         """Gradient of `gate_up` from dpre and x where `up`, else of `down` from hidden and dy; zeros without pairs."""
         E, M, N = out_EMN.shape
         tile = self.tiles.gate_up_gradient if up else self.tiles.down_gradient
-        height, columns = _block(M, tile.rows), tile.block(N)
+        height, columns = min(tile.rows, max(16, _power_of_two(M))), tile.block(N)
         self.kernels.weight_gradient[self._grid(tile, E * -(-M // height) * -(-N // columns))](
             self._matrix(rows, tile.depth, height if up else columns), tokens, self.token_N,
             self.head, self.span, out_EMN, w, self.W, E, M=M, N=N, UP=up, DESCRIBED=self.described,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.routing.pairs import AVAILABLE, list_pairs
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -26,6 +28,8 @@ class Assignment:
         gate_N: (N,) float32, weight of the expert's output; differentiable.
         count_E: (E,) int64, pairs per expert; sums to R <= N.
         num_tokens: T, rows of the input, padding included.
+        pair_TE: (T, E) int32, the place of each pair in the lists, -1 where there is none; or None, as it follows from
+            them.
     """
 
     token_N: Tensor
@@ -33,6 +37,7 @@ class Assignment:
     gate_N: Tensor
     count_E: Tensor
     num_tokens: int
+    pair_TE: Tensor | None = None
 
     @classmethod
     def from_gates(cls, gate_TE: Tensor, active_TE: Tensor, max_pairs: int | None = None) -> "Assignment":
@@ -44,6 +49,11 @@ class Assignment:
             max_pairs: what the number of pairs cannot exceed, where it is less than T E.
         """
         T, E = gate_TE.shape
+        if gate_TE.is_cuda and AVAILABLE:
+            token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(
+                gate_TE, active_TE, T * E if max_pairs is None else max_pairs
+            )
+            return cls(token_N, expert_N, gate_N, count_E, T, pair_TE)
         active_ET = active_TE.t().contiguous()
         count_E = active_ET.sum(dim=1)
         if gate_TE.is_cuda or torch.compiler.is_compiling():

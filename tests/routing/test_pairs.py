@@ -1,0 +1,84 @@
+"""The kernels that list the routed pairs, in Triton's interpreter and compiled for GPUs, against the plain way."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from remoe.routing.assignment import Assignment
+
+pytest.importorskip("triton")
+
+from remoe.routing.pairs import list_pairs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs a GPU or Triton's interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("T", "E"), [(1, 1), (63, 5), (300, 8), (40, 129), (0, 4)])
+def test_lists_and_gradient_are_those_of_the_plain_way(T, E, density):
+    active_TE = torch.rand(T, E) < density
+    gate_TE = torch.rand(T, E).requires_grad_()
+    plain = Assignment.from_gates(gate_TE, active_TE)
+    R, room = plain.token_N.shape[0], 9
+    token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(gate_TE, active_TE, R + room)
+    assert torch.equal(token_N, torch.cat((plain.token_N, torch.zeros(room, dtype=torch.int64))))
+    assert torch.equal(expert_N, torch.cat((plain.expert_N, torch.full((room,), E))))
+    assert torch.equal(gate_N, torch.cat((plain.gate_N, torch.zeros(room))))
+    assert torch.equal(count_E, plain.count_E)
+    places_TE = torch.full((T, E), -1, dtype=torch.int32)
+    places_TE[plain.token_N, plain.expert_N] = torch.arange(R, dtype=torch.int32)
+    assert torch.equal(pair_TE, places_TE)
+    dgate_N = torch.randn(R + room)
+    expected = torch.autograd.grad(plain.gate_N, gate_TE, dgate_N[:R])[0]
+    assert torch.equal(torch.autograd.grad(gate_N, gate_TE, dgate_N)[0], expected)
+
+
+@interpreted
+def test_no_more_is_written_than_there_is_room_for():
+    token_N, *_ = list_pairs(torch.rand(40, 4), torch.ones(40, 4, dtype=torch.bool), 50)
+    assert torch.equal(token_N, torch.cat((torch.arange(40), torch.arange(10))))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs already")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted here")
+def test_operators_are_registered_as_tracers_need_them():
+    """Shapes, dtypes and derivatives as promised, without running a kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        gate_TE = torch.rand(12, 4, requires_grad=True)
+        token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(gate_TE, gate_TE > 0.5, 20)
+        (dgate_TE,) = torch.autograd.grad(gate_N.sum(), gate_TE)
+    assert token_N.shape == expert_N.shape == gate_N.shape == (20,)
+    assert (count_E.shape, pair_TE.shape, dgate_TE.shape) == ((4,), (12, 4), (12, 4))
+    assert (token_N.dtype, count_E.dtype, pair_TE.dtype) == (torch.int64, torch.int64, torch.int32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted here")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from remoe.routing import pair_kernels
+
+    types = {"active": "*i1", "gate": "*fp32", "listed": "*fp32", "dlisted": "*fp32", "dgate": "*fp32"}
+    types |= {"token": "*i64", "expert": "*i64", "total": "*i64", "count": "*i32", "start": "*i32", "pair": "*i32"}
+    sizes = {"EXPERTS": 64, "BLOCK": 128, "CHUNK": 4096, "FILL": 1024}
+    for name in ("count_block", "sum_before", "place_pairs", "gate_gradient"):
+        kernel = getattr(pair_kernels, name)
+        constants = {p.name: sizes[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {p.name: types.get(p.name.removesuffix("_ptr"), "i32") for p in kernel.params}
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, {})
+        assert "cubin" in compile(source, target=GPUTarget("cuda", capability, 32)).asm
