@@ -62,11 +62,11 @@ def parts(out: Path) -> list[tuple[str, list[str], int]]:
         return [*BENCH, kind, "--device", "cuda", *flags, "--out", str(out / f"{name}.json")]
 
     return [
-        ("tests", [*TESTS, str(root.parent / "tests" / "gpu")], 170),
+        ("tests", [*TESTS, str(root.parent / "tests" / "gpu")], 150),
         ("layer", bench("layer", *backends, name="layer"), 120),
-        ("tiles", [sys.executable, str(root / "tune_tiles.py"), "--out", str(out / "tiles.json")], 90),
+        ("experts", bench("layer", "--cases", "experts", "--no-peers", name="experts"), 60),
         ("decode", bench("decode", *backends, name="decode"), 40),
-        ("experts", bench("layer", "--cases", "experts", name="experts"), 40),
+        ("tiles", [sys.executable, str(root / "tune_tiles.py"), "--out", str(out / "tiles.json")], 90),
     ]
 
 

@@ -91,7 +91,7 @@ def test_operators_follow_their_contract():
     tensors = [torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
     # Stored pairs end with an expert: rows of one that fits in part only are not written, and compare as noise.
-    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 2, "loop"))
+    torch.library.opcheck(_forward, (*leaves, token_N, count_E, None, 2, "loop"))
 
 
 def test_operators_and_layer_take_other_strides():
@@ -105,4 +105,4 @@ def test_operators_and_layer_take_other_strides():
     count_E, token_N = torch.tensor([2, 0, 3]), torch.tensor([0, 5, 1, 5, 8])
     tensors = [torch.randn(6, 9).t(), torch.randn(3, 6, 8).mT, torch.randn(3, 4, 6).mT, torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(_forward, (*leaves, token_N, count_E, 2, "loop"))
+    torch.library.opcheck(_forward, (*leaves, token_N, count_E, None, 2, "loop"))

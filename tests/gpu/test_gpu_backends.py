@@ -174,6 +174,24 @@ def test_layer_never_waits_for_the_device(router):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    ("T", "E", "density"), [(16384, 64, 0.13), (1000, 200, 0.5), (77, 5, 1.0), (64, 8, 0.0), (0, 8, 0.5)]
+)
+def test_listed_pairs_are_those_that_the_host_lists(T, E, density):
+    active_TE = torch.rand(T, E, device="cuda") < density
+    gate_TE = torch.rand(T, E, device="cuda", requires_grad=True)
+    found = Assignment.from_gates(gate_TE, active_TE)
+    expected = Assignment.from_gates(gate_TE.cpu(), active_TE.cpu())
+    R = expected.token_N.shape[0]
+    for name in ("token_N", "expert_N", "gate_N"):
+        assert torch.equal(getattr(found, name)[:R].cpu(), getattr(expected, name))
+    assert torch.equal(found.count_E.cpu(), expected.count_E)
+    dgate_N = torch.randn_like(found.gate_N)
+    (dgate_TE,) = torch.autograd.grad(found.gate_N, gate_TE, dgate_N)
+    assert torch.equal(dgate_TE[active_TE], dgate_N[found.pair_TE[active_TE].long()])
+    assert not dgate_TE[~active_TE].any()
+
+
 @pytest.mark.parametrize("E", [8, 13])
 def test_logits_of_bfloat16_tokens_are_as_exact_as_in_float32(E):
     router = remoe.MoE(512, 64, E, 2, "relu").router.to("cuda", torch.bfloat16)

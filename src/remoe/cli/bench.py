@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +31,8 @@ class LayerArguments(Common):
 
     The dense layer has the same active FLOPs. Implementations take turns; figures are medians. "/ dense" is the time
     as a multiple of the dense layer's, "/ GEMM" the experts' FLOPs per second as a share of a large matrix
-    product's, "peak MB" the most memory at once, "act. MB" that without the weights' gradients, "all on" the peak with
-    every expert active; on a GPU, "host ms" is the time until the host has launched it all.
+    product's, "peak" the most memory at once in MB, "act." that without the weights' gradients, "all on" the peak with
+    every expert active; on a GPU, "host" is the time in ms until the host has launched it all.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
@@ -168,9 +169,9 @@ _COLUMNS = {
     "milliseconds": "ms",
     "ratio_to_dense": "/ dense",
     "share_of_gemm_rate": "/ GEMM",
-    "host_milliseconds": "host ms",
-    "peak_megabytes": "peak MB",
-    "activation_megabytes": "act. MB",
+    "host_milliseconds": "host",
+    "peak_megabytes": "peak",
+    "activation_megabytes": "act.",
     "dense_stage_peak_megabytes": "all on",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
@@ -179,7 +180,7 @@ _COLUMNS = {
 
 def _table(case: object, row: dict) -> Table:
     columns = [name for name in _COLUMNS if row.get(name)]
-    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left")
+    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("implementation", no_wrap=True)
     for column in columns:
         table.add_column(_COLUMNS[column], justify="right", no_wrap=True)

@@ -247,8 +247,9 @@ def _next_pair(pair, last):
 @triton.jit
 def _pair_row(row_ptrs, pair, first, window_rows, inside, D: tl.constexpr):
     # Zeros where the pair is in a later window, or there is none.
-    row = (pair - first).to(tl.int64)
-    return tl.load(row_ptrs + row * D, mask=inside & (pair - first < window_rows), other=0.0).to(tl.float32)
+    row = pair - first
+    inside = inside & (tl.full(inside.shape, row, tl.int32) < window_rows)
+    return tl.load(row_ptrs + row.to(tl.int64) * D, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=VARYING)
