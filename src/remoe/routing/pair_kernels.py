@@ -46,7 +46,7 @@ def place_pairs(
 ):  # fmt: skip
     """The lists of tokens, experts and gates, the place of each pair in them, and each expert's number of pairs.
 
-    Entries behind the pairs get token 0, expert E and gate zero. Grid: at least (B,), and enough for N in steps of FILL.
+    Entries behind the pairs get token 0, expert E and gate zero. Grid: at least (B,), and enough for N by FILL each.
     """
     program = tl.program_id(0)
     if program < blocks:
