@@ -82,6 +82,24 @@ def test_exported_model_takes_other_batch_sizes(router):
         torch.testing.assert_close(exported.module()(token_BS), module(token_BS))
 
 
+@pytest.mark.parametrize("tokens", [6, 33])
+def test_layer_exports_with_gradients_and_any_number_of_tokens(tokens):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = remoe.MoE(16, 32, 4, 2)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    layer = Layer()
+    shapes = ({0: torch.export.Dim("tokens", min=2)},)
+    exported = torch.export.export(layer, (torch.randn(tokens, 16),), dynamic_shapes=shapes).module()
+    for T in (2, 5, 12, 64):
+        x = torch.randn(T, 16)
+        torch.testing.assert_close(exported(x), layer(x))
+
+
 def test_operators_follow_their_contract():
     from remoe.experts.ops import _forward
 

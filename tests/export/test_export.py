@@ -1,5 +1,6 @@
 """An exported run loads, computes, generates and trains where this package is not, and its card says what it is."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -95,6 +96,19 @@ def test_code_names_nothing_of_this_package(exported):
     for path in folder.glob("*.py"):
         lines = path.read_text().splitlines()
         assert not [line for line in lines if line.lstrip().startswith(("from remoe", "import remoe"))], path.name
+
+
+def test_code_imports_only_what_transformers_brings(exported):
+    """transformers refuses to load a folder of the hub whose modules, any of them, import what is not installed."""
+    _, folder = exported
+    for path in folder.glob("*.py"):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        absolute = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+        absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        needed = {name.split(".")[0] for name in absolute} - sys.stdlib_module_names
+        assert needed <= {"torch", "transformers", "huggingface_hub"}, path.name
 
 
 def test_card_says_what_the_model_is(exported):

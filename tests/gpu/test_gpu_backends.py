@@ -21,7 +21,7 @@ LARGE = {
     "ragged": (2048, 512, 704, 16, 0.1),
 }
 every_backend = pytest.mark.parametrize("name", ["triton", "grouped", "loop", "sonic"])
-without_waiting = pytest.mark.parametrize("name", ["triton", "grouped"])
+with_windows = pytest.mark.parametrize("name", ["triton", "grouped"])
 
 
 def backend(name, leaves, **options):
@@ -50,7 +50,7 @@ def test_16_bit_equals_naive_in_float64(name, dtype, shape):
     check_equals_naive(backend(name, leaves), leaves, active, 1e-2)
 
 
-@without_waiting
+@with_windows
 @pytest.mark.parametrize("stored", [0, 7, 300, 1500, None], ids=lambda stored: f"stored={stored}")
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_layer_compiles_in_one_graph_and_under_autocast(router, autocast):
             assert (one - other).float().norm() <= 2e-2 * one.float().norm()
 
 
-@without_waiting
+@with_windows
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_two_runs_are_bitwise_equal(name, dtype):
     leaves, active = problem(*LARGE["ragged"], dtype, device="cuda")
@@ -142,7 +142,7 @@ def test_two_runs_are_bitwise_equal(name, dtype):
 
 
 def test_triton_never_waits_for_the_device():
-    # In float32 the same launches are made; "grouped" is left out, for whose waiting torch decides.
+    # In float32 the same launches are made; "grouped" waits.
     leaves, active = problem(*LARGE["ragged"], torch.bfloat16, device="cuda")
     x, gate_up, down, gate_TE = leaves
     experts = backend("triton", leaves, stored=1500)
@@ -183,13 +183,17 @@ def test_listed_pairs_are_those_that_the_host_lists(T, E, density):
     found = Assignment.from_gates(gate_TE, active_TE)
     expected = Assignment.from_gates(gate_TE.cpu(), active_TE.cpu())
     R = expected.token_N.shape[0]
-    for name in ("token_N", "expert_N", "gate_N"):
+    for name, behind in (("token_N", 0), ("expert_N", E), ("gate_N", 0)):
         assert torch.equal(getattr(found, name)[:R].cpu(), getattr(expected, name))
+        assert (getattr(found, name)[R:] == behind).all()
     assert torch.equal(found.count_E.cpu(), expected.count_E)
+    place_TE = torch.full((T, E), -1, dtype=torch.int32)
+    place_TE[expected.token_N, expected.expert_N] = torch.arange(R, dtype=torch.int32)
+    assert torch.equal(found.pair_TE.cpu(), place_TE)
     dgate_N = torch.randn_like(found.gate_N)
     (dgate_TE,) = torch.autograd.grad(found.gate_N, gate_TE, dgate_N)
-    assert torch.equal(dgate_TE[active_TE], dgate_N[found.pair_TE[active_TE].long()])
-    assert not dgate_TE[~active_TE].any()
+    (expected_TE,) = torch.autograd.grad(expected.gate_N, gate_TE, dgate_N[:R].cpu())
+    assert torch.equal(dgate_TE, expected_TE)
 
 
 @pytest.mark.parametrize("E", [8, 13])

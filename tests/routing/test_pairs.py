@@ -76,7 +76,7 @@ def test_every_kernel_compiles(capability):
     types = {"active": "*i1", "gate": "*fp32", "listed": "*fp32", "dlisted": "*fp32", "dgate": "*fp32"}
     types |= {"token": "*i64", "expert": "*i64", "total": "*i64", "count": "*i32", "start": "*i32", "pair": "*i32"}
     sizes = {"EXPERTS": 64, "BLOCK": 128, "CHUNK": 4096, "FILL": 1024}
-    for name in ("count_block", "sum_before", "place_pairs", "gate_gradient"):
+    for name in ("count_block", "sum_before", "list_pairs", "gate_gradient"):
         kernel = getattr(pair_kernels, name)
         constants = {p.name: sizes[p.name] for p in kernel.params if p.is_constexpr}
         signature = {p.name: types.get(p.name.removesuffix("_ptr"), "i32") for p in kernel.params}

@@ -149,8 +149,9 @@ def _windows(
     token_N: Tensor, gate_N: Tensor, count_E: Tensor, stored: int, tokens: int, d_model: int, d_expert: int
 ) -> Iterator[_Window]:
     end_E = count_E.cumsum(0)
-    count = PairCount(count_E)
-    for pairs in windows(token_N.shape[0], stored, tokens, d_model, d_expert):
+    slices = windows(token_N.shape[0], stored, tokens, d_model, d_expert)
+    count = PairCount(count_E, len(slices))
+    for pairs in slices:
         if count.end_before(pairs, wait=True):
             break
         row_m = torch.arange(pairs.start, pairs.stop, device=token_N.device)

@@ -81,7 +81,7 @@ def _forward(
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, stored, backend):
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    return y_TD, x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
+    return y_TD, x_TD.new_empty(torch.sym_min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
 
 
 @torch.library.custom_op("remoe::experts_backward", mutates_args=())

@@ -11,8 +11,9 @@ by the pairs that are wanted and not by those that are possible. Only the device
 kernels of the others end at once, and the host does not launch them where the device has told it in time, but it never
 waits. What several windows contribute to is rounded to the tensors' dtype once in each.
 
-Where the device has bulk copies of tensors (compute capability 9.0), the weights, the scratch rows and the gradients'
-rows are read by them; only tokens are gathered by their addresses.
+On devices with bulk copies of tensors (the "large" tiles of `remoe.experts.triton_launch`) the products' operands are
+read by them, but for the tokens, which are gathered. An expert whose activations are not finite then also spoils the
+weight gradient of the expert before it.
 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C stored pairs, W rows of a window.
 """
@@ -68,7 +69,7 @@ def forward(
         W = len(slices[0])
         hidden_WF, out_WD = x_TD.new_empty(W, F), x_TD.new_empty(W, x_TD.shape[1])
         for w, pairs in enumerate(slices):
-            if launch.pairs.end_before(pairs):
+            if launch.count.end_before(pairs):
                 break
             launch.up_projection(w, x_TD, gate_up_E2FD, pre_C2F, 0, C, hidden_WF)
             launch.project(w, hidden_WF, down_EDF, out_WD)
@@ -104,7 +105,7 @@ def backward(
         shared = x_TD.new_empty(W * max(D, F))
         hidden_WF, dx_WD = shared[: W * F].view(W, F), shared[: W * D].view(W, D)
         for w, pairs in enumerate(slices):
-            if launch.pairs.end_before(pairs):
+            if launch.count.end_before(pairs):
                 break
             pre, pre_first = pre_C2F, 0
             if pairs.stop > pre_C2F.shape[0]:

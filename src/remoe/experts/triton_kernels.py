@@ -72,7 +72,7 @@ def plan_windows(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def list_pairs(
+def place_pairs(
     token_ptr, head_ptr, tile_ptr, pair_ptr, max_tiles, E, ROWS: tl.constexpr
 ):  # fmt: skip
     """pair[token, expert] = the pair's place in the list. Grid: (max_tiles, windows)."""

@@ -55,7 +55,7 @@ class Tiles:
 
     rows: pairs of a tile.
     described: weights and rows of pairs are read by tensor descriptors (the bulk copies of compute capability 9.0),
-        where their sizes allow it. The depth of both weight gradients then divides `rows`.
+        where their sizes allow it.
     """
 
     rows: int
@@ -67,11 +67,11 @@ class Tiles:
     down_gradient: Tile
     described: bool = False
 
-    def can_describe(self, D: int, F: int, itemsize: int) -> bool:
+    def can_describe(self, D: int, F: int) -> bool:
         """Whether experts of this size are read by descriptors: no step reaches behind an expert's rows."""
         tiles = (self.up, self.hidden_gradient, self.down, self.rows_gradient)
         depths = zip(tiles, (D, D, F, 2 * F), strict=True)
-        return self.described and F * itemsize % 16 == 0 and not any(width % tile.depth for tile, width in depths)
+        return self.described and not any(width % tile.depth for tile, width in depths)
 
 
 TILES = {
@@ -135,10 +135,15 @@ class Launcher:
         self.kernels = triton_kernels
         self.tiles, self.processors = _device(x_TD.device, x_TD.dtype, x_TD.shape[0] <= FEW)
         self.T, (self.E, self.D, self.F), self.W = x_TD.shape[0], down_EDF.shape, len(slices[0])
-        self.described = self.tiles.can_describe(self.D, self.F, x_TD.element_size())
+        self.described = self.tiles.can_describe(self.D, self.F)
         self.gate_N, self.token_N = gate_N.contiguous(), token_N.contiguous()
-        self.pairs = PairCount(count_E)
+        self.count = PairCount(count_E, len(slices))
         self.rows = min(self.tiles.rows, max(16, _power_of_two(self.T)))
+        # Weight gradients read no further behind a window's last pair than hidden_gradient has written zeros.
+        assert (
+            not self.described
+            or self.rows % max(self.tiles.gate_up_gradient.depth, self.tiles.down_gradient.depth) == 0
+        )
         self.scratch_rows = self.W + self.rows  # of a window, and of the tile that its last pair is in
         self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
         shapes = (4,), (self.max_tiles, 3), (self.E, 3)
@@ -150,7 +155,7 @@ class Launcher:
         )  # fmt: skip
         if pair_TE is None:
             pair_TE = torch.full((self.T, self.E), -1, **integers)
-            self.kernels.list_pairs[self.max_tiles, len(slices)](
+            self.kernels.place_pairs[self.max_tiles, len(slices)](
                 self.token_N, self.head, self.tile, pair_TE, self.max_tiles, self.E, ROWS=self.rows
             )
         self.pair_TE = pair_TE
@@ -210,7 +215,7 @@ class Launcher:
         """The gates' gradient from its parts, once all windows have theirs; zero behind the pairs."""
         parts, listed = part.shape
         self.kernels.sum_gate_gradient[(-(-listed // SUM_BLOCK),)](
-            part, self.pairs.total, dgate_N, listed, PARTS=parts, BLOCK=SUM_BLOCK
+            part, self.count.total, dgate_N, listed, PARTS=parts, BLOCK=SUM_BLOCK
         )
 
     def weight_gradient(self, w: int, rows: Tensor, tokens: Tensor, out_EMN: Tensor, up: bool = False) -> None:

@@ -28,6 +28,7 @@ _CHANGES = {
         r"^BACKENDS = \(.*\)$": f"BACKENDS = {BACKENDS!r}",
         r"^_AUTO = \{.*\}$": '_AUTO = {"cpu": ("loop",), "cuda": ("loop",)}',
     },
+    "remoe.routing.pairs": {r"^AVAILABLE = .*$": "AVAILABLE = False"},
 }
 _EVERYWHERE = {
     'import_module(f"remoe.experts.{name}")': 'import_module(f".remoe_experts_{name}", __package__)',

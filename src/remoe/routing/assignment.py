@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.routing.pairs import AVAILABLE, list_pairs
+from remoe.routing.pairs import can_list, list_pairs
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Assignment:
             max_pairs: what the number of pairs cannot exceed, where it is less than T E.
         """
         T, E = gate_TE.shape
-        if gate_TE.is_cuda and AVAILABLE:
+        if can_list(gate_TE.device):
             token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(
                 gate_TE, active_TE, T * E if max_pairs is None else max_pairs
             )

@@ -40,7 +40,7 @@ def sum_before(count_ptr, start_ptr, entries, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARYING)
-def place_pairs(
+def list_pairs(
     active_ptr, gate_ptr, start_ptr, token_ptr, expert_ptr, listed_ptr, pair_ptr, total_ptr, T, E, N, blocks,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip

@@ -1,18 +1,27 @@
 """The list of routed pairs on a device that must not be asked for their number, as custom operators around Triton
-kernels: five launches forward and backward, where the same in operators of torch takes about twenty.
+kernels: three launches forward and one backward, where the same in operators of torch takes some twenty.
 
 Legend: T tokens, E experts, N listed pairs.
 """
 
+import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-FILL = 1024
+FILL = 1024  # entries of a program
 CHUNK = 4096
+KERNELS = "remoe.routing.pair_kernels"  # by its name: exported models, which lack it, look for imports
 MOST_ENTRIES = 8192  # of a block of tokens and all experts
-AVAILABLE = find_spec("triton") is not None
+AVAILABLE = find_spec("triton") is not None and os.environ.get("REMOE_KERNELS") != "0"
+
+
+@torch._dynamo.assume_constant_result
+def can_list(device: torch.device) -> bool:
+    """Whether these kernels run there. `REMOE_KERNELS=0` switches them off."""
+    return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -32,8 +41,7 @@ def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, T
 
 @torch.library.custom_op("remoe::list_pairs", mutates_args=())
 def _list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from remoe.routing import pair_kernels
-
+    kernels = import_module(KERNELS)
     T, E = gate_TE.shape
     token_N, expert_N = (torch.empty(size, dtype=torch.int64, device=gate_TE.device) for _ in range(2))
     gate_N, count_E = gate_TE.new_empty(size), token_N.new_empty(E)
@@ -44,9 +52,9 @@ def _list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, 
     count, start = (pair_TE.new_empty(E * blocks + 1) for _ in range(2))
     gate_TE, active_TE = gate_TE.contiguous(), active_TE.contiguous()
     with torch.cuda.device_of(gate_TE):
-        pair_kernels.count_block[(blocks,)](active_TE, count, T, E, blocks, EXPERTS=experts, BLOCK=block)
-        pair_kernels.sum_before[(1,)](count, start, E * blocks, CHUNK=CHUNK)
-        pair_kernels.place_pairs[(max(blocks, -(-size // FILL)),)](
+        kernels.count_block[(blocks,)](active_TE, count, T, E, blocks, EXPERTS=experts, BLOCK=block)
+        kernels.sum_before[(1,)](count, start, E * blocks, CHUNK=CHUNK)
+        kernels.list_pairs[(max(blocks, -(-size // FILL)),)](
             active_TE, gate_TE, start, token_N, expert_N, gate_N, pair_TE, count_E, T, E, size, blocks,
             EXPERTS=experts, BLOCK=block, FILL=FILL,
         )  # fmt: skip
@@ -63,15 +71,12 @@ def _(gate_TE, active_TE, size):
 
 @torch.library.custom_op("remoe::list_pairs_backward", mutates_args=())
 def _gate_gradient(dgate_N: Tensor, pair_TE: Tensor) -> Tensor:
-    from remoe.routing import pair_kernels
-
+    kernels = import_module(KERNELS)
     dgate_TE = dgate_N.new_empty(pair_TE.shape)
     entries = pair_TE.numel()
     if entries:
         with torch.cuda.device_of(dgate_N):
-            pair_kernels.gate_gradient[(-(-entries // FILL),)](
-                dgate_N.contiguous(), pair_TE, dgate_TE, entries, BLOCK=FILL
-            )
+            kernels.gate_gradient[(-(-entries // FILL),)](dgate_N.contiguous(), pair_TE, dgate_TE, entries, BLOCK=FILL)
     return dgate_TE
 
 
