@@ -1,4 +1,4 @@
-"""The kernels that list the routed pairs, in Triton's interpreter and compiled for GPUs, against the plain way."""
+"""The operators that list the routed pairs: plain, as kernels in Triton's interpreter, and compiled for GPUs."""
 
 import os
 import subprocess
@@ -11,34 +11,38 @@ from remoe.routing.assignment import Assignment
 
 pytest.importorskip("triton")
 
-from remoe.routing.pairs import list_pairs
+from remoe.routing.pairs import _gate_gradient, _list_pairs, list_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 
 
-@interpreted
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """In the interpreter the kernels run on a CPU; without it operators of torch do."""
+    monkeypatch.setattr("remoe.routing.pairs._kernels_run_on", lambda device: INTERPRETED)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("T", "E"), [(1, 1), (63, 5), (300, 8), (40, 129), (0, 4)])
-def test_lists_and_gradient_are_those_of_the_plain_way(T, E, density):
+def test_lists_and_gradient_are_those_of_the_eager_way(T, E, density):
     active_TE = torch.rand(T, E) < density
     gate_TE = torch.rand(T, E).requires_grad_()
-    plain = Assignment.from_gates(gate_TE, active_TE)
-    R, room = plain.token_N.shape[0], 9
+    eager = Assignment.from_gates(gate_TE, active_TE)
+    R, room = eager.token_N.shape[0], 9
     token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(gate_TE, active_TE, R + room)
-    assert torch.equal(token_N, torch.cat((plain.token_N, torch.zeros(room, dtype=torch.int64))))
-    assert torch.equal(expert_N, torch.cat((plain.expert_N, torch.full((room,), E))))
-    assert torch.equal(gate_N, torch.cat((plain.gate_N, torch.zeros(room))))
-    assert torch.equal(count_E, plain.count_E)
+    assert torch.equal(token_N, torch.cat((eager.token_N, torch.zeros(room, dtype=torch.int64))))
+    assert torch.equal(expert_N, torch.cat((eager.expert_N, torch.full((room,), E))))
+    assert torch.equal(gate_N, torch.cat((eager.gate_N, torch.zeros(room))))
+    assert torch.equal(count_E, eager.count_E)
     places_TE = torch.full((T, E), -1, dtype=torch.int32)
-    places_TE[plain.token_N, plain.expert_N] = torch.arange(R, dtype=torch.int32)
+    places_TE[eager.token_N, eager.expert_N] = torch.arange(R, dtype=torch.int32)
     assert torch.equal(pair_TE, places_TE)
     dgate_N = torch.randn(R + room)
-    expected = torch.autograd.grad(plain.gate_N, gate_TE, dgate_N[:R])[0]
+    expected = torch.autograd.grad(eager.gate_N, gate_TE, dgate_N[:R])[0]
     assert torch.equal(torch.autograd.grad(gate_N, gate_TE, dgate_N)[0], expected)
 
 
-@interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 def test_no_more_is_written_than_there_is_room_for():
     token_N, *_ = list_pairs(torch.rand(40, 4), torch.ones(40, 4, dtype=torch.bool), 50)
     assert torch.equal(token_N, torch.cat((torch.arange(40), torch.arange(10))))
@@ -51,18 +55,13 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted here")
-def test_operators_are_registered_as_tracers_need_them():
-    """Shapes, dtypes and derivatives as promised, without running a kernel."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        gate_TE = torch.rand(12, 4, requires_grad=True)
-        token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(gate_TE, gate_TE > 0.5, 20)
-        (dgate_TE,) = torch.autograd.grad(gate_N.sum(), gate_TE)
-    assert token_N.shape == expert_N.shape == gate_N.shape == (20,)
-    assert (count_E.shape, pair_TE.shape, dgate_TE.shape) == ((4,), (12, 4), (12, 4))
-    assert (token_N.dtype, count_E.dtype, pair_TE.dtype) == (torch.int64, torch.int64, torch.int32)
+@pytest.mark.skipif(INTERPRETED, reason="runs without kernels")
+@pytest.mark.parametrize("size", [20, 48])
+def test_operators_follow_their_contract(size):
+    active_TE = torch.rand(12, 4) < 0.3
+    active_TE[3:] &= size == 48
+    torch.library.opcheck(_list_pairs, (torch.rand(12, 4), active_TE, size))
+    torch.library.opcheck(_gate_gradient, (torch.rand(size), torch.full((12, 4), -1, dtype=torch.int32)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted here")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from remoe.routing.pairs import can_list, list_pairs
+from remoe.routing.pairs import list_pairs
 
 
 @dataclass(frozen=True)
@@ -49,22 +48,12 @@ class Assignment:
             max_pairs: what the number of pairs cannot exceed, where it is less than T E.
         """
         T, E = gate_TE.shape
-        if can_list(gate_TE.device):
-            token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(
-                gate_TE, active_TE, T * E if max_pairs is None else max_pairs
-            )
+        if gate_TE.is_cuda or torch.compiler.is_compiling():
+            N = T * E if max_pairs is None else max_pairs
+            token_N, expert_N, gate_N, count_E, pair_TE = list_pairs(gate_TE, active_TE, N)
             return cls(token_N, expert_N, gate_N, count_E, T, pair_TE)
         active_ET = active_TE.t().contiguous()
         count_E = active_ET.sum(dim=1)
-        if gate_TE.is_cuda or torch.compiler.is_compiling():
-            N = T * E if max_pairs is None else max_pairs
-            expert_N, token_N = torch.nonzero_static(active_ET, size=N, fill_value=E).unbind(dim=1)
-            # Each entry takes its gate from a slot of its own, those behind the pairs from spare ones: in the backward
-            # pass, which adds by atomics, no two then write to one place, which would order them by chance or queue.
-            spare_N = T * E + torch.arange(N, device=expert_N.device)
-            slot_N = torch.where(expert_N < E, token_N * E + expert_N, spare_N)
-            gate_N = F.pad(gate_TE.reshape(-1), (0, N)).index_select(0, slot_N)
-            return cls(token_N, expert_N, gate_N, count_E, T)
         expert_N, token_N = active_ET.nonzero(as_tuple=True)
         # masked_select walks (E, T) in the same order as nonzero, and its backward is a scatter without atomics.
         gate_N = gate_TE.t().masked_select(active_ET)

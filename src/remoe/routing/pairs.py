@@ -1,10 +1,13 @@
-"""The list of routed pairs on a device that must not be asked for their number, as custom operators around Triton
-kernels: three launches forward and one backward, where the same in operators of torch takes some twenty.
+"""The list of routed pairs where their number must not be asked for, on a GPU or in a graph, as custom operators.
+
+On GPUs they run Triton kernels: three launches forward and one backward, where operators of torch, which run elsewhere,
+take some twenty.
 
 Legend: T tokens, E experts, N listed pairs.
 """
 
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -16,12 +19,6 @@ CHUNK = 4096
 KERNELS = "remoe.routing.pair_kernels"  # by its name: exported models, which lack it, look for imports
 MOST_ENTRIES = 8192  # of a block of tokens and all experts
 AVAILABLE = find_spec("triton") is not None and os.environ.get("REMOE_KERNELS") != "0"
-
-
-@torch._dynamo.assume_constant_result
-def can_list(device: torch.device) -> bool:
-    """Whether these kernels run there. `REMOE_KERNELS=0` switches them off."""
-    return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -41,12 +38,14 @@ def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, T
 
 @torch.library.custom_op("remoe::list_pairs", mutates_args=())
 def _list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _kernels_run_on(gate_TE.device):
+        return _list_plainly(gate_TE, active_TE, size)
     kernels = import_module(KERNELS)
     T, E = gate_TE.shape
     token_N, expert_N = (torch.empty(size, dtype=torch.int64, device=gate_TE.device) for _ in range(2))
     gate_N, count_E = gate_TE.new_empty(size), token_N.new_empty(E)
     pair_TE = torch.empty(T, E, dtype=torch.int32, device=gate_TE.device)
-    experts = max(1, 1 << (E - 1).bit_length())
+    experts = 1 << (E - 1).bit_length()
     block = max(16, min(128, MOST_ENTRIES // experts))
     blocks = max(1, -(-T // block))
     count, start = (pair_TE.new_empty(E * blocks + 1) for _ in range(2))
@@ -61,6 +60,24 @@ def _list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, 
     return token_N, expert_N, gate_N, count_E, pair_TE
 
 
+@cache
+def _kernels_run_on(device: torch.device) -> bool:
+    return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _list_plainly(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, ...]:
+    T, E = gate_TE.shape
+    active_ET = active_TE.t().contiguous()
+    expert_N, token_N = torch.nonzero_static(active_ET, size=size, fill_value=E).unbind(dim=1)
+    behind_N = expert_N == E
+    entry_N = torch.where(behind_N, T * E, token_N * E + expert_N)
+    gate_N = torch.cat((gate_TE.reshape(-1), gate_TE.new_zeros(1)))[entry_N]
+    pair = torch.full((T * E + 1,), -1, dtype=torch.int32, device=gate_TE.device)
+    pair[entry_N] = torch.arange(size, dtype=torch.int32, device=gate_TE.device)
+    token_N, expert_N = token_N.masked_fill(behind_N, 0), expert_N.clone()  # outputs of an operator share no memory
+    return token_N, expert_N, gate_N, active_ET.sum(dim=1), pair[:-1].clone().view(T, E)
+
+
 @_list_pairs.register_fake
 def _(gate_TE, active_TE, size):
     index_N = gate_TE.new_empty(size, dtype=torch.int64)
@@ -71,6 +88,8 @@ def _(gate_TE, active_TE, size):
 
 @torch.library.custom_op("remoe::list_pairs_backward", mutates_args=())
 def _gate_gradient(dgate_N: Tensor, pair_TE: Tensor) -> Tensor:
+    if not _kernels_run_on(dgate_N.device):
+        return torch.cat((dgate_N, dgate_N.new_zeros(1)))[pair_TE.long()]  # place -1 is the zero
     kernels = import_module(KERNELS)
     dgate_TE = dgate_N.new_empty(pair_TE.shape)
     entries = pair_TE.numel()
