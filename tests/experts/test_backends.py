@@ -14,7 +14,7 @@ from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, ru
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, run_experts
 from remoe.experts.backends import resolve_backend
-from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, windows
+from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
 from remoe.routing.assignment import Assignment
 
 EVERYWHERE = ["loop", "loop without passes", "loop without kernels"]
@@ -193,12 +193,11 @@ def test_another_number_of_threads_in_the_backward_pass():
         assert ((one - other).norm() / one.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("D", [256, 2048])
+@pytest.mark.parametrize(("D", "F"), [(256, 704), (2048, 704), (2048, 256), (4096, 256)])
 @pytest.mark.parametrize(
     ("tokens", "E", "k"), [(4096, 8, 1), (12288, 8, 1), (16384, 8, 1), (4097, 32, 4), (16384, 64, 8)]
 )
-def test_a_window_ends_with_the_stored_pairs(tokens, E, k, D):
-    F = 704
+def test_a_window_ends_with_the_stored_pairs_and_its_scratch_memory_is_no_larger(tokens, E, k, D, F):
     stored = math.ceil(1.25 * k * tokens / STORED_MULTIPLE) * STORED_MULTIPLE
     slices = windows(tokens * E, stored, tokens, D, F)
     assert [w.stop for w in slices[:-1]] == [w.start for w in slices[1:]]
@@ -206,10 +205,10 @@ def test_a_window_ends_with_the_stored_pairs(tokens, E, k, D):
     assert slices[-1].stop == tokens * E
     assert stored in [w.stop for w in slices]
     assert len({len(w) for w in slices[:-1]}) == 1
-    if stored >= 4 * MIN_WINDOW:
-        assert len(slices[0]) * (2 * F + max(D, F)) <= stored * 2 * F  # scratch memory and stored memory
-    else:
-        assert len(slices[0]) >= min(stored, MIN_WINDOW)
+    rows = len(slices[0])
+    shortest = rows < 2 * MIN_WINDOW or STORED_WINDOWS * rows == stored
+    assert rows * (2 * F + max(D, F)) <= stored * 2 * F or shortest
+    assert rows >= min(stored, MIN_WINDOW)
 
 
 def test_few_pairs_make_no_more_windows():
