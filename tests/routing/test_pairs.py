@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from remoe.routing.assignment import Assignment
-
-pytest.importorskip("triton")
-
 from remoe.routing.pairs import _gate_gradient, _list_pairs, list_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,6 +47,7 @@ def test_no_more_is_written_than_there_is_room_for():
 
 @pytest.mark.skipif(INTERPRETED, reason="runs already")
 def test_in_the_interpreter():
+    pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -67,6 +65,7 @@ def test_operators_follow_their_contract(size):
 @pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted here")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles(capability):
+    pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

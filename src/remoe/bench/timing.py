@@ -19,9 +19,9 @@ def median_seconds(
         functions: what to time, by name.
         device: where they run.
         repetitions: rounds after the first ones, which warm up.
-        ahead: on CUDA, whether the host gets ten milliseconds' start, so that the device never waits for it, as in the
-            middle of a model whose kernels take longer than their launches; without it a function of small kernels
-            takes as long as the host, whose time `host_seconds` tells.
+        ahead: on CUDA, whether the host gets ten milliseconds' start, as in the middle of a model whose kernels take
+            longer than their launches: the device then waits only in functions that wait for it themselves. Without
+            it a function of small kernels takes as long as the host, whose time `host_seconds` tells.
     """
     if device.type == "cuda":
         return _median_seconds_cuda(functions, repetitions, ahead)

@@ -1,8 +1,8 @@
 """Our own sources as a flat folder of modules, which transformers' `trust_remote_code` can load.
 
 transformers copies the modules that a module imports as `from .name import ...` and nothing else, from one folder. So
-each source becomes one file, named by its path, its imports rewritten. Left out are the backends of the experts that
-need more than torch.
+each source becomes one file, named by its path, its imports rewritten. Left out are the backends of the experts, and
+the kernels of the router, that need more than torch.
 """
 
 import ast
