@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+DIGITS = 9  # of a position, as a share of its figure
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that files agree between machines
     "font.size": 8,
@@ -97,5 +99,15 @@ def save(fig: Figure, path: Path | str) -> None:
         # Each run of the layout moves the axes by rounding, and the SVG's ids hash their positions: one run is enough.
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
+        _round_positions(fig)
         fig.savefig(f"{path}.svg", metadata={"Date": None})
         fig.savefig(f"{path}.png", metadata={"Software": None})
+
+
+def _round_positions(fig: Figure | SubFigure) -> None:
+    """Takes away the last digits of the layout: now and then its solver finds others."""
+    for panel in fig.subfigs:
+        panel.bbox_relative.p0, panel.bbox_relative.p1 = panel.bbox_relative.get_points().round(DIGITS)
+        _round_positions(panel)
+    for ax in fig.axes:
+        ax.set_position(np.round(ax.get_position(original=True).bounds, DIGITS))
