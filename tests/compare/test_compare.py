@@ -63,7 +63,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     for name in ("loss-equal-tokens", "flips", "routed-share", "active-against-frequency", "training-course"):
         assert f"figures/{name}.png" in report
         assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
-    assert "topk: tokens that each expert takes most surely" in report
+    assert "topk, seed 0: tokens that each expert takes most surely" in report
     finished = list((tmp_path / "pool").glob("*/summary.json"))
     assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
 

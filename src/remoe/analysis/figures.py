@@ -157,9 +157,10 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
     ax = fig.subplots()
     order = sorted(systems, key=lambda name: fmean(systems[name]))
     for row, name in enumerate(order):
-        losses, color = systems[name], look[name].color
+        losses, (color, marker, linestyle) = systems[name], look[name]
         mean, deviation = fmean(losses), _deviation(losses)
-        ax.errorbar(mean, row, xerr=deviation, fmt=look[name].marker, color=color, capsize=3, ms=6)
+        inside = color if linestyle == "-" else "white"  # the second time that the colours are gone through
+        ax.errorbar(mean, row, xerr=deviation, fmt=marker, color=color, mfc=inside, capsize=3, ms=6)
         ax.plot(losses, [row + 0.22] * len(losses), ls="", marker="|", ms=4.5, color=color, alpha=0.8)
         text = f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(losses) > 1 else "")
         ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=7.5, color="#222222")

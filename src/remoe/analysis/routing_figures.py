@@ -89,7 +89,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
         side.tick_params(axis="y", left=False, labelleft=False)
         label(side, x="sparsity")
     bar = fig.colorbar(image, ax=axes.tolist(), pad=0.01, aspect=15)
-    bar.set_label("share of tokens (×: under 1/8 of the mean)")
+    bar.set_label("share of tokens\n(×: under 1/8 of the mean)")
     return fig
 
 

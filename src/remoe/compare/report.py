@@ -56,10 +56,12 @@ def markdown(
     if routed := {name: seeds for name, seeds in records.items() if seeds[0].routing is not None}:
         lines += ["## Routing", "", *_routing_table(routed), ""]
         lines += ["Means over layers are weighted by the layers' routed pairs.", ""]
-    for name, seeds in routed.items():
-        if name in shown(experiment) and seeds[0].routing.top_tokens:
-            lines += [f"<details><summary>{name}: tokens that each expert takes most surely</summary>", ""]
-            lines += [*_token_table(seeds[0].routing.top_tokens), "", "</details>", ""]
+    for name in (name for name in routed if name in shown(experiment)):
+        # Not every old record has them.
+        if record := next((record for record in routed[name] if record.routing.top_tokens), None):
+            of = f"{name}, seed {record.options['seed']}"
+            lines += [f"<details><summary>{of}: tokens that each expert takes most surely</summary>", ""]
+            lines += [*_token_table(record.routing.top_tokens), "", "</details>", ""]
     if figures:
         lines += ["## Figures", ""]
         lines += [line for title, file in figures.items() for line in (f"![{title}]({file})", "", title, "")]
