@@ -102,22 +102,6 @@ def test_threshold_warms_up_by_choice_and_then_looks_at_its_thresholds_alone():
     )
 
 
-def test_relu_quantile_is_a_relu_above_the_moving_quantile():
-    router, x = router_and_input("relu_quantile")
-    routing = router(x)
-    assert routing.count_E.tolist() == [round(T * K / E)] * E  # sparse and balanced at the first step
-    router.update_state(torch.zeros(E), routing.statistic_E)
-    router.cutoff_E += 0.3
-    zeros = router.cutoff_E.double()
-    check(
-        router,
-        x,
-        lambda x64, w64: [
-            [torch.clamp(z - zero, min=0) for z, zero in zip(row, zeros, strict=True)] for row in logits(x64, w64)
-        ],
-    )
-
-
 def relu_norm_gates(x64, w64, scale64):
     for row in logits(x64, w64):
         gates = [torch.clamp(z, min=0) for z in row]
@@ -198,14 +182,13 @@ def test_cap_and_dial_keep_the_gates_that_are_largest_in_size():
     assert router(x).pruned(0.25, None).gate_TE.tolist() == [[0.0, 0.0, 0.0, pytest.approx(0.3)]]
 
 
-@pytest.mark.parametrize("name", ["expert_choice", "threshold", "relu_quantile"])
+@pytest.mark.parametrize("name", ["expert_choice", "threshold"])
 def test_cutoffs_without_tokens_and_with_every_expert(name):
     nothing = build_router(name, D, E, K)(torch.zeros(0, D))
     assert nothing.gate_TE.shape == (0, E)
     router, x = router_and_input(name, k=E)
-    if name != "relu_quantile":  # whose smallest gate is zero
-        router.update_state(torch.zeros(E), router(x).statistic_E)
-        assert router.eval()(torch.randn(T, D)).count_E.tolist() == [T] * E
+    router.update_state(torch.zeros(E), router(x).statistic_E)
+    assert router.eval()(torch.randn(T, D)).count_E.tolist() == [T] * E
 
 
 def test_relu_gate_scale_and_power_of_the_load():
@@ -260,7 +243,7 @@ def test_lory_merges_the_experts_by_the_segment_before(first_segment):
     [
         ("topk", 1, {"warmup_k": 9, "warmup_steps": 3}, "warmup_k must be between"),
         ("topk", 1, {"warmup_steps": 3}, "go together"),
-        *((name, 1, {"gate_scale": 0.0}, "gate_scale") for name in ("relu", "topk", "sigmoid", "relu_quantile")),
+        *((name, 1, {"gate_scale": 0.0}, "gate_scale") for name in ("relu", "topk", "sigmoid")),
         ("relu_norm", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
         ("relu_scaled", 1, {"penalty": "l2"}, "unknown penalty 'l2'"),
         ("relu_scaled", 1, {"load_balance": False}, "no effect with penalty 'entropy'"),

@@ -207,7 +207,7 @@ def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_diff
         ("relu_norm", 1, {"penalty": 3}, "option penalty must be a word"),
         ("relu_norm", 1, {"eps": 0.0}, "eps > 0"),
         ("relu_norm", 1, {"locality": -1}, "locality >= 0"),
-        ("relu_quantile", 1, {"decay": -0.1}, "decay must be at least 0"),
+        ("threshold", 1, {"decay": -0.1}, "decay must be at least 0"),
         ("expert_choice", 1, {"decay": 1}, "below 1, but is 1"),
         ("sigmoid", 1, {"renormalize": 0}, "option renormalize must be true or false"),
         ("hash", 1, {"seed": 1}, "router 'hash' has no option 'seed'; it has none"),

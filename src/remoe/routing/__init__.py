@@ -10,7 +10,6 @@ from remoe.routing.lory import LoryRouter
 from remoe.routing.options import check_options, router_options
 from remoe.routing.relu import ReLURouter
 from remoe.routing.relu_norm import ReLUNormRouter
-from remoe.routing.relu_quantile import ReLUQuantileRouter
 from remoe.routing.relu_scaled import ReLUScaledRouter
 from remoe.routing.sigmoid import SigmoidRouter
 from remoe.routing.sparsemixer import SparseMixerRouter
@@ -21,7 +20,6 @@ ROUTERS: dict[str, type[Router]] = {
     "relu": ReLURouter,
     "relu_norm": ReLUNormRouter,
     "relu_scaled": ReLUScaledRouter,
-    "relu_quantile": ReLUQuantileRouter,
     "topk": TopKRouter,
     "sigmoid": SigmoidRouter,
     "sparsemixer": SparseMixerRouter,

@@ -64,7 +64,7 @@ class CutoffRouter(LinearRouter):
     def route(
         self, x_TD: Tensor, mask_T: Tensor | None, logits_TE: Tensor, score_TE: Tensor, by_choice: bool | Tensor
     ) -> Routing:
-        """The routing with scores as gates.
+        """The routing with scores as gates, without a regulariser; the cutoffs of these tokens are its statistic.
 
         Args:
             x_TD, mask_T: as in `forward`.
@@ -76,18 +76,7 @@ class CutoffRouter(LinearRouter):
         # With k = E no score is the largest that was not chosen: every token is active.
         above_TE = unmasked((score_TE > self.cutoff_E) | (self.k == self.num_experts), mask_T)
         active_TE = torch.where(torch.as_tensor(by_choice, device=x_TD.device), chosen_TE, above_TE)
-        return self.routing(x_TD, mask_T, logits_TE, score_TE * active_TE, active_TE, cutoff_E)
-
-    def routing(
-        self,
-        x_TD: Tensor,
-        mask_T: Tensor | None,
-        logits_TE: Tensor,
-        gate_TE: Tensor,
-        active_TE: Tensor,
-        cutoff_E: Tensor,
-    ) -> Routing:
-        """A routing without a regulariser; `cutoff_E` of these tokens is its statistic."""
+        gate_TE = score_TE * active_TE
         num_tokens = count_tokens(x_TD, mask_T)
         known_E = torch.where(num_tokens > 0, cutoff_E.float(), self.cutoff_E)
         nothing = torch.zeros((), device=x_TD.device)

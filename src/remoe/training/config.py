@@ -163,8 +163,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     router: str = "relu"
-    """relu, relu_norm, relu_scaled, relu_quantile, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory,
-    dense or dense_wide."""
+    """relu, relu_norm, relu_scaled, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory, dense or
+    dense_wide."""
     router_options: NamedValues = field(default_factory=dict)
     """Options of the router's class, name by value, as in `--router-options warmup_k 6 warmup_steps 100`."""
     num_experts: int = 8
