@@ -288,7 +288,7 @@ def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd):
             assert chance[task] == result["chance"]
     report = (tmp_path / "out" / "results.md").read_text()
     assert "### Equal tokens: zero-shot accuracy" in report
-    assert f"| guessing |  | {chance['piqa']:.3f} |" in report
+    assert f"| guessing |  |  | {chance['piqa']:.3f} |" in report
     records = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").glob("*.json")}
     assert len(records) == 2
     assert main([*compare, *tasks, "6"]) == 0

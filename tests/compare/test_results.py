@@ -13,7 +13,7 @@ from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
-from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, options_of, routing_of
+from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, ZeroShot, options_of, routing_of
 from remoe.compare.report import markdown
 from remoe.compare.results import Results, results
 from remoe.errors import ConfigError
@@ -219,9 +219,42 @@ def test_the_table_of_routing_and_what_it_cannot_know(trial, pool):
     )
     assert "| topk | 1 | 3 |  |  |  |  |  |  |  | 1.000 1.000 |" in text
     assert "| 0 | 0 | `the` `` a\\|`b `` |\n| 0 | 1 | `\\n` |" in text
-    assert "**Note:** the penalty of faded, seed 0, has vanished at its end (0 nats)" in text
+    note = "the penalty of faded, seed 0, is under 1e-06 nats in 33% of the steps of its second half"
+    assert f"**Note:** {note}: nothing steers S there." in text
     assert text.count("**Note:**") == 1
     assert "| dense |" not in text
+
+
+def test_options_of_a_run_say_what_its_router_was_built_with():
+    asked = {"base": {"model": {"load_balance": False}}, "variants": {"relu": {}, "norm": {"router": "relu_norm"}}}
+    options = {run.variant: options_of(run.config) for run in experiment_from_dict(asked, "x", "x").runs}
+    assert options["relu"]["router_options.load_balance"] is False
+    assert options["relu"]["router_options.load_balance_power"] == 1.0
+    assert "router_options.locality" in options["norm"]
+
+
+def test_stages_are_of_steered_routers_alone(trial, pool):
+    for run in trial.runs:
+        finish(pool, run, 4.0, 1000.0, [0.875] * 50 + [0.9] * 50)
+    rows = {row.variant: row for row in results(trial, pool).equal_tokens}
+    assert rows["relu"].settling_steps == [None, 7]
+    assert rows["topk"].settling_steps == rows["topk"].sparse_steps == []
+
+
+def test_zero_shot_accuracies_are_those_of_as_many_rows(trial, pool):
+    rows_of = {("relu", 0): 500, ("relu", 1): 500, ("topk", 0): 500, ("near", 0): 500, ("near", 1): 200}
+    for run in trial.runs:
+        finish(pool, run, 4.0, 1000.0)
+        if rows := rows_of.get((run.variant, run.seed)):
+            result = {"acc": 0.25 + run.seed / 4, "chance": 0.5}
+            found = RunRecord(options_of(run.config), pool.summary(run), {"step": [100], "sparsity": [0.875]}, None)
+            replace(found, zero_shot=ZeroShot(rows, {"piqa": result})).save(pool.record_file(run))
+    found = results(trial, Pool(pool.path, "fingerprint"))
+    accuracy = {row.variant: row.zero_shot["piqa"].values for row in found.equal_tokens if row.zero_shot}
+    assert accuracy == {"relu": [0.25, 0.5], "topk": [0.25], "near": [0.25]}
+    text = markdown(trial, found, {}, {}, "Data.")
+    assert "| relu | 2 | 500 | 0.375 ± 0.177 | 0.375 ± 0.177 |" in text
+    assert "| topk | 1 | 500 | 0.250 | 0.250 |" in text
 
 
 def test_the_course_of_s_and_the_time_of_its_stages(trial, pool):
@@ -282,6 +315,9 @@ def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(tria
         path.write_text(damaged)
         with pytest.raises(ConfigError, match="not a whole record"):
             Pool(tmp_path / "other", "fingerprint", records).summary(run)
+    RunRecord(options, {"validation_loss": 4.0}, {}, None, data="other").save(path)
+    with pytest.raises(ConfigError, match="is the record of a run on other data"):
+        Pool(tmp_path / "other", "fingerprint", records).summary(run)
     RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         Pool(tmp_path / "other", "fingerprint", records).summary(run)

@@ -49,6 +49,8 @@ def test_flops_of_a_run_count_the_pairs_of_each_step():
     assert wide - dense == pytest.approx(6 * tokens * pair * 7, rel=1e-9)
     lory = training_flops(config("tiny", router="lory", router_options={"segment": 64}), S, tokens, [0.0])
     assert lory - dense == pytest.approx(6 * tokens * (pair * 8 / 64 + L * D * 8), rel=1e-9)
+    ragged = training_flops(config("tiny", router="lory", router_options={"segment": 100}), S, tokens, [0.0])
+    assert ragged - dense == pytest.approx(6 * tokens * (pair * 8 * 3 / S + L * D * 8), rel=1e-9)  # 100 + 100 + 56
 
 
 @pytest.mark.parametrize("router", ["topk", "dense"])

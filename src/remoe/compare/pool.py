@@ -135,6 +135,8 @@ class Pool:
         folder, path = self.folder(run), self.record_file(run)
         if recorded := path.exists():
             found = RunRecord.load(path)
+            if found.data not in ("", self._data):
+                raise ConfigError(f"{path} is the record of a run on other data: move it away")
         else:
             try:
                 summary = json.loads(folder.summary.read_text())
@@ -157,9 +159,9 @@ class Pool:
         path, folder = self.record_file(run), self.folder(run)
         if self.recorded(run):
             return self._records[run.key]
-        record = self._found(run) if path.exists() else record_of(folder, dataset, device)
+        record = self._found(run) if path.exists() else record_of(folder, dataset, self._data, device)
         if self._tasks is not None:
-            record = replace(record, zero_shot=_zero_shot(folder, self._tasks, device))
+            record = replace(record, zero_shot=_zero_shot(folder, self._tasks, device, record.zero_shot))
         self.records.mkdir(parents=True, exist_ok=True)
         record.save(path)
         self._records[run.key] = record
@@ -212,11 +214,13 @@ class Pool:
             yield file if locked else None
 
 
-def _zero_shot(folder: RunFolder, tasks: Tasks, device: str) -> ZeroShot:
+def _zero_shot(folder: RunFolder, tasks: Tasks, device: str, known: ZeroShot | None) -> ZeroShot:
+    """What is asked for, and what is known from as many rows."""
     from remoe.zeroshot import evaluate_model  # needs an extra
 
     found = evaluate_model(folder.path, tasks.loaded, limit=tasks.limit, device=pick_device(device))
-    return ZeroShot(tasks.limit, {name: asdict(result) for name, result in found.tasks.items()})
+    kept = known.tasks if known is not None and known.limit == tasks.limit else {}
+    return ZeroShot(tasks.limit, kept | {name: asdict(result) for name, result in found.tasks.items()})
 
 
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:

@@ -19,6 +19,7 @@ from remoe.analysis.collect import RoutingRecord, collect
 from remoe.data import Dataset, ValidationWindows, load_tokenizer
 from remoe.data.files import atomic_write
 from remoe.errors import ConfigError
+from remoe.models.configuration_remoe import arguments_of_router
 from remoe.routing import ROUTERS, router_options
 from remoe.training.config import TrainConfig, changes_result, flatten
 from remoe.training.metrics import read_metrics, stage
@@ -128,6 +129,7 @@ class RunRecord:
         course: columns of its metrics.jsonl.
         routing: None for a model without pairs.
         zero_shot: None where it was not asked for.
+        data: fingerprint of the training data; empty in records of before it was kept.
     """
 
     options: dict[str, Any]
@@ -135,6 +137,7 @@ class RunRecord:
     course: dict[str, list]
     routing: RoutingSummary | None
     zero_shot: ZeroShot | None = None
+    data: str = ""
 
     def steps(self) -> list[dict]:
         """The course, a record a step, as metrics.jsonl has it."""
@@ -183,10 +186,13 @@ def _known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
-    """The options that change the result, by dotted names; with the defaults of the router's class among them."""
+    """The options that change the result, by dotted names; with all that the router is built with among them."""
     known = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
-    defaults = {f"router_options.{name}": option.default for name, option in known.items()}
-    return defaults | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
+    given = arguments_of_router(
+        config.router, config.router_options, config.model.load_balance, config.model.max_experts_per_token
+    )
+    router = {f"router_options.{name}": given.get(name, option.default) for name, option in known.items()}
+    return router | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
 
 
 def course_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
@@ -195,15 +201,22 @@ def course_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     return {name: [_rounded(record.get(name)) for record in records] for name in names}
 
 
-def record_of(run: RunFolder, dataset: Dataset, device: str) -> RunRecord:
-    """The record of a finished run, whose model is loaded to see how it routes."""
+def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRecord:
+    """The record of a finished run, whose model is loaded to see how it routes.
+
+    Args:
+        run: its folder.
+        dataset: what it was trained on.
+        data: the dataset's fingerprint.
+        device: for the forward passes.
+    """
     course = course_of(read_metrics(run.metrics))
     summary = {name: value for name, value in json.loads(run.summary.read_text()).items() if name not in LEFT_OUT}
     routing, config = None, run.load_config()
     if (found := _collect(run, dataset, device)) is not None:
         tokenizer = load_tokenizer(run.tokenizer)
         routing = routing_of(found, config.k * config.granularity, lambda token: tokenizer.decode([token]))
-    return RunRecord(options_of(config), summary, course, routing)
+    return RunRecord(options_of(config), summary, course, routing, data=data)
 
 
 def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> RoutingSummary:

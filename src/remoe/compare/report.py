@@ -10,6 +10,7 @@ from remoe.compare.results import AFTER, Results, Row, Spread
 from remoe.routing import ROUTERS
 
 NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
+IDLE_SHARE = 0.1  # of steps without a penalty, from which on a reader is told
 EQUAL_TOKENS = "Equal tokens"
 EQUAL_FLOPS = "Equal training FLOPs"
 
@@ -55,7 +56,12 @@ def markdown(
                 lines += [f"### {title}: zero-shot accuracy", "", *_task_table(evaluated), ""]
     if routed := {name: seeds for name, seeds in records.items() if seeds[0].routing is not None}:
         lines += ["## Routing", "", *_routing_table(routed), ""]
-        lines += ["Means over layers are weighted by the layers' routed pairs.", ""]
+        lines += [
+            "`busiest / mean`, `specialisation` and `reuse by the next token` are means over the layers weighted by",
+            f"their routed pairs; `active experts ~ frequency` (a rank correlation) and `sparsity of {CHUNK} tokens`",
+            "count all layers alike.",
+            "",
+        ]
     for name in (name for name in routed if name in shown(experiment)):
         # Not every old record has them.
         if record := next((record for record in routed[name] if record.routing.top_tokens), None):
@@ -83,10 +89,13 @@ def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iter
         for record in seeds:
             if not ROUTERS[record.summary["router"]].steered:
                 continue
-            penalty = record.course["lambda"][-1] * record.course["reg_loss"][-1]
-            if penalty < NO_PENALTY:
-                seed, size = record.options["seed"], f"{penalty:.1g} nats"
-                yield f"the penalty of {name}, seed {seed}, has vanished at its end ({size}): nothing steers S."
+            steps = zip(record.course["lambda"], record.course["reg_loss"], strict=True)
+            idle = [lam * regularizer < NO_PENALTY for lam, regularizer in steps]
+            share = statistics.mean(idle[len(idle) // 2 :])
+            if share > IDLE_SHARE:
+                which = f"{name}, seed {record.options['seed']}"
+                size = f"under {NO_PENALTY:g} nats in {share:.0%} of the steps of its second half"
+                yield f"the penalty of {which}, is {size}: nothing steers S there."
 
 
 def row_name(variant: str, point: dict) -> str:
@@ -159,12 +168,12 @@ def _domain_table(rows: Sequence[Row]) -> list[str]:
 def _task_table(rows: Sequence[Row]) -> list[str]:
     tasks = list(rows[0].zero_shot)
     cells = [
-        [row_name(row.variant, row.point), str(len(row.seeds))]
+        [row_name(row.variant, row.point), str(len(row.zero_shot["mean"].values)), str(row.zero_shot_rows or "all")]
         + [f"{row.zero_shot[task]:.3f}" if task in row.zero_shot else "" for task in tasks]
         for row in rows
     ]
-    chance = ["guessing", "", *(f"{rows[0].chance[task]:.3f}" for task in tasks)]
-    return _table(["system", "seeds", *tasks], [*cells, chance])
+    chance = ["guessing", "", "", *(f"{rows[0].chance[task]:.3f}" for task in tasks)]
+    return _table(["system", "seeds", "rows of a task", *tasks], [*cells, chance])
 
 
 def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:

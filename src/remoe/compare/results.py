@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from remoe.compare.budget import matches, recomputed_flops, references
 from remoe.compare.experiment import Experiment, Point, Run
 from remoe.compare.pool import Pool
+from remoe.compare.record import ZeroShot
 from remoe.data import TOTAL
+from remoe.routing import ROUTERS
 from remoe.training.metrics import first_sparse_step
 
 AFTER = 100  # steps from which on the paper gives mean and deviation of S
@@ -65,12 +68,14 @@ class Row:
         peak_memory_bytes: the largest of the runs.
         machines: indices into `Results.machines` of those that trained the runs.
         sparsity: of validation, mean over the seeds.
-        sparse_steps: first step of stage III, None where there is none.
-        settling_steps: first step at which S has settled, None where it has not.
+        sparse_steps: first step of stage III, None where there is none; empty where no lambda steers S.
+        settling_steps: first step at which S has settled, None where it has not; likewise.
         late_sparsity, late_deviation: mean and standard deviation of a step's S after the first 100 steps, mean over
             the seeds; the deviation is 0 where a router has k experts a token at all times. None for shorter runs.
-        zero_shot: accuracy on each task, and as "mean" that over the tasks; empty unless all runs have the same tasks.
-        chance: accuracy of guessing, likewise.
+        zero_shot: accuracy on each task, and as "mean" that over the tasks, of the runs that have it; of those with
+            other tasks or another number of rows than most, none.
+        zero_shot_rows: of each task, at most; None for all.
+        chance: accuracy of guessing, by task and "mean".
     """
 
     variant: str
@@ -100,6 +105,7 @@ class Row:
     late_sparsity: float | None
     late_deviation: float | None
     zero_shot: dict[str, Spread]
+    zero_shot_rows: int | None
     chance: dict[str, float]
 
 
@@ -169,6 +175,8 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
     starts = [first_sparse_step(c, s["target_sparsity"]) for c, s in zip(courses, summaries, strict=True)]
     times = [pool.step_minutes(run) for run in runs]
     timed = None not in times
+    steered = ROUTERS[summaries[0]["router"]].steered
+    evaluated = _alike([found for run in runs if (found := pool.zero_shot(run)) is not None])
     is_reference = runs[0].variant == experiment.reference
     return Row(
         variant=runs[0].variant,
@@ -193,12 +201,13 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         peak_memory_bytes=max(column["peak_memory_bytes"]),
         machines=sorted({machines.setdefault(_machine(summary), len(machines)) for summary in summaries}),
         sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
-        sparse_steps=[s if s <= len(c) else None for s, c in zip(starts, courses, strict=True)],
-        settling_steps=column["settling_step"],
+        sparse_steps=[s if s <= len(c) else None for s, c in zip(starts, courses, strict=True)] if steered else [],
+        settling_steps=column["settling_step"] if steered else [],
         late_sparsity=statistics.mean(map(statistics.mean, late)) if late else None,
         late_deviation=statistics.mean(map(statistics.stdev, late)) if late else None,
-        zero_shot={task: Spread.of(values) for task, values in _tasks(pool, runs, "acc").items()},
-        chance={task: values[0] for task, values in _tasks(pool, runs, "chance").items()},
+        zero_shot={task: Spread.of(values) for task, values in _tasks(evaluated, "acc").items()},
+        zero_shot_rows=evaluated[0].limit if evaluated else None,
+        chance={task: values[0] for task, values in _tasks(evaluated, "chance").items()},
     )
 
 
@@ -208,10 +217,15 @@ def _executed(pool: Pool, run: Run) -> float:
     return summary["flops"] + (recomputed_flops(summary, sparsities) if sparsities else 0.0)
 
 
-def _tasks(pool: Pool, runs: Sequence[Run], figure: str) -> dict[str, list[float]]:
-    """A figure of each task, and its mean over the tasks, of all runs."""
-    found = [pool.zero_shot(run) for run in runs]
-    if None in found or len({tuple(one.tasks) for one in found}) > 1:
+def _alike(found: Sequence[ZeroShot]) -> list[ZeroShot]:
+    """Those with the tasks and the number of rows that most of them have: others do not compare."""
+    kinds = Counter((one.limit, *sorted(one.tasks)) for one in found)
+    return [one for one in found if (one.limit, *sorted(one.tasks)) == kinds.most_common(1)[0][0]]
+
+
+def _tasks(found: Sequence[ZeroShot], figure: str) -> dict[str, list[float]]:
+    """A figure of each task, and its mean over the tasks."""
+    if not found:
         return {}
     columns = {task: [one.tasks[task][figure] for one in found] for task in found[0].tasks}
     return columns | {"mean": [statistics.mean(values) for values in zip(*columns.values(), strict=True)]}

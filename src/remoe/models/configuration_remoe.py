@@ -139,8 +139,7 @@ class RemoeConfig(PreTrainedConfig):
     @property
     def router_arguments(self) -> dict[str, object]:
         """Keyword arguments for the router's class."""
-        relu = {"load_balance": self.load_balance, "max_experts_per_token": self.max_experts_per_token}
-        return (relu if self.router in ("relu", "relu_scaled") else {}) | (self.router_options or {})
+        return arguments_of_router(self.router, self.router_options, self.load_balance, self.max_experts_per_token)
 
     @property
     def steered(self) -> bool:
@@ -166,3 +165,11 @@ class RemoeConfig(PreTrainedConfig):
             plan["layers.*.mlp.experts.down_proj"] = "rowwise"
             plan["layers.*.mlp.experts"] = "moe_tp_experts"
         return plan
+
+
+def arguments_of_router(
+    router: str, options: dict[str, object] | None, load_balance: bool, max_experts_per_token: int | None
+) -> dict[str, object]:
+    """Keyword arguments for the router's class: its options, and those of the model that go to it."""
+    relu = {"load_balance": load_balance, "max_experts_per_token": max_experts_per_token}
+    return (relu if router in ("relu", "relu_scaled") else {}) | (options or {})

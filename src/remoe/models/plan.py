@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, D model width, F expert width, L layers, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,19 +57,20 @@ def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int) -> Plan:
     return Plan(
         total_parameters=total,
         active_parameters=round(total - experts * (1 - density)),
-        flops_per_sequence=flops_per_sequence(config, seq_len, executed_experts(config, density)),
-        dense_stage_flops_per_sequence=flops_per_sequence(config, seq_len, executed_experts(config, dense_stage)),
+        flops_per_sequence=flops_per_sequence(config, seq_len, density),
+        dense_stage_flops_per_sequence=flops_per_sequence(config, seq_len, dense_stage),
         state_bytes=16 * total,
         activation_bytes=activations[0],
         dense_stage_activation_bytes=activations[1],
     )
 
 
-def executed_experts(config: RemoeConfig, density: float) -> float:
+def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float:
     """What a token's experts cost, in experts of `intermediate_size`.
 
     Args:
         config: the model.
+        seq_len: S.
         density: share of the (token, expert) pairs that are executed, 1 - S; where there are no pairs it plays no part.
     """
     if config.router == "dense":
@@ -76,7 +78,8 @@ def executed_experts(config: RemoeConfig, density: float) -> float:
     if config.router == "dense_wide":
         return config.num_experts
     if config.router == "lory":  # one network, and the merging of E for each segment
-        return 1 + config.num_experts / config.router_arguments.get("segment", LORY_SEGMENT)
+        segments = math.ceil(seq_len / config.router_arguments.get("segment", LORY_SEGMENT))
+        return 1 + config.num_experts * segments / seq_len
     return density * config.num_experts
 
 
@@ -97,11 +100,11 @@ def training_flops(config: RemoeConfig, seq_len: int, step_tokens: int, sparsiti
     router = 6.0 * config.num_hidden_layers * config.hidden_size * logits
     if not config.routes_pairs:
         sparsities = [0.0] * len(sparsities)
-    per_token = (flops_per_sequence(config, seq_len, executed_experts(config, 1 - s)) / seq_len for s in sparsities)
+    per_token = (flops_per_sequence(config, seq_len, 1 - s) / seq_len for s in sparsities)
     return step_tokens * sum(router + flops for flops in per_token)
 
 
-def flops_per_sequence(config: RemoeConfig, seq_len: int, experts_per_token: float) -> float:
+def flops_per_sequence(config: RemoeConfig, seq_len: int, density: float) -> float:
     """Forward and backward FLOPs of one sequence (arXiv 2412.14711, appendix; router and norms left out).
 
     For F = 4 D it is 12 S L D^2 ((1 + g/a + S/D) + 6 k + V / (2 L D)), with g KV groups and a heads. Attention counts
@@ -110,14 +113,15 @@ def flops_per_sequence(config: RemoeConfig, seq_len: int, experts_per_token: flo
     Args:
         config: the model.
         seq_len: S.
-        experts_per_token: mean active experts, in units of `intermediate_size` (granularity does not change it).
+        density: share of the (token, expert) pairs that are executed, 1 - S; where there are no pairs it plays no part.
     """
     S, D, L = seq_len, config.hidden_size, config.num_hidden_layers
     width = config.num_attention_heads * config.head_dim
     groups = config.num_key_value_heads / config.num_attention_heads
     projections = 2 * D * width * (1 + groups)
     attention = 2 * S * width
-    feed_forward = 3 * D * (config.intermediate_size * experts_per_token + config.shared_expert_size)
+    experts = executed_experts(config, seq_len, density)
+    feed_forward = 3 * D * (config.intermediate_size * experts + config.shared_expert_size)
     per_token = L * (projections + attention + feed_forward) + D * config.vocab_size
     return 6.0 * S * per_token  # a multiply and an add, forward once and backward twice
 
