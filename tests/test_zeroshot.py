@@ -306,7 +306,7 @@ def test_without_the_harness_the_command_names_the_extra(run, capsys, monkeypatc
     for name in [name for name in sys.modules if name == "remoe.zeroshot" or name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    one_line(["eval", str(run), "--tasks", "piqa"], "pip install 'remoe[eval]'", capsys)
+    one_line(["eval", str(run), "--tasks", "piqa"], "pip install -e '.[eval]' in this project's folder", capsys)
 
 
 def one_line(arguments, words, capsys):

@@ -29,7 +29,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ConfigError(f"--tasks needs lm-eval: pip install 'remoe[eval]' ({error})") from None
+    raise ConfigError(f"--tasks needs lm-eval: pip install -e '.[eval]' in this project's folder ({error})") from None
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

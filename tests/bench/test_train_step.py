@@ -53,7 +53,7 @@ def test_bad_options_are_named(corpus, options, words):
 
 def test_missing_accelerate_is_named(corpus, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs accelerate: pip install 'remoe\[bench\]'"):
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install -e '.\[bench\]'"):
         train_step(TrainStepOptions(data=str(corpus)))
 
 

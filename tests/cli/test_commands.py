@@ -15,6 +15,8 @@ from remoe.cli.main import COMMANDS, main
 from remoe.data import PrepareOptions, prepare
 from remoe.routing import ROUTERS
 from remoe.sparsity import RULES
+from remoe.training.config import config_from_dict
+from remoe.training.rundir import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +117,15 @@ def test_plan_prints_the_papers_figures(capsys):
 
 def test_yaml_and_flags(corpus, tmp_path, capsys):
     path = tmp_path / "small.yaml"
-    path.write_text(f"data: {corpus}\nsteps: 7\nnum_experts: 4\nmodel:\n  hidden_size: 32\n  num_hidden_layers: 1\n")
-    flags = ["--seq-len", "32", "--batch-size", "2", "--micro-batch-size", "2", "--steps", "3"]
+    text = f"data: {corpus}\nsteps: 7\nnum_experts: 4\nmodel:\n  hidden_size: 32\n  num_hidden_layers: 1\n"
+    path.write_text(text + "batch_size: 3\n")
+    flags = ["--seq-len", "32", "--batch-size", "2", "--steps", "3"]
     assert main(["train", "--config", str(path), "--out", str(tmp_path / "run"), *flags]) == 0
     assert "finished: 3 steps" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").load_config().micro_batch_size == 2
+    path.write_text(text + "micro_batch_size: 16\n")
+    assert main(["train", "--config", str(path), *flags]) == 2
+    assert "--micro-batch-size 16 does not divide --batch-size 2" in capsys.readouterr().err
     for text, words in (
         (b"stepz: 7", "unknown option 'stepz'"),
         (b"1: 2", "unknown option '1'"),
@@ -135,9 +142,16 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
         assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("batch", "micro"), [(4, 4), (16, 16), (24, 12), (64, 16), (17, 1)])
+def test_the_micro_batch_size_divides_the_batch_size_where_it_is_not_given(batch, micro):
+    assert config_from_dict({"batch_size": batch}, "test").micro_batch_size == micro
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["train", "--batch-size", "4", "--micro-batch-size", "16"], "16 does not divide --batch-size 4"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["train", "--k", "9"], "k = 9 and E = 8"),
         (["train", "--router", "soft"], "unknown router 'soft'"),
         (["train", "--preset", "huge"], "unknown preset 'huge'"),
@@ -282,6 +296,8 @@ def test_a_damaged_run_is_one_line(run, tmp_path, capsys, damage):
 
 
 def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
+    (run / "summary.json").unlink()
     (tmp_path / "other.txt").write_text("\n".join(f"quite another text {i}" for i in range(400)))
     (tmp_path / "held.txt").write_text("held out")
     sources = {"sources": (str(tmp_path / "other.txt"),), "validation": (str(tmp_path / "held.txt"),)}
@@ -300,6 +316,36 @@ def test_threads_do_not_wait_for_each_other_at_full_speed(monkeypatch, tmp_path)
     monkeypatch.delenv("GOMP_SPINCOUNT")
     assert main(["data", "check", str(tmp_path)]) == 2
     assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
+SLOW_MODULE = """
+import os, signal, time
+
+def work(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+if os.environ["WHEN"] == "import":
+    try:
+        work(None)
+    except KeyboardInterrupt:
+        raise ImportError("SciPy turns it into this")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("when", ["import", "work"])
+def test_an_interrupt_is_one_word_and_exit_code_130_at_any_time(tmp_path, when):
+    (tmp_path / "slow.py").write_text(SLOW_MODULE)
+    code = "import sys; from remoe.cli import main; main.COMMANDS['slow'] = ('slow', 'work', ''); "
+    code += f"sys.path.insert(0, {str(tmp_path)!r}); sys.exit(main.main(['slow']))"
+    environment = {**os.environ, "WHEN": when}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert done.stdout == ("" if when == "import" else "cleaned up\n")
 
 
 def test_every_command_has_help_that_starts_without_torch(tmp_path):

@@ -44,7 +44,13 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     path = write_experiment(tmp_path, variants={"relu": {}, "topk": {"router": "topk"}, "dense": {"router": "dense"}})
     command = arguments(path, corpus, tmp_path)
     assert main([*command, "--list"]) == 0
-    assert "·" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "·" in out
+    assert out.endswith("0 of 3 runs finished; equal FLOPs asks for up to 2 more\n")
+    figures = tmp_path / "out" / "figures"
+    figures.mkdir(parents=True)
+    for name in ("of-a-former-report.png", "of-a-former-report.svg", "mine.txt"):
+        (figures / name).touch()
     assert main(command) == 0
     out = capfd.readouterr().out
     assert "3 of" in out
@@ -64,6 +70,8 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
         assert f"figures/{name}.png" in report
         assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
     assert "topk, seed 0: tokens that each expert takes most surely" in report
+    assert [path.name for path in figures.iterdir() if path.stem not in report] == ["mine.txt"]
+    assert len(list(figures.glob("*.png"))) == len(list(figures.glob("*.svg"))) > 5
     finished = list((tmp_path / "pool").glob("*/summary.json"))
     assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
 
@@ -105,13 +113,17 @@ def test_a_finished_run_without_a_record_gets_one(corpus, tmp_path, capfd):
     assert len(records) == 2
     for record in records:
         record.unlink()
+    capfd.readouterr()
     assert main([*command, "--records", str(tmp_path / "records")]) == 0
+    assert f"records: {tmp_path / 'records'} is new: no finished runs in it\n" in capfd.readouterr().out
     assert len(list((tmp_path / "records").glob("*.json"))) == 2
     shutil.rmtree(tmp_path / "pool" / records[0].stem / "checkpoints")
     (tmp_path / "records" / records[0].name).unlink()
     capfd.readouterr()
     assert main([*command, "--records", str(tmp_path / "records")]) == 1
-    assert "no record: " in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "no record: " in out
+    assert "is new" not in out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["routing"]["topk"]  # of the other seed
 
 
@@ -158,7 +170,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
     output, _ = first.communicate(timeout=60)
     if number == signal.SIGINT:
         assert first.returncode == 130
-        assert "stopped; the same command goes on" in output
+        assert output.index("stopping: saving checkpoints\n") < output.index("stopped; the same command goes on")
     with pool.claimed(run) as log:  # the child of a killed parent trains on, and keeps others away
         assert (log is None) == (number == signal.SIGKILL)
     if number == signal.SIGKILL:
@@ -260,6 +272,34 @@ def test_workers_share_threads_and_gpus(monkeypatch):
     assert workers_on("cpu", 3) == [Worker("cpu", 2)] * 3
     assert workers_on("cuda", 3) == [Worker("cuda:0", 2), Worker("cuda:1", 2), Worker("cuda:0", 2)]
     assert workers_on("cuda:1", 9) == [Worker("cuda:1", 1)] * 9
+
+
+def test_a_corpus_that_changes_is_refused_and_reported_as_it_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("texts", "other/texts"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / folder / f"{i}.txt").write_text(" ".join(f"word{i * j % 11} and" for j in range(300)))
+    path = write_experiment(tmp_path, base={**BASE, "steps": 2, "vocab_size": 300}, variants={"relu": {}})
+
+    def compare(corpus, *flags):
+        code = main(["compare", str(path), "--corpus", corpus, "--pool", "pool", "--out", "out", *flags])
+        return code, capsys.readouterr().err.strip().rpartition("\n")[2]
+
+    assert compare("texts")[0] == 0
+    for same in ("texts/", str(tmp_path / "texts")):
+        assert compare(same)[0] == 0
+    advice = "delete that folder or use another --pool; runs on the old text do not compare with new ones"
+    prefix = "remoe: error: "
+    error = f"{prefix}pool/data/texts-bpe300 was made from texts, not from other/texts: {advice}"
+    assert compare("other/texts") == compare("other/texts", "--report-only") == (2, error)
+    (tmp_path / "texts" / "new.txt").write_text("more")
+    error = f"{prefix}the corpus texts has changed since pool/data/texts-bpe300 was made: {advice}"
+    assert compare("texts") == (2, error)
+    shutil.rmtree(tmp_path / "texts")
+    (tmp_path / "out" / "results.md").unlink()
+    assert compare("texts", "--report-only")[0] == compare("texts", "--list")[0] == 0
+    assert (tmp_path / "out" / "results.md").exists()
 
 
 def test_bad_input_is_one_line(corpus, tmp_path, capsys):

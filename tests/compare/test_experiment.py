@@ -55,20 +55,32 @@ def test_everything_has_a_default():
     ("given", "message"),
     [
         ({"variants": {}}, "variants is empty"),
-        ({"sedes": [1]}, "trial.yaml: sedes: unknown key"),
+        ({"variants": ["relu"]}, "trial.yaml: variants must be a mapping, name: {options}"),
+        ({"variants": {"relu": 3}}, "trial.yaml: variants.relu: variants must be a mapping, name: {options}"),
+        ({"sedes": [1]}, "trial.yaml: sedes: unknown key; perhaps seeds"),
         ({"seeds": [1, 1]}, "each of them once"),
-        ({"seeds": "many"}, "trial.yaml: seeds"),
-        ({"reference": "dense"}, "'dense' is none of the variants: relu, topk"),
-        ({"figures": ["hash"]}, "'hash' is none of the variants"),
+        ({"seeds": "many"}, "trial.yaml: seeds must be a list of whole numbers"),
+        ({"seeds": [0, "one"]}, "trial.yaml: seeds.1: seeds must be a list of whole numbers"),
+        ({"base": [1]}, "trial.yaml: base must be a mapping of options"),
+        ({"axes": {"k": 1}}, "trial.yaml: axes.k: axes must be a mapping, option: [values]"),
+        ({"reference": "dense"}, "trial.yaml: reference: 'dense' is none of the variants: relu, topk"),
+        ({"figures": ["hash"]}, "trial.yaml: figures: 'hash' is none of the variants"),
+        ({"figures": ["topkk"]}, "trial.yaml: figures: 'topkk' is none of the variants; perhaps topk"),
         ({"base": {"out": "x"}}, "out cannot be set here: use --pool"),
         ({"base": {"seed": 1}}, "seed cannot be set here: use seeds"),
-        ({"base": {"lr": 1}}, "unknown option 'lr'"),
+        ({"base": {"lr": 1}}, "trial.yaml: base: unknown option 'lr'; perhaps optim.lr"),
+        ({"base": {"stepz": 1}}, "trial.yaml: base: unknown option 'stepz'; perhaps steps"),
+        ({"base": {"every": 1}}, "unknown option 'every'; perhaps checkpoint.every or validate.every"),
+        ({"base": {"optim": {"wamrup_ratio": 1}}}, "unknown option 'optim.wamrup_ratio'; perhaps optim.warmup_ratio"),
+        ({"base": {"optim.lr": 1}}, "trial.yaml: base: unknown option 'optim.lr'; perhaps optim: {lr: ...}"),
         ({"base": {"steps": "ten"}}, "steps"),
         ({"base": {"batch_size": 10, "micro_batch_size": 3}}, "tiny-relu-seed0: --micro-batch-size 3 does not divide"),
         ({"axes": {"num_experts": []}}, "needs values"),
-        ({"axes": {"experts": [1]}}, "variant relu at experts 1: unknown option 'experts'"),
+        ({"axes": {"experts": [1]}}, "trial.yaml: axes: unknown option 'experts'; perhaps num_experts"),
+        ({"axes": {"xyz": [1]}}, "trial.yaml: axes: unknown option 'xyz'"),
         ({"axes": {"vocab_size": [300, 400]}}, "vocab_size must be the same"),
         ({"variants": {"relu": {"router": "relu", "data": "x"}}}, "variant relu: data cannot be set here"),
+        ({"variants": {"relu": {"ruoter": "relu"}}}, "variant relu: unknown option 'ruoter'; perhaps router"),
         ({"variants": {"relu/paper": {}}}, "variant 'relu/paper': only letters"),
         ({"axes": {"router_options": [{"gate_scale": 2.0}]}}, "axes: router_options needs plain values"),
     ],
@@ -110,6 +122,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
             load_experiment(path)
     with pytest.raises(ConfigError, match="cannot read"):
         load_experiment(tmp_path / "none.yaml")
+    path.write_text("title: no variants")
+    with pytest.raises(ConfigError, match="variants is missing"):
+        load_experiment(path)
 
 
 def test_every_committed_experiment_loads(pytestconfig):

@@ -11,6 +11,7 @@ import yaml
 from remoe.analysis.collect import RoutingRecord
 from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
+from remoe.compare.live import Live
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
 from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, ZeroShot, options_of, routing_of
@@ -217,12 +218,63 @@ def test_the_table_of_routing_and_what_it_cannot_know(trial, pool):
     assert (
         "| relu | 2 | 4 ± 1 | 2.50 ± 0.71 | 0.2000 ± 0.0000 | -0.50 |  |  | 0.30000 | 0.00000 | 0.800 0.900 |" in text
     )
-    assert "| topk | 1 | 3 |  |  |  |  |  |  |  | 1.000 1.000 |" in text
+    assert "| topk | 1 | 3 |  |  |  |  |  | not measured | not measured | 1.000 1.000 |" in text
+    assert "`validate: {flips_every: N}`" in text
     assert "| 0 | 0 | `the` `` a\\|`b `` |\n| 0 | 1 | `\\n` |" in text
-    note = "the penalty of faded, seed 0, is under 1e-06 nats in 33% of the steps of its second half"
-    assert f"**Note:** {note}: nothing steers S there." in text
+    size = "under 1e-06 nats in 33% of the steps of the second half of its sparse stage"
+    assert f"**Note:** the penalty of faded, seed 0, is {size}: nothing steers S there." in text
     assert text.count("**Note:**") == 1
     assert "| dense |" not in text
+    assert "flips_every" not in markdown(trial, results(trial, pool), {"relu": records["relu"][:1]}, {}, "Data.")
+
+
+def test_a_penalty_that_still_rises_steers_nothing_yet(trial, pool):
+    rising = {"lambda": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]}
+    records = {
+        "late": [record({}, None, sparsity=[0.5] * 4 + [0.8, 0.8], **rising)],
+        "short": [record({"seed": 3}, None, sparsity=[0.5] * 6, **rising)],
+        "fades": [record({}, None, sparsity=[0.5] * 2 + [0.8] * 4, **{"lambda": [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]})],
+        "all": [record({"target_sparsity": 0.0}, None, sparsity=[0.5] * 6)],  # wants every pair
+    }
+    records["held"] = [replace(records["short"][0], options={"seed": 3, "sparsity.rule": "none"})]
+    text = markdown(trial, results(trial, pool), records, {}, "Data.")
+    notes = [line for line in text.split("\n") if line.startswith("**Note:**")]
+    assert notes == [
+        "**Note:** short, seed 3, never became sparse (S 0.50 at its end, wanted 0.8): too few steps; "
+        "its losses say nothing yet about routers.",
+        "**Note:** the penalty of fades, seed 0, is under 1e-06 nats in 50% of the steps of the second half of its "
+        "sparse stage: nothing steers S there.",
+        "**Note:** held, seed 3, never became sparse (S 0.50 at its end, wanted 0.8): lambda stays as it is; "
+        "its losses say nothing yet about routers.",
+    ]
+
+
+def test_without_others_there_is_no_second_table(pool):
+    alone = experiment_from_dict({"base": {"steps": 100}, "variants": {"relu": {}}}, "trial", "trial.yaml")
+    finish(pool, alone.runs[0], 4.0, 1000.0)
+    assert matches(alone, pool) == results(alone, pool).equal_flops == []
+    two = experiment_from_dict({**EXPERIMENT, "seeds": [0]}, "trial", "trial.yaml")  # the others are not finished
+    assert [row.variant for row in results(two, pool).equal_tokens] == ["relu"]
+    assert results(two, pool).equal_flops == []
+
+
+def test_the_list_counts_runs_and_those_that_may_follow(trial, pool):
+    live = Live(trial, pool)
+    assert live.count() == "0 of 7 runs finished; equal FLOPs asks for up to 4 more"
+    flops = {"relu": 1100.0, "topk": 1000.0, "near": 1092.0, "wide": 9000.0}
+    for run in trial.runs:
+        if run.seed == 0:
+            finish(pool, run, 4.0, flops[run.variant])
+    assert live.count() == "4 of 8 runs finished; equal FLOPs asks for up to 2 more"  # topk again, near not
+
+
+def test_the_live_line_shows_the_loss_without_the_penalty(trial, pool):
+    live, run = Live(trial, pool), trial.runs[0]
+    step = {"step": 3, "loss": 7.5, "lm_loss": 6.5, "sparsity": 0.5, "tokens": 30, "tokens_per_second": 10.0}
+    pool.folder(run).path.mkdir()
+    pool.folder(run).metrics.write_text(json.dumps(step) + "\n")
+    live.started(run)
+    assert "loss 6.5000  sparsity" in str(live._line(run))
 
 
 def test_options_of_a_run_say_what_its_router_was_built_with():

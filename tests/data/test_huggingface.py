@@ -50,7 +50,7 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import of an absent package meets
-    with pytest.raises(DataError, match=r"pip install 'remoe\[datasets\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[datasets\]'"):
         read("hf:someone/something")
 
 

@@ -77,16 +77,31 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(corpus, uninterrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_cleanly(corpus, uninterrupted, tmp_path, number):
+def test_a_signal_saves_and_exits_with_its_number(corpus, uninterrupted, tmp_path, number):
     out = tmp_path / "stopped"
     process = start(corpus, out, "--checkpoint.every", "1000")
     wait_for(lambda: steps_recorded(out) >= 3, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 128 + number, errors
     assert "--resume" in output
     assert list_checkpoints(out / "checkpoints")
     assert train(corpus, out, "--resume") == 0
+    same_run(uninterrupted, out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # then the first line, before any step, meets the closed pipe
+def test_a_closed_output_saves_and_stops(corpus, uninterrupted, tmp_path, monkeypatch, capsys, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    out = tmp_path / "stopped"
+    process = start(corpus, out, "--checkpoint.every", "1000")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(timeout=60), errors) == (141, "")
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ([] if unbuffered else ["step-00000001"])
+    assert train(corpus, out, "--resume") == 0
+    assert ("no checkpoint yet: starting from the beginning" in capsys.readouterr().out) == bool(unbuffered)
     same_run(uninterrupted, out)
 
 
@@ -113,6 +128,7 @@ def test_left_overs_of_a_crash_are_ignored_and_cleaned(corpus, uninterrupted, tm
 def test_a_damaged_checkpoint_is_named_and_left_alone(corpus, uninterrupted, tmp_path, capsys, file):
     out = tmp_path / "damaged"
     train(corpus, out)
+    (out / "summary.json").unlink()
     path = list_checkpoints(out / "checkpoints")[-1] / file
     path.write_bytes(path.read_bytes()[:100] if file != "training.json" else b"{")
     before = path.read_bytes()
@@ -161,9 +177,17 @@ def test_resume_takes_no_configuration_file(corpus, uninterrupted, capsys):
     assert "leave --config out" in capsys.readouterr().err
 
 
-def test_a_finished_run_resumes_to_its_end(corpus, uninterrupted, capsys):
-    assert train(corpus, uninterrupted, "--resume") == 0
-    assert "finished: 24 steps" in capsys.readouterr().out
+def test_a_finished_run_is_left_as_it_is_and_gets_the_report_that_it_lacks(corpus, uninterrupted, tmp_path, capsys):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(corpus, out, "--resume") == 0
+    lines = [f"{out}: already finished (24 of 24 steps)", f"summary      {out / 'summary.json'}"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (out / "summary.json").write_bytes(before[out / "summary.json"][:100])  # as a kill leaves it
+    assert train(corpus, out, "--resume") == 0
+    assert "\nfinished: 24 steps" in capsys.readouterr().out
 
 
 def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupted, tmp_path):
@@ -172,6 +196,7 @@ def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupt
     saved = json.loads(state.read_text())
     assert 0 < saved["seconds"] <= json.loads((uninterrupted / "summary.json").read_text())["seconds"]
     state.write_text(json.dumps(saved | {"seconds": 1e6, "peak_memory_bytes": 2**60}))
+    (out / "summary.json").unlink()
     assert train(corpus, out, "--resume") == 0
     summary = json.loads((out / "summary.json").read_text())
     assert 1e6 < summary["seconds"] < 1.1e6
@@ -218,6 +243,7 @@ def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, caps
 def test_a_run_that_is_being_trained_is_left_alone(corpus, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(corpus, run, "--checkpoint.every", "5") == 0
+    (run / "summary.json").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     with locked(run, OSError("busy")):
         capsys.readouterr()

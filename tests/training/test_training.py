@@ -57,6 +57,11 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(corpus, tmp_path, caps
     for words in ("sparsity", "tokens/s", "left", "validation loss", str(out)):
         assert words in output
     assert ("  lambda " in output) == (router == "relu")  # where it steers
+    first = output[output.index("step      1/40") :].splitlines()[0]
+    assert f"  loss {records[0]['lm_loss']:.4f}  " in first  # without the penalty
+    assert f"  sparsity {records[0]['sparsity']:.4f}  " in first
+    assert f"target sparsity {summary['target_sparsity']:g}, " in output.splitlines()[0]
+    assert "target" not in first
 
 
 def test_lambda_of_a_run_follows_equation_7(corpus, tmp_path):
@@ -167,7 +172,7 @@ def test_a_dead_layer_is_reported_once(corpus, tmp_path, caplog):
     config = config_from_dict({**options, "num_experts": 4, "model": model}, "test")
     trainer = Trainer(config, open_dataset(corpus), RunFolder(tmp_path))
     torch.nn.init.zeros_(trainer.model.model.layers[1].mlp.router.weight)
-    progress = ProgressLine(config, 0.75, 0)
+    progress = ProgressLine(config, 0)
     for _ in range(105):
         trainer._train_step(progress)
     assert caplog.messages == ["step 100: no token was routed for 100 steps in layers [1]"]

@@ -7,6 +7,7 @@ not touch another. Only one process works at a time; they take turns of a few st
 machine meets all of them.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -139,7 +140,7 @@ def _check(options: TrainStepOptions) -> None:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, but is {getattr(options, name)}")
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("transformers' Trainer needs accelerate: pip install 'remoe[bench]'")
+        raise ConfigError("transformers' Trainer needs accelerate: pip install -e '.[bench]' in this project's folder")
 
 
 class _Contestant:
@@ -157,7 +158,8 @@ class _Contestant:
 
     def turn(self) -> dict:
         """Seconds of one turn, and the loss and sparsity at its end."""
-        self._pipe.send("go")
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `_receive` reports
+            self._pipe.send("go")
         return self._receive()
 
     def stop(self) -> None:

@@ -13,6 +13,7 @@ from remoe.training.config import NamedValues
 
 if TYPE_CHECKING:
     from remoe.compare.pool import Tasks
+    from remoe.data import Dataset
 
 PROG = "remoe compare"
 
@@ -99,8 +100,11 @@ def compare_command(argv: list[str]) -> int:
     bfloat16 = wants_bfloat16("auto", device)
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
     live = Live(experiment, pool, options.workers)
+    if records is not None and not records.exists():  # perhaps a slip, after which everything is trained again
+        print(f"records: {records} is new: no finished runs in it")
     if options.list:
         live.console.print(live.table())
+        live.console.print(live.count())
         return 0
     if not options.report_only:
         with live:
@@ -130,18 +134,14 @@ def _tasks(options: CompareOptions) -> "Tasks | None":
     return Tasks(load_tasks(parse_tasks(options.tasks), folder), options.limit)
 
 
-def _dataset(options: CompareOptions, vocab_size: int):
-    from remoe.data import PrepareOptions, open_dataset, prepare
+def _dataset(options: CompareOptions, vocab_size: int) -> "Dataset":
+    from remoe.compare.corpus import open_corpus
+    from remoe.data import open_dataset
     from remoe.training.run import default_dataset
 
     if options.data is not None:
         return open_dataset(Path(options.data))
     if options.corpus is None:
         return default_dataset(Path(options.pool), vocab_size, wait=True)
-    corpus = Path(options.corpus)
-    held_out = (str(corpus / "validation"),) if (corpus / "train").is_dir() and (corpus / "validation").is_dir() else ()
-    sources = (str(corpus / "train"),) if held_out else (options.corpus,)
-    out = Path(options.pool) / "data" / f"{corpus.resolve().name or 'corpus'}-bpe{vocab_size}"
-    # Several of these commands may begin together: one prepares, the others find its work.
-    prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size), wait=True)
-    return open_dataset(out)
+    as_prepared = options.report_only or options.list
+    return open_corpus(options.corpus, Path(options.pool), vocab_size, as_prepared=as_prepared)

@@ -21,7 +21,8 @@ PROG = "remoe eval"
 class EvalOptions:
     """Loss, perplexity, bits per byte and sparsity of a trained model, overall and per domain.
 
-    With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install 'remoe[eval]').
+    With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install -e '.[eval]' in this
+    project's folder).
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -36,8 +37,8 @@ class EvalOptions:
     max_experts: int | None = None
     """Execute at most so many experts per token, those with the largest gates."""
     quantize: str | None = None
-    """int8, or int4 on CUDA: quantise the weights of experts and attention first (pip install -e .[quantize]); the loss
-    before is shown too."""
+    """int8, or int4 on CUDA: quantise the weights of experts and attention first (pip install -e '.[quantize]' in this
+    project's folder); the loss before is shown too."""
     sweep_threshold: str | None = None
     """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
     Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""

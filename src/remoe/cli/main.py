@@ -2,13 +2,17 @@
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 import remoe
-from remoe.cli.parsing import fail
 from remoe.errors import RemoeError
+from remoe.training.interrupt import SIGPIPE, discard_output, exit_code
 
 # name: (module, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -48,7 +52,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    with _imports_end_at_an_interrupt():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
+    from remoe.cli.parsing import fail
+
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2
@@ -70,16 +80,49 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    code = 0
     try:
         command: Callable[[list[str]], int] = getattr(import_module(module), function)
-        return command(argv[len(name.split()) :])
+        code = command(argv[len(name.split()) :])
+        sys.stdout.flush()  # else Python does when it ends, and complains where nobody reads any more
+        return code
     except RemoeError as error:
         return fail(str(error))
+    except BrokenPipeError:  # `remoe ... | head`
+        discard_output()
+        return code or exit_code(SIGPIPE)
     except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
         return fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(signal.SIGINT)
+
+
+@contextmanager
+def _imports_end_at_an_interrupt() -> Iterator[None]:
+    """Context in which SIGINT ends the process at once while a module is imported; else Python's own way stays.
+
+    Some modules, SciPy's among them, turn a KeyboardInterrupt while they are imported into an ImportError.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _handle_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(exit_code(number))
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
 
 
 def _help(group: str = "") -> str:

@@ -10,7 +10,7 @@ PROG = "remoe train"
 
 
 def train_command(argv: list[str]) -> int:
-    """Trains, or continues, a run."""
+    """Trains, or continues, a run; 128 and the signal's number when a signal stopped it."""
     given = parse(TrainConfig, argv, prog=PROG)  # which preset, file or run the other flags are laid over
 
     from remoe.training.rundir import RunFolder, new_run_path, newest_run
@@ -18,14 +18,16 @@ def train_command(argv: list[str]) -> int:
     if given.resume and given.config:
         raise ConfigError("--resume takes the run's own options: leave --config out")
     saved = None
-    preset_given = any(arg.split("=")[0] == "--preset" for arg in argv)
+    flags = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
+    # Defaults of other options follow from these.
+    deciding = {name: getattr(given, name) for name in ("preset", "batch_size") if name in flags}
     if given.resume:
         run = RunFolder(given.out or newest_run())
         saved = base = run.load_config()
     elif given.config:
-        base = config_from_yaml(given.config, **({"preset": given.preset} if preset_given else {}))
+        base = config_from_yaml(given.config, **deciding)
     else:
-        base = config_from_dict({"preset": given.preset}, "preset")
+        base = config_from_dict(deciding, "flags")
     config = parse(TrainConfig, argv, prog=PROG, default=base)
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
@@ -35,5 +37,4 @@ def train_command(argv: list[str]) -> int:
     from remoe.training.run import run_training
 
     quiet_transformers()
-    run_training(config, run, saved)
-    return 0
+    return run_training(config, run, saved)

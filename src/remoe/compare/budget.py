@@ -39,8 +39,12 @@ class Match:
 
 
 def matches(experiment: Experiment, finished: Finished) -> list[Match]:
-    """The comparison at equal FLOPs, in the order of the equal-tokens runs; empty when the experiment has none."""
-    if not experiment.equal_flops:
+    """The comparison at equal FLOPs, in the order of the equal-tokens runs; empty when the experiment has none.
+
+    So it is too where the reference has nothing to be compared with.
+    """
+    others = [variant for name, variant in experiment.variants.items() if name != experiment.reference]
+    if not experiment.equal_flops or not any(variant.equal_flops for variant in others):
         return []
     found = []
     for run in experiment.runs:

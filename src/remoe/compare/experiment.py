@@ -4,12 +4,13 @@ A run's options are laid over each other in this order: base, axis point, varian
 option itself therefore keeps it at every point, and one run serves all of them.
 """
 
+import difflib
 import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +36,18 @@ RESERVED = {
 LABEL_LENGTH = 60
 VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of figures' files too
 FIGURES = 4  # variants drawn when none are named
+
+# What each key of an experiment file must be, for error messages.
+KINDS = {
+    "variants": "a mapping, name: {options}",
+    "title": "text",
+    "base": "a mapping of options",
+    "seeds": "a list of whole numbers",
+    "reference": "the name of a variant",
+    "equal_flops": "true or false",
+    "axes": "a mapping, option: [values]",
+    "figures": "a list of variants",
+}
 
 
 @dataclass
@@ -147,6 +160,9 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
     Raises:
         ConfigError: for an unknown key or a value that cannot be.
     """
+    for key in given:
+        if key not in KINDS:
+            raise ConfigError(f"{source}: {key}: unknown key{_perhaps(key, KINDS)}")
     file: _File = _validate(_FILE, given, source)
     if not file.variants:
         raise ConfigError(f"{source}: variants is empty")
@@ -154,9 +170,10 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
     _check_seeds(file.seeds, source)
     variants = {key: _variant(value, file.seeds, f"{source}: variant {key}") for key, value in file.variants.items()}
     reference = file.reference or next(iter(variants))
-    for variant in [reference, *file.figures]:
+    for key, variant in [("reference", reference), *(("figures", name) for name in file.figures)]:
         if variant not in variants:
-            raise ConfigError(f"{source}: {variant!r} is none of the variants: {', '.join(variants)}")
+            guess = _perhaps(variant, variants) or f": {', '.join(variants)}"
+            raise ConfigError(f"{source}: {key}: {variant!r} is none of the variants{guess}")
     for variant in variants:
         if not VARIANT_NAME.fullmatch(variant):
             raise ConfigError(f"{source}: variant {variant!r}: only letters, digits, '_', '.' and '-' make a name")
@@ -195,8 +212,6 @@ def describe(point: Point) -> str:
 
 @dataclass
 class _File:
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
-
     variants: dict[str, dict[str, Any] | None]
     title: str | None = None
     base: dict[str, Any] = field(default_factory=dict)
@@ -222,9 +237,10 @@ def _validate(adapter: pydantic.TypeAdapter, values: dict[str, Any], source: str
         return adapter.validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        reason = "unknown key" if first["type"] == "unexpected_keyword_argument" else first["msg"]
-        raise ConfigError(f"{source}: {place}: {reason}") from error
+        key, *inner = first["loc"]
+        place = f"{'.'.join(map(str, first['loc']))}: " if inner else ""
+        reason = "is missing" if first["type"] == "missing" else f"must be {KINDS[key]}"
+        raise ConfigError(f"{source}: {place}{key} {reason}") from error
 
 
 def _variant(given: dict[str, Any] | None, seeds: list[int], source: str) -> Variant:
@@ -241,6 +257,29 @@ def _check_options(options: dict[str, Any], source: str) -> None:
     for name in options:
         if name in RESERVED:
             raise ConfigError(f"{source}: {name} cannot be set here: {RESERVED[name]}")
+        group, _, last = str(name).partition(".")
+        if last:
+            raise ConfigError(f"{source}: unknown option {name!r}; perhaps {group}: {{{last}: ...}}")
+    known = {*_names(TrainConfig().to_dict())}
+    for name in _names(options):
+        if name not in known:
+            raise ConfigError(f"{source}: unknown option {name!r}{_perhaps(name, known - RESERVED.keys())}")
+
+
+def _names(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of options and of their groups; what stands in `router_options` only the router knows."""
+    for key, value in options.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict) and key != "router_options":
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def _perhaps(name: Any, known: Iterable[str]) -> str:
+    """What may have been meant: an option of that name in another group, or else a name that looks alike."""
+    known, last = sorted(known), str(name).rpartition(".")[2]
+    found = [one for one in known if one.rpartition(".")[2] == last]
+    found = found or difflib.get_close_matches(str(name), known, n=1)
+    return f"; perhaps {' or '.join(found)}" if found else ""
 
 
 def _check_seeds(seeds: list[int], source: str) -> None:

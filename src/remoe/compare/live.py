@@ -32,7 +32,7 @@ class Live:
         self.console = Console(highlight=False, soft_wrap=True)
         self.failures: dict[str, str] = {}
         self._begin: dict[Run, float] = {}  # of the runs in progress
-        self._waiting = False
+        self._waiting = self._stopping = False
         self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
         self._moving = self.console.is_terminal
 
@@ -66,6 +66,12 @@ class Live:
         self._begin.pop(run, None)
         self.failures[self.pool.name(run)] = reason
         self.console.print(f"{run.label}: failed: {reason}")
+
+    def stopping(self) -> None:
+        """A signal came; the runs in progress take seconds to save their state."""
+        if not self._stopping:
+            self.console.print("stopping: saving checkpoints" if self._begin else "stopping")
+        self._stopping = True
 
     def stopped(self, run: Run) -> None:
         """A signal stopped a run."""
@@ -129,26 +135,33 @@ class Live:
             return Text(f"{run.label}: starting")
         left = (run.steps - record["step"]) * record["tokens"] / record["step"] / record["tokens_per_second"]
         return Text(
-            f"{run.label}: step {record['step']}/{run.steps}  loss {record['loss']:.4f}  "
+            f"{run.label}: step {record['step']}/{run.steps}  loss {record['lm_loss']:.4f}  "
             f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  left {left / 60:.1f} min"
         )
 
+    def count(self) -> str:
+        """`14 of 26 runs finished; equal FLOPs asks for up to 12 more`, those whose steps are not known yet."""
+        summaries, known, unknown = self._progress()
+        text = f"{len(summaries)} of {known} runs finished"
+        return f"{text}; equal FLOPs asks for up to {unknown} more" if unknown else text
+
     def _count(self) -> str:
         """`12 of 39 runs finished, about 3.1 hours to go`, by the time of the finished ones."""
-        runs = set(self.experiment.runs)
-        unknown = 0
-        for match in matches(self.experiment, self.pool):
-            runs |= {match.run} if match.run else set()
-            # where it is not known whether a second run is needed, it mostly is
-            unknown += match.run is None
-        summaries = [summary for run in runs if (summary := self.pool.summary(run)) is not None]
-        total = len(runs) + unknown
+        summaries, known, unknown = self._progress()
+        total = known + unknown  # where it is not known whether a second run is needed, it mostly is
         text = f"{len(summaries)} of {total} runs finished"
         if not summaries or len(summaries) == total:
             return text
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
         hours = seconds * (total - len(summaries)) / self.workers / 3600
         return f"{text}, about {hours:.1f} hours to go"
+
+    def _progress(self) -> tuple[list[dict], int, int]:
+        """Summaries of the finished runs, how many runs are known, and of how many more it is open whether they are."""
+        found = matches(self.experiment, self.pool)
+        known = {run.key: run for run in [*self.experiment.runs, *(match.run for match in found if match.run)]}
+        summaries = [summary for run in known.values() if (summary := self.pool.summary(run)) is not None]
+        return summaries, len(known), sum(match.run is None for match in found)
 
 
 def _last_record(path: Path) -> dict:

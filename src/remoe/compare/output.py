@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,18 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
         f"domains {', '.join(dataset.domains)}."
     )
     drawn = draw(experiment, found, {name: seeds[0] for name, seeds in records.items()}, out / FIGURES)
+    _remove_others(out / FIGURES, drawn.values())
     report = out / "results.md"
     figures = {title: f"{FIGURES}/{file}" for title, file in drawn.items()}
     report.write_text(markdown(experiment, found, records, figures, data_line))
     return report
+
+
+def _remove_others(folder: Path, drawn: Collection[str]) -> None:
+    """Removes the figures of a former report that this one does not have."""
+    for path in folder.iterdir():
+        if path.suffix in (".svg", ".png") and f"{path.stem}.png" not in drawn:
+            path.unlink()
 
 
 def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | None:

@@ -8,11 +8,13 @@ from remoe.compare.experiment import Experiment, describe
 from remoe.compare.record import CHUNK, RunRecord
 from remoe.compare.results import AFTER, Results, Row, Spread
 from remoe.routing import ROUTERS
+from remoe.training.metrics import first_sparse_step
 
 NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
 IDLE_SHARE = 0.1  # of steps without a penalty, from which on a reader is told
 EQUAL_TOKENS = "Equal tokens"
 EQUAL_FLOPS = "Equal training FLOPs"
+NOT_MEASURED = "not measured"
 
 
 def markdown(
@@ -62,6 +64,8 @@ def markdown(
             "count all layers alike.",
             "",
         ]
+        if any(record.mean_flip_rates() is None for seeds in routed.values() for record in seeds):
+            lines += ["Flips are measured while a run trains, with `validate: {flips_every: N}`.", ""]
     for name in (name for name in routed if name in shown(experiment)):
         # Not every old record has them.
         if record := next((record for record in routed[name] if record.routing.top_tokens), None):
@@ -87,15 +91,23 @@ def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iter
             yield f"{name} at equal FLOPs spent {row.over_budget:.3f} times the budget, not the same."
     for name, seeds in records.items():
         for record in seeds:
-            if not ROUTERS[record.summary["router"]].steered:
-                continue
-            steps = zip(record.course["lambda"], record.course["reg_loss"], strict=True)
-            idle = [lam * regularizer < NO_PENALTY for lam, regularizer in steps]
-            share = statistics.mean(idle[len(idle) // 2 :])
-            if share > IDLE_SHARE:
-                which = f"{name}, seed {record.options['seed']}"
-                size = f"under {NO_PENALTY:g} nats in {share:.0%} of the steps of its second half"
-                yield f"the penalty of {which}, is {size}: nothing steers S there."
+            if ROUTERS[record.summary["router"]].steered:
+                yield from _steering_notes(f"{name}, seed {record.options['seed']}", record)
+
+
+def _steering_notes(name: str, record: RunRecord) -> Iterator[str]:
+    course, target = record.course, record.summary["target_sparsity"]
+    idle = [a * b < NO_PENALTY for a, b in zip(course["lambda"], course["reg_loss"], strict=True)]
+    if target:  # before the sparse stage lambda still rises from its start
+        idle = idle[first_sparse_step(course["sparsity"], target) - 1 :]
+    if not idle:
+        reached = f"S {course['sparsity'][-1]:.2f} at its end, wanted {target:.3g}"
+        fixed = record.options.get("sparsity.rule") == "none"
+        why = "lambda stays as it is" if fixed else "too few steps"
+        yield f"{name}, never became sparse ({reached}): {why}; its losses say nothing yet about routers."
+    elif (share := statistics.mean(idle[len(idle) // 2 :])) > IDLE_SHARE:
+        size = f"under {NO_PENALTY:g} nats in {share:.0%} of the steps of the second half of its sparse stage"
+        yield f"the penalty of {name}, is {size}: nothing steers S there."
 
 
 def row_name(variant: str, point: dict) -> str:
@@ -196,8 +208,8 @@ def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
                 _spread([one.frequency_correlation for one in figures], "+.2f"),
                 _spread([one.mean_chunk_sparsity for one in figures], ".3f"),
                 _spread([one.over_pairs("expert_reuse") for one in figures], ".3f"),
-                _spread([whole for whole, _ in flips], ".5f"),
-                _spread([late for _, late in flips], ".5f"),
+                _spread([whole for whole, _ in flips], ".5f") or NOT_MEASURED,
+                _spread([late for _, late in flips], ".5f") or NOT_MEASURED,
                 " ".join(_mean(layer) for layer in zip(*(one.sparsity_per_layer for one in figures), strict=True)),
             ]
         )

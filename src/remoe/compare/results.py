@@ -140,6 +140,8 @@ def results(experiment: Experiment, pool: Pool) -> Results:
     done = [run for run in [*tokens.values(), *flops.values()] if run is not None]
     machines: dict[str, int] = {}
     equal_tokens, equal_flops = (_rows(experiment, pool, runs, machines) for runs in (tokens, flops))
+    if all(row.variant == experiment.reference for row in equal_flops):  # the same runs again, beside no others
+        equal_flops = []
     ended = {summary.get("machine", {}).get("date") for run in done if (summary := pool.summary(run))}
     return Results(equal_tokens, equal_flops, [*machines], sorted(ended - {None}), missing)
 

@@ -86,6 +86,8 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, workers:
         futures = [executor.submit(matrix.work, worker) for worker in workers]
         try:
             while (state := wait(futures, POLL_SECONDS, FIRST_EXCEPTION)).not_done:
+                if interrupt.received:
+                    live.stopping()
                 for future in state.done:
                     future.result()
             return all(future.result() for future in futures)

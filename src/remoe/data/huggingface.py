@@ -52,7 +52,8 @@ def resolve_dataset(name: str, columns: Columns) -> DatasetSource:
     try:
         import datasets  # noqa: F401
     except ImportError:
-        raise DataError(f"{name}: needs the package `datasets`: pip install 'remoe[datasets]'") from None
+        install = "pip install -e '.[datasets]' in this project's folder"
+        raise DataError(f"{name}: needs the package `datasets`: {install}") from None
     if is_saved_dataset(Path(target)):
         return _saved_source(name, Path(target), config, split, columns)
     if Path(target).exists():

@@ -19,6 +19,10 @@ FORMAT = "remoe-preparation"
 VERSION = 1
 
 
+class ChangedError(DataError):
+    """The text or the arguments are others than those that a folder's preparation was begun with."""
+
+
 class Scan(Strict):
     """What the first pass over the sources found: sizes in UTF-8 bytes, and the rule for the split."""
 
@@ -93,20 +97,20 @@ def find_journal(folder: Path) -> Journal | None:
 
 
 def check_same(folder: Path, journal: Journal, request: dict[str, Any], inputs: dict[str, Signature]) -> None:
-    """Raise DataError unless the journal answers this request on unchanged sources."""
+    """Raise ChangedError unless the journal answers this request on unchanged sources."""
     state = "finished" if journal.finished else "unfinished"
     advice = "use --overwrite to replace it, or another --out"
     for name in {**request, **journal.request}:
         old, new = journal.request.get(name), request.get(name)
         if old != new:
-            raise DataError(
+            raise ChangedError(
                 f"{folder}: holds a{'n' * (state[0] == 'u')} {state} preparation with other arguments"
                 f" ({name}: {old!r} then, {new!r} now); {advice}"
             )
     for name in inputs:
         if inputs[name] != journal.inputs.get(name):
             changed = _first_difference(journal.inputs.get(name, []), inputs[name])
-            raise DataError(f"{folder}: its source {name} has changed since ({changed}); {advice}")
+            raise ChangedError(f"{folder}: its source {name} has changed since ({changed}); {advice}")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -17,6 +17,7 @@ from remoe.data.dataset import open_dataset
 from remoe.data.files import atomic_write, disk_errors, locked, replacing
 from remoe.data.journal import (
     TOKENIZER_FOLDER,
+    ChangedError,
     Journal,
     Scan,
     check_replaceable,
@@ -98,7 +99,7 @@ class _Preparation:
         tokenizer = self._tokenizer()
         self._tokenise(tokenizer)
         if self.inputs.signatures() != signatures:
-            raise DataError(f"{self.folder}: a source changed while it was read; use --overwrite to start again")
+            raise ChangedError(f"{self.folder}: a source changed while it was read; use --overwrite to start again")
         self._finish(tokenizer)
 
     def _earlier(self, signatures: dict[str, Signature]) -> Journal | None:
@@ -205,7 +206,7 @@ class _Preparation:
         )
         splits = manifest.splits
         if sum(split.documents for split in splits.values()) != self.journal.scan.documents:
-            raise DataError(f"{self.folder}: the sources changed while they were read; start again with --overwrite")
+            raise ChangedError(f"{self.folder}: the sources changed while they were read; start again with --overwrite")
         manifest = manifest.model_copy(update={"fingerprint": manifest.content_fingerprint()})
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_bytes())
         self._record(self.journal.model_copy(update={"finished": True}))

@@ -37,7 +37,8 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
     try:
         from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ConfigError(f"quantisation needs torchao (pip install 'remoe[quantize]'): {error}") from error
+        install = "pip install -e '.[quantize]' in this project's folder"
+        raise ConfigError(f"quantisation needs torchao: {install} ({error})") from error
     names = _quantised_names(model)
     if any(hasattr(model.get_parameter(name), "qdata") for name in names):
         raise ConfigError("the model is quantised already")

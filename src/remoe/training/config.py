@@ -182,7 +182,8 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimiser step."""
     micro_batch_size: int = 16
-    """Sequences per forward and backward pass; divides the batch size (gradient accumulation)."""
+    """Sequences per forward and backward pass; divides the batch size (gradient accumulation). By default the preset's,
+    or the largest divisor of the batch size below it."""
     vocab_size: int = 4096
     """Vocabulary of the tokenizer trained for the default data; other data brings its own."""
     device: str = "auto"
@@ -264,7 +265,8 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     """A checked TrainConfig.
 
     Args:
-        values: nested options; missing ones take the defaults of the preset that `values` names.
+        values: nested options; missing ones take the defaults of the preset that `values` names, and the micro-batch
+            size is made to divide the batch size.
         source: where they come from, for error messages.
 
     Raises:
@@ -275,10 +277,14 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     for path in _unknown(merged, known):
         raise ConfigError(f"{source}: unknown option {path!r}")
     try:
-        return _ADAPTER.validate_python(merged)
+        config = _ADAPTER.validate_python(merged)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if "micro_batch_size" not in values:
+        sizes = range(1, min(config.batch_size, config.micro_batch_size) + 1)
+        config.micro_batch_size = max((size for size in sizes if config.batch_size % size == 0), default=1)
+    return config
 
 
 class StrictLoader(yaml.SafeLoader):

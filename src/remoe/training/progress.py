@@ -13,16 +13,17 @@ from remoe.training.config import TrainConfig
 class ProgressLine:
     """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`; lambda where the router is steered by it.
 
+    The loss is the language model's alone, without a router's penalties, so that it compares between routers.
+
     Args:
         config: of the run.
-        target: wanted sparsity.
         first_step: steps already done.
     """
 
-    def __init__(self, config: TrainConfig, target: float, first_step: int) -> None:
-        self._config, self._target = config, target
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
+        self._config = config
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = _Console(soft_wrap=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -38,7 +39,11 @@ class ProgressLine:
         self._recent.append((tokens, seconds))
 
     def show(self, record: dict, step: int) -> None:
-        """Shows a step's record."""
+        """Shows a step's record.
+
+        Raises:
+            BrokenPipeError: when nobody reads the output any more.
+        """
         line = self._line(record, step)
         self._bar.update(self._task, completed=step, description=line)
         if step == 1 or step % self._config.print_every == 0 or step == self._config.steps:
@@ -58,7 +63,13 @@ class ProgressLine:
         left = round((self._config.steps - step) * seconds / len(self._recent))
         steered = f"lambda {record['lambda']:.2e}  " if ROUTERS[self._config.router].steered else ""
         return (
-            f"step {step:>6}/{self._config.steps}  loss {record['loss']:.4f}  {steered}"
-            f"sparsity {record['sparsity']:.4f} (target {self._target:.4g})  {record['stage']:<11}  "
+            f"step {step:>6}/{self._config.steps}  loss {record['lm_loss']:.4f}  {steered}"
+            f"sparsity {record['sparsity']:.4f}  {record['stage']:<11}  "
             f"{tokens / seconds:>7,.0f} tokens/s  left {left // 60}:{left % 60:02}"
         )
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process, and the checkpoint would not be written
+        self.quiet = True
+        raise BrokenPipeError

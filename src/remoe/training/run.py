@@ -16,16 +16,18 @@ from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
 from remoe.machine import machine
 from remoe.models.plan import training_flops
+from remoe.training.checkpoint import checkpoint_step
 from remoe.training.config import TrainConfig, changes_result, differences
 from remoe.training.evaluation import Evaluation, total
+from remoe.training.interrupt import exit_code
 from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, check_model, pick_device, wants_bfloat16
 
 
-def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> dict | None:
-    """Trains, or continues, a run.
+def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> int:
+    """Trains, or continues, a run; a finished one is left as it is.
 
     Args:
         config: options; `config.resume` decides between a new run and a continued one.
@@ -33,7 +35,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         saved: options of the run when it is continued.
 
     Returns:
-        The summary, also written to the run's folder; None when a signal stopped the run.
+        The exit code: 0 with the summary in the run's folder; 130, 143 or 141 when SIGINT, SIGTERM or a closed output
+        stopped the run, its state saved.
 
     Raises:
         ConfigError, DataError, CheckpointError: see `Trainer`.
@@ -42,6 +45,10 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is not None:
         _check_unchanged(saved, config, run)
     config.check()
+    if saved is not None and _is_finished(run, config.steps):
+        print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
+        print(f"summary      {run.summary}")
+        return 0
     check_model(config)  # before the data is prepared
     pick_device(config.device)
     keep_freed_memory()
@@ -59,11 +66,11 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         if validation is None:
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
             print(f"continue with: remoe train --out {run.path} --resume")
-            return None
+            return exit_code(trainer.stopped_by)
         summary = _summarise(trainer, validation)
         run.summary.write_text(json.dumps(summary, indent=2))
         _print_summary(summary, trainer)
-        return summary
+        return 0
 
 
 def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:
@@ -83,6 +90,16 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
             raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
 
 
+def _is_finished(run: RunFolder, steps: int) -> bool:
+    """Whether the run has its summary, and no checkpoint from which there would be something left to do."""
+    try:
+        summary = json.loads(run.summary.read_text())
+    except (FileNotFoundError, ValueError):  # half a file: killed while it was written
+        return False
+    checkpoint = run.last_checkpoint()
+    return summary["steps"] == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
+
+
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
     parameters = sum(p.numel() for p in model.parameters())
@@ -93,7 +110,8 @@ def _print_header(trainer: Trainer) -> None:
     backend = resolve_backend(experts.backend, trainer.device.type, computed, *experts.down_proj.shape[1:])
     print(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
-        f"E {config.num_experts}, k {config.k}, G {config.granularity}, experts backend {backend}"
+        f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
+        f"experts backend {backend}"
     )
     print(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, domains {', '.join(dataset.domains)}; "
@@ -101,6 +119,8 @@ def _print_header(trainer: Trainer) -> None:
     )
     if trainer.step:
         print(f"resumed at step {trainer.step}")
+    elif config.resume:
+        print("no checkpoint yet: starting from the beginning")
 
 
 def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:

@@ -71,6 +71,7 @@ class Trainer:
         self.saved_step = 0
         self.sparsities: list[float] = []  # S of each step
         self.dead_layers: set[int] = set()
+        self.stopped_by: int | None = None  # the number of the signal that ended `train` before its last step
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def resume(self) -> None:
@@ -99,7 +100,7 @@ class Trainer:
         return max(self._peak_before, peak_memory(self.device))
 
     def train(self) -> dict[str, Evaluation] | None:
-        """Runs to the last step; returns the final validation, or None when a signal stopped it.
+        """Runs to the last step; returns the final validation, or None when a signal or a closed output stopped it.
 
         Raises:
             NonFiniteLoss: the run's files are as the last checkpoint left them.
@@ -107,7 +108,7 @@ class Trainer:
         """
         steps = self.config.steps
         metrics = MetricsWriter(self.run.path, self.step + 1)
-        progress = ProgressLine(self.config, self.model.sparsity.target, self.step)
+        progress = ProgressLine(self.config, self.step)
         validation = None
         try:
             with Interrupt() as interrupt:
@@ -122,7 +123,10 @@ class Trainer:
                         record |= validation_record(validation)
                     if self.step % self.config.log_every == 0 or self.step == steps or due or before_LTE is not None:
                         metrics.write(record)
-                    progress.show(record, self.step)
+                    try:
+                        progress.show(record, self.step)
+                    except BrokenPipeError:  # `remoe train | head`
+                        interrupt.output_closed()
                     if self.step % self.config.checkpoint.every == 0 or self.step == steps:
                         metrics.flush()
                         self.save()
@@ -133,6 +137,7 @@ class Trainer:
             metrics.close()
             progress.close()
         if self.step < steps:
+            self.stopped_by = interrupt.received
             return None
         return validation or self.validate(final=True)
 
