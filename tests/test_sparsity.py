@@ -88,6 +88,14 @@ def test_smooth_rule_is_bounded_rests_at_the_target_and_moves_towards_it():
     assert drive(controller, [90] * 5)[-1] < resting[-1]
 
 
+@pytest.mark.parametrize(("start", "lowest"), [(1.0, 1e-8), (1e-12, 1e-12)])
+def test_smooth_rule_is_soon_back_after_experts_that_closed_by_themselves(start, lowest):
+    controller = SparsityController(1, 8, 1, rule="smooth", lambda_init=start)
+    assert min(drive(controller, [50] * 500)) == pytest.approx(lowest)
+    steps_to_a_millionfold = math.log(1e6) / SMOOTH_MAX_STEP
+    assert drive(controller, [400] * round(steps_to_a_millionfold + 5))[-1] > 1e6 * lowest
+
+
 def train_layer(controller, steps):
     """A layer trained on a made-up task, as the user of the bare layer would; S of each step."""
     torch.manual_seed(3)

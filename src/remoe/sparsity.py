@@ -24,6 +24,8 @@ SMOOTH_AVERAGE = 0.3
 SMOOTH_GAIN = 0.4
 SMOOTH_DAMPING = 2.0
 SMOOTH_MAX_STEP = math.log(1.5)
+# It lets lambda fall no lower: a penalty so small does nothing, and experts that open again find lambda near.
+SMOOTH_LAMBDA_MIN = 1e-8
 # The fast start sets lambda * L_reg to this at the first update, in units of the task's loss.
 FAST_START_PENALTY = 3e-3
 # Keeps lambda a normal float32 number, from which it can rise again.
@@ -45,7 +47,8 @@ class SparsityController(nn.Module):
         k: wanted mean of active experts per token (times granularity).
         rule: "sign": lambda *= alpha ** sign(target - S), Eq. 7. "official": the same, but S equal to the target
             counts as too sparse, as in the authors' code. "smooth": a step of log lambda proportional to the averaged
-            error of the log density, damped by its change and bounded. "none": lambda stays; S is only measured.
+            error of the log density, damped by its change and bounded; lambda stays above 1e-8, or where it started
+            below that. "none": lambda stays; S is only measured.
         lambda_init: lambda_0.
         alpha: factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
@@ -90,6 +93,7 @@ class SparsityController(nn.Module):
         self.rule = rule
         self.target_density = k / num_experts
         self.log_alpha = math.log(alpha)
+        self.lambda_min = min(SMOOTH_LAMBDA_MIN, lambda_init) if rule == "smooth" else LAMBDA_MIN
         self.fast_start = fast_start and rule != "none" and k < num_experts
         self.sum_layers = sum_layers
 
@@ -189,7 +193,7 @@ class SparsityController(nn.Module):
             penalty = self._regularizer_sum / self._passes.clamp(min=1)
             first = (self.sparsity == UNKNOWN) & (penalty > 0)
             lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
-        self.lam.copy_(torch.where(seen, lam.clamp(LAMBDA_MIN, LAMBDA_MAX), self.lam))
+        self.lam.copy_(torch.where(seen, lam.clamp(self.lambda_min, LAMBDA_MAX), self.lam))
         self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
         self.mean_error.copy_(torch.where(seen, mean_error, self.mean_error))
         self.load_LE.copy_(torch.where(seen, pairs_LE / tokens_L.clamp(min=1)[:, None], self.load_LE))
