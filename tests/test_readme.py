@@ -35,6 +35,14 @@ def test_the_experiments_in_the_guide_load():
     assert len(mine.runs) == 4 * (3 + 1 + 3)  # points, and the seeds of each variant
 
 
+def test_the_guide_names_every_option_of_every_router():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", GUIDE.split("## Options of routers")[1], flags=re.MULTILINE))
+    named = {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows.items()}
+    named["relu_scaled"] |= named["relu"]  # "and those of `relu`"
+    for name, router in routing.ROUTERS.items():
+        assert named.get(name, set()) - {"relu"} == set(routing.router_options(router))
+
+
 def test_two_commands_set_everything_up_and_ci_calls_the_second():
     setup = blocks("bash")
     assert len(setup) == 2
