@@ -40,7 +40,8 @@ def arguments(path, corpus, folder):
     return ["compare", str(path), *places, "--device", "cpu"]
 
 
-def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_path, capfd):
+def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("remoe.compare.live.LINE_SECONDS", 0.0)
     path = write_experiment(tmp_path, variants={"relu": {}, "topk": {"router": "topk"}, "dense": {"router": "dense"}})
     command = arguments(path, corpus, tmp_path)
     assert main([*command, "--list"]) == 0
@@ -55,6 +56,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     out = capfd.readouterr().out
     assert "3 of" in out
     assert "and equal FLOPs" in out
+    assert re.search(r"relu-.*: step \d+/\d+  loss \d", out)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["variant"] for row in found["equal_tokens"]] == ["relu", "topk", "dense"]
     reference, *others = found["equal_flops"]

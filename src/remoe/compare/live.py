@@ -1,4 +1,4 @@
-"""What a person sees while the matrix runs: on a terminal a table that moves, elsewhere a line for each event."""
+"""What a person sees while the matrix runs: on a terminal a table that moves, elsewhere lines."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from remoe.compare.experiment import Experiment, Run
 from remoe.compare.pool import Pool
 
 TAIL_BYTES = 65536  # holds the last record of most runs
+LINE_SECONDS = 60.0  # between two lines on how far a run is, where no table moves
 
 
 class Live:
@@ -35,6 +36,7 @@ class Live:
         self._waiting = self._stopping = False
         self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
         self._moving = self.console.is_terminal
+        self._shown = time.monotonic()
 
     def __enter__(self) -> "Live":
         if self._moving:
@@ -87,10 +89,14 @@ class Live:
         self._waiting = True
 
     def show(self) -> None:
-        """Draws the table again."""
+        """Draws the table again; where none moves, prints now and then how far the runs are."""
         if self._moving:
             lines = [self._line(run) for run in list(self._begin)]
             self._live.update(Group(self.table(), *lines, Text(self._count())))
+        elif time.monotonic() - self._shown >= LINE_SECONDS:
+            self._shown = time.monotonic()
+            for run in list(self._begin):
+                self.console.print(self._line(run))
 
     def table(self) -> Table:
         """A row for each variant and point, a column for each seed of either comparison."""
