@@ -113,6 +113,13 @@ def test_plan_prints_the_papers_figures(capsys):
     output = capsys.readouterr().out
     assert "777.1M" in output
     assert "995.4" in output
+    assert output.count("while half of the experts are active") == 2
+    assert main(["plan", "182m", "--router", "topk"]) == 0
+    assert "while half" not in capsys.readouterr().out
+    assert main(["plan", "mini", "--intermediate-size", "512", "--shared-expert-size", "256"]) == 0
+    recipe = capsys.readouterr().out.split("active per token")[1].split()[1:4:2]
+    assert main(["plan", "mini"]) == 0
+    assert capsys.readouterr().out.split("active per token")[1].split()[1:4:2] == recipe  # a third of 768 is shared
 
 
 def test_yaml_and_flags(corpus, tmp_path, capsys):

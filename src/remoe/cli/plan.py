@@ -10,6 +10,7 @@ from remoe.errors import ConfigError
 from remoe.presets import preset
 
 PROG = "remoe plan"
+DENSE_STAGE = "  while half of the experts are active"
 
 
 @dataclass
@@ -26,6 +27,10 @@ class PlanOptions:
     """Wanted active experts per token."""
     granularity: int = 1
     """Split each expert into this many narrower ones."""
+    intermediate_size: int | None = None
+    """Width of an expert before the split by granularity; the preset's by default."""
+    shared_expert_size: int = 0
+    """Width of an expert that every token goes through, beside the routed ones."""
     seq_len: int | None = None
     """Tokens per sequence; the preset's by default."""
     micro_batch_size: int | None = None
@@ -41,12 +46,16 @@ def plan_command(argv: list[str]) -> int:
     if seq_len < 1 or micro_batch_size < 1:
         raise ConfigError("--seq-len and --micro-batch-size must be at least 1")
 
+    model = settings["model"] | {"shared_expert_size": options.shared_expert_size}
+    if options.intermediate_size is not None:
+        model["intermediate_size"] = options.intermediate_size
+
     from remoe.models.configuration_remoe import RemoeConfig
     from remoe.models.plan import plan
 
     def planned(router: str):
         config = RemoeConfig(
-            **settings["model"],
+            **model,
             vocab_size=settings["vocab_size"],
             router=router,
             num_experts=options.num_experts,
@@ -77,15 +86,14 @@ def _print_table(title: str, columns: dict) -> None:
         ("parameters, total", lambda p: f"{p.total_parameters / 1e6:,.1f}M"),
         ("parameters, active per token", lambda p: f"{p.active_parameters / 1e6:,.1f}M"),
         ("GFLOPs per sequence, forward + backward", lambda p: f"{p.flops_per_sequence / 1e9:,.1f}"),
-        (
-            "  while half of the experts are active",
-            lambda p: f"{p.dense_stage_flops_per_sequence / 1e9:,.1f}",
-        ),
+        (DENSE_STAGE, lambda p: f"{p.dense_stage_flops_per_sequence / 1e9:,.1f}"),
         ("weights, gradients, AdamW (float32)", lambda p: gib(p.state_bytes)),
         ("activations of a micro-batch (float32)", lambda p: gib(p.activation_bytes)),
-        ("  while half of the experts are active", lambda p: gib(p.dense_stage_activation_bytes)),
+        (DENSE_STAGE, lambda p: gib(p.dense_stage_activation_bytes)),
         ("training memory at the most", lambda p: gib(p.state_bytes + p.dense_stage_activation_bytes)),
     ]
+    if all(p.dense_stage_flops_per_sequence == p.flops_per_sequence for p in columns.values()):  # none has one
+        rows = [(label, value) for label, value in rows if label != DENSE_STAGE]
     table = Table("", title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="right")
