@@ -93,7 +93,8 @@ class SparsityController(nn.Module):
         self.rule = rule
         self.target_density = k / num_experts
         self.log_alpha = math.log(alpha)
-        self.lambda_min = min(SMOOTH_LAMBDA_MIN, lambda_init) if rule == "smooth" else LAMBDA_MIN
+        smooth_min = max(LAMBDA_MIN, min(SMOOTH_LAMBDA_MIN, lambda_init))
+        self.lambda_min = smooth_min if rule == "smooth" else LAMBDA_MIN
         self.fast_start = fast_start and rule != "none" and k < num_experts
         self.sum_layers = sum_layers
 

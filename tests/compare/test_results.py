@@ -373,3 +373,11 @@ def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(tria
     RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         Pool(tmp_path / "other", "fingerprint", records).summary(run)
+
+
+def test_an_old_record_with_the_routers_default_in_place_of_the_models_option_is_taken(pool):
+    asked = {"base": {"model": {"load_balance": False}}, "variants": {"relu": {}}}
+    (run,) = experiment_from_dict(asked, "x", "x").runs
+    old = options_of(run.config) | {"router_options.load_balance": True}
+    RunRecord(old, {"validation_loss": 4.0}, {}, None).save(pool.record_file(run))
+    assert pool.summary(run) == {"validation_loss": 4.0}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from remoe.cli.parsing import parse
 from remoe.errors import ConfigError
+from remoe.terminal import Console
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from remoe.cli.parsing import parse
 from remoe.data.options import PrepareOptions
+from remoe.terminal import Console
 
 
 @dataclass(frozen=True, kw_only=True)

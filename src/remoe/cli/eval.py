@@ -170,8 +170,9 @@ def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
 
 
 def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from remoe.terminal import Console
 
     table = Table("domain", title=title, title_justify="left")
     for column in ("loss", "perplexity", "bits per byte", "sparsity", "tokens"):
@@ -189,8 +190,9 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
 
 
 def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from remoe.terminal import Console
 
     table = Table(title=title, title_justify="left")
     for column in ("gate threshold", "loss", "active experts", "tokens/s"):
@@ -206,8 +208,9 @@ def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
 
 
 def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from remoe.terminal import Console
 
     table = Table("task", title=title, title_justify="left")
     for column in ("acc", "stderr", "acc_norm", "chance", "examples", "truncated"):

@@ -12,7 +12,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import RemoeError
-from remoe.training.interrupt import SIGPIPE, discard_output, exit_code
+from remoe.training.interrupt import SIGPIPE, exit_code, output_is_closed
 
 # name: (module, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -53,7 +53,22 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     with _imports_end_at_an_interrupt():
-        return _run(sys.argv[1:] if argv is None else argv)
+        from remoe.cli.parsing import fail
+
+        code = 0
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()  # else Python does when it ends, and complains where nobody reads any more
+            return code
+        except RemoeError as error:
+            return fail(str(error))
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and output_is_closed():  # `remoe ... | head`
+                return code or exit_code(SIGPIPE)
+            return fail(" ".join(str(error).split()))  # a missing folder, a full disk: the user's to mend
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return exit_code(signal.SIGINT)
 
 
 def _run(argv: list[str]) -> int:
@@ -80,22 +95,10 @@ def _run(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    code = 0
-    try:
-        command: Callable[[list[str]], int] = getattr(import_module(module), function)
-        code = command(argv[len(name.split()) :])
-        sys.stdout.flush()  # else Python does when it ends, and complains where nobody reads any more
-        return code
-    except RemoeError as error:
-        return fail(str(error))
-    except BrokenPipeError:  # `remoe ... | head`
-        discard_output()
-        return code or exit_code(SIGPIPE)
-    except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
-        return fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return exit_code(signal.SIGINT)
+    if files := os.environ.get("REMOE_ROUTERS"):
+        import_module("remoe.routing.own").load_own_routers(files)
+    command: Callable[[list[str]], int] = getattr(import_module(module), function)
+    return command(argv[len(name.split()) :])
 
 
 @contextmanager
@@ -117,7 +120,7 @@ def _imports_end_at_an_interrupt() -> Iterator[None]:
 
 def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     caller = frame
-    while caller is not None:
+    while caller is not None and caller.f_code is not main.__code__:
         if caller.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"interrupted\n")
             os._exit(exit_code(number))

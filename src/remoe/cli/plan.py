@@ -76,8 +76,9 @@ def plan_command(argv: list[str]) -> int:
 
 
 def _print_table(title: str, columns: dict) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from remoe.terminal import Console
 
     def gib(count: int) -> str:
         return f"{count / 2**30:,.2f} GiB"

@@ -23,6 +23,9 @@ def open_corpus(corpus: str, pool: Path, vocab_size: int, *, as_prepared: bool) 
         DataError: when the text has changed since the dataset was made, or another text has the same name.
     """
     place = Path(corpus)
+    if place.exists():  # the same from wherever it is called
+        place = place.resolve()
+        corpus = str(place)
     out = pool / "data" / f"{place.resolve().name or 'corpus'}-bpe{vocab_size}"
     train, validation = place / "train", place / "validation"
     held_out = (str(validation),) if train.is_dir() and validation.is_dir() else ()
@@ -40,7 +43,7 @@ def open_corpus(corpus: str, pool: Path, vocab_size: int, *, as_prepared: bool) 
         # Several of these commands may begin together: one prepares, the others find its work.
         prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size), wait=True)
     except ChangedError as error:
-        raise DataError(f"the corpus {corpus} has changed since {out} was made: {ADVICE}") from error
+        raise DataError(f"the corpus {corpus} has changed since {out} was made ({error}): {ADVICE}") from error
     return open_dataset(out)
 
 

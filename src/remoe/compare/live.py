@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import rich.live
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Run
 from remoe.compare.pool import Pool
+from remoe.terminal import Console
 
 TAIL_BYTES = 65536  # holds the last record of most runs
 LINE_SECONDS = 60.0  # between two lines on how far a run is, where no table moves

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,10 @@ from remoe.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
+OWN_FIGURE = re.compile(
+    r"(loss-equal-(tokens|flops)|loss-against-.*|training-(loss|course|course-log)|active-against-frequency"
+    r"|routed-share(-by-domain-.*)?|flips)\.(svg|png)"
+)
 
 
 def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, device: str) -> Path:
@@ -69,9 +74,9 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
 
 
 def _remove_others(folder: Path, drawn: Collection[str]) -> None:
-    """Removes the figures of a former report that this one does not have."""
+    """Removes the figures of a former report that this one does not have; other pictures stay."""
     for path in folder.iterdir():
-        if path.suffix in (".svg", ".png") and f"{path.stem}.png" not in drawn:
+        if OWN_FIGURE.fullmatch(path.name) and f"{path.stem}.png" not in drawn:
             path.unlink()
 
 

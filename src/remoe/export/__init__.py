@@ -8,6 +8,7 @@ from remoe.errors import ConfigError
 from remoe.export.bundle import AUTO_MAP, write_bundle
 from remoe.export.card import write_card
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import ROUTERS
 from remoe.training.rundir import RunFolder, load_run
 
 
@@ -23,12 +24,14 @@ def export_run(run: str | Path, out: str | Path) -> Path:
 
     Raises:
         CheckpointError: when there is no checkpoint to read.
-        ConfigError: when `out` holds something already.
+        ConfigError: when `out` holds something already, or the router is not of this package.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists and is not an empty folder")
     model, _, checkpoint = load_run(run)
+    if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
+        raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
     folder = RunFolder(checkpoint.parent.parent)
     out.mkdir(parents=True, exist_ok=True)
     export_model(model, out)

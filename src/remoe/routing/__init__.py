@@ -8,7 +8,6 @@ from remoe.routing.expert_choice import ExpertChoiceRouter
 from remoe.routing.hash import HashRouter
 from remoe.routing.lory import LoryRouter
 from remoe.routing.options import check_options, router_options
-from remoe.routing.own import load_own_routers
 from remoe.routing.relu import ReLURouter
 from remoe.routing.relu_norm import ReLUNormRouter
 from remoe.routing.relu_scaled import ReLUScaledRouter
@@ -65,6 +64,3 @@ def router_class(name: str) -> type[Router]:
     if name not in ROUTERS:
         raise ConfigError(f"unknown router {name!r}; choose one of: {', '.join(ROUTERS)}")
     return ROUTERS[name]
-
-
-load_own_routers()

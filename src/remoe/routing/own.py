@@ -1,27 +1,30 @@
 """Routers of the user's own, from files outside this package."""
 
 import os
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from remoe.errors import ConfigError
+from remoe.routing import ROUTERS
 
-VARIABLE = "REMOE_ROUTERS"
 
+def load_own_routers(files: str) -> None:
+    """Runs Python files, which put their classes into `remoe.routing.ROUTERS`.
 
-def load_own_routers() -> None:
-    """Runs the files that the environment variable names, which put their classes into `remoe.routing.ROUTERS`.
-
-    Several are separated as in PATH. Called when `remoe.routing` is imported, so that every command and every process
-    that it starts knows them.
+    Args:
+        files: their paths, separated as in PATH.
 
     Raises:
-        ConfigError: when a file cannot be read.
+        ConfigError: when a file cannot be run, or has put nothing there.
     """
-    for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        spec = spec_from_file_location(Path(path).stem, path)
+    for number, path in enumerate(filter(None, files.split(os.pathsep))):
+        before = dict(ROUTERS)
+        spec = spec_from_file_location(f"remoe_own_routers_{number}", path)
         if spec is None or not Path(path).is_file():
-            raise ConfigError(f"{VARIABLE} names {path}, which is not a Python file")
-        module = sys.modules[spec.name] = module_from_spec(spec)
-        spec.loader.exec_module(module)
+            raise ConfigError(f"REMOE_ROUTERS names {path}, which is not a Python file")
+        try:
+            spec.loader.exec_module(module_from_spec(spec))
+        except Exception as error:  # whatever a user's file can raise
+            raise ConfigError(f"REMOE_ROUTERS: {path}: {type(error).__name__}: {error}") from error
+        if before == ROUTERS:
+            raise ConfigError(f"REMOE_ROUTERS: {path} puts no router into remoe.routing.ROUTERS")

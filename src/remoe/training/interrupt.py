@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and a closed output as a request to stop after the present step; a second signal stops at once."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -45,7 +46,17 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
+def output_is_closed() -> bool:
+    """Whether nobody reads standard output any more; then what is printed from now on is thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        return True
+    return False
+
+
 def discard_output() -> None:
     """Throws away what is printed from now on, and what waits to be written: Python writes the rest when it ends."""
-    with open(os.devnull, "wb") as nowhere:
+    with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError, ValueError):  # some output is no file
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

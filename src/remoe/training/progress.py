@@ -3,10 +3,10 @@
 import sys
 from collections import deque
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from remoe.routing import ROUTERS
+from remoe.terminal import Console
 from remoe.training.config import TrainConfig
 
 
@@ -23,7 +23,7 @@ class ProgressLine:
     def __init__(self, config: TrainConfig, first_step: int) -> None:
         self._config = config
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
-        self._console = _Console(soft_wrap=True, highlight=False)
+        self._console = Console(soft_wrap=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -67,9 +67,3 @@ class ProgressLine:
             f"sparsity {record['sparsity']:.4f}  {record['stage']:<11}  "
             f"{tokens / seconds:>7,.0f} tokens/s  left {left // 60}:{left % 60:02}"
         )
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:  # rich would end the process, and the checkpoint would not be written
-        self.quiet = True
-        raise BrokenPipeError

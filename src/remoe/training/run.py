@@ -45,7 +45,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is not None:
         _check_unchanged(saved, config, run)
     config.check()
-    if saved is not None and _is_finished(run, config.steps):
+    if saved is not None and differences(saved, config).keys() <= {"out", "resume"} and _is_finished(run, config.steps):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
         return 0
