@@ -50,7 +50,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert out.endswith("0 of 3 runs finished; equal FLOPs asks for up to 2 more\n")
     figures = tmp_path / "out" / "figures"
     figures.mkdir(parents=True)
-    for name in ("of-a-former-report.png", "of-a-former-report.svg", "mine.txt"):
+    for name in ("routed-share-by-domain-gone.png", "routed-share-by-domain-gone.svg", "mine.png"):
         (figures / name).touch()
     assert main(command) == 0
     out = capfd.readouterr().out
@@ -72,7 +72,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
         assert f"figures/{name}.png" in report
         assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
     assert "topk, seed 0: tokens that each expert takes most surely" in report
-    assert [path.name for path in figures.iterdir() if path.stem not in report] == ["mine.txt"]
+    assert [path.name for path in figures.iterdir() if path.stem not in report] == ["mine.png"]
     assert len(list(figures.glob("*.png"))) == len(list(figures.glob("*.svg"))) > 5
     finished = list((tmp_path / "pool").glob("*/summary.json"))
     assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
@@ -293,10 +293,10 @@ def test_a_corpus_that_changes_is_refused_and_reported_as_it_was(tmp_path, capsy
         assert compare(same)[0] == 0
     advice = "delete that folder or use another --pool; runs on the old text do not compare with new ones"
     prefix = "remoe: error: "
-    error = f"{prefix}pool/data/texts-bpe300 was made from texts, not from other/texts: {advice}"
+    error = f"{prefix}pool/data/texts-bpe300 was made from {tmp_path}/texts, not from {tmp_path}/other/texts: {advice}"
     assert compare("other/texts") == compare("other/texts", "--report-only") == (2, error)
     (tmp_path / "texts" / "new.txt").write_text("more")
-    error = f"{prefix}the corpus texts has changed since pool/data/texts-bpe300 was made: {advice}"
+    error = f"{prefix}the corpus {tmp_path}/texts has changed since pool/data/texts-bpe300 was made: {advice}"
     assert compare("texts") == (2, error)
     shutil.rmtree(tmp_path / "texts")
     (tmp_path / "out" / "results.md").unlink()

@@ -12,7 +12,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import RemoeError
-from remoe.training.interrupt import SIGPIPE, exit_code, output_is_closed
+from remoe.training.interrupt import SIGPIPE, discard_output, exit_code
 
 # name: (module, function, what it does)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -62,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             return code
         except RemoeError as error:
             return fail(str(error))
-        except OSError as error:
-            if isinstance(error, BrokenPipeError) and output_is_closed():  # `remoe ... | head`
-                return code or exit_code(SIGPIPE)
-            return fail(" ".join(str(error).split()))  # a missing folder, a full disk: the user's to mend
+        except BrokenPipeError:  # `remoe ... | head`
+            discard_output()
+            return code or exit_code(SIGPIPE)
+        except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
+            return fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return exit_code(signal.SIGINT)

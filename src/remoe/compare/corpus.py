@@ -43,7 +43,7 @@ def open_corpus(corpus: str, pool: Path, vocab_size: int, *, as_prepared: bool) 
         # Several of these commands may begin together: one prepares, the others find its work.
         prepare(PrepareOptions(sources=sources, validation=held_out, out=out, vocab_size=vocab_size), wait=True)
     except ChangedError as error:
-        raise DataError(f"the corpus {corpus} has changed since {out} was made ({error}): {ADVICE}") from error
+        raise DataError(f"the corpus {corpus} has changed since {out} was made: {ADVICE}") from error
     return open_dataset(out)
 
 

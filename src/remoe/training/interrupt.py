@@ -46,16 +46,6 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
-def output_is_closed() -> bool:
-    """Whether nobody reads standard output any more; then what is printed from now on is thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_output()
-        return True
-    return False
-
-
 def discard_output() -> None:
     """Throws away what is printed from now on, and what waits to be written: Python writes the rest when it ends."""
     with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError, ValueError):  # some output is no file
