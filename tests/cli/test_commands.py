@@ -347,7 +347,9 @@ if os.environ["WHEN"] == "import":
 @pytest.mark.parametrize("when", ["import", "work"])
 def test_an_interrupt_is_one_word_and_exit_code_130_at_any_time(tmp_path, when):
     (tmp_path / "slow.py").write_text(SLOW_MODULE)
-    code = "import sys; from remoe.cli import main; main.COMMANDS['slow'] = ('slow', 'work', ''); "
+    # A job in the background ignores SIGINT.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from remoe.cli import main; main.COMMANDS['slow'] = ('slow', 'work', ''); "
     code += f"sys.path.insert(0, {str(tmp_path)!r}); sys.exit(main.main(['slow']))"
     environment = {**os.environ, "WHEN": when}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=50)
