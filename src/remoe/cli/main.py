@@ -11,7 +11,7 @@ from importlib import import_module
 from types import FrameType
 
 import remoe
-from remoe.errors import RemoeError
+from remoe.errors import ConfigError, RemoeError
 from remoe.training.interrupt import SIGPIPE, discard_output, exit_code
 
 # name: (module, function, what it does)
@@ -73,8 +73,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from remoe.cli.parsing import fail
-
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2
@@ -87,7 +85,7 @@ def _run(argv: list[str]) -> int:
         if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
             print(_help(argv[0]))
             return 0 if len(argv) > 1 else 2
-        return fail(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
+        raise ConfigError(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
     # How often GNU OpenMP's threads look whether the others are done before they sleep. With its own 300,000 a training
     # step becomes ten times slower as soon as another program wants one of the cores; read when torch is imported.
