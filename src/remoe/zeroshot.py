@@ -7,7 +7,6 @@ unless the tokenizer does so itself; what does not fit the model's window is cut
 Importing this module raises ConfigError where lm-eval is not installed.
 """
 
-import json
 import logging
 import math
 from collections import Counter
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from remoe.errors import CheckpointError, ConfigError, DataError
+from remoe.errors import ConfigError, DataError
 from remoe.routing.base import Router
 
 try:
@@ -32,7 +31,7 @@ except ImportError as error:
     raise ConfigError(f"--tasks needs lm-eval: pip install -e '.[eval]' in this project's folder ({error})") from None
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # Name here: name in the harness.
 TASKS: dict[str, str] = {
@@ -209,31 +208,6 @@ def _hub_task(name: str, manager: TaskManager) -> ConfigurableTask:
     return task
 
 
-def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]:
-    """Model, tokenizer and where they lie: of a run or checkpoint as `load_run`, or of any transformers folder.
-
-    Raises:
-        CheckpointError: when there is no model, or it cannot be loaded.
-        DataError: when its tokenizer cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from remoe.data import load_tokenizer
-    from remoe.models.modeling_remoe import RemoeForCausalLM
-    from remoe.training.rundir import RunFolder, load_run
-
-    path = Path(path)
-    config = path / "config.json"
-    if RunFolder(path).config.exists() or path.parent.name == "checkpoints" or not config.is_file():
-        return load_run(path)
-    try:
-        ours = json.loads(config.read_text()).get("model_type") == RemoeForCausalLM.config_class.model_type
-        model = (RemoeForCausalLM if ours else AutoModelForCausalLM).from_pretrained(path)
-    except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
-        raise CheckpointError(f"cannot load {path}: {_one_line(error)}") from error
-    return model.eval(), load_tokenizer(path), path
-
-
 def is_causal(model: "PreTrainedModel") -> bool:
     """Whether no token's logits depend on later tokens, padding among them.
 
@@ -287,6 +261,8 @@ def evaluate_model(
     Raises:
         CheckpointError, DataError: as `load_model`.
     """
+    from remoe.training.rundir import load_model
+
     model, tokenizer, checkpoint = load_model(path)
     causal = is_causal(model)
     harness = WindowedModel(

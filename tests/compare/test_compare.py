@@ -217,9 +217,9 @@ def test_workers_train_side_by_side(corpus, tmp_path, capfd):
     runs = load_experiment(path).runs
     process = start(path, corpus, tmp_path, "--workers", "2")
     wait_for(lambda: all(pool.folder(run).last_checkpoint() for run in runs), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert re.findall(r"(\S+): stopped; the same command", output) != []
     steps = [read_metrics(pool.folder(run).metrics)[-1]["step"] for run in runs]
     assert all(0 < step < 300 for step in steps)  # both were on their way, and both have stopped

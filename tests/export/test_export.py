@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from tiny_run import FLAGS
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import remoe
 from remoe.cli.main import main
 from remoe.experts.backends import BACKENDS
 from remoe.export import export_model
 from remoe.routing import ROUTERS
+from remoe.training.rundir import RunFolder
 
 WITHOUT_REMOE = """
 import sys
@@ -75,6 +76,36 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
     causal = "RemoeForCausalLM"
     assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):
+    run, folder = exported
+    data = RunFolder(run).load_config().data
+    figures = []
+    for arguments in ([run], [folder, "--data", data]):
+        assert main(["eval", *map(str, arguments), "--json", str(tmp_path / "figures.json")]) == 0
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert [figure.pop("checkpoint") for figure in figures] == [str(run / "checkpoints/step-00000006"), str(folder)]
+    assert figures[0] == figures[1]
+    capsys.readouterr()
+    for place in (run, folder):
+        assert main(["generate", str(place), "--prompt", "def ", "--max-new-tokens", "9"]) == 0
+    written = capsys.readouterr().out
+    assert written[: len(written) // 2] == written[len(written) // 2 :]
+    assert main(["eval", str(folder)]) == 2
+    assert "names no data; give --data" in capsys.readouterr().err
+
+
+def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
+    run, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert main(["generate", str(tmp_path / "llama"), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
+    assert "is a LlamaForCausalLM, and not a model of ours: only --tasks takes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])

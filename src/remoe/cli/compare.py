@@ -64,7 +64,7 @@ class CompareOptions:
 
 
 def compare_command(argv: list[str]) -> int:
-    """Runs what is missing, then writes tables and figures; 1 when a run failed, 130 when a signal stopped it."""
+    """Runs what is missing, then writes tables and figures; 1 when a run failed, 130 or 143 after a signal."""
     options = parse(CompareOptions, argv, prog=PROG)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars in the table; read when they are imported
     if options.data is not None and options.corpus is not None:
@@ -87,6 +87,7 @@ def compare_command(argv: list[str]) -> int:
     from remoe.compare.output import write
     from remoe.compare.pool import Pool
     from remoe.compare.runner import check_models, train_missing, workers_on
+    from remoe.training.interrupt import exit_code
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device, wants_bfloat16
 
@@ -109,9 +110,9 @@ def compare_command(argv: list[str]) -> int:
     if not options.report_only:
         with live:
             workers = workers_on(options.device, options.workers)
-            finished = train_missing(experiment, pool, dataset, workers, live)
-        if not finished:
-            return 130
+            stopped = train_missing(experiment, pool, dataset, workers, live)
+        if stopped is not None:
+            return exit_code(stopped)
     elif not any(pool.summary(run) for run in experiment.runs):
         raise ConfigError(f"no run of {options.experiment} is finished yet")
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name

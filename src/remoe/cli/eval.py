@@ -26,10 +26,11 @@ class EvalOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used) or one of its checkpoints; with --tasks also the folder of any
-    transformers language model with its tokenizer."""
+    """A run's folder (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
+    as `remoe export` writes it; with --tasks any transformers language model's."""
     data: str | None = None
-    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data."""
+    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data. A model's folder
+    has none."""
     split: str = "validation"
     """validation or train."""
     max_tokens: int | None = None

@@ -16,7 +16,8 @@ class GenerateOptions:
     """Write text with a trained model; the same seed writes the same text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
+    """A run's folder (its newest checkpoint is used), one of its checkpoints, or the folder of any transformers
+    language model with its tokenizer."""
     prompt: str = ""
     """Text to go on from; empty for a new document."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
@@ -29,9 +30,9 @@ def generate_command(argv: list[str]) -> int:
 
     from remoe.cli.quiet import quiet_transformers
     from remoe.generation import generate_text
-    from remoe.training.rundir import load_run
+    from remoe.training.rundir import load_model
 
     quiet_transformers()
-    model, tokenizer, _ = load_run(options.run)
+    model, tokenizer, _ = load_model(options.run)
     print(options.prompt + generate_text(model, tokenizer, options.prompt, options.sampling))
     return 0

@@ -63,7 +63,9 @@ def workers_on(device: str, count: int) -> list[Worker]:
     return [Worker(f"cuda:{number % gpus}" if gpus else device, threads) for number in range(count)]
 
 
-def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, workers: Sequence[Worker], live: Live) -> bool:
+def train_missing(
+    experiment: Experiment, pool: Pool, dataset: Dataset, workers: Sequence[Worker], live: Live
+) -> int | None:
     """Trains every run that is not finished, and makes the records of those that are.
 
     Workers, of several processes too, may share one pool: each takes what no other has, and waits for the others' runs
@@ -78,7 +80,7 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, workers:
         live: shows how far everything is.
 
     Returns:
-        False when a signal stopped the work; the runs in progress have saved their state.
+        The signal that stopped the work, where one did; the runs in progress have saved their state.
     """
     pool.path.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, ThreadPoolExecutor(len(workers)) as executor:
@@ -90,7 +92,7 @@ def train_missing(experiment: Experiment, pool: Pool, dataset: Dataset, workers:
                     live.stopping()
                 for future in state.done:
                     future.result()
-            return all(future.result() for future in futures)
+            return None if all(future.result() for future in futures) else interrupt.received
         except BaseException:  # a worker's error, or a second Ctrl-C: the others must not go on for hours
             matrix.broken = True
             raise

@@ -1,4 +1,4 @@
-"""Evaluation of a finished or running run from its checkpoint."""
+"""Evaluation of a trained model: a run's, finished or not, or one in a folder of its own."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
 from remoe.training.evaluation import evaluate, total
 from remoe.training.memory import keep_freed_memory
-from remoe.training.rundir import RunFolder, load_run
+from remoe.training.rundir import RunFolder, load_model
 from remoe.training.trainer import pick_device
 
 QUANTILE_VALUES = 1_000_000  # torch's quantile takes no more than 16 million
@@ -49,10 +49,10 @@ def evaluate_run(
     max_experts: int | None = None,
     scheme: str | None = None,
 ) -> tuple[Path, Path, dict[str, dict[str, float]]]:
-    """Figures of a run's newest checkpoint, or of a given one.
+    """Figures of a run's newest checkpoint, of a given one, or of a model in a folder of its own.
 
     Args:
-        path: a run's folder or one of its checkpoints.
+        path: a run's folder, one of its checkpoints, or the folder of a saved or exported model of ours.
         data: prepared data; None for the data that the run was trained with.
         split: "validation" or "train".
         max_tokens: in all, shared out over the domains by size; None for all.
@@ -64,7 +64,7 @@ def evaluate_run(
         Checkpoint, data folder, and figures by domain, "all" last.
 
     Raises:
-        CheckpointError: when there is no usable checkpoint, or the run's data is not known.
+        CheckpointError: when there is no usable model, or its data is not known.
         DataError: when the data was made with another tokenizer.
         ConfigError: for a cap on a model whose tokens are not routed.
     """
@@ -120,17 +120,19 @@ def _open(
 ) -> tuple[RemoeForCausalLM, ValidationWindows, Path, Path]:
     """A run's model and its data: model, windows, checkpoint, data folder."""
     keep_freed_memory()
-    model, tokenizer, checkpoint = load_run(path)
+    model, tokenizer, checkpoint = load_model(path)
+    if not isinstance(model, RemoeForCausalLM):
+        raise CheckpointError(f"{path} is a {type(model).__name__}, and not a model of ours: only --tasks takes it")
     model.to(pick_device("auto"))
     if scheme is not None:
         quantize(model, scheme)
     run = RunFolder(checkpoint.parent.parent)
-    folder = data or run.load_config().data
+    folder = data or (run.load_config().data if run.config.exists() else None)
     if folder is None:
-        raise CheckpointError(f"{run.config} names no data; give --data")
+        raise CheckpointError(f"{path} names no data; give --data")
     dataset = open_dataset(Path(folder))
     if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise DataError(f"{folder} was prepared with another tokenizer than {run.path} was trained with")
+        raise DataError(f"{folder} was prepared with another tokenizer than that of {path}")
     windows = ValidationWindows(getattr(dataset, split), model.config.max_position_embeddings)
     return model, windows, checkpoint, dataset.path
 

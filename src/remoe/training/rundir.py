@@ -8,6 +8,7 @@ RUN/summary.json           final figures
 RUN/sample.txt             text written by the trained model
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from remoe.training.checkpoint import check_weights, list_checkpoints
 from remoe.training.config import TrainConfig, config_from_yaml
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
@@ -123,3 +124,27 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), load_tokenizer(run.tokenizer), checkpoint
+
+
+def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]:
+    """Model, tokenizer and where they lie: of a run or checkpoint as `load_run`, or of any transformers folder.
+
+    Raises:
+        CheckpointError: when there is no model, or it cannot be loaded.
+        DataError: when its tokenizer cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from remoe.data import load_tokenizer
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+    path = Path(path)
+    config = path / "config.json"
+    if RunFolder(path).config.exists() or path.parent.name == "checkpoints" or not config.is_file():
+        return load_run(path)
+    try:
+        ours = json.loads(config.read_text()).get("model_type") == RemoeForCausalLM.config_class.model_type
+        model = (RemoeForCausalLM if ours else AutoModelForCausalLM).from_pretrained(path)
+    except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
+        raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), load_tokenizer(path), path
