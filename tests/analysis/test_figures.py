@@ -53,6 +53,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "active_against_frequency": lambda: routing_figures.active_against_frequency(FREQUENCY),
     "routed_share_maps": lambda: routing_figures.routed_share_maps(SHARES, dict.fromkeys(SHARES, 1)),
     "routed_share_by_domain": lambda: routing_figures.routed_share_by_domain(BY_DOMAIN, ["farm", "town"], 1),
+    "load_course": lambda: routing_figures.load_course(STEPS, np.linspace(0, 1, 6 * 3 * 4).reshape(6, 3, 4), 1),
     "flips": lambda: routing_figures.flips(FLIPS, {"ReMoE": 4, "TopK": 8}),
 }
 
@@ -216,6 +217,20 @@ def test_domains_have_a_bar_per_expert_in_every_layer():
     # Layer 0 of the first domain has shares 0, 1/40, 2/40.
     assert farm == ([0, 1, 2, 3, 4], pytest.approx([3 / 40, 12 / 40, 21 / 40, 30 / 40, 39 / 40]))
     assert town[1][0] == pytest.approx(48 / 40)
+
+
+def test_loads_over_training_are_means_over_runs_of_steps():
+    load_SLE = np.arange(1000 * 3 * 4).reshape(1000, 3, 4) / 12000
+    fig = routing_figures.load_course(range(1, 1001), load_SLE, k=1)
+    panels = [ax for ax in fig.axes if ax.get_title("left")]
+    assert [ax.get_title("left") for ax in panels] == ["layer 0", "layer 1", "layer 2"]
+    for layer, ax in enumerate(panels):
+        drawn_EN = ax.images[0].get_array()
+        assert drawn_EN.shape == (4, 400)
+        # 1000 steps in 400 parts: the first 200 have three steps, the others two
+        np.testing.assert_allclose(drawn_EN[:, 0], load_SLE[:3, layer].mean(axis=0))
+        np.testing.assert_allclose(drawn_EN[:, -1], load_SLE[-2:, layer].mean(axis=0))
+        assert ax.images[0].get_extent() == [0.5, 1000.5, 3.5, -0.5]
 
 
 def test_flip_counts_are_experts_times_mean_rates():

@@ -207,6 +207,9 @@ def test_the_micro_batch_size_divides_the_batch_size_where_it_is_not_given(batch
         (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
         (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
         (["eval", "nowhere", "--json", "."], "--json . is a folder"),
+        (["report", "nowhere"], "nowhere does not exist"),
+        (["report", "nowhere", "--out", "nodir/x.html"], "nodir is not a folder"),
+        (["report", "nowhere", "--excerpt", "0"], "must be at least 1"),
         (
             ["train", "--router", "topk", "--router-options", "warmup_k", "2.5", "warmup_steps", "3"],
             "router 'topk': option warmup_k must be a whole number, but is 2.5",

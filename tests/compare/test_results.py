@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from remoe.analysis.collect import RoutingRecord
+from remoe.analysis.summary import RoutingFigures, RoutingSummary, routing_of
 from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.live import Live
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
-from remoe.compare.record import RoutingFigures, RoutingSummary, RunRecord, ZeroShot, options_of, routing_of
+from remoe.compare.record import RunRecord, ZeroShot, options_of
 from remoe.compare.report import markdown
 from remoe.compare.results import Results, results
 from remoe.errors import ConfigError

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis, save
+from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis, save, write_svg
 
-__all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses"]
+__all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
 SETTLED_SHARE = 0.1  # the last part of a run over which sparsity per layer is averaged
 

@@ -22,6 +22,7 @@ from remoe.analysis.measures import inactive_below, rank_correlation
 from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis
 
 MAX_BARS_ACROSS = 100
+MAX_COLUMNS = 400  # of a map over steps
 HATCHES = {"-": "", "--": "//////", ":": "......"}  # on bars, in the place of dashes
 
 
@@ -134,6 +135,44 @@ def routed_share_by_domain(
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=6)
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
+    return fig
+
+
+@mpl.rc_context(STYLE)
+def load_course(steps: Sequence[int], load_SLE: ArrayLike, k: int) -> Figure:
+    """How the load of each expert moves over training: a map a layer, a row an expert.
+
+    Args:
+        steps: S of them.
+        load_SLE: (S, L, E) share of the tokens that each expert takes at each step; runs of steps are averaged where
+            there are more than can be seen.
+        k: wanted active experts per token: the colours end at four times the wanted mean load.
+    """
+    load_SLE = np.asarray(load_SLE, dtype=float)
+    _, L, E = load_SLE.shape
+    parts = np.array_split(load_SLE, min(len(load_SLE), MAX_COLUMNS))
+    load_LEN = np.stack([part.mean(axis=0) for part in parts], axis=-1)
+    columns = max(1, min(2, L))
+    rows = -(-L // columns)
+    fig = new_figure(7.6, 0.5 + rows * min(2.4, 0.6 + 0.07 * E))
+    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    norm = PowerNorm(0.5, vmin=0, vmax=min(1, 4 * k / E))
+    for layer, ax in enumerate(axes.flat[:L]):
+        extent = (steps[0] - 0.5, steps[-1] + 0.5, E - 0.5, -0.5)
+        image = ax.imshow(
+            load_LEN[layer], cmap="viridis", norm=norm, aspect="auto", interpolation="nearest", extent=extent
+        )
+        ax.grid(visible=False)
+        number_axis(ax, "y", E)
+        label(ax, title=f"layer {layer}")
+    for ax in axes.flat[L:]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("expert")
+    bar = fig.colorbar(image, ax=axes.ravel().tolist(), pad=0.01, aspect=25, extend="max")
+    bar.set_label("share of tokens")
     return fig
 
 

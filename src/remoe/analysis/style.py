@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -94,14 +94,20 @@ def save(fig: Figure, path: Path | str) -> None:
         fig: the figure.
         path: without a suffix; its folder must be there.
     """
+    write_svg(fig, f"{path}.svg")
+    with mpl.rc_context(STYLE):
+        fig.savefig(f"{path}.png", metadata={"Software": None})
+
+
+def write_svg(fig: Figure, file: BinaryIO | str) -> None:
+    """Writes the figure as SVG, as `save` does."""
     # Ticks are made when drawn, so the style must hold here too.
     with mpl.rc_context(STYLE):
         # Each run of the layout moves the axes by rounding, and the SVG's ids hash their positions: one run is enough.
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
         _round_positions(fig)
-        fig.savefig(f"{path}.svg", metadata={"Date": None})
-        fig.savefig(f"{path}.png", metadata={"Software": None})
+        fig.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _round_positions(fig: Figure | SubFigure) -> None:

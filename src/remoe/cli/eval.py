@@ -29,8 +29,8 @@ class EvalOptions:
     """A run's folder (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
     as `remoe export` writes it; with --tasks any transformers language model's."""
     data: str | None = None
-    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data. A model's folder
-    has none."""
+    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data, which a model's
+    folder does not have."""
     split: str = "validation"
     """validation or train."""
     max_tokens: int | None = None

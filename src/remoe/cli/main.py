@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks zero-shot accuracy",
     ),
+    "report": (
+        "remoe.cli.report",
+        "report_command",
+        "write a page in which one sees how a trained model routes",
+    ),
     "export": (
         "remoe.cli.export",
         "export_command",

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
+from remoe.analysis.summary import CHUNK
 from remoe.compare.budget import TOLERANCE
 from remoe.compare.experiment import Experiment, describe
-from remoe.compare.record import CHUNK, RunRecord
+from remoe.compare.record import RunRecord
 from remoe.compare.results import AFTER, Results, Row, Spread
 from remoe.routing import ROUTERS
 from remoe.training.metrics import first_sparse_step

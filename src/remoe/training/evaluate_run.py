@@ -4,11 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from remoe.analysis.collect import gates_of
-from remoe.data import TOTAL, ValidationWindows, open_dataset, tokenizer_fingerprint
+from remoe.data import TOTAL, Dataset, ValidationWindows, open_dataset, tokenizer_fingerprint
 from remoe.errors import CheckpointError, DataError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
@@ -16,6 +17,9 @@ from remoe.training.evaluation import evaluate, total
 from remoe.training.memory import keep_freed_memory
 from remoe.training.rundir import RunFolder, load_model
 from remoe.training.trainer import pick_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUANTILE_VALUES = 1_000_000  # torch's quantile takes no more than 16 million
 # Shares of the active pairs that the default thresholds of a sweep leave out.
@@ -68,12 +72,13 @@ def evaluate_run(
         DataError: when the data was made with another tokenizer.
         ConfigError: for a cap on a model whose tokens are not routed.
     """
-    model, windows, checkpoint, folder = _open(path, data, split, scheme)
+    trained = open_trained(path, data, scheme)
+    model, windows = trained.model, trained.windows(split)
     if max_experts is not None:
         model.set_max_experts(max_experts)
     results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
     rows = {domain: result.to_dict() for domain, result in results.items()}
-    return checkpoint, folder, rows | {TOTAL: total(results).to_dict()}
+    return trained.checkpoint, trained.dataset.path, rows | {TOTAL: total(results).to_dict()}
 
 
 def sweep_run(
@@ -99,7 +104,8 @@ def sweep_run(
     Raises:
         CheckpointError, DataError, ConfigError: as `evaluate_run`.
     """
-    model, windows, checkpoint, folder = _open(path, data, split, scheme)
+    trained = open_trained(path, data, scheme)
+    model, windows = trained.model, trained.windows(split)
     model.set_max_experts(max_experts)
     gate_P = _active_gates(model, windows, batch_size)  # and the machine is warm
     if thresholds is None:
@@ -112,13 +118,41 @@ def sweep_run(
         result = total(evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens))
         speed = result.targets / (time.perf_counter() - start)
         points.append(SweepPoint(threshold, result.loss, (1 - result.sparsity) * experts, speed))
-    return checkpoint, folder, points
+    return trained.checkpoint, trained.dataset.path, points
 
 
-def _open(
-    path: str, data: str | None, split: str, scheme: str | None
-) -> tuple[RemoeForCausalLM, ValidationWindows, Path, Path]:
-    """A run's model and its data: model, windows, checkpoint, data folder."""
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and the data that it is looked at with.
+
+    Attributes:
+        model: in eval mode, on the device that "auto" means.
+        tokenizer: its own.
+        checkpoint: where its weights lie.
+        dataset: prepared with that tokenizer.
+    """
+
+    model: RemoeForCausalLM
+    tokenizer: "PreTrainedTokenizerBase"
+    checkpoint: Path
+    dataset: Dataset
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that it is of; None for a model in a folder of its own."""
+        return _run_of(self.checkpoint)
+
+    def windows(self, split: str) -> ValidationWindows:
+        """Sequences of the data, as long as the model takes."""
+        return ValidationWindows(getattr(self.dataset, split), self.model.config.max_position_embeddings)
+
+
+def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trained:
+    """A run's newest checkpoint, a given one, or a model in a folder of its own; arguments as of `evaluate_run`.
+
+    Raises:
+        CheckpointError, DataError: as `evaluate_run`.
+    """
     keep_freed_memory()
     model, tokenizer, checkpoint = load_model(path)
     if not isinstance(model, RemoeForCausalLM):
@@ -126,15 +160,19 @@ def _open(
     model.to(pick_device("auto"))
     if scheme is not None:
         quantize(model, scheme)
-    run = RunFolder(checkpoint.parent.parent)
-    folder = data or (run.load_config().data if run.config.exists() else None)
+    run = _run_of(checkpoint)
+    folder = data or (run and run.load_config().data)
     if folder is None:
         raise CheckpointError(f"{path} names no data; give --data")
     dataset = open_dataset(Path(folder))
     if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise DataError(f"{folder} was prepared with another tokenizer than that of {path}")
-    windows = ValidationWindows(getattr(dataset, split), model.config.max_position_embeddings)
-    return model, windows, checkpoint, dataset.path
+    return Trained(model, tokenizer, checkpoint, dataset)
+
+
+def _run_of(checkpoint: Path) -> RunFolder | None:
+    run = RunFolder(checkpoint.parent.parent)
+    return run if run.config.exists() else None
 
 
 def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:

@@ -191,6 +191,7 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     print(f"run          {run.path}")
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
     print(f"metrics      {run.metrics}   tensorboard --logdir {run.path / 'tensorboard'}")
+    print(f"see it       remoe report {run.path}   (a page that shows what the experts do)")
     print(f'next         remoe generate {run.path} --prompt "import "   |   remoe eval {run.path}')
 
 

@@ -1,0 +1,164 @@
+"use strict";
+// Colours the text by the number of a token's experts, or by the gate of one chosen expert.
+(() => {
+  const content = JSON.parse(document.getElementById("content").textContent);
+  if (!content.excerpts) return;
+  const ALL = -1;
+  const layers = content.share.length;
+  const state = { domain: 0, layer: ALL, chosen: null, token: 0 };
+  const $ = (id) => document.getElementById(id);
+
+  function element(name, text, attributes = {}) {
+    const made = document.createElement(name);
+    if (text !== undefined) made.textContent = text;
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    return made;
+  }
+
+  // (expert, gate) pairs of a token in a layer
+  function pairs(excerpt, layer, token) {
+    const flat = excerpt.gates[layer][token];
+    return Array.from({ length: flat.length / 2 }, (_, i) => [flat[2 * i], flat[2 * i + 1]]);
+  }
+
+  function strengths(excerpt) {
+    if (state.chosen) {
+      const { layer, expert } = state.chosen;
+      return excerpt.tokens.map((_, token) => (pairs(excerpt, layer, token).find(([e]) => e === expert) || [0, 0])[1]);
+    }
+    const shown = state.layer === ALL ? [...Array(layers).keys()] : [state.layer];
+    return excerpt.tokens.map((_, token) => shown.reduce((sum, layer) => sum + excerpt.gates[layer][token].length / 2, 0));
+  }
+
+  // White space as signs, a long run of one as its length
+  function visible(text) {
+    const signs = { "\n": "⏎", "\t": "⇥", " ": "␣" };
+    return text.replace(/([\n\t ])\1*/g, (run) => {
+      const sign = signs[run[0]];
+      return run.length > 3 ? `${sign}×${run.length}` : sign.repeat(run.length);
+    });
+  }
+
+  function choice(place, names, current, choose) {
+    $(place).replaceChildren(...names.map(([value, name]) => {
+      const button = element("button", name, { "aria-pressed": String(value === current) });
+      button.addEventListener("click", () => choose(value));
+      return button;
+    }));
+  }
+
+  function showText() {
+    const excerpt = content.excerpts[state.domain];
+    const values = strengths(excerpt);
+    const highest = Math.max(...values);
+    $("excerpt").replaceChildren(...excerpt.tokens.map((text, token) => {
+      const span = element("span", text, { "data-token": token });
+      span.style.setProperty("--strength", highest > 0 ? (0.75 * values[token] / highest).toFixed(3) : 0);
+      return span;
+    }));
+    const mean = values.reduce((a, b) => a + b, 0) / values.length;
+    if (state.chosen) {
+      const taken = values.filter((value) => value > 0).length;
+      $("scale").textContent = `Coloured by the gate of expert ${state.chosen.expert} of layer ${state.chosen.layer}: ` +
+        `it takes ${taken} of these ${values.length} tokens; the strongest colour is a gate of ${highest}.`;
+    } else {
+      const where = state.layer === ALL ? `all ${layers} layers together` : `layer ${state.layer}`;
+      $("scale").textContent = `Experts of a token in ${where}: ${mean.toFixed(2)} in the mean, ` +
+        `from ${Math.min(...values)} to ${highest} (the strongest colour).`;
+    }
+  }
+
+  function showToken() {
+    const excerpt = content.excerpts[state.domain];
+    const title = element("div");
+    title.append(element("span", visible(excerpt.tokens[state.token]) || "part of a character", { class: "token" }));
+    const list = element("ul");
+    for (let layer = 0; layer < layers; layer++) {
+      const row = element("li", undefined, { class: "row" });
+      const found = pairs(excerpt, layer, state.token).sort((a, b) => b[1] - a[1]);
+      const words = found.map(([expert, gate]) => `${expert} (${gate})`).join(", ");
+      row.append(element("span", `layer ${layer}`), element("span", words ? `expert ${words}` : "none"));
+      list.append(row);
+    }
+    $("token").replaceChildren(title, list);
+    for (const span of document.querySelectorAll("#excerpt [data-token]")) {
+      span.classList.toggle("here", +span.dataset.token === state.token);
+    }
+  }
+
+  function bar(name, value, highest) {
+    const row = element("div", undefined, { class: "bar" });
+    const size = element("i");
+    size.style.setProperty("--size", highest > 0 ? value / highest : 0);
+    row.append(element("span", name), size, element("b", `${(100 * value).toFixed(1)} %`));
+    return row;
+  }
+
+  function showExpert() {
+    const panel = $("expert");
+    for (const button of document.querySelectorAll(".map button")) {
+      const { layer, expert } = state.chosen || {};
+      button.setAttribute("aria-pressed", String(+button.dataset.layer === layer && +button.dataset.expert === expert));
+    }
+    $("clear").hidden = !state.chosen;
+    if (!state.chosen) {
+      panel.replaceChildren(element("span", "Choose an expert in the map."));
+      return;
+    }
+    const { layer, expert } = state.chosen;
+    const parts = [element("strong", `Layer ${layer}, expert ${expert}`), element("p", "Share of each domain's tokens:")];
+    const shares = content.domainShare.map((share) => share[layer][expert]);
+    content.domains.forEach((domain, i) => parts.push(bar(domain, shares[i], Math.max(...shares))));
+    const tops = (content.top[layer] || [])[expert] || [];
+    parts.push(element("p", tops.length ? "Tokens that it takes most surely:" : "There is no frequent token that it takes."));
+    const list = element("ul");
+    const item = element("li");
+    for (const text of tops) item.append(element("code", visible(text)), " ");
+    list.append(item);
+    panel.replaceChildren(...parts, list);
+  }
+
+  function show() {
+    const names = [[ALL, "all layers"], ...Array.from({ length: layers }, (_, layer) => [layer, `layer ${layer}`])];
+    choice("layers", names, state.chosen ? state.chosen.layer : state.layer, (layer) => {
+      state.layer = layer;
+      state.chosen = null;
+      show();
+    });
+    choice("domains", content.excerpts.map(({ domain }, i) => [i, domain]), state.domain, (domain) => {
+      state.domain = domain;
+      state.token = 0;
+      show();
+    });
+    showText();
+    showToken();
+    showExpert();
+  }
+
+  function point(event) {
+    const span = event.target.closest("[data-token]");
+    if (!span) return;
+    state.token = +span.dataset.token;
+    showToken();
+  }
+
+  $("excerpt").addEventListener("mouseover", point);
+  $("excerpt").addEventListener("click", point);
+  $("excerpt").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const count = content.excerpts[state.domain].tokens.length;
+    state.token = (state.token + step + count) % count;
+    showToken();
+    document.querySelector("#excerpt .here").scrollIntoView({ block: "nearest" });
+  });
+  $("clear").addEventListener("click", () => { state.chosen = null; show(); });
+  for (const button of document.querySelectorAll(".map button")) {
+    button.addEventListener("click", () => {
+      state.chosen = { layer: +button.dataset.layer, expert: +button.dataset.expert };
+      show();
+    });
+  }
+  show();
+})();
