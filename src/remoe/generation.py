@@ -76,7 +76,8 @@ def generate_text(
     check_prompt(prompt)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
-    if len(ids) + options.max_new_tokens > (context := model.config.max_position_embeddings):
+    context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
+    if context is not None and len(ids) + options.max_new_tokens > context:
         logger.warning("prompt and text may pass %d tokens, the longest sequence the model was trained on", context)
     sampling = {"do_sample": False}
     if options.temperature > 0:

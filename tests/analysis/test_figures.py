@@ -149,6 +149,14 @@ def segments(collection) -> list:
     return [segment.tolist() for segment in collection.get_segments() if len(segment)]
 
 
+def test_losses_that_are_recorded_seldom_in_the_end():
+    """As of a run that went on with another --log-every: no mean lies in its last third."""
+    steps = [*range(1, 31), 1000]
+    fig = figures.training_losses({"a": (steps, [3.0] * 30 + [2.0])}, window=20)
+    low, high = fig.axes[1].get_ylim()
+    assert low < np.mean([3.0] * 9 + [2.0]) < high
+
+
 def test_loss_against_an_axis_is_means_and_deviations_of_seeds():
     ax = figures.loss_against(AGAINST, "experts E").axes[0]
     remoe, topk = ax.containers
@@ -227,10 +235,18 @@ def test_loads_over_training_are_means_over_runs_of_steps():
     for layer, ax in enumerate(panels):
         drawn_EN = ax.images[0].get_array()
         assert drawn_EN.shape == (4, 400)
-        # 1000 steps in 400 parts: the first 200 have three steps, the others two
-        np.testing.assert_allclose(drawn_EN[:, 0], load_SLE[:3, layer].mean(axis=0))
-        np.testing.assert_allclose(drawn_EN[:, -1], load_SLE[-2:, layer].mean(axis=0))
+        # a column is two and a half steps wide
+        np.testing.assert_allclose(drawn_EN[:, 0], load_SLE[:2, layer].mean(axis=0))
+        np.testing.assert_allclose(drawn_EN[:, 1], load_SLE[2:5, layer].mean(axis=0))
+        np.testing.assert_allclose(drawn_EN[:, -1], load_SLE[-3:, layer].mean(axis=0))
         assert ax.images[0].get_extent() == [0.5, 1000.5, 3.5, -0.5]
+
+
+def test_loads_stand_where_their_steps_are():
+    load_SLE = np.arange(4.0).reshape(4, 1, 1) / 4
+    fig = routing_figures.load_course([1, 2, 3, 9], load_SLE, k=1)
+    # columns of 2.25 steps: 1 and 2 in the first, 3 (and nothing) in the next, then what is recorded next
+    np.testing.assert_allclose(fig.axes[0].images[0].get_array()[0], [0.125, 0.5, 0.75, 0.75])
 
 
 def test_flip_counts_are_experts_times_mean_rates():

@@ -1,19 +1,25 @@
 """The report shows what the model does, needs nothing beside itself, and says what it cannot show."""
 
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from tiny_run import FLAGS
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from remoe.analysis import collect as collecting
 from remoe.analysis.collect import collect, gates_of
 from remoe.analysis.measures import routed_share
 from remoe.cli.main import main
-from remoe.report.page import POINTS, _json, _thinned, texts_of
+from remoe.report.contents import POINTS, _quantity, excerpts, texts_of, thinned
+from remoe.report.page import _json, _percent
 from remoe.training.evaluate_run import open_trained
+from remoe.training.rundir import newest_run
 
 
 class Page(HTMLParser):
@@ -95,11 +101,47 @@ def test_a_character_of_several_tokens_stands_at_its_last(run):
     text = "cow 🐄 é!"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     texts = texts_of(tokenizer, ids)
-    assert len(texts) == len(ids)
     assert "".join(texts) == text
-    assert "🐄" in texts
-    cut = ids[: texts.index("🐄")]  # the text ends within the character
-    assert len(texts_of(tokenizer, cut)) == len(cut)
+    last = texts.index("🐄")
+    assert texts[last - 3 : last] == ["", "", ""]
+    assert texts_of(tokenizer, ids[:last])[-1] == "\ufffd"  # the text ends within the character
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Metaspace"])
+def test_texts_of_tokenizers_that_drop_what_begins_a_text(kind):
+    words = ["[UNK]", "the", "▁the", "cow", "▁cow", "▁", "##s", "s", ".", "▁."]
+    if kind == "WordPiece":
+        core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+        text, pieces = "the cows the cow.", ["the", " cow", "s", " the", " cow", "."]
+    else:
+        core = Tokenizer(models.Unigram([(word, -len(word) / 100) for word in words], unk_id=0))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        text, pieces = "the cows the cow.", ["the", " cow", "s", " the", " cow", "."]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", clean_up_tokenization_spaces=False)
+    assert texts_of(tokenizer, tokenizer(text)["input_ids"]) == pieces
+
+
+def test_executed_pairs_are_shown_whatever_their_gate(run, monkeypatch):
+    """A softmax may round a gate to zero, and a learned scale may turn its sign."""
+    trained = open_trained(str(run), None)
+    gates = {0: 0.0, 1: -0.25, 2: float("nan")}
+
+    def altered(model, input_BS, mask_BS):
+        gate_LTE = gates_of(model, input_BS, mask_BS)
+        for token, gate in gates.items():
+            gate_LTE[:, token] = gate
+        return gate_LTE
+
+    monkeypatch.setattr("remoe.report.contents.gates_of", altered)
+    windows = trained.windows("validation")
+    (farm, _) = excerpts(trained, windows, 3)
+    input_BS, _, mask_BS = next(windows.batches("farm", 1))
+    active_LTE = collecting.active_of(trained.model, input_BS[:1, :3], mask_BS[:1, :3])
+    assert active_LTE.any(dim=2).all()
+    for tokens, active_TE in zip(farm.gates, active_LTE, strict=True):
+        assert [flat[::2] for flat in tokens] == [active_E.nonzero().flatten().tolist() for active_E in active_TE]
+        assert [set(flat[1::2]) for flat in tokens] == [{0.0}, {-0.25}, {None}]
 
 
 def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):
@@ -107,7 +149,8 @@ def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):
     assert main(["train", "--data", str(corpus), "--out", str(run), "--steps", "4", "--router", "dense", *FLAGS]) == 0
     assert main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert "there is no routing to be seen" in text
+    assert "there is no routing of" in text
+    assert "wanted per token" not in text
     assert Page(text).headings[1:] == ["Training loss"]
 
 
@@ -123,11 +166,53 @@ def test_a_models_folder_has_no_course(run, corpus, tmp_path, capsys):
     assert "The course of training" not in exported.headings
 
 
+def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--steps", "6", "--checkpoint.every", "3", "--model.shared-expert-size", "16", *FLAGS]
+    assert main(["train", "--data", str(corpus), "--out", str(run), *flags]) == 0
+    capsys.readouterr()
+    early = run / "checkpoints" / "step-00000003"
+    assert main(["report", str(early), "--excerpt", "5"]) == 0
+    assert "report-step-3.html" in capsys.readouterr().out
+    text = (run / "report-step-3.html").read_text()
+    assert "3 steps of 128 tokens" in text
+    assert "validation loss" not in text
+    assert "none but the shared one" in text
+    assert [len(excerpt["tokens"]) for excerpt in content_of(Page(text))["excerpts"]] == [5, 5]
+    assert not (run / "report.html").exists()
+    early.rename(run / "checkpoints" / "best")
+    (run / "summary.json").write_text("{")
+    (run / "metrics.jsonl").unlink()
+    assert main(["report", str(run / "checkpoints" / "best"), "--excerpt", "5"]) == 0
+    assert "Training loss" not in Page((run / "report-step-3.html").read_text()).headings
+    (run / "checkpoints" / "best" / "training.json").unlink()
+    capsys.readouterr()
+    assert main(["report", str(run / "checkpoints" / "best")]) == 2
+    assert "training.json is missing or damaged" in capsys.readouterr().err
+
+
+def test_a_report_does_not_make_an_old_run_the_newest(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("newer", "older")):
+        copy = tmp_path / "runs" / name
+        shutil.copytree(run, copy)
+        for path in (copy, *copy.rglob("*")):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    assert newest_run().name == "newer"
+    assert main(["report", "runs/older", "--excerpt", "2", "--max-tokens", "50"]) == 0
+    assert newest_run().name == "newer"
+
+
+def test_numbers_have_two_or_three_digits():
+    assert [_percent(share) for share in (0.00391, 0.0351, 0.1249, 1.0)] == ["0.39", "3.5", "12", "100"]
+    assert [_quantity(number) for number in (7, 999_400, 999_600, 16_129_728)] == ["7", "999k", "1M", "16.1M"]
+
+
 def test_few_records_of_a_long_run_are_drawn():
     records = [{"step": step} for step in range(1, 60_001)]
-    steps = [record["step"] for record in _thinned(records)]
+    steps = [record["step"] for record in thinned(records)]
     assert steps[:10] == list(range(1, 11))  # a figure with logarithmic steps shows each of them
     assert steps[-1] == 60_000
     assert POINTS < len(steps) <= 2 * POINTS
     assert steps == sorted(set(steps))
-    assert _thinned(records[:100]) == records[:100]
+    assert thinned(records[:100]) == records[:100]

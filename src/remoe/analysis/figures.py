@@ -94,7 +94,7 @@ def training_losses(
     for name, (steps, losses) in runs.items():
         mean_steps, means = _moving_mean(steps, window), _moving_mean(losses, window)
         ends[name] = means[-1]
-        seen += means[mean_steps >= late].tolist()
+        seen += means[mean_steps >= late].tolist() or [means[-1]]
         if window > 1:
             axes[0].plot(steps, losses, color=look[name].color, lw=0.6, alpha=0.18)
         for ax in axes:
@@ -176,8 +176,9 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
 def _sparsity_per_layer(ax: Axes, runs: Mapping[str, Sequence[Mapping]], look: Mapping[str, Look]) -> None:
     layers = 1
     for name, records in runs.items():
-        last = records[-max(1, round(SETTLED_SHARE * len(records))) :]
-        means = np.mean([record["sparsity_per_layer"] for record in last], axis=0)
+        from_step = (1 - SETTLED_SHARE) * records[-1]["step"]
+        late = [record["sparsity_per_layer"] for record in records if record["step"] > from_step]
+        means = np.mean(late, axis=0)
         color, marker, linestyle = look[name]
         ax.plot(range(len(means)), means, color=color, ls=linestyle, marker=marker)
         layers = max(layers, len(means))

@@ -8,6 +8,7 @@ Legend: L layers, E experts, C domains, U distinct token ids.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -144,14 +145,17 @@ def load_course(steps: Sequence[int], load_SLE: ArrayLike, k: int) -> Figure:
 
     Args:
         steps: S of them.
-        load_SLE: (S, L, E) share of the tokens that each expert takes at each step; runs of steps are averaged where
-            there are more than can be seen.
+        load_SLE: (S, L, E) share of the tokens that each expert takes at each of them. Columns are even in steps: the
+            mean of the records in it, or else the next record's.
         k: wanted active experts per token: the colours end at four times the wanted mean load.
     """
     load_SLE = np.asarray(load_SLE, dtype=float)
-    _, L, E = load_SLE.shape
-    parts = np.array_split(load_SLE, min(len(load_SLE), MAX_COLUMNS))
-    load_LEN = np.stack([part.mean(axis=0) for part in parts], axis=-1)
+    S, L, E = load_SLE.shape
+    ends = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, min(S, MAX_COLUMNS) + 1)[1:]
+    after = np.searchsorted(steps, ends)
+    load_LEN = np.stack(
+        [load_SLE[min(low, S - 1) : max(low + 1, high)].mean(axis=0) for low, high in pairwise([0, *after])], axis=-1
+    )
     columns = max(1, min(2, L))
     rows = -(-L // columns)
     fig = new_figure(7.6, 0.5 + rows * min(2.4, 0.6 + 0.07 * E))

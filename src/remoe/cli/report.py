@@ -26,11 +26,11 @@ class ReportOptions:
     """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data, which a model's
     folder does not have."""
     out: str | None = None
-    """The file; by default report.html in that folder."""
+    """The file; by default report.html in that folder, or report-step-N.html in its run's for a checkpoint."""
     max_tokens: int = 200_000
     """About so many validation tokens for the numbers, shared out over the domains by size."""
     excerpt: int = 200
-    """Tokens of each domain that are shown as text."""
+    """Tokens of each domain that are shown as text, at most the model's window."""
 
 
 def report_command(argv: list[str]) -> int:

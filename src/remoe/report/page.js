@@ -21,13 +21,22 @@
     return Array.from({ length: flat.length / 2 }, (_, i) => [flat[2 * i], flat[2 * i + 1]]);
   }
 
-  function strengths(excerpt) {
+  // What a token is coloured by: the size of the chosen expert's gate, null where it has not that expert; else a number
+  function values(excerpt) {
     if (state.chosen) {
       const { layer, expert } = state.chosen;
-      return excerpt.tokens.map((_, token) => (pairs(excerpt, layer, token).find(([e]) => e === expert) || [0, 0])[1]);
+      return excerpt.tokens.map((_, token) => {
+        const found = pairs(excerpt, layer, token).find(([e]) => e === expert);
+        return found ? Math.abs(found[1]) : null;
+      });
     }
     const shown = state.layer === ALL ? [...Array(layers).keys()] : [state.layer];
     return excerpt.tokens.map((_, token) => shown.reduce((sum, layer) => sum + excerpt.gates[layer][token].length / 2, 0));
+  }
+
+  function percent(share) {
+    const digits = share >= 0.0995 ? 0 : share >= 0.00995 ? 1 : 2;
+    return (100 * share).toFixed(digits);
   }
 
   // White space as signs, a long run of one as its length
@@ -39,39 +48,46 @@
     });
   }
 
-  function choice(place, names, current, choose) {
+  function choice(place, names, choose) {
     $(place).replaceChildren(...names.map(([value, name]) => {
-      const button = element("button", name, { "aria-pressed": String(value === current) });
+      const button = element("button", name, { "data-value": value });
       button.addEventListener("click", () => choose(value));
       return button;
     }));
   }
 
+  function press(place, current) {
+    for (const button of $(place).children) {
+      button.setAttribute("aria-pressed", String(+button.dataset.value === current));
+    }
+  }
+
   function showText() {
     const excerpt = content.excerpts[state.domain];
-    const values = strengths(excerpt);
-    const highest = Math.max(...values);
+    const found = values(excerpt);
+    const highest = Math.max(...found);
     $("excerpt").replaceChildren(...excerpt.tokens.map((text, token) => {
       const span = element("span", text, { "data-token": token });
-      span.style.setProperty("--strength", highest > 0 ? (0.75 * values[token] / highest).toFixed(3) : 0);
+      span.style.setProperty("--strength", highest > 0 ? (found[token] / highest).toFixed(3) : 0);
       return span;
     }));
-    const mean = values.reduce((a, b) => a + b, 0) / values.length;
     if (state.chosen) {
-      const taken = values.filter((value) => value > 0).length;
+      const taken = found.filter((value) => value !== null).length;
+      const most = taken ? `; the strongest colour is a gate of ${highest}` : "";
       $("scale").textContent = `Coloured by the gate of expert ${state.chosen.expert} of layer ${state.chosen.layer}: ` +
-        `it takes ${taken} of these ${values.length} tokens; the strongest colour is a gate of ${highest}.`;
+        `it takes ${taken} of these ${found.length} tokens${most}.`;
     } else {
-      const where = state.layer === ALL ? `all ${layers} layers together` : `layer ${state.layer}`;
+      const where = state.layer === ALL ? "all layers together" : `layer ${state.layer}`;
+      const mean = found.reduce((a, b) => a + b, 0) / found.length;
       $("scale").textContent = `Experts of a token in ${where}: ${mean.toFixed(2)} in the mean, ` +
-        `from ${Math.min(...values)} to ${highest} (the strongest colour).`;
+        `from ${Math.min(...found)} to ${highest} (the strongest colour).`;
     }
   }
 
   function showToken() {
     const excerpt = content.excerpts[state.domain];
     const title = element("div");
-    title.append(element("span", visible(excerpt.tokens[state.token]) || "part of a character", { class: "token" }));
+    title.append(element("span", visible(excerpt.tokens[state.token]) || "part of a character", { class: "token", dir: "auto" }));
     const list = element("ul");
     for (let layer = 0; layer < layers; layer++) {
       const row = element("li", undefined, { class: "row" });
@@ -90,7 +106,7 @@
     const row = element("div", undefined, { class: "bar" });
     const size = element("i");
     size.style.setProperty("--size", highest > 0 ? value / highest : 0);
-    row.append(element("span", name), size, element("b", `${(100 * value).toFixed(1)} %`));
+    row.append(element("span", name), size, element("b", `${percent(value)} %`));
     return row;
   }
 
@@ -100,7 +116,6 @@
       const { layer, expert } = state.chosen || {};
       button.setAttribute("aria-pressed", String(+button.dataset.layer === layer && +button.dataset.expert === expert));
     }
-    $("clear").hidden = !state.chosen;
     if (!state.chosen) {
       panel.replaceChildren(element("span", "Choose an expert in the map."));
       return;
@@ -119,17 +134,8 @@
   }
 
   function show() {
-    const names = [[ALL, "all layers"], ...Array.from({ length: layers }, (_, layer) => [layer, `layer ${layer}`])];
-    choice("layers", names, state.chosen ? state.chosen.layer : state.layer, (layer) => {
-      state.layer = layer;
-      state.chosen = null;
-      show();
-    });
-    choice("domains", content.excerpts.map(({ domain }, i) => [i, domain]), state.domain, (domain) => {
-      state.domain = domain;
-      state.token = 0;
-      show();
-    });
+    press("layers", state.chosen ? state.chosen.layer : state.layer);
+    press("domains", state.domain);
     showText();
     showToken();
     showExpert();
@@ -153,12 +159,23 @@
     showToken();
     document.querySelector("#excerpt .here").scrollIntoView({ block: "nearest" });
   });
-  $("clear").addEventListener("click", () => { state.chosen = null; show(); });
   for (const button of document.querySelectorAll(".map button")) {
     button.addEventListener("click", () => {
-      state.chosen = { layer: +button.dataset.layer, expert: +button.dataset.expert };
+      const again = button.getAttribute("aria-pressed") === "true";
+      state.chosen = again ? null : { layer: +button.dataset.layer, expert: +button.dataset.expert };
       show();
     });
   }
+  const names = [[ALL, "all layers"], ...Array.from({ length: layers }, (_, layer) => [layer, `layer ${layer}`])];
+  choice("layers", names, (layer) => {
+    state.layer = layer;
+    state.chosen = null;
+    show();
+  });
+  choice("domains", content.excerpts.map(({ domain }, i) => [i, domain]), (domain) => {
+    state.domain = domain;
+    state.token = 0;
+    show();
+  });
   show();
 })();

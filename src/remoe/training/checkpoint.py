@@ -33,6 +33,18 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name[len(_PREFIX) :])
 
 
+def saved_step(path: Path) -> int:
+    """The step that a checkpoint was saved at, whatever its name.
+
+    Raises:
+        CheckpointError: when it does not say.
+    """
+    try:
+        return int(json.loads((path / "training.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'training.json'} is missing or damaged ({error})") from error
+
+
 def save_checkpoint(
     folder: Path,
     step: int,

@@ -172,7 +172,7 @@ def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trai
 
 def _run_of(checkpoint: Path) -> RunFolder | None:
     run = RunFolder(checkpoint.parent.parent)
-    return run if run.config.exists() else None
+    return run if checkpoint.parent == run.checkpoints and run.config.exists() else None
 
 
 def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:

@@ -63,6 +63,12 @@ class RunFolder:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"cannot write the run's folder {self.path}: {reason}") from error
 
+    @property
+    def written(self) -> float:
+        """When training wrote to it last, seconds since the epoch."""
+        places = (self.config, self.metrics, self.checkpoints, self.summary)
+        return max(place.stat().st_mtime for place in places if place.exists())
+
     def load_config(self) -> TrainConfig:
         """The run's options.
 
@@ -97,7 +103,7 @@ def newest_run() -> Path:
     found = [path.parent for path in RUNS.glob("*/config.yaml")]
     if not found:
         raise CheckpointError(f"nothing to resume: no run under {RUNS}/; name one with --out")
-    return max(found, key=lambda path: max(item.stat().st_mtime for item in path.iterdir()))
+    return max(found, key=lambda path: RunFolder(path).written)
 
 
 def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizerBase", Path]:
@@ -140,7 +146,12 @@ def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenize
 
     path = Path(path)
     config = path / "config.json"
-    if RunFolder(path).config.exists() or path.parent.name == "checkpoints" or not config.is_file():
+    run = RunFolder(path.parent.parent)
+    if (
+        RunFolder(path).config.exists()
+        or (path.parent == run.checkpoints and run.config.exists())
+        or not config.is_file()
+    ):
         return load_run(path)
     try:
         ours = json.loads(config.read_text()).get("model_type") == RemoeForCausalLM.config_class.model_type
