@@ -37,6 +37,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "export_command",
         "write a model that plain transformers loads, with its code and a model card",
     ),
+    "convert upcycle": ("remoe.cli.convert", "upcycle_command", "make a mixture with ReLU routing of a dense model"),
+    "convert relufy": ("remoe.cli.convert", "relufy_command", "turn a mixture's TopK routers into ReLU routers"),
+    "convert megatron": ("remoe.cli.convert", "megatron_command", "read a checkpoint of the ReMoE authors' code"),
     "compare": (
         "remoe.cli.compare",
         "compare_command",

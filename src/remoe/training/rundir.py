@@ -132,8 +132,12 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
     return model.eval(), load_tokenizer(run.tokenizer), checkpoint
 
 
-def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]:
+def load_model(path: str | Path, *, hub: bool = False) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]:
     """Model, tokenizer and where they lie: of a run or checkpoint as `load_run`, or of any transformers folder.
+
+    Args:
+        path: the folder.
+        hub: whether what is no folder is a name on the Hugging Face hub.
 
     Raises:
         CheckpointError: when there is no model, or it cannot be loaded.
@@ -141,21 +145,19 @@ def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenize
     """
     from transformers import AutoModelForCausalLM
 
+    from remoe.convert.relufied import MODEL_TYPE, load_relufied
     from remoe.data import load_tokenizer
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
-    path = Path(path)
-    config = path / "config.json"
-    run = RunFolder(path.parent.parent)
-    if (
-        RunFolder(path).config.exists()
-        or (path.parent == run.checkpoints and run.config.exists())
-        or not config.is_file()
-    ):
+    name, path = str(path), Path(path)
+    config, run = path / "config.json", RunFolder(path.parent.parent)
+    of_run = RunFolder(path).config.exists() or (path.parent == run.checkpoints and run.config.exists())
+    if of_run or not (config.is_file() or (hub and not path.exists())):
         return load_run(path)
+    loaders = {RemoeForCausalLM.config_class.model_type: RemoeForCausalLM.from_pretrained, MODEL_TYPE: load_relufied}
     try:
-        ours = json.loads(config.read_text()).get("model_type") == RemoeForCausalLM.config_class.model_type
-        model = (RemoeForCausalLM if ours else AutoModelForCausalLM).from_pretrained(path)
+        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+        model = loaders.get(kind, AutoModelForCausalLM.from_pretrained)(name)
     except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
-        raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from error
-    return model.eval(), load_tokenizer(path), path
+        raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), load_tokenizer(name), path
