@@ -94,6 +94,7 @@ def test_what_cannot_be_converted_leaves_nothing(corpus, tmp_path, capsys):
     relufy = ["convert", "relufy", source, str(out), "--data", str(corpus), "--sample-tokens", "256"]
     for arguments, words in (
         ([*relufy, "--max-loss-increase", "-9"], "by more than max_loss_increase = -9"),
+        ([*relufy[:-1], "1"], "--sample-tokens must be at least 2, but is 1"),
         (["convert", "upcycle", source, str(out)], "mixtral"),
         (["convert", "upcycle", "no/such-model", str(out)], "cannot load no/such-model"),
         (["convert", "relufy", source, str(out)], "--data missing"),

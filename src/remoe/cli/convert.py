@@ -137,6 +137,8 @@ def _samples(data: str, tokenizer: "PreTrainedTokenizerBase", count: int, model:
     """About `count` training tokens, as windows from all over the data."""
     from remoe.data import TrainBatches, open_dataset, tokenizer_fingerprint
 
+    if count < 2:
+        raise ConfigError(f"--sample-tokens must be at least 2, but is {count}")
     dataset = open_dataset(Path(data))
     if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise ConfigError(
