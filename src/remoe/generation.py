@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from remoe.models.modeling_remoe import RemoeForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def generate_text(
-    model: "RemoeForCausalLM", tokenizer: "PreTrainedTokenizerBase", prompt: str, options: SamplingOptions
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, options: SamplingOptions
 ) -> str:
     """The text that the model writes after `prompt`, with its KV cache.
 
@@ -68,9 +66,12 @@ def generate_text(
         The continuation, without the prompt.
 
     Raises:
-        ConfigError: for sampling options out of range, or a prompt that is not text.
+        ConfigError: for sampling options out of range, a prompt that is not text, or more of both than a model of
+            others takes.
     """
     import torch  # here, so that the command line can show the options' help at once
+
+    from remoe.models.modeling_remoe import RemoeForCausalLM
 
     options.check()
     check_prompt(prompt)
@@ -78,6 +79,8 @@ def generate_text(
     input_ids = torch.tensor([ids], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
     if context is not None and len(ids) + options.max_new_tokens > context:
+        if not isinstance(model, RemoeForCausalLM):  # its positions may end there
+            raise ConfigError(f"prompt and text may pass {context} tokens, the longest sequence of this model")
         logger.warning("prompt and text may pass %d tokens, the longest sequence the model was trained on", context)
     sampling = {"do_sample": False}
     if options.temperature > 0:

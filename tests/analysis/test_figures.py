@@ -231,6 +231,7 @@ def test_loads_over_training_are_means_over_runs_of_steps():
     load_SLE = np.arange(1000 * 3 * 4).reshape(1000, 3, 4) / 12000
     fig = routing_figures.load_course(range(1, 1001), load_SLE, k=1)
     panels = [ax for ax in fig.axes if ax.get_title("left")]
+    assert [ax.get_xlabel() for ax in panels] == ["", "step", "step"]  # under each column
     assert [ax.get_title("left") for ax in panels] == ["layer 0", "layer 1", "layer 2"]
     for layer, ax in enumerate(panels):
         drawn_EN = ax.images[0].get_array()

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 import remoe
 from remoe.cli.main import main
 from remoe.convert.relufied import RelufiedMixin
+from remoe.data import TrainBatches, open_dataset
 from remoe.training.rundir import load_model, load_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -56,12 +57,17 @@ def test_relufy(mixture, corpus, tmp_path, capsys):
     source, out = str(tmp_path / "mixture"), str(tmp_path / "out")
     assert main(["convert", "relufy", source, out, "--data", str(corpus), "--sample-tokens", "2048"]) == 0
     assert "2 routers of 4 experts, TopK with k = 2, now ReLU" in capsys.readouterr().out
-    model = remoe.load_relufied(out).eval()
+    model, _, _ = load_model(out)
     assert isinstance(model, RelufiedMixin)
-    torch.testing.assert_close(logits(load_model(out)[0]), logits(model))
+    weights, old = model.state_dict(), mixture.state_dict()
+    for name, weight in old.items():  # all but the routers stay
+        assert torch.equal(weights[name], weight) == (not name.endswith("gate.weight")), name
+    windows = TrainBatches(open_dataset(corpus).train, 512, 1, seed=0)
+    remoe.relufy(mixture, [windows.batch(step)[:, :-1] for step in range(4)])
+    torch.testing.assert_close(logits(model), logits(mixture), rtol=1e-4, atol=1e-5)  # the same fit, in float32
     assert main(["generate", out, "--prompt", "cow", "--max-new-tokens", "3"]) == 0
     assert main(["eval", out, "--data", str(corpus)]) == 2
-    assert "not a model of ours: only --tasks takes it" in capsys.readouterr().err
+    assert "not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
 
 
 def test_relufy_of_a_run(corpus, tmp_path):
@@ -100,6 +106,7 @@ def test_what_cannot_be_converted_leaves_nothing(corpus, tmp_path, capsys):
         (["convert", "relufy", source, str(out)], "--data missing"),
         (["convert", "relufy", source, source, "--data", str(corpus)], "already exists and is not an empty folder"),
         (["convert", "megatron", str(tmp_path), str(out)], "latest_checkpointed_iteration.txt"),
+        (["convert", "relufy", source, str(out), "--data", "nowhere"], "nowhere"),
     ):
         capsys.readouterr()
         assert main(arguments) == 2

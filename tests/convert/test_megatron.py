@@ -210,6 +210,13 @@ def test_torch_dist_is_read(tmp_path):
     torch.save({"args": arguments(), "iteration": 40, "moe_relu_l1_reg_coeff": lam}, path / "common.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
     assert_same(remoe.load_megatron(tmp_path), model)
+    for shard in path.glob("*.distcp"):
+        shard.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        remoe.load_megatron(tmp_path)
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="metadata cannot be read"):
+        remoe.load_megatron(tmp_path)
 
 
 @pytest.mark.parametrize(("tp", "pp", "ep"), SPLITS)

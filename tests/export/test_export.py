@@ -105,7 +105,7 @@ def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "llama"), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("def ")
     assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
-    assert "is a LlamaForCausalLM, and not a model of ours: only --tasks takes it" in capsys.readouterr().err
+    assert "is a LlamaForCausalLM, and not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])

@@ -15,36 +15,40 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from remoe.analysis import collect as collecting
 from remoe.analysis.collect import collect, gates_of
 from remoe.analysis.measures import routed_share
+from remoe.analysis.style import quantity
 from remoe.cli.main import main
-from remoe.report.contents import POINTS, _quantity, excerpts, texts_of, thinned
+from remoe.report.contents import POINTS, excerpts, texts_of, thinned
 from remoe.report.page import _json, _percent
 from remoe.training.evaluate_run import open_trained
 from remoe.training.rundir import newest_run
 
 
 class Page(HTMLParser):
-    """Headings, addresses that a browser would fetch, buttons of experts, and what lies between script tags."""
+    """Headings, addresses that a browser would fetch, what the buttons of experts say, and scripts."""
 
     def __init__(self, text):
         super().__init__()
-        self.headings, self.addresses, self.experts, self.scripts, self._inside = [], [], [], [], None
+        self.headings, self.addresses, self.experts, self.scripts = [], [], [], []
+        self._inside = self._expert = None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self._inside = tag
         self.addresses += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
-        if "data-expert" in attributes:
-            self.experts.append((int(attributes["data-layer"]), int(attributes["data-expert"])))
+        is_expert = "data-expert" in attributes
+        self._expert = (int(attributes["data-layer"]), int(attributes["data-expert"])) if is_expert else None
 
     def handle_data(self, data):
-        if self._inside == "script":
+        if self._expert:
+            self.experts.append((*self._expert, data))
+        elif self._inside == "script":
             self.scripts.append(data)
         elif self._inside in ("h1", "h2") and data.strip():
             self.headings.append(data)
 
     def handle_endtag(self, tag):
-        self._inside = None
+        self._inside = self._expert = None
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +69,9 @@ def test_text_and_shares_are_the_models(run):
     content, trained = content_of(page), open_trained(str(run), None)
     windows = trained.windows("validation")
     share_LE = routed_share(collect(trained.model, windows, None, 8).active_LTE)
-    torch.testing.assert_close(torch.tensor(content["share"]).double(), share_LE, rtol=1e-3, atol=0)
-    assert page.experts == [(layer, expert) for layer in range(2) for expert in range(8)]  # E G in each layer
+    shown = [_percent(share) if share >= 2 / 8 / 8 else "×" for share in share_LE.flatten().tolist()]  # k G over 8 E G
+    places = [(layer, expert) for layer in range(2) for expert in range(8)]
+    assert page.experts == [(*place, share) for place, share in zip(places, shown, strict=True)]
     assert [excerpt["domain"] for excerpt in content["excerpts"]] == ["farm", "town"]
     for excerpt in content["excerpts"]:
         input_BS, _, mask_BS = next(windows.batches(excerpt["domain"], 1))
@@ -205,7 +210,7 @@ def test_a_report_does_not_make_an_old_run_the_newest(run, tmp_path, monkeypatch
 
 def test_numbers_have_two_or_three_digits():
     assert [_percent(share) for share in (0.00391, 0.0351, 0.1249, 1.0)] == ["0.39", "3.5", "12", "100"]
-    assert [_quantity(number) for number in (7, 999_400, 999_600, 16_129_728)] == ["7", "999k", "1M", "16.1M"]
+    assert [quantity(number) for number in (7, 50_000, 999_600, 16_129_728)] == ["7", "50000", "1M", "16.1M"]
 
 
 def test_few_records_of_a_long_run_are_drawn():

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis, save, write_svg
+from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis, quantity, save, write_svg
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
@@ -138,7 +138,7 @@ def loss_against(
         axis += " (log scale)"
     ax.xaxis.set_major_locator(FixedLocator(values))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda value, _: _quantity(value))
+    ax.xaxis.set_major_formatter(lambda value, _: quantity(value))
     label(ax, x=axis, y="validation loss (nats per token)")
     ax.legend()
     return fig
@@ -210,10 +210,3 @@ def _moving_mean(values: Sequence[float], window: int) -> np.ndarray:
 def _deviation(values: Sequence[float]) -> float:
     """Standard deviation of a sample; NaN, which draws no bar, where there is one value."""
     return stdev(values) if len(values) > 1 else math.nan
-
-
-def _quantity(value: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:g}"

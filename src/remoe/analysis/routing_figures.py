@@ -126,12 +126,7 @@ def routed_share_by_domain(
         number_axis(ax, "x", E)
         ax.set_xlim(-0.6, E - 0.4)
         label(ax, title=f"layer {layer}")
-    for ax in axes.flat[L:]:
-        ax.set_visible(False)
-    for column in range(columns):
-        last = max(row for row in range(rows) if row * columns + column < L)
-        axes[last, column].set_xlabel("expert")
-        axes[last, column].tick_params(labelbottom=True)
+    _label_lowest(axes, L, "expert")
     upper.supylabel("share of the domain's tokens (dotted: 1/8 of the mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=6)
@@ -169,10 +164,7 @@ def load_course(steps: Sequence[int], load_SLE: ArrayLike, k: int) -> Figure:
         ax.grid(visible=False)
         number_axis(ax, "y", E)
         label(ax, title=f"layer {layer}")
-    for ax in axes.flat[L:]:
-        ax.set_visible(False)
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
+    _label_lowest(axes, L, "step")
     for ax in axes[:, 0]:
         ax.set_ylabel("expert")
     bar = fig.colorbar(image, ax=axes.ravel().tolist(), pad=0.01, aspect=25, extend="max")
@@ -213,6 +205,16 @@ def flips(
     right.tick_params(axis="y", length=0, labelsize=8)
     label(right, x="experts per token and layer", title="Mean flip count")
     return fig
+
+
+def _label_lowest(axes: np.ndarray, panels: int, x: str) -> None:
+    """Names the horizontal axis at each column's last panel, and hides those behind the last."""
+    for ax in axes.flat[panels:]:
+        ax.set_visible(False)
+    for column in axes.T:
+        lowest = [ax for ax in column if ax.get_visible()][-1]
+        lowest.set_xlabel(x)
+        lowest.tick_params(labelbottom=True)
 
 
 def _active_by_domain(ax: Axes, active_CL: np.ndarray, domains: Sequence[str], look: Mapping[str, Look]) -> None:

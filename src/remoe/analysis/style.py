@@ -87,6 +87,14 @@ def number_axis(ax: Axes, axis: str, count: int) -> None:
     ticks.set_minor_locator(NullLocator())
 
 
+def quantity(value: float) -> str:
+    """A number of at most three digits where it is large: 16.1M."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if value >= 0.9995 * size:  # what three digits round to it
+            return f"{value / size:.3g}{letter}"
+    return f"{value:g}"
+
+
 def save(fig: Figure, path: Path | str) -> None:
     """Writes `path`.svg and `path`.png; the same figure gives the same bytes. Its layout is fixed from then on.
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from remoe.data import Dataset
+
+LONGEST_SAMPLE = 512  # tokens of a window
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 
@@ -38,7 +41,7 @@ class UpcycleOptions:
     """Folder written by `remoe data prepare --tokenizer SOURCE`: with text of the kind that the model is for, the
     routers start at the wanted sparsity; without, near it."""
     sample_tokens: int = 16_384
-    """So many tokens of that text."""
+    """So many tokens of that text; without effect where there is none."""
 
 
 @dataclass
@@ -51,11 +54,13 @@ class RelufyOptions:
     source: Source
     """The mixture: a folder, a name on the hub, or a run of `remoe train`."""
     out: Out
-    """Folder to write, a new or empty one. `remoe.load_relufied` loads it, or what loads a run where SOURCE is one."""
+    """Folder to write, a new or empty one. `remoe.load_relufied` loads it; where SOURCE is a model of ours, it is like
+    a folder of `remoe export`."""
     data: str
-    """Folder written by `remoe data prepare --tokenizer SOURCE`: text of the kind that the model is for."""
+    """Folder written by `remoe data prepare --tokenizer SOURCE` (RUN/tokenizer of a run): text of the kind that the
+    model is for."""
     sample_tokens: int = 16_384
-    """So many tokens of that text."""
+    """So many tokens of that text; more than 16,384 are not used."""
     max_loss_increase: float = 0.1
     """By how much the loss of the sample may rise, nats per token; more is refused, and nothing written."""
 
@@ -78,29 +83,34 @@ def upcycle_command(argv: list[str]) -> int:
     """Writes the folder and says what is in it."""
     options = parse(UpcycleOptions, argv, prog="remoe convert upcycle")
     out = _new_folder(options.out)
+    dataset = _dataset(options.data, options.sample_tokens) if options.data else None
 
     import remoe
 
     dense, tokenizer = _open(options.source)
-    samples = _samples(options.data, tokenizer, options.sample_tokens, dense) if options.data else ()
+    samples = _samples(dataset, tokenizer, options.sample_tokens, dense, options.source) if dataset else ()
     model = remoe.upcycle(dense, options.num_experts, options.k, options.granularity, samples=samples)
+    _write(model, tokenizer, out)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, model))
-    ours = _write(model, tokenizer, out)
     print(f"{before / 1e6:,.1f}M parameters became {after / 1e6:,.1f}M, with the logits that they had")
-    return _say(out, options.data, ours)
+    _say(model, out, options.data)
+    return 0
 
 
 def relufy_command(argv: list[str]) -> int:
     """Writes the folder and says how near the new gates are to the old ones."""
     options = parse(RelufyOptions, argv, prog="remoe convert relufy")
     out = _new_folder(options.out)
+    dataset = _dataset(options.data, options.sample_tokens)
 
     import remoe
 
     model, tokenizer = _open(options.source)
-    samples = _samples(options.data, tokenizer, options.sample_tokens, model)
+    samples = _samples(dataset, tokenizer, options.sample_tokens, model, options.source)
     print(remoe.relufy(model, samples, max_loss_increase=options.max_loss_increase))
-    return _say(out, options.data, _write(model, tokenizer, out))
+    _write(model, tokenizer, out)
+    _say(model, out, options.data)
+    return 0
 
 
 def megatron_command(argv: list[str]) -> int:
@@ -109,11 +119,22 @@ def megatron_command(argv: list[str]) -> int:
     out = _new_folder(options.out)
 
     import remoe
+    from remoe.cli.quiet import quiet_transformers
     from remoe.data import load_tokenizer
+    from remoe.data.tokenizer import vocabulary_size
 
-    model = remoe.load_megatron(options.source, options.iteration)
+    quiet_transformers()
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    return _say(out, None, _write(model, tokenizer, out))
+    model = remoe.load_megatron(options.source, options.iteration)
+    known, tokens = model.config.vocab_size, 0 if tokenizer is None else vocabulary_size(tokenizer)
+    if tokens > known:
+        raise ConfigError(f"tokenizer {options.tokenizer} has {tokens:,} tokens, the model {known:,}")
+    _write(model, tokenizer, out)
+    if tokenizer is None:
+        print(f"wrote        {out}, without a tokenizer, which the other commands need")
+    else:
+        _say(model, out, None)
+    return 0
 
 
 def _new_folder(name: str) -> Path:
@@ -121,6 +142,14 @@ def _new_folder(name: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # found out before the work, not after it
         raise ConfigError(f"{out} already exists and is not an empty folder")
     return out
+
+
+def _dataset(data: str, count: int) -> "Dataset":
+    from remoe.data import open_dataset
+
+    if count < 2:
+        raise ConfigError(f"--sample-tokens must be at least 2, but is {count}")
+    return open_dataset(data)
 
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -133,42 +162,41 @@ def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     return model, tokenizer
 
 
-def _samples(data: str, tokenizer: "PreTrainedTokenizerBase", count: int, model: "PreTrainedModel") -> list["Tensor"]:
+def _samples(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", count: int, model: "PreTrainedModel", source: str
+) -> list["Tensor"]:
     """About `count` training tokens, as windows from all over the data."""
-    from remoe.data import TrainBatches, open_dataset, tokenizer_fingerprint
+    from remoe.data import TrainBatches
 
-    if count < 2:
-        raise ConfigError(f"--sample-tokens must be at least 2, but is {count}")
-    dataset = open_dataset(Path(data))
-    if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise ConfigError(
-            f"{data} was prepared with another tokenizer: remoe data prepare --tokenizer names the model's"
-        )
-    length = min(512, getattr(model.config, "max_position_embeddings", None) or 512, count)
+    dataset.check_tokenizer(tokenizer, source)
+    length = min(LONGEST_SAMPLE, getattr(model.config, "max_position_embeddings", None) or LONGEST_SAMPLE, count)
     batches = TrainBatches(dataset.train, length, 1, seed=0)
-    return [batches.batch(step)[:, :-1] for step in range(max(1, count // length))]
+    return [batches.batch(step)[:, :-1] for step in range(count // length)]
 
 
-def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Path) -> bool:
-    """Writes the folder; returns whether the model is one of ours, or a transformers one with our routers."""
+def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Path) -> None:
+    from remoe.data.files import replacing
     from remoe.export import export_model
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
-    out.mkdir(parents=True, exist_ok=True)
-    ours = isinstance(model, RemoeForCausalLM)
-    if ours:
-        export_model(model, out)
-    else:
-        model.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    return ours
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        out.rmdir()
+    with replacing(out) as folder:
+        folder.mkdir()
+        if isinstance(model, RemoeForCausalLM):
+            export_model(model, folder)
+        else:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
-def _say(out: Path, data: str | None, ours: bool) -> int:
+def _say(model: "PreTrainedModel", out: Path, data: str | None) -> None:
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
     print(f"wrote        {out}")
-    if ours:
+    if isinstance(model, RemoeForCausalLM):
         print(f"next         remoe eval {out} --data {data or 'DATA'}   |   remoe report {out} --data {data or 'DATA'}")
     else:
         print(f"next         remoe.load_relufied({str(out)!r})   |   remoe generate {out}")
-    return 0

@@ -81,8 +81,11 @@ class InertReader(FileSystemReader):
     """torch.distributed.checkpoint's reader, whose metadata file is a pickle as well."""
 
     def read_metadata(self, *_: object, **__: object) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            found = InertUnpickler(file).load()
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                found = InertUnpickler(file).load()
+        except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.path}/.metadata cannot be read: {error}") from error
         if not isinstance(found, Metadata):
             raise ConfigError(f"{self.path}/.metadata describes no checkpoint of torch.distributed.checkpoint")
         found.storage_meta = StorageMeta()

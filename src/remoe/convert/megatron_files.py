@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from remoe.convert.inert_pickle import InertReader, read_torch_file
 from remoe.convert.megatron_names import FC1, FC2
@@ -222,7 +223,14 @@ def _read_torch_dist(path: Path) -> tuple[Namespace, dict[str, Tensor]]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # a BaseException, of what went wrong in each process
+            reasons = [failure[0] for failure in error.failures.values()]
+            for reason in reasons:
+                if not isinstance(reason, Exception):  # Ctrl-C
+                    raise reason from error
+            raise ConfigError(f"{path} cannot be read: {' '.join(str(reasons[0]).split())}") from error
     # Plain buffers, lambda among them, are saved beside the arguments.
     for source in (common, common.get("model", {})):
         if isinstance(source, dict) and isinstance(source.get(LAMBDA), Tensor):

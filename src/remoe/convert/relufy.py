@@ -121,7 +121,7 @@ def relufy(
         restore()
         raise ConfigError(
             f"the loss of the sample rose from {loss_before:.4f} to {loss_after:.4f}, by more than "
-            f"max_loss_increase = {max_loss_increase}; more sample text makes a closer fit"
+            f"max_loss_increase = {max_loss_increase}; more sample text, to {MAX_TOKENS:,} tokens, makes a closer fit"
         )
     return RelufyReport(tuple(routers), num_experts, k, loss_before, loss_after, tuple(active), tuple(errors))
 

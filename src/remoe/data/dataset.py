@@ -82,6 +82,11 @@ class Dataset:
         """The folder of the tokenizer, which transformers can load."""
         return self.path / "tokenizer"
 
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase", whose: str) -> None:
+        """Raise DataError if the shards were made with another tokenizer than this one, `whose` it is."""
+        if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
+            raise DataError(f"{self.path} was prepared with another tokenizer than that of {whose}")
+
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer; raises DataError if it is gone or not the one the shards were made with."""
         if not self.tokenizer_path.is_dir():

@@ -9,7 +9,7 @@ from remoe.export.bundle import AUTO_MAP, write_bundle
 from remoe.export.card import write_card
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
-from remoe.training.rundir import RunFolder, load_run
+from remoe.training.rundir import load_run, run_of
 
 
 def export_run(run: str | Path, out: str | Path) -> Path:
@@ -32,7 +32,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     model, _, checkpoint = load_run(run)
     if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
-    folder = RunFolder(checkpoint.parent.parent)
+    folder = run_of(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     export_model(model, out)
     shutil.copytree(folder.tokenizer, out, dirs_exist_ok=True)

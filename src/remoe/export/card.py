@@ -1,6 +1,5 @@
 """The model card of an exported run: what it was trained on, how well, how it routes, and plots of its training."""
 
-import json
 from pathlib import Path
 
 import yaml
@@ -9,6 +8,7 @@ from remoe.analysis import figures
 from remoe.analysis.figures import save
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
+from remoe.training.checkpoint import saved_step
 from remoe.training.metrics import read_metrics
 from remoe.training.rundir import RunFolder
 
@@ -24,9 +24,9 @@ print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt")
 def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path) -> None:
     """Writes README.md and, where the run has its records, plots as PNG; `out` must be there."""
     config = run.load_config()
-    summary = json.loads(run.summary.read_text()) if run.summary.is_file() else {}
+    summary = run.load_summary()
     records = read_metrics(run.metrics) if run.metrics.is_file() else []
-    step = int(checkpoint.name.rpartition("-")[2])
+    step = saved_step(checkpoint)
     finished = summary.get("steps") == step
     c = model.config
     parts = [

@@ -47,22 +47,29 @@ def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int) -> Plan:
         seq_len: S.
         micro_batch_size: sequences per forward and backward pass, for the activations.
     """
-    with torch.device("meta"):
-        model = RemoeForCausalLM(config)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    total, active = parameters(config)
     density = config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
     dense_stage = max(density, 0.5) if config.steered else density
     activations = [_activation_bytes(config, seq_len, micro_batch_size, d) for d in (density, dense_stage)]
     return Plan(
         total_parameters=total,
-        active_parameters=round(total - experts * (1 - density)),
+        active_parameters=active,
         flops_per_sequence=flops_per_sequence(config, seq_len, density),
         dense_stage_flops_per_sequence=flops_per_sequence(config, seq_len, dense_stage),
         state_bytes=16 * total,
         activation_bytes=activations[0],
         dense_stage_activation_bytes=activations[1],
     )
+
+
+def parameters(config: RemoeConfig) -> tuple[int, int]:
+    """All weights, and those that a token meets on average at target sparsity."""
+    with torch.device("meta"):
+        model = RemoeForCausalLM(config)
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    density = config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
+    return total, round(total - experts * (1 - density))
 
 
 def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float:

@@ -3,7 +3,6 @@
 Legend: L layers, T tokens, E experts.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from remoe.analysis.collect import active_of, gates_of
+from remoe.analysis.style import quantity
 from remoe.data import ValidationWindows
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.plan import plan
-from remoe.training.checkpoint import saved_step
+from remoe.models.plan import parameters
 from remoe.training.evaluate_run import Trained
 from remoe.training.metrics import read_metrics
 
@@ -97,21 +96,19 @@ def texts_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[s
     return texts
 
 
-def facts(trained: Trained) -> dict[str, str]:
-    """What the model is and how it did, by name."""
+def facts(trained: Trained, step: int | None) -> dict[str, str]:
+    """What the model is and how it did, by name; `step` is that of a run's checkpoint."""
     c = trained.model.config
-    size = plan(c, c.max_position_embeddings, 1)
     found = {"router": c.router}
     if c.routes_pairs:
         found["experts"] = f"{experts_of(c)} in each layer ({c.num_hidden_layers}), {wanted_of(c)} wanted per token"
     if c.shared_expert_size:
         found["shared expert"] = f"width {c.shared_expert_size}, for every token"
-    total, active = _quantity(size.total_parameters), _quantity(size.active_parameters)
-    found["parameters"] = total if total == active else f"{total}, {active} of them for a token"
+    total, active = map(quantity, parameters(c))
+    found["parameters"] = total if total == active else f"{total}, {active} of them for a token at the wanted sparsity"
     if trained.run is not None:
-        config, step = trained.run.load_config(), saved_step(trained.checkpoint)
+        config, summary = trained.run.load_config(), trained.run.load_summary()
         found["trained"] = f"{step:,} steps of {config.batch_size * config.seq_len:,} tokens"
-        summary = _summary(trained)
         if summary.get("steps") == step:
             everything = summary["validation"]["all"]
             found["validation loss"] = f"{everything['loss']:.4f} nats per token"
@@ -122,25 +119,10 @@ def facts(trained: Trained) -> dict[str, str]:
     return found
 
 
-def _summary(trained: Trained) -> dict:
-    try:
-        return json.loads(trained.run.summary.read_text())
-    except (FileNotFoundError, ValueError):  # not finished, or killed while it was written
-        return {}
-
-
-def _quantity(number: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # what three digits round to it
-            return f"{number / size:.3g}{letter}"
-    return str(number)
-
-
-def training_records(trained: Trained) -> list[dict]:
-    """Those of the run's metrics.jsonl up to the checkpoint; none for a model in a folder of its own."""
+def training_records(trained: Trained, step: int | None) -> list[dict]:
+    """Those of the run's metrics.jsonl up to the checkpoint's step; none for a model in a folder of its own."""
     if trained.run is None or not trained.run.metrics.is_file():
         return []
-    step = saved_step(trained.checkpoint)
     return [record for record in read_metrics(trained.run.metrics) if record["step"] <= step]
 
 

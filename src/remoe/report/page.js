@@ -4,7 +4,7 @@
   const content = JSON.parse(document.getElementById("content").textContent);
   if (!content.excerpts) return;
   const ALL = -1;
-  const layers = content.share.length;
+  const layers = content.domainShare[0].length;
   const state = { domain: 0, layer: ALL, chosen: null, token: 0 };
   const $ = (id) => document.getElementById(id);
 
@@ -73,7 +73,7 @@
     }));
     if (state.chosen) {
       const taken = found.filter((value) => value !== null).length;
-      const most = taken ? `; the strongest colour is a gate of ${highest}` : "";
+      const most = taken ? `; the strongest colour is a gate of ${highest} in size` : "";
       $("scale").textContent = `Coloured by the gate of expert ${state.chosen.expert} of layer ${state.chosen.layer}: ` +
         `it takes ${taken} of these ${found.length} tokens${most}.`;
     } else {
@@ -92,7 +92,7 @@
     for (let layer = 0; layer < layers; layer++) {
       const row = element("li", undefined, { class: "row" });
       const found = pairs(excerpt, layer, state.token).sort((a, b) => b[1] - a[1]);
-      const words = found.map(([expert, gate]) => `${expert} (${gate})`).join(", ");
+      const words = found.map(([expert, gate]) => `${expert} (${gate ?? "not a number"})`).join(", ");
       row.append(element("span", `layer ${layer}`), element("span", words ? `expert ${words}` : "none"));
       list.append(row);
     }

@@ -25,6 +25,7 @@ from remoe.report.contents import Excerpt, excerpts, experts_of, facts, thinned,
 from remoe.training.checkpoint import saved_step
 from remoe.training.evaluate_run import Trained, open_trained
 
+BATCH_TOKENS = 8192
 LOSS_WINDOW = 20  # records of a moving mean
 
 
@@ -46,28 +47,31 @@ def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: i
         DataError: when the data was made with another tokenizer, or the page cannot be written.
     """
     trained = open_trained(path, data)
-    out = out or _place(trained, Path(path))
+    # At once: a run that goes on soon throws the checkpoint away.
+    step = saved_step(trained.checkpoint) if trained.run else None
+    out = out or _place(trained, Path(path), step)
     if not os.access(out.parent, os.W_OK):  # found out before the work, not after it
         raise DataError(f"{out.parent} cannot be written: choose a file with --out")
     windows = trained.windows("validation")
     routing, texts = None, []
     if trained.model.config.routes_pairs:
-        record = collect(trained.model, windows, max_tokens, batch_size=32)
+        batch_size = max(1, BATCH_TOKENS // windows.seq_len)
+        record = collect(trained.model, windows, max_tokens, batch_size)
         wanted = wanted_of(trained.model.config)
         routing = routing_of(record, wanted, lambda token: trained.tokenizer.decode([token]))
         texts = excerpts(trained, windows, excerpt_tokens)
-    atomic_write(out, _page(trained, routing, texts).encode())
+    atomic_write(out, _page(trained, step, routing, texts).encode())
     return out
 
 
-def _place(trained: Trained, path: Path) -> Path:
+def _place(trained: Trained, path: Path, step: int | None) -> Path:
     if trained.run is None:
         return path / "report.html"
     given = path.resolve() == trained.checkpoint.resolve()
-    return trained.run.path / (f"report-step-{saved_step(path)}.html" if given else "report.html")
+    return trained.run.path / (f"report-step-{step}.html" if given else "report.html")
 
 
-def _page(trained: Trained, routing: RoutingSummary | None, texts: list[Excerpt]) -> str:
+def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, texts: list[Excerpt]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("remoe.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -76,7 +80,7 @@ def _page(trained: Trained, routing: RoutingSummary | None, texts: list[Excerpt]
     c = trained.model.config
     return environment.get_template("page.html").render(
         title=(trained.run.path if trained.run else trained.checkpoint).resolve().name,
-        facts=facts(trained),
+        facts=facts(trained, step),
         config=c,
         steered=c.steered and c.sparsity_rule != "none",
         experts=experts_of(c),
@@ -84,7 +88,7 @@ def _page(trained: Trained, routing: RoutingSummary | None, texts: list[Excerpt]
         chunk=CHUNK,
         routing=routing,
         little=inactive_below(experts_of(c), wanted_of(c)),
-        pictures=_pictures(trained, routing),
+        pictures=_pictures(trained, step, routing),
         content=_json(_content(routing, texts)),
     )
 
@@ -99,7 +103,6 @@ def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, 
     if routing is None:
         return {}
     return {
-        "share": routing.share_LE,
         "domains": routing.domains,
         "domainShare": routing.share_CLE,
         "top": routing.top_tokens,
@@ -113,7 +116,7 @@ def _json(content: dict[str, Any]) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
-def _pictures(trained: Trained, routing: RoutingSummary | None) -> dict[str, str]:
+def _pictures(trained: Trained, step: int | None, routing: RoutingSummary | None) -> dict[str, str]:
     """Figures as addresses of images, by name; those that the run and the model allow."""
     c = trained.model.config
     experts, wanted = experts_of(c), wanted_of(c)
@@ -123,7 +126,7 @@ def _pictures(trained: Trained, routing: RoutingSummary | None) -> dict[str, str
             points = {c.router: (routing.count_U, routing.active_U)}
             drawn["frequency"] = routing_figures.active_against_frequency(points)
         drawn["domains"] = routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, wanted)
-    if records := training_records(trained):
+    if records := training_records(trained, step):
         few = thinned(records)
         losses = ([record["step"] for record in few], [record["lm_loss"] for record in few])
         drawn["loss"] = figures.training_losses({c.router: losses}, window=LOSS_WINDOW)

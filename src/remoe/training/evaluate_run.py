@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from remoe.analysis.collect import gates_of
-from remoe.data import TOTAL, Dataset, ValidationWindows, open_dataset, tokenizer_fingerprint
-from remoe.errors import CheckpointError, DataError
+from remoe.data import TOTAL, Dataset, ValidationWindows, open_dataset
+from remoe.errors import CheckpointError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
 from remoe.training.evaluation import evaluate, total
 from remoe.training.memory import keep_freed_memory
-from remoe.training.rundir import RunFolder, load_model
+from remoe.training.rundir import RunFolder, load_model, run_of
 from remoe.training.trainer import pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTILE_VALUES = 1_000_000  # torch's quantile takes no more than 16 million
+LONGEST_WINDOW = 2048
 # Shares of the active pairs that the default thresholds of a sweep leave out.
 SWEPT_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -130,21 +131,19 @@ class Trained:
         tokenizer: its own.
         checkpoint: where its weights lie.
         dataset: prepared with that tokenizer.
+        run: that it is of; None for a model in a folder of its own.
     """
 
     model: RemoeForCausalLM
     tokenizer: "PreTrainedTokenizerBase"
     checkpoint: Path
     dataset: Dataset
-
-    @property
-    def run(self) -> RunFolder | None:
-        """The run that it is of; None for a model in a folder of its own."""
-        return _run_of(self.checkpoint)
+    run: RunFolder | None
 
     def windows(self, split: str) -> ValidationWindows:
-        """Sequences of the data, as long as the model takes."""
-        return ValidationWindows(getattr(self.dataset, split), self.model.config.max_position_embeddings)
+        """Sequences of the data, as long as those of the run's training; of another model at most LONGEST_WINDOW."""
+        length = self.model.config.max_position_embeddings
+        return ValidationWindows(getattr(self.dataset, split), length if self.run else min(length, LONGEST_WINDOW))
 
 
 def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trained:
@@ -156,23 +155,19 @@ def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trai
     keep_freed_memory()
     model, tokenizer, checkpoint = load_model(path)
     if not isinstance(model, RemoeForCausalLM):
-        raise CheckpointError(f"{path} is a {type(model).__name__}, and not a model of ours: only --tasks takes it")
+        raise CheckpointError(
+            f"{path} is a {type(model).__name__}, and not a model of ours: only remoe eval --tasks takes it"
+        )
     model.to(pick_device("auto"))
     if scheme is not None:
         quantize(model, scheme)
-    run = _run_of(checkpoint)
+    run = run_of(checkpoint)
     folder = data or (run and run.load_config().data)
     if folder is None:
         raise CheckpointError(f"{path} names no data; give --data")
     dataset = open_dataset(Path(folder))
-    if dataset.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise DataError(f"{folder} was prepared with another tokenizer than that of {path}")
-    return Trained(model, tokenizer, checkpoint, dataset)
-
-
-def _run_of(checkpoint: Path) -> RunFolder | None:
-    run = RunFolder(checkpoint.parent.parent)
-    return run if checkpoint.parent == run.checkpoints and run.config.exists() else None
+    dataset.check_tokenizer(tokenizer, path)
+    return Trained(model, tokenizer, checkpoint, dataset, run)
 
 
 def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:

@@ -92,12 +92,8 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
 
 def _is_finished(run: RunFolder, steps: int) -> bool:
     """Whether the run has its summary, and no checkpoint from which there would be something left to do."""
-    try:
-        summary = json.loads(run.summary.read_text())
-    except (FileNotFoundError, ValueError):  # half a file: killed while it was written
-        return False
     checkpoint = run.last_checkpoint()
-    return summary["steps"] == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
+    return run.load_summary().get("steps") == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
 
 
 def _print_header(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ RUN/sample.txt             text written by the trained model
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,13 @@ class RunFolder:
         places = (self.config, self.metrics, self.checkpoints, self.summary)
         return max(place.stat().st_mtime for place in places if place.exists())
 
+    def load_summary(self) -> dict:
+        """The final figures; nothing for a run that is not finished."""
+        try:
+            return json.loads(self.summary.read_text())
+        except (FileNotFoundError, ValueError):  # or half a file: killed while it was written
+            return {}
+
     def load_config(self) -> TrainConfig:
         """The run's options.
 
@@ -106,6 +114,13 @@ def newest_run() -> Path:
     return max(found, key=lambda path: RunFolder(path).written)
 
 
+def run_of(checkpoint: Path) -> RunFolder | None:
+    """The run that has this checkpoint; None for a folder that is none."""
+    checkpoint = checkpoint if len(checkpoint.parts) > 1 else checkpoint.absolute()
+    run = RunFolder(checkpoint.parent.parent)
+    return run if checkpoint.parent.name == run.checkpoints.name and run.config.exists() else None
+
+
 def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizerBase", Path]:
     """Model, tokenizer and checkpoint of a run's folder, or of one of its checkpoints.
 
@@ -116,7 +131,7 @@ def load_run(path: str | Path) -> tuple["RemoeForCausalLM", "PreTrainedTokenizer
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
     path = Path(path)
-    run = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
+    run = run_of(path) or RunFolder(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist or is not a folder")
     checkpoint = path if run.path != path else run.last_checkpoint()
@@ -150,14 +165,13 @@ def load_model(path: str | Path, *, hub: bool = False) -> tuple["PreTrainedModel
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
     name, path = str(path), Path(path)
-    config, run = path / "config.json", RunFolder(path.parent.parent)
-    of_run = RunFolder(path).config.exists() or (path.parent == run.checkpoints and run.config.exists())
-    if of_run or not (config.is_file() or (hub and not path.exists())):
+    config = path / "config.json"
+    if run_of(path) or not (config.is_file() or (hub and not path.exists())):
         return load_run(path)
     loaders = {RemoeForCausalLM.config_class.model_type: RemoeForCausalLM.from_pretrained, MODEL_TYPE: load_relufied}
     try:
         kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-        model = loaders.get(kind, AutoModelForCausalLM.from_pretrained)(name)
+        model = loaders.get(kind, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
     except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
         raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), load_tokenizer(name), path
