@@ -178,6 +178,21 @@ def test_a_dead_layer_is_reported_once(corpus, tmp_path, caplog):
     assert caplog.messages == ["step 100: no token was routed for 100 steps in layers [1]"]
 
 
+def test_a_lambda_that_runs_away_is_reported_once(corpus, tmp_path, caplog):
+    """With k = 1 and an entropy penalty: it cannot take a token's last expert, and where S stays a little too low..."""
+    options = {"seq_len": 16, "batch_size": 2, "micro_batch_size": 2, "device": "cpu", "steps": 110, "num_experts": 4}
+    model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options |= {"sparsity": {"lambda_init": 900.0, "rule": "sign"}, "router": "relu_scaled"}
+    trainer = Trainer(config_from_dict({**options, "model": model}, "test"), open_dataset(corpus), RunFolder(tmp_path))
+    trainer.model.sparsity.target_density = 0.0  # S is too low whatever it is
+    progress = ProgressLine(trainer.config, 0)
+    for _ in range(4):
+        trainer._train_step(progress)
+    (message,) = [message for message in caplog.messages if "lambda" in message]
+    assert message.startswith("step 2: lambda is 1.1e+03 and S ")
+    assert message.endswith(", for a target of 1: the penalty has no hold on the experts that are still on")
+
+
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     options = OptimOptions(lr=1.0, warmup_ratio=0.1, final_lr_ratio=0.1)
     assert [learning_rate(step, 100, options) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])

@@ -32,6 +32,7 @@ from remoe.training.rundir import RunFolder
 
 logger = logging.getLogger(__name__)
 
+LAMBDA_TOO_LARGE = 1e3  # of a loss in nats; no run of ours that went well came near
 VOCAB_MULTIPLE = 1024  # GPT-2's 50,257 becomes the paper's 51,200
 
 
@@ -71,6 +72,7 @@ class Trainer:
         self.saved_step = 0
         self.sparsities: list[float] = []  # S of each step
         self.dead_layers: set[int] = set()
+        self.lambda_runs_away = False
         self.stopped_by: int | None = None  # the number of the signal that ended `train` before its last step
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
@@ -165,6 +167,7 @@ class Trainer:
         self.step = step
         self.sparsities.append(sparsity)
         self._report_dead(dead_steps_L)
+        self._report_lambda(coefficient, sparsity)
         tokens = config.batch_size * config.seq_len
         seconds = time.perf_counter() - start
         progress.add(tokens, seconds)
@@ -254,6 +257,14 @@ class Trainer:
         if new := sorted(dead - self.dead_layers):
             logger.warning("step %d: no token was routed for %d steps in layers %s", self.step, DEAD_AFTER_STEPS, new)
         self.dead_layers = dead
+
+    def _report_lambda(self, coefficient: float, sparsity: float) -> None:
+        if self.model.config.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
+            logger.warning(
+                "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty has no hold on the experts that "
+                "are still on", self.step, coefficient, sparsity, self.model.sparsity.target,
+            )  # fmt: skip
+            self.lambda_runs_away = True
 
 
 def check_model(config: TrainConfig) -> None:
