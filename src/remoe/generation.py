@@ -80,7 +80,9 @@ def generate_text(
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
     if context is not None and len(ids) + options.max_new_tokens > context:
         if not isinstance(model, RemoeForCausalLM):  # its positions may end there
-            raise ConfigError(f"prompt and text may pass {context} tokens, the longest sequence of this model")
+            raise ConfigError(
+                f"prompt and text may pass {context} tokens, the longest sequence of this model: lower --max-new-tokens"
+            )
         logger.warning("prompt and text may pass %d tokens, the longest sequence the model was trained on", context)
     sampling = {"do_sample": False}
     if options.temperature > 0:

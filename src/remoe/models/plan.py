@@ -48,7 +48,7 @@ def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int) -> Plan:
         micro_batch_size: sequences per forward and backward pass, for the activations.
     """
     total, active = parameters(config)
-    density = config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
+    density = _target_density(config)
     dense_stage = max(density, 0.5) if config.steered else density
     activations = [_activation_bytes(config, seq_len, micro_batch_size, d) for d in (density, dense_stage)]
     return Plan(
@@ -68,8 +68,11 @@ def parameters(config: RemoeConfig) -> tuple[int, int]:
         model = RemoeForCausalLM(config)
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
-    density = config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
-    return total, round(total - experts * (1 - density))
+    return total, round(total - experts * (1 - _target_density(config)))
+
+
+def _target_density(config: RemoeConfig) -> float:
+    return config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
 
 
 def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float:
