@@ -63,10 +63,10 @@ def parts(out: Path) -> list[tuple[str, list[str], int]]:
 
     return [
         ("tests", [*TESTS, str(root.parent / "tests" / "gpu")], 150),
-        ("layer", bench("layer", *backends, name="layer"), 120),
-        ("experts", bench("layer", "--cases", "experts", "--no-peers", name="experts"), 60),
+        ("layer", bench("layer", *backends, name="layer"), 180),
+        ("experts", bench("layer", "--cases", "experts", "--no-peers", name="experts"), 40),
         ("decode", bench("decode", *backends, name="decode"), 40),
-        ("tiles", [sys.executable, str(root / "tune_tiles.py"), "--out", str(out / "tiles.json")], 90),
+        ("tiles", [sys.executable, str(root / "tune_tiles.py"), "--out", str(out / "tiles.json")], 65),
     ]
 
 

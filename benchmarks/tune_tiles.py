@@ -56,7 +56,7 @@ class Options:
     """JSON file for the figures."""
     cases: str = "cuda"
     """cuda: the sizes of `remoe bench layer`; tiny: a trial of this program."""
-    seconds: float = 80
+    seconds: float = 55
     """Limit; the candidates that remain are left out."""
     repetitions: int = 9
     """Timed rounds of each candidate."""

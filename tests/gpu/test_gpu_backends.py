@@ -84,7 +84,11 @@ def test_triton_programs_with_several_tiles(shape, monkeypatch):
     check_equals_naive(backend("triton", leaves), leaves, active, 1e-2)
 
 
-@pytest.mark.parametrize("shape", [(4096, 2048, 1408, 8, 0.25), (900, 256, 128, 256, 0.02)], ids=["real", "E=256"])
+@pytest.mark.parametrize(
+    "shape",
+    [(4096, 2048, 1408, 8, 0.25), (4096, 2048, 704, 16, 0.1), (900, 256, 128, 256, 0.02)],
+    ids=["real", "narrow last tile", "E=256"],
+)
 def test_triton_at_real_sizes(shape):
     leaves, active = problem(*shape, torch.bfloat16, device="cuda")
     check_equals_naive(backend("triton", leaves), leaves, active, 1e-2)

@@ -47,9 +47,10 @@ def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int
     if hasattr(experts, "_is_expert_parallel"):  # then it knows pairs of experts that it does not have, and skips them
         experts._is_expert_parallel, absent = True, size.E
     layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent)
-    if device.type == "cuda" and find_spec("scattermoe"):
-        layers["scattermoe"] = _ScatterMoE(size)
-        layers["scattermoe, relu load"] = _Padded(relu, slots, _scattermoe_experts(size, slots))
+    for name, experts in (("scattermoe", _scattermoe_experts), ("megablocks", _megablocks_experts)):
+        if device.type == "cuda" and find_spec(name):
+            layers[name] = _TopK(size, experts(size, size.k))
+            layers[f"{name}, relu load"] = _Padded(relu, slots, experts(size, slots))
     return layers
 
 
@@ -75,14 +76,12 @@ class _Padded(nn.Module):
         return self.experts(x, expert_TK, gate_TK.to(x.dtype))
 
 
-class _ScatterMoE(nn.Module):
-    """scattermoe's SwiGLU experts behind a softmax router; it takes exactly k experts per token. CUDA only."""
+class _TopK(nn.Module):
+    """A softmax router before such experts."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, experts: nn.Module) -> None:
         super().__init__()
-        self.k = size.k
-        self.router = nn.Linear(size.D, size.E, bias=False)
-        self.experts = _scattermoe_experts(size, size.k)
+        self.k, self.router, self.experts = size.k, nn.Linear(size.D, size.E, bias=False), experts
 
     def forward(self, x: Tensor) -> Tensor:
         gate_TK, expert_TK = self.router(x).float().softmax(dim=1).topk(self.k, dim=1)
@@ -97,6 +96,24 @@ def _scattermoe_experts(size: Size, k: int) -> nn.Module:
             return super().forward(x, gate_TK, expert_TK)
 
     return Experts(size.D, size.F, size.E, k, bias=False, activation=nn.SiLU())
+
+
+def _megablocks_experts(size: Size, k: int) -> nn.Module:
+    # Grouped products; its block-sparse ones do not run with triton 3.2 and newer.
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import ParallelDroplessMLP
+
+    class Experts(ParallelDroplessMLP):
+        def forward(self, x: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+            return self.grouped_forward_once(x, gate_TK, expert_TK)[0]
+
+    return Experts(
+        Arguments(
+            hidden_size=size.D, ffn_hidden_size=size.F, moe_num_experts=size.E, moe_top_k=k, bias=False,
+            activation_fn=nn.functional.silu, mlp_type="glu", mlp_impl="grouped", memory_optimized_mlp=True,
+            fp16=False, bf16=True, device="cuda",
+        )
+    )  # fmt: skip
 
 
 def mixtral_layer(size: Size, implementation: str) -> nn.Module:

@@ -5,6 +5,9 @@ share the tiles that exist and end at once when there are none. `plan_windows` f
 
 Sums are float32, each in one program and in a fixed order: two runs agree bit for bit.
 
+A product's width is cut into FULL tiles and, where half a tile holds what remains, a narrow one; the programs come to
+the narrow ones last.
+
 Legend: T tokens, D model width, F expert width, E experts. A window is a slice of the list of pairs; the rows of its
 scratch memory count from the slice's start. A tile is at most ROWS pairs of one expert, inside one window.
 """
@@ -102,6 +105,13 @@ def _locate(item, height, width, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _next_program(items):
+    # Where this program goes on in the next list of items, when the last one had so many.
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - items % programs) % programs
+
+
+@triton.jit
 def _columns(row_ptrs, first, K: tl.constexpr, DEPTH: tl.constexpr):
     # DEPTH columns from `first` on of the rows that begin at `row_ptrs`, each of K numbers; zeros behind them.
     k = first + tl.arange(0, DEPTH)
@@ -133,10 +143,10 @@ def _block(
 
 @triton.jit(do_not_specialize=VARYING)
 def up_projection(
-    x_ptr, weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, hidden_ptr,
+    x_ptr, weight, narrow_weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, hidden_ptr,
     window, window_rows, max_tiles, pre_first, pre_end,
     D: tl.constexpr, F: tl.constexpr, HIDDEN: tl.constexpr, DESCRIBED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """pre = x[token] @ gate_up[e]^T; hidden = silu(pre's gate) * pre's up * the router's gate, where HIDDEN.
 
@@ -144,35 +154,56 @@ def up_projection(
     columns and the up columns that belong to them, the operands of SwiGLU.
     """
     HALF: tl.constexpr = COLUMNS // 2
-    width: tl.constexpr = (F + HALF - 1) // HALF
     tiles = tl.load(head_ptr + HEAD * window)
-    for item in range(tl.program_id(0), tiles * width, tl.num_programs(0)):
-        slot, n = _locate(item, tiles, width, GROUP)
-        expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
-        row = first + tl.arange(0, ROWS)
-        # Rows behind the tile read token 0 and are not stored.
-        x_ptrs = x_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
-        a = tl.zeros((ROWS, HALF), tl.float32)
-        b = tl.zeros((ROWS, HALF), tl.float32)
-        for k in range(0, D, DEPTH):
-            x = _columns(x_ptrs, k, D, DEPTH)
-            gate_weight = _block(weight, expert * 2 * F, n * HALF, k, F, D, HALF, DEPTH, DESCRIBED)
-            a = tl.dot(x, tl.trans(gate_weight), a, input_precision="ieee")
-            up_weight = _block(weight, expert * 2 * F + F, n * HALF, k, F, D, HALF, DEPTH, DESCRIBED)
-            b = tl.dot(x, tl.trans(up_weight), b, input_precision="ieee")
+    for item in range(tl.program_id(0), tiles * FULL, tl.num_programs(0)):
+        slot, n = _locate(item, tiles, FULL, GROUP)
+        _up_projection(
+            x_ptr, weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, hidden_ptr,
+            window, window_rows, max_tiles, pre_first, pre_end, slot, n * HALF,
+            D, F, HIDDEN, DESCRIBED, ROWS, HALF, DEPTH,
+        )  # fmt: skip
+    if FULL * HALF < F:
+        for slot in range(_next_program(tiles * FULL), tiles, tl.num_programs(0)):
+            _up_projection(
+                x_ptr, narrow_weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, hidden_ptr,
+                window, window_rows, max_tiles, pre_first, pre_end, slot, FULL * HALF,
+                D, F, HIDDEN, DESCRIBED, ROWS, HALF // 2, DEPTH,
+            )  # fmt: skip
 
-        f = n * HALF + tl.arange(0, HALF)
-        valid = (row < end)[:, None] & (f < F)[None, :]
-        if HIDDEN:
-            gate = tl.load(gate_ptr + row, mask=row < end, other=0.0)
-            hidden = a * tl.sigmoid(a) * b * gate[:, None]
-            hidden_ptrs = hidden_ptr + (row - window * window_rows).to(tl.int64)[:, None] * F + f[None, :]
-            tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
-        if first < pre_end:
-            valid = valid & (row < pre_end)[:, None]
-            pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64)[:, None] * 2 * F + f[None, :]
-            tl.store(pre_ptrs, a.to(pre_ptr.dtype.element_ty), mask=valid)
-            tl.store(pre_ptrs + F, b.to(pre_ptr.dtype.element_ty), mask=valid)
+
+@triton.jit
+def _up_projection(
+    x_ptr, weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, hidden_ptr,
+    window, window_rows, max_tiles, pre_first, pre_end, slot, column,
+    D: tl.constexpr, F: tl.constexpr, HIDDEN: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # One tile, HALF columns of gate and up from `column` on.
+    expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
+    row = first + tl.arange(0, ROWS)
+    # Rows behind the tile read token 0 and are not stored.
+    x_ptrs = x_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
+    a = tl.zeros((ROWS, HALF), tl.float32)
+    b = tl.zeros((ROWS, HALF), tl.float32)
+    for k in range(0, D, DEPTH):
+        x = _columns(x_ptrs, k, D, DEPTH)
+        gate_weight = _block(weight, expert * 2 * F, column, k, F, D, HALF, DEPTH, DESCRIBED)
+        a = tl.dot(x, tl.trans(gate_weight), a, input_precision="ieee")
+        up_weight = _block(weight, expert * 2 * F + F, column, k, F, D, HALF, DEPTH, DESCRIBED)
+        b = tl.dot(x, tl.trans(up_weight), b, input_precision="ieee")
+
+    f = column + tl.arange(0, HALF)
+    valid = (row < end)[:, None] & (f < F)[None, :]
+    if HIDDEN:
+        gate = tl.load(gate_ptr + row, mask=row < end, other=0.0)
+        hidden = a * tl.sigmoid(a) * b * gate[:, None]
+        hidden_ptrs = hidden_ptr + (row - window * window_rows).to(tl.int64)[:, None] * F + f[None, :]
+        tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
+    if first < pre_end:
+        valid = valid & (row < pre_end)[:, None]
+        pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64)[:, None] * 2 * F + f[None, :]
+        tl.store(pre_ptrs, a.to(pre_ptr.dtype.element_ty), mask=valid)
+        tl.store(pre_ptrs + F, b.to(pre_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -254,35 +285,57 @@ def _pair_row(row_ptrs, pair, first, window_rows, inside, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def hidden_gradient(
-    dy_ptr, weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
+    dy_ptr, weight, narrow_weight, gate_ptr, token_ptr, head_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
     window, window_rows, max_tiles, pre_first, listed,
     D: tl.constexpr, F: tl.constexpr, DESCRIBED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy[token] @ down[e], and through SwiGLU: the gradient of pre, the gated hidden activation, and dgate.
 
     dgate holds one partial sum per COLUMNS of F and listed pair, which `sum_gate_gradient` adds. pre may be the memory
     of dpre. Behind the window's last pair come zeros to the end of its tile.
     """
-    width: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     tiles = tl.load(head_ptr + HEAD * window)
-    for item in range(tl.program_id(0), tiles * width, tl.num_programs(0)):
-        slot, n = _locate(item, tiles, width, GROUP)
-        expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
-        row = first + tl.arange(0, ROWS)
-        local = (row - window * window_rows).to(tl.int64)
-        dy_ptrs = dy_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
-        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, D, DEPTH):
-            down = _block(weight, expert * D, k, n * COLUMNS, D, F, DEPTH, COLUMNS, DESCRIBED)
-            acc = tl.dot(_columns(dy_ptrs, k, D, DEPTH), down, acc, input_precision="ieee")
+    for item in range(tl.program_id(0), tiles * FULL, tl.num_programs(0)):
+        slot, n = _locate(item, tiles, FULL, GROUP)
+        _hidden_gradient(
+            dy_ptr, weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr,
+            dgate_ptr + n.to(tl.int64) * listed, window, window_rows, max_tiles, pre_first, slot, tiles, n * COLUMNS,
+            D, F, DESCRIBED, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    if FULL * COLUMNS < F:
+        for slot in range(_next_program(tiles * FULL), tiles, tl.num_programs(0)):
+            _hidden_gradient(
+                dy_ptr, narrow_weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr,
+                dgate_ptr + tl.cast(FULL, tl.int64) * listed,
+                window, window_rows, max_tiles, pre_first, slot, tiles, FULL * COLUMNS,
+                D, F, DESCRIBED, ROWS, COLUMNS // 2, DEPTH,
+            )  # fmt: skip
 
-        gate = tl.load(gate_ptr + row, mask=row < end, other=0.0)
-        pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64) * 2 * F
-        dpre_ptrs, hidden_ptrs = dpre_ptr + local * 2 * F, hidden_ptr + local * F
-        written = row < tl.where(slot == tiles - 1, first + ROWS, end)
-        dgate = _swiglu_gradient(acc, gate, row < end, written, n * COLUMNS, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
-        tl.store(dgate_ptr + n.to(tl.int64) * listed + row, dgate, mask=row < end)
+
+@triton.jit
+def _hidden_gradient(
+    dy_ptr, weight, gate_ptr, token_ptr, tile_ptr, pre_ptr, dpre_ptr, hidden_ptr, dgate_ptr,
+    window, window_rows, max_tiles, pre_first, slot, tiles, column,
+    D: tl.constexpr, F: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # One tile, COLUMNS from `column` on.
+    expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
+    row = first + tl.arange(0, ROWS)
+    local = (row - window * window_rows).to(tl.int64)
+    dy_ptrs = dy_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, D, DEPTH):
+        down = _block(weight, expert * D, k, column, D, F, DEPTH, COLUMNS, DESCRIBED)
+        acc = tl.dot(_columns(dy_ptrs, k, D, DEPTH), down, acc, input_precision="ieee")
+
+    gate = tl.load(gate_ptr + row, mask=row < end, other=0.0)
+    pre_ptrs = pre_ptr + (row - pre_first).to(tl.int64) * 2 * F
+    dpre_ptrs, hidden_ptrs = dpre_ptr + local * 2 * F, hidden_ptr + local * F
+    written = row < tl.where(slot == tiles - 1, first + ROWS, end)
+    dgate = _swiglu_gradient(acc, gate, row < end, written, column, pre_ptrs, dpre_ptrs, hidden_ptrs, F)
+    tl.store(dgate_ptr + row, dgate, mask=row < end)
 
 
 @triton.jit
@@ -339,44 +392,63 @@ def sum_gate_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def weight_gradient(
-    rows, tokens_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows, E,
+    rows, narrow_rows, tokens_ptr, token_ptr, head_ptr, span_ptr, out_ptr, window, window_rows, E,
     M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr, DESCRIBED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[e] (M, N) over the expert's pairs; experts without pairs get zeros.
 
     For gate_up, where UP, rows^T @ tokens[token]: of dpre and x. For down, tokens[token]^T @ rows: of dy and hidden.
     The rows behind a DESCRIBED expert's meet zeros: they must be numbers.
     """
-    height: tl.constexpr = (M + ROWS - 1) // ROWS
     width: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     first_expert = tl.load(head_ptr + HEAD * window + 2)
-    experts = tl.load(head_ptr + HEAD * window + 3)
-    for item in range(tl.program_id(0), experts * height * width, tl.num_programs(0)):
-        expert = first_expert + item // (height * width)
-        m, n = _locate(item % (height * width), height, width, GROUP)
-        span = span_ptr + ENTRY * (window * E + expert)
-        low, high, what = tl.load(span), tl.load(span + 1), tl.load(span + 2)
-        if what != SKIP:
-            i = m * ROWS + tl.arange(0, ROWS)
-            j = n * COLUMNS + tl.arange(0, COLUMNS)
-            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for first in range(low, high, DEPTH):
-                row = first + tl.arange(0, DEPTH)
-                token = tl.load(token_ptr + row, mask=row < high, other=0)
-                base, end = first - window * window_rows, high - window * window_rows
-                if UP:
-                    left = _block(rows, 0, base, m * ROWS, end, M, DEPTH, ROWS, DESCRIBED)
-                    inside = (row < high)[:, None] & (j < N)[None, :]
-                    right = tl.load(tokens_ptr + (token[:, None] * N + j[None, :]), mask=inside, other=0.0)
-                else:
-                    inside = (row < high)[:, None] & (i < M)[None, :]
-                    left = tl.load(tokens_ptr + (token[:, None] * M + i[None, :]), mask=inside, other=0.0)
-                    right = _block(rows, 0, base, n * COLUMNS, end, N, DEPTH, COLUMNS, DESCRIBED)
-                acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
-            out_row = expert.to(tl.int64) * M + i
-            out_ptrs = out_ptr + out_row[:, None] * N + j[None, :]
-            inside = (i < M)[:, None] & (j < N)[None, :]
-            if what == ADD:
-                acc += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    items = tl.load(head_ptr + HEAD * window + 3) * FULL * width
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        m, n = _locate(item % (FULL * width), FULL, width, GROUP)
+        _weight_gradient(
+            rows, tokens_ptr, token_ptr, span_ptr, out_ptr, window, window_rows, E,
+            first_expert + item // (FULL * width), m * ROWS, n * COLUMNS,
+            M, N, UP, DESCRIBED, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    if FULL * ROWS < M:
+        for item in range(_next_program(items), items // FULL, tl.num_programs(0)):
+            _weight_gradient(
+                narrow_rows, tokens_ptr, token_ptr, span_ptr, out_ptr, window, window_rows, E,
+                first_expert + item // width, FULL * ROWS, item % width * COLUMNS,
+                M, N, UP, DESCRIBED, ROWS // 2, COLUMNS, DEPTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _weight_gradient(
+    rows, tokens_ptr, token_ptr, span_ptr, out_ptr, window, window_rows, E, expert, top, column,
+    M: tl.constexpr, N: tl.constexpr, UP: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # One tile, ROWS from `top` and COLUMNS from `column` on.
+    span = span_ptr + ENTRY * (window * E + expert)
+    low, high, what = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    if what != SKIP:
+        i = top + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(low, high, DEPTH):
+            row = first + tl.arange(0, DEPTH)
+            token = tl.load(token_ptr + row, mask=row < high, other=0)
+            base, end = first - window * window_rows, high - window * window_rows
+            if UP:
+                left = _block(rows, 0, base, top, end, M, DEPTH, ROWS, DESCRIBED)
+                inside = (row < high)[:, None] & (j < N)[None, :]
+                right = tl.load(tokens_ptr + (token[:, None] * N + j[None, :]), mask=inside, other=0.0)
+            else:
+                inside = (row < high)[:, None] & (i < M)[None, :]
+                left = tl.load(tokens_ptr + (token[:, None] * M + i[None, :]), mask=inside, other=0.0)
+                right = _block(rows, 0, base, column, end, N, DEPTH, COLUMNS, DESCRIBED)
+            acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+        out_row = expert.to(tl.int64) * M + i
+        out_ptrs = out_ptr + out_row[:, None] * N + j[None, :]
+        inside = (i < M)[:, None] & (j < N)[None, :]
+        if what == ADD:
+            acc += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -111,9 +111,20 @@ TILES = {
         down_gradient=Tile(128, 32, 8, 6),
     ),
     "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2, rows=64)] * 6),
-    "interpreted": Tiles(16, *[Tile(32, 16, 1, 1, rows=16)] * 6, described=True),
+    # Small, and so that widths of 36 and 48 have a narrow last tile.
+    "interpreted": Tiles(
+        rows=16,
+        up=Tile(64, 16, 1, 1, exact=True),
+        down=Tile(32, 16, 1, 1),
+        hidden_gradient=Tile(32, 16, 1, 1, exact=True),
+        rows_gradient=Tile(32, 16, 1, 1),
+        gate_up_gradient=Tile(32, 16, 1, 1, rows=64),
+        down_gradient=Tile(32, 16, 1, 1, rows=16),
+        described=True,
+    ),
 }
 FEW = 32  # tokens up to which they are few
+NARROW = 32  # columns of the narrowest block that may be cut to half
 GROUP = 8  # rows of tiles that are worked on together
 SUM_BLOCK = 1024
 
@@ -165,11 +176,13 @@ class Launcher:
     ) -> None:
         """Pre-activations of the pairs before `end`, into `pre`, whose row 0 is the pair `first`; hidden activation."""
         tile, columns = self.tiles.up, self.tiles.up.block(2 * self.F)
+        full, narrow = _cut(self.F, columns // 2)
         self._launch_rowwise(
             self.kernels.up_projection, tile, columns, 2 * self.F,
-            x_TD, self._matrix(gate_up_E2FD, columns // 2, tile.depth), self.gate_N, self.token_N,
-            self.head, self.tile, pre, pre if hidden_WF is None else hidden_WF,
-            w, self.W, self.max_tiles, first, end, D=self.D, F=self.F, HIDDEN=hidden_WF is not None,
+            x_TD, *self._matrices(gate_up_E2FD, (columns // 2, tile.depth), (narrow, tile.depth)),
+            self.gate_N, self.token_N, self.head, self.tile, pre, pre if hidden_WF is None else hidden_WF,
+            w, self.W, self.max_tiles, first, end,
+            D=self.D, F=self.F, HIDDEN=hidden_WF is not None, FULL=full,
         )  # fmt: skip
 
     def project(self, w: int, rows_WK: Tensor, weight: Tensor, out_WN: Tensor, up: bool = False) -> None:
@@ -204,11 +217,12 @@ class Launcher:
     ) -> None:  # fmt: skip
         """Gradients of pre-activations and gates, the latter in parts, and the gated hidden activation again."""
         tile, columns = self.tiles.hidden_gradient, self.tiles.hidden_gradient.block(self.F)
+        full, narrow = _cut(self.F, columns)
         self._launch_rowwise(
             self.kernels.hidden_gradient, tile, columns, self.F,
-            dy_TD, self._matrix(down_EDF, tile.depth, columns), self.gate_N, self.token_N,
-            self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
-            w, self.W, self.max_tiles, pre_first, part.shape[1], D=self.D, F=self.F,
+            dy_TD, *self._matrices(down_EDF, (tile.depth, columns), (tile.depth, narrow)),
+            self.gate_N, self.token_N, self.head, self.tile, pre, dpre_W2F, hidden_WF, part,
+            w, self.W, self.max_tiles, pre_first, part.shape[1], D=self.D, F=self.F, FULL=full,
         )  # fmt: skip
 
     def sum_gate_gradient(self, part: Tensor, dgate_N: Tensor) -> None:
@@ -223,11 +237,18 @@ class Launcher:
         E, M, N = out_EMN.shape
         tile = self.tiles.gate_up_gradient if up else self.tiles.down_gradient
         height, columns = min(tile.rows, max(16, _power_of_two(M))), tile.block(N)
+        full, narrow = _cut(M, height)
         self.kernels.weight_gradient[self._grid(tile, E * -(-M // height) * -(-N // columns))](
-            self._matrix(rows, tile.depth, height if up else columns), tokens, self.token_N,
-            self.head, self.span, out_EMN, w, self.W, E, M=M, N=N, UP=up, DESCRIBED=self.described,
+            *self._matrices(rows, *((tile.depth, width) for width in ((height, narrow) if up else (columns, columns)))),
+            tokens, self.token_N, self.head, self.span, out_EMN, w, self.W, E,
+            M=M, N=N, UP=up, DESCRIBED=self.described, FULL=full,
             ROWS=height, COLUMNS=columns, DEPTH=tile.depth, GROUP=GROUP, **tile.compiled,
         )  # fmt: skip
+
+    def _matrices(self, tensor: Tensor, *blocks: tuple[int, int]) -> "list[Tensor | TensorDescriptor]":
+        # Of each size of block; equal ones are one.
+        matrix = {block: self._matrix(tensor, *block) for block in blocks}
+        return [matrix[block] for block in blocks]
 
     def _matrix(self, tensor: Tensor, height: int, width: int) -> "Tensor | TensorDescriptor":
         """What a kernel reads blocks of this size from: the matrix of a tensor's last dimension."""
@@ -267,6 +288,17 @@ def _block(width: int, largest: int) -> int:
     while block > 16 and 8 * -(-width // block) * block > 9 * width:
         block //= 2
     return block // 2 if block >= 256 and width % block and width % (block // 2) == 0 else block
+
+
+def _cut(width: int, block: int) -> tuple[int, int]:
+    """Full blocks of a width, and the size of one that follows them: half, where half is enough for what remains.
+
+    Else none follows, and what remains takes one more full block.
+    """
+    whole, rest = divmod(width, block)
+    if rest and rest <= block // 2 and block >= NARROW:
+        return whole, block // 2
+    return whole + (rest > 0), block
 
 
 def _power_of_two(n: int) -> int:
