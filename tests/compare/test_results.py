@@ -347,8 +347,16 @@ def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool
     folder.summary.unlink()
     with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
         pool.state(run)
-    on_a_gpu = Pool(pool.path, "fingerprint", bfloat16=True)  # another result, therefore another run
-    assert on_a_gpu.state(run) == "not started"
+
+
+@pytest.mark.parametrize(("said", "gpu"), [("float32", False), ("bfloat16", True)])
+def test_a_run_is_the_same_whether_its_type_is_said_or_its_devices_own(said, gpu, trial, pool, tmp_path):
+    one = Pool(tmp_path, "fingerprint", bfloat16=gpu)
+    finish(one, trial.runs[0], 4.0, 1.0)
+    explicit = experiment_from_dict(EXPERIMENT | {"base": {"steps": 100, "dtype": said}}, "trial", "trial.yaml").runs[0]
+    for anywhere in (Pool(tmp_path, "fingerprint"), Pool(tmp_path, "fingerprint", bfloat16=True)):
+        assert anywhere.summary(explicit)["validation_loss"] == 4.0
+    assert Pool(tmp_path, "fingerprint", bfloat16=not gpu).state(trial.runs[0]) == "not started"  # another result
 
 
 def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(trial, pool, tmp_path):

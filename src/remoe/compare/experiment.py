@@ -92,7 +92,7 @@ def with_steps(run: Run, steps: int, suffix: str) -> Run:
     """The same run with another number of steps and `suffix` behind its label."""
     options = {**run.options, "steps": steps}
     config = config_from_dict(options, run.label)
-    return Run(run.variant, run.point, run.seed, steps, run.label + suffix, options, config, _key(config))
+    return Run(run.variant, run.point, run.seed, steps, run.label + suffix, options, config, key_of(config))
 
 
 @dataclass
@@ -304,10 +304,11 @@ def _run(experiment: Experiment, name: str, point: Point, seed: int) -> Run:
     place = f"variant {name}" + (f" at {describe(point)}" if point else "")
     config = config_from_dict(options, f"experiment {experiment.name}, {place}")
     options["steps"] = config.steps
-    return Run(name, point, seed, config.steps, _label(config, own), options, config, _key(config))
+    return Run(name, point, seed, config.steps, _label(config, own), options, config, key_of(config))
 
 
-def _key(config: TrainConfig) -> str:
+def key_of(config: TrainConfig) -> str:
+    """A run's key, for the options alone."""
     defaults = dict(flatten(config_from_dict({"preset": config.preset}, "preset").to_dict()))
     named = {name: getattr(config, name) for name in ("preset", "router", "steps", "seed")}
     changed = {

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from remoe.compare.experiment import Run
+from remoe.compare.experiment import Run, key_of
 from remoe.compare.record import RunRecord, ZeroShot, course_of, options_of, record_of
 from remoe.data import Dataset
 from remoe.errors import ConfigError
@@ -75,8 +75,12 @@ class Pool:
         return self._names.get(key, f"{run.label}-{key}")
 
     def _hash(self, run: Run) -> str:
-        kind = " bfloat16" if self._bfloat16 and run.config.dtype == "auto" else ""
-        return hashlib.sha256(f"{run.key} {self._data}{kind}".encode()).hexdigest()[:HASH_LENGTH]
+        # A run is the same whether its type is said or is its device's own.
+        dtype, key = run.config.dtype, run.key
+        if dtype != "auto":
+            key = key_of(replace(run.config, dtype="auto"))
+        kind = " bfloat16" if dtype == "bfloat16" or (dtype == "auto" and self._bfloat16) else ""
+        return hashlib.sha256(f"{key} {self._data}{kind}".encode()).hexdigest()[:HASH_LENGTH]
 
     def _list(self) -> None:
         """Finds the names that runs have; once a second, because a moving table asks for all of them all the time."""
@@ -226,6 +230,8 @@ def _zero_shot(folder: RunFolder, tasks: Tasks, device: str, known: ZeroShot | N
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:
     asked = options_of(run.config)
     for name, old in options.items():  # an option that came later had its default
+        if name == "dtype":  # part of the hash, by what it means
+            continue
         # Old records have a router's default where the model's option of the same name was what counted.
         ours = options.get(name.replace("router_options.", "model."), old)
         if (new := asked.get(name)) not in (old, ours):
