@@ -356,6 +356,9 @@ def test_a_run_is_the_same_whether_its_type_is_said_or_its_devices_own(said, gpu
     explicit = experiment_from_dict(EXPERIMENT | {"base": {"steps": 100, "dtype": said}}, "trial", "trial.yaml").runs[0]
     for anywhere in (Pool(tmp_path, "fingerprint"), Pool(tmp_path, "fingerprint", bfloat16=True)):
         assert anywhere.summary(explicit)["validation_loss"] == 4.0
+    one.folder(trial.runs[0]).summary.unlink()
+    with pytest.raises(ConfigError, match=f"trained with dtype auto, now {said} is asked for"):
+        one.state(explicit)  # unfinished, it would go on with what auto means on another device
     assert Pool(tmp_path, "fingerprint", bfloat16=not gpu).state(trial.runs[0]) == "not started"  # another result
 
 

@@ -11,7 +11,7 @@ from remoe.routing.assignment import Assignment
 
 SHAPES = {
     "odd": (63, 60, 36, 5, 0.4),
-    "even": (63, 64, 48, 5, 0.4),
+    "even": (63, 80, 48, 5, 0.4),
     "one token": (1, 60, 36, 5, 0.5),
     "one expert": (63, 60, 36, 1, 0.5),
     "all on": (63, 60, 36, 5, 1.0),

@@ -47,7 +47,10 @@ def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int
     if hasattr(experts, "_is_expert_parallel"):  # then it knows pairs of experts that it does not have, and skips them
         experts._is_expert_parallel, absent = True, size.E
     layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent)
-    for name, experts in (("scattermoe", _scattermoe_experts), ("megablocks", _megablocks_experts)):
+    others = {"scattermoe": _scattermoe_experts}
+    if find_spec("grouped_gemm") and relu.weight.dtype == torch.bfloat16:  # which megablocks needs
+        others["megablocks"] = _megablocks_experts
+    for name, experts in others.items():
         if device.type == "cuda" and find_spec(name):
             layers[name] = _TopK(size, experts(size, size.k))
             layers[f"{name}, relu load"] = _Padded(relu, slots, experts(size, slots))

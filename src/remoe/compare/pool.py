@@ -147,7 +147,9 @@ class Pool:
             except (FileNotFoundError, ValueError):  # half a file: killed while it was written
                 return None
             found = RunRecord(options_of(folder.load_config()), summary, course_of(read_metrics(folder.metrics)), None)
-        _check_same(run, found.options, path if recorded else folder.path)
+        # The hash says which type it had; an unfinished run would go on by the word, on whatever device.
+        options = {name: value for name, value in found.options.items() if name != "dtype"}
+        _check_same(run, options, path if recorded else folder.path)
         if recorded:  # else some process will make it
             self._records[run.key] = found
         return found
@@ -230,8 +232,6 @@ def _zero_shot(folder: RunFolder, tasks: Tasks, device: str, known: ZeroShot | N
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:
     asked = options_of(run.config)
     for name, old in options.items():  # an option that came later had its default
-        if name == "dtype":  # part of the hash, by what it means
-            continue
         # Old records have a router's default where the model's option of the same name was what counted.
         ours = options.get(name.replace("router_options.", "model."), old)
         if (new := asked.get(name)) not in (old, ours):

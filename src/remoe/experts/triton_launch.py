@@ -111,7 +111,7 @@ TILES = {
         down_gradient=Tile(128, 32, 8, 6),
     ),
     "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2, rows=64)] * 6),
-    # Small, and so that widths of 36 and 48 have a narrow last tile.
+    # Small, and so that F = 36 and F = 48 have a narrow last tile, and D = 80.
     "interpreted": Tiles(
         rows=16,
         up=Tile(64, 16, 1, 1, exact=True),
@@ -119,7 +119,7 @@ TILES = {
         hidden_gradient=Tile(32, 16, 1, 1, exact=True),
         rows_gradient=Tile(32, 16, 1, 1),
         gate_up_gradient=Tile(32, 16, 1, 1, rows=64),
-        down_gradient=Tile(32, 16, 1, 1, rows=16),
+        down_gradient=Tile(32, 16, 1, 1, rows=32),
         described=True,
     ),
 }
