@@ -82,7 +82,7 @@ def compiled(name, args, named, capability):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted here")
 @pytest.mark.parametrize(
     ("tiles", "T", "F"),
-    [("large", 256, 704), ("large", 256, 700), ("large, few", 16, 704), ("small", 256, 704), ("float32", 256, 704)],
+    [("large", 256, 704), ("large", 256, 700), ("large, few", 16, 712), ("small", 256, 712), ("float32", 256, 712)],
 )
 def test_every_kernel_compiles_and_fits(tiles, T, F, monkeypatch):
     seen = {}
