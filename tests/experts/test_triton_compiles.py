@@ -15,7 +15,7 @@ from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.experts import triton as backend
-from remoe.experts import triton_kernels, triton_launch
+from remoe.experts import triton_kernels, triton_launch, triton_plan
 
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
@@ -24,7 +24,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
-    """Stands for the kernels' module and remembers launches instead of making them."""
+    """Stands for the kernels' modules and remembers launches instead of making them."""
 
     def __init__(self):
         self.launches = []
@@ -49,7 +49,8 @@ def launches(tiles, T, D, F, E, monkeypatch):
     count_E, pre_C2F = torch.full((E,), T), x_TD.new_zeros(T, 2 * F)
     monkeypatch.setattr(triton_launch, "_device", lambda *_: (triton_launch.TILES[tiles], 132))
     recorder = Recorder()
-    monkeypatch.setattr("remoe.experts.triton_kernels", recorder, raising=False)
+    for module in ("triton_kernels", "triton_plan"):
+        monkeypatch.setattr(f"remoe.experts.{module}", recorder, raising=False)
     monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", T)  # the second window is computed again
     backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, T)
     backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, pre_C2F)
@@ -57,7 +58,7 @@ def launches(tiles, T, D, F, E, monkeypatch):
 
 
 def compiled(name, args, named, capability):
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_kernels if hasattr(triton_kernels, name) else triton_plan, name)
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
     assert set(values) == set(names), name

@@ -1,4 +1,4 @@
-"""Experts in Triton kernels of this package: `triton_kernels.py`.
+"""Experts in Triton kernels of this package: `triton_plan.py` and `triton_kernels.py`.
 
 Forward: up projection with the gather of the tokens before it and SwiGLU and the gate behind it; down projection;
 combine. Backward: gradient of the hidden activation with the gather before it and SwiGLU's derivative behind it; both

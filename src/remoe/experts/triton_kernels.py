@@ -1,7 +1,7 @@
 """Triton kernels of ragged experts: the pairs are read where they lie, nothing is padded, nothing waits for the host.
 
 Only the device knows how many pairs there are, so every grid is as large as the machine, not as the load: its programs
-share the tiles that exist and end at once when there are none. `plan_windows` finds out which tiles exist.
+share the tiles that exist and end at once when there are none. `triton_plan.py` finds out which tiles exist.
 
 Sums are float32, each in one program and in a fixed order: two runs agree bit for bit.
 
@@ -15,83 +15,10 @@ scratch memory count from the slice's start. A tile is at most ROWS pairs of one
 import triton
 import triton.language as tl
 
-# What a window has to do with an expert's weight gradient.
-SKIP = tl.constexpr(0)
-STORE = tl.constexpr(1)
-ADD = tl.constexpr(2)  # the expert began in an earlier window
-# Entries of one window in `head`: tiles, pairs, first expert, number of experts.
-HEAD = tl.constexpr(4)
-# Entries of one tile in `tile`: expert, first pair, end; and of one expert in `span`: first pair, end, SKIP to ADD.
-ENTRY = tl.constexpr(3)
-# These differ from call to call; compiling anew for some of their values would not pay.
+from remoe.experts.triton_plan import ADD, ENTRY, HEAD, SKIP, tile_at
+
+# As in `triton_plan.py`.
 VARYING = ("window", "window_rows", "max_tiles", "pre_first", "pre_end", "T", "E", "listed")
-
-
-@triton.jit(do_not_specialize=VARYING)
-def plan_windows(
-    count_ptr, head_ptr, tile_ptr, span_ptr, window_rows, max_tiles, E,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of every window and the pairs that each expert has in it. Grid: (windows, E)."""
-    window = tl.program_id(0)
-    mine = tl.program_id(1)
-    e = tl.arange(0, EXPERTS)
-    count = tl.load(count_ptr + e, mask=e < E, other=0).to(tl.int32)
-    end = tl.cumsum(count, 0)
-    start = end - count
-    window_first = window * window_rows
-    window_end = window_first + window_rows
-    low = tl.maximum(start, window_first)
-    pairs = tl.maximum(tl.minimum(end, window_end) - low, 0)
-    tiles = (pairs + ROWS - 1) // ROWS
-
-    if mine == 0:
-        first_expert = tl.sum(((e < E) & (end <= window_first)).to(tl.int32))
-        last_expert = tl.sum(((e < E) & (start < window_end)).to(tl.int32))
-        head = head_ptr + HEAD * window
-        tl.store(head, tl.sum(tiles))
-        tl.store(head + 1, tl.sum(pairs))
-        # The first window also sees to the experts without any pairs.
-        tl.store(head + 2, tl.where(window == 0, 0, first_expert))
-        tl.store(head + 3, tl.where(window == 0, E, tl.maximum(last_expert - first_expert, 0)))
-
-    my_low = tl.sum(tl.where(e == mine, low, 0))
-    my_pairs = tl.sum(tl.where(e == mine, pairs, 0))
-    my_count = tl.sum(tl.where(e == mine, count, 0))
-    my_start = tl.sum(tl.where(e == mine, start, 0))
-    tiles_before = tl.sum(tl.where(e < mine, tiles, 0))
-    empty = tl.where((window == 0) & (my_count == 0), STORE, SKIP)
-    span = span_ptr + ENTRY * (window * E + mine)
-    tl.store(span, my_low)
-    tl.store(span + 1, my_low + my_pairs)
-    tl.store(span + 2, tl.where(my_pairs > 0, tl.where(my_start < window_first, ADD, STORE), empty))
-    for base in range(0, my_pairs, SLOTS * ROWS):
-        offset = base + tl.arange(0, SLOTS) * ROWS
-        first = my_low + offset
-        tile = tile_ptr + ENTRY * (window * max_tiles + tiles_before + offset // ROWS)
-        tl.store(tile, mine, mask=offset < my_pairs)
-        tl.store(tile + 1, first, mask=offset < my_pairs)
-        tl.store(tile + 2, tl.minimum(first + ROWS, my_low + my_pairs), mask=offset < my_pairs)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def place_pairs(
-    token_ptr, head_ptr, tile_ptr, pair_ptr, max_tiles, E, ROWS: tl.constexpr
-):  # fmt: skip
-    """pair[token, expert] = the pair's place in the list. Grid: (max_tiles, windows)."""
-    slot = tl.program_id(0)
-    window = tl.program_id(1)
-    if slot < tl.load(head_ptr + HEAD * window):
-        expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
-        row = first + tl.arange(0, ROWS)
-        token = tl.load(token_ptr + row, mask=row < end, other=0)
-        tl.store(pair_ptr + token * E + expert, row, mask=row < end)
-
-
-@triton.jit
-def _tile(tile_ptr, window, max_tiles, slot):
-    tile = tile_ptr + ENTRY * (window * max_tiles + slot)
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
 
 
 @triton.jit
@@ -179,7 +106,7 @@ def _up_projection(
     ROWS: tl.constexpr, HALF: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     # One tile, HALF columns of gate and up from `column` on.
-    expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
+    expert, first, end = tile_at(tile_ptr, window, max_tiles, slot)
     row = first + tl.arange(0, ROWS)
     # Rows behind the tile read token 0 and are not stored.
     x_ptrs = x_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D
@@ -218,7 +145,7 @@ def project(
     # Flattened, a program reads its next tile's blocks while it writes the last one's.
     for item in tl.range(tl.program_id(0), tiles * width, tl.num_programs(0), flatten=DESCRIBED):
         slot, n = _locate(item, tiles, width, GROUP)
-        expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
+        expert, first, end = tile_at(tile_ptr, window, max_tiles, slot)
         low, high = first - window * window_rows, end - window * window_rows
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, K, DEPTH):
@@ -321,7 +248,7 @@ def _hidden_gradient(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     # One tile, COLUMNS from `column` on.
-    expert, first, end = _tile(tile_ptr, window, max_tiles, slot)
+    expert, first, end = tile_at(tile_ptr, window, max_tiles, slot)
     row = first + tl.arange(0, ROWS)
     local = (row - window * window_rows).to(tl.int64)
     dy_ptrs = dy_ptr + tl.load(token_ptr + row, mask=row < end, other=0) * D

@@ -1,4 +1,4 @@
-"""Launches of the kernels in `triton_kernels.py`: tile sizes, grids and the tables of one call.
+"""Launches of the kernels in `triton_plan.py` and `triton_kernels.py`: tile sizes, grids and the tables of one call.
 
 Tile sizes are a table and not found by trials on the first call: trials would wait for the device, delay the start,
 and let two runs differ.
@@ -141,7 +141,7 @@ class Launcher:
         self, x_TD: Tensor, down_EDF: Tensor, gate_N: Tensor, token_N: Tensor, count_E: Tensor, pair_TE: Tensor | None,
         slices: list[range],
     ) -> None:  # fmt: skip
-        from remoe.experts import triton_kernels
+        from remoe.experts import triton_kernels, triton_plan
 
         self.kernels = triton_kernels
         self.tiles, self.processors = _device(x_TD.device, x_TD.dtype, x_TD.shape[0] <= FEW)
@@ -160,13 +160,13 @@ class Launcher:
         shapes = (4,), (self.max_tiles, 3), (self.E, 3)
         integers = {"dtype": torch.int32, "device": x_TD.device}
         self.head, self.tile, self.span = (torch.empty(len(slices), *shape, **integers) for shape in shapes)
-        self.kernels.plan_windows[len(slices), self.E](
+        triton_plan.plan_windows[len(slices), self.E](
             count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles, self.E,
             EXPERTS=_power_of_two(self.E), ROWS=self.rows, SLOTS=128,
         )  # fmt: skip
         if pair_TE is None:
             pair_TE = torch.full((self.T, self.E), -1, **integers)
-            self.kernels.place_pairs[self.max_tiles, len(slices)](
+            triton_plan.place_pairs[self.max_tiles, len(slices)](
                 self.token_N, self.head, self.tile, pair_TE, self.max_tiles, self.E, ROWS=self.rows
             )
         self.pair_TE = pair_TE
