@@ -80,7 +80,7 @@ class _Padded(nn.Module):
 
 
 class _TopK(nn.Module):
-    """A softmax router before such experts."""
+    """A softmax router before experts that take exactly k for every token, called as those of `_Padded`."""
 
     def __init__(self, size: Size, experts: nn.Module) -> None:
         super().__init__()
