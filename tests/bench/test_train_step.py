@@ -6,7 +6,8 @@ import json
 import pytest
 
 from remoe.bench import train_step as module
-from remoe.bench.train_step import REFERENCE, TrainStepOptions, train_step
+from remoe.bench.train_step import REFERENCE, TrainStepOptions, TrainStepResult, train_step
+from remoe.cli.main import main
 from remoe.errors import ConfigError
 
 SMALL = {
@@ -34,6 +35,17 @@ def test_rows_of_ours_and_of_the_reference(corpus):
     assert reference["ratio_to_reference"] == 1
     assert result.rows[1]["sparsity"] == 0.75
     json.dumps({"rows": result.rows, "details": result.details})
+
+
+def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, capsys):
+    row = {"name": "remoe relu", "tokens_per_second": 9.0, "ms_per_step": 1.0, "ratio_to_reference": 2.0}
+    result = TrainStepResult([row | {"sparsity": None}], {"steps": 5})
+    monkeypatch.setattr(module, "train_step", lambda options: result)
+    assert main(["bench", "train-step", "--out", str(tmp_path / "step.json")]) == 0
+    assert "remoe relu" in capsys.readouterr().out
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert (written["rows"], written["details"]) == (result.rows, result.details)
+    assert written["machine"]["torch"]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def train_step_command(argv: list[str]) -> int:
     _write(
         arguments,
         {
-            "machine": machine(pick_device(arguments.config.get("device", "auto"))),
+            "machine": machine(pick_device("auto")),
             "rows": result.rows,
             "details": result.details,
         },
