@@ -111,7 +111,7 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if mask is None else mask.reshape(-1).bool()
         ids_T = None if token_ids is None else token_ids.reshape(-1)
-        seq_len = x.shape[-2] if x.ndim > 1 else 1
+        seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
         routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)
         if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
             routing = routing.pruned(self.gate_threshold, self.max_experts)

@@ -11,6 +11,7 @@ import sys
 import pytest
 from tiny_run import FLAGS
 
+import remoe
 from remoe.cli.main import COMMANDS, main
 from remoe.data import PrepareOptions, prepare
 from remoe.routing import ROUTERS
@@ -80,6 +81,18 @@ def test_sweep_of_thresholds_trades_experts_for_loss(run, tmp_path, capsys):
     assert json.loads(figures.read_text())["points"][0]["active_experts"] == 0
     assert main(["eval", str(run), "--max-experts", "1", "--json", str(figures)]) == 0
     assert 4 * (1 - json.loads(figures.read_text())["all"]["sparsity"]) <= 1
+
+
+def test_a_sweep_of_a_model_that_is_closed_has_nothing_to_leave_out(run, tmp_path, capsys):
+    closed = tmp_path / "run"
+    shutil.copytree(run, closed)
+    checkpoint = RunFolder(closed).last_checkpoint()
+    model = remoe.RemoeForCausalLM.from_pretrained(checkpoint)
+    for layer in model.model.layers:
+        layer.mlp.router.weight.data.zero_()
+    model.save_pretrained(checkpoint)
+    assert main(["eval", str(closed), "--sweep-threshold", "auto"]) == 2
+    assert "no expert is on for any token" in capsys.readouterr().err
 
 
 def test_eval_of_quantised_weights(run, tmp_path, capsys):
@@ -254,12 +267,21 @@ def test_a_group_lists_its_own_commands(arguments, capsys):
     assert all((f"  {name} " in out) == name.startswith(arguments[0]) for name in COMMANDS)
 
 
-@pytest.mark.parametrize("flags", [["--router", "reluu"], ["--router-options", "a", "1"], ["--device", "abacus"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--router", "reluu"],
+        ["--router-options", "a", "1"],
+        ["--device", "abacus"],
+        ["--device", "cpu", "--model.experts-backend", "triton"],
+    ],
+)
 def test_what_cannot_be_trained_is_found_before_any_data_is_prepared(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("remoe.training.run.default_dataset", lambda *_: pytest.fail("prepares data"))
     assert main(["train", *flags]) == 2
-    assert "error: unknown" in (error := capsys.readouterr().err) or "has no option 'a'" in error
+    error = capsys.readouterr().err
+    assert any(words in error for words in ("error: unknown", "has no option 'a'", "'triton' cannot run here"))
 
 
 @pytest.mark.parametrize(

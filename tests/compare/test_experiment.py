@@ -43,6 +43,7 @@ def test_a_key_names_what_is_computed_and_nothing_else():
     others = [key(num_experts=4), key(optim={"lr": 1e-3}), key(steps=9), key(router_options={"gate_scale": 2})]
     assert len({plain, *others}) == 5
     assert plain != key(preset="mini")
+    assert key(router_options={"gate_scale": 2}) == key(router_options={"gate_scale": 2.0})
 
 
 def test_everything_has_a_default():

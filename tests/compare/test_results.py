@@ -3,65 +3,23 @@
 import json
 from dataclasses import replace
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
+from finished_run import EXPERIMENT, finish
 
 from remoe.analysis.collect import RoutingRecord
 from remoe.analysis.summary import RoutingFigures, RoutingSummary, routing_of
 from remoe.compare.budget import matches, steps_for
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.live import Live
+from remoe.compare.output import write
 from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
 from remoe.compare.record import RunRecord, ZeroShot, options_of
 from remoe.compare.report import markdown
 from remoe.compare.results import Results, results
-from remoe.errors import ConfigError
-
-EXPERIMENT = {
-    "title": "Trial",
-    "base": {"steps": 100},
-    "seeds": [0, 1],
-    "variants": {
-        "relu": {},
-        "topk": {"router": "topk"},
-        "near": {"router": "hash"},
-        "wide": {"router": "dense_wide", "equal_flops": False, "seeds": [0]},
-    },
-}
-
-
-def finish(pool, run, loss, flops, sparsities=None, speed=50.0):
-    """A finished run; S of its steps is 0.875 unless given."""
-    folder = pool.folder(run)
-    folder.path.mkdir(parents=True)
-    folder.config.write_text(yaml.safe_dump(run.config.to_dict()))
-    course = enumerate(sparsities or [0.875] * run.steps, 1)
-    folder.metrics.write_text(
-        "".join(json.dumps({"step": i, "sparsity": s, "tokens_per_second": speed}) + "\n" for i, s in course)
-    )
-    part = {"loss": loss, "sparsity": 0.875}
-    summary = {
-        "steps": run.steps, "validation_loss": loss, "validation": {"all": part, "code": {"loss": loss + 1}},
-        "total_parameters": 9, "active_parameters": 2, "tokens": 10 * run.steps, "flops": flops,
-        "machine": {"cpu": "one" if run.seed else "other", "date": f"2030-01-0{1 + run.seed}"},
-        "target_sparsity": 0.875,
-        "flops_per_token": flops / (10 * run.steps), "tokens_per_second": 50.0, "peak_memory_bytes": 2**30,
-        "settling_step": 7 if run.seed else None, "seconds": 60.0, "router": run.config.router,
-    }  # fmt: skip
-    folder.summary.write_text(json.dumps(summary))
-
-
-@pytest.fixture
-def pool(tmp_path):
-    return Pool(tmp_path, "fingerprint")
-
-
-@pytest.fixture
-def trial():
-    return experiment_from_dict(EXPERIMENT, "trial", "trial.yaml")
 
 
 def test_the_cheaper_run_gets_as_many_steps_as_cost_the_same(trial, pool):
@@ -235,7 +193,7 @@ def test_a_penalty_that_still_rises_steers_nothing_yet(trial, pool):
         "late": [record({}, None, sparsity=[0.5] * 4 + [0.8, 0.8], **rising)],
         "short": [record({"seed": 3}, None, sparsity=[0.5] * 6, **rising)],
         "fades": [record({}, None, sparsity=[0.5] * 2 + [0.8] * 4, **{"lambda": [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]})],
-        "all": [record({"target_sparsity": 0.0}, None, sparsity=[0.5] * 6)],  # wants every pair
+        "all": [record({"target_sparsity": 0.0}, None, sparsity=[0.5] * 6, reg_loss=[0.0] * 6)],  # wants every pair
     }
     records["held"] = [replace(records["short"][0], options={"seed": 3, "sparsity.rule": "none"})]
     text = markdown(trial, results(trial, pool), records, {}, "Data.")
@@ -310,6 +268,91 @@ def test_zero_shot_accuracies_are_those_of_as_many_rows(trial, pool):
     assert "| topk | 1 | 500 | 0.250 | 0.250 |" in text
 
 
+@pytest.mark.parametrize(
+    ("tasks", "header", "relu", "topk", "guessing"),
+    [
+        (("piqa", "arc"), "mean", "0.400 | 0.600 | 0.500", "0.500 | 0.500 | 0.500", "0.500 | 0.250 | 0.375"),
+        (("piqa",), "mean of piqa", "0.400 | 0.600 | 0.400", "0.500 |  | 0.500", "0.500 | 0.250 | 0.500"),
+        (("boolq",), "mean of none", "0.400 | 0.600 |  | ", " |  | 0.500 | ", "0.500 | 0.250 | 0.500 | "),
+    ],
+)
+def test_the_mean_accuracy_is_over_the_tasks_that_all_have(tasks, header, relu, topk, guessing, trial, pool):
+    accuracy = {"relu": {"piqa": 0.4, "arc": 0.6}, "topk": dict.fromkeys(tasks, 0.5)}
+    for run in trial.runs[:2]:
+        finish(pool, run, 4.0, 1000.0)
+        found = {
+            task: {"acc": a, "chance": 0.25 if task == "arc" else 0.5} for task, a in accuracy[run.variant].items()
+        }
+        known = RunRecord(options_of(run.config), pool.summary(run), {"step": [100], "sparsity": [0.875]}, None)
+        replace(known, zero_shot=ZeroShot(None, found)).save(pool.record_file(run))
+    text = markdown(trial, results(trial, Pool(pool.path, "fingerprint")), {}, {}, "Data.")
+    assert f" | {header} |\n" in text
+    for line in (f"| relu | 1 | all | {relu} |", f"| topk | 1 | all | {topk} |", f"| guessing |  |  | {guessing} |"):
+        assert line in text
+
+
+def test_what_does_not_compare_is_said(pool):
+    variants = {"relu": {}, "choice": {"router": "expert_choice", "router_options": {"causal_evaluation": False}}}
+    variants["own"] = {"router": "lory", "router_options": {"first_segment": "own"}}
+    trial = experiment_from_dict({"base": {"steps": 100}, "variants": variants}, "trial", "trial.yaml")
+    for run in trial.runs:
+        finish(pool, run, 4.0, 1000.0)
+    text = markdown(trial, results(trial, pool), {}, {}, "Data.")
+    notes = [line for line in text.split("\n") if line.startswith("**Note:** tokens of")]
+    assert [note.split()[3] for note in notes] == ["choice", "own"]
+
+
+def test_every_seed_that_misses_its_budget_is_named(trial, pool):
+    for run in trial.runs:
+        finish(pool, run, 4.0, {"topk": 800.0}.get(run.variant, 1000.0))
+    for match in matches(trial, pool):
+        if match.run.steps != 100:
+            finish(pool, match.run, 4.0, 1050.0 if match.run.seed else 950.0)  # their mean is the budget
+    text = markdown(trial, results(trial, pool), {}, {}, "Data.")
+    assert "**Note:** topk at equal FLOPs spent 0.950, 1.050 times the budget" in text
+
+
+def test_a_figure_of_first_seeds_leaves_out_a_system_whose_first_is_missing(trial, pool, tmp_path, monkeypatch):
+    for run in trial.runs:
+        if run.variant == "topk" or (run.variant == "relu" and run.seed):
+            finish(pool, run, 4.0, 1000.0)
+            known = RunRecord(options_of(run.config), pool.summary(run), {"step": [100], "sparsity": [0.875]}, None)
+            known.save(pool.record_file(run))
+    drawn = {}
+    monkeypatch.setattr("remoe.compare.output.draw", lambda _, __, records, folder: folder.mkdir() or drawn | records)
+    monkeypatch.setattr("remoe.compare.output._remove_others", lambda folder, _: None)
+    monkeypatch.setattr("remoe.compare.output.markdown", lambda _, __, records, shown, ___: f"{[*records]} {[*shown]}")
+    half = SimpleNamespace(num_tokens=9)
+    data = SimpleNamespace(fingerprint="fingerprint", domains=["code"], train=half, validation=half)
+    report = write(trial, Pool(pool.path, "fingerprint"), data, tmp_path / "out", "cpu")
+    assert report.read_text() == "['topk', 'relu'] ['topk']"
+
+
+def test_one_run_of_several_points_is_missing_once(pool):
+    asked = {"variants": {"relu": {"num_experts": 4}}, "axes": {"num_experts": [4, 8, 16]}, "base": {"steps": 5}}
+    assert results(experiment_from_dict(asked, "x", "x"), pool).missing == ["tiny-relu-num_experts4-seed0"]
+
+
+def test_a_seed_whose_summary_has_less_does_not_stop_the_report(trial, pool):
+    for run in trial.runs:
+        finish(pool, run, 4.0, 1000.0)
+        if run.seed:
+            summary = json.loads(pool.folder(run).summary.read_text())
+            del summary["machine"]
+            pool.folder(run).summary.write_text(json.dumps(summary))
+    assert results(trial, pool).machines == ["cpu other", "not recorded"]
+
+
+def test_a_model_without_stages_spends_no_time_before_the_third(trial, pool):
+    run = next(run for run in trial.runs if run.variant == "wide")
+    finish(pool, run, 4.0, 1000.0)
+    folder = pool.folder(run)
+    folder.summary.write_text(json.dumps(json.loads(folder.summary.read_text()) | {"target_sparsity": 0.0}))
+    (row,) = results(trial, pool).equal_tokens
+    assert row.minutes is not None
+    assert row.dense_minutes is None
+
+
 def test_the_course_of_s_and_the_time_of_its_stages(trial, pool):
     course = [0.5] * 40 + [0.7] * 20 + [0.87, 0.88] * 20
     longer = experiment_from_dict({**EXPERIMENT, "base": {"steps": 102}}, "trial", "trial.yaml")
@@ -320,76 +363,3 @@ def test_the_course_of_s_and_the_time_of_its_stages(trial, pool):
     assert row.dense_minutes == pytest.approx(60 * 2 / 60)
     assert (row.late_sparsity, row.late_deviation) == pytest.approx((0.8, stdev([0.9, 0.7])))
     assert results(trial, pool).equal_tokens == []
-
-
-def test_a_run_under_another_label_is_found(pool):
-    one = experiment_from_dict({"variants": {"a": {"num_experts": 4}}, "base": {"steps": 5}}, "one", "one")
-    two = experiment_from_dict({"variants": {"b": {}}, "base": {"num_experts": 4, "steps": 5}}, "two", "two")
-    assert one.runs[0].label != two.runs[0].label
-    finish(pool, one.runs[0], 4.0, 1.0)
-    assert Pool(pool.path, "fingerprint").summary(two.runs[0])["validation_loss"] == 4.0
-    assert Pool(pool.path, "other data").summary(two.runs[0]) is None
-
-
-def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool):
-    run = trial.runs[0]
-    finish(pool, run, 4.0, 1.0)
-    folder = pool.folder(run)
-    whole = folder.summary.read_text()
-    folder.summary.write_text(whole[:40])
-    assert pool.state(run) == "unfinished"
-    folder.summary.write_text(whole)
-    config = run.config.to_dict()
-    config["optim"]["beta2"] = 0.5  # as if the preset had had this when the run was made
-    folder.config.write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
-        pool.summary(run)
-    folder.summary.unlink()
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
-        pool.state(run)
-
-
-@pytest.mark.parametrize(("said", "gpu"), [("float32", False), ("bfloat16", True)])
-def test_a_run_is_the_same_whether_its_type_is_said_or_its_devices_own(said, gpu, trial, pool, tmp_path):
-    one = Pool(tmp_path, "fingerprint", bfloat16=gpu)
-    finish(one, trial.runs[0], 4.0, 1.0)
-    explicit = experiment_from_dict(EXPERIMENT | {"base": {"steps": 100, "dtype": said}}, "trial", "trial.yaml").runs[0]
-    for anywhere in (Pool(tmp_path, "fingerprint"), Pool(tmp_path, "fingerprint", bfloat16=True)):
-        assert anywhere.summary(explicit)["validation_loss"] == 4.0
-    one.folder(trial.runs[0]).summary.unlink()
-    with pytest.raises(ConfigError, match=f"trained with dtype auto, now {said} is asked for"):
-        one.state(explicit)  # unfinished, it would go on with what auto means on another device
-    assert Pool(tmp_path, "fingerprint", bfloat16=not gpu).state(trial.runs[0]) == "not started"  # another result
-
-
-def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(trial, pool, tmp_path):
-    run, records = trial.runs[0], tmp_path / "records"
-    records.mkdir()
-    options = options_of(run.config)
-    del options["optim.clip"]
-    path = records / f"{pool.name(run)}.json"
-    RunRecord(options, {"validation_loss": 4.0}, {"step": [2, 4], "sparsity": [0.5, 0.75]}, None).save(path)
-    assert Pool(tmp_path / "other", "fingerprint", records).sparsities(run) == [0.5, 0.5, 0.75, 0.75]
-    assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
-    assert Pool(tmp_path / "other", "fingerprint").summary(run) is None
-    later = json.loads(path.read_text()) | {"unheard_of": 1}
-    path.write_text(json.dumps(later))
-    assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
-    for damaged in (json.dumps(later)[:60], "{}", "[]"):
-        path.write_text(damaged)
-        with pytest.raises(ConfigError, match="not a whole record"):
-            Pool(tmp_path / "other", "fingerprint", records).summary(run)
-    RunRecord(options, {"validation_loss": 4.0}, {}, None, data="other").save(path)
-    with pytest.raises(ConfigError, match="is the record of a run on other data"):
-        Pool(tmp_path / "other", "fingerprint", records).summary(run)
-    RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
-        Pool(tmp_path / "other", "fingerprint", records).summary(run)
-
-
-def test_an_old_record_with_the_routers_default_in_place_of_the_models_option_is_taken(pool):
-    asked = {"base": {"model": {"load_balance": False}}, "variants": {"relu": {}}}
-    (run,) = experiment_from_dict(asked, "x", "x").runs
-    old = options_of(run.config) | {"router_options.load_balance": True}
-    RunRecord(old, {"validation_loss": 4.0}, {}, None).save(pool.record_file(run))
-    assert pool.summary(run) == {"validation_loss": 4.0}

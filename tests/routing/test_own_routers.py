@@ -14,6 +14,7 @@ from remoe.cli.main import main
 from remoe.errors import ConfigError
 from remoe.export import export_run
 from remoe.routing import ROUTERS, TopKRouter
+from remoe.routing.options import check_options
 from remoe.routing.own import load_own_routers
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
@@ -38,6 +39,17 @@ def test_compare_trains_the_router_of_the_guide(corpus, tmp_path):
         assert done.returncode == code, done.stderr
         assert words in done.stdout + done.stderr
     assert "| mine | 1 | 2 |" in (tmp_path / "runs" / "compare" / "mine" / "results.md").read_text()
+
+
+def test_options_of_types_of_ones_own_are_passed_on():
+    class Sized(TopKRouter):
+        def __init__(self, *shape, sizes: list[int] = (), **options):
+            super().__init__(*shape, **options)
+            self.sizes = sizes
+
+    check_options("sized", Sized, {"sizes": [1, 2], "renormalize": True})
+    with pytest.raises(ConfigError, match="renormalize must be true or false"):
+        check_options("sized", Sized, {"renormalize": [1]})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.layer import MoE
 from remoe.routing import ROUTERS
 
 D, E = 20, 5
@@ -45,6 +46,18 @@ def test_lory_refuses_a_cache():
     model = small_model("lory").eval()
     with pytest.raises(ConfigError, match="no KV cache"):
         model.generate(torch.randint(64, (1, 6)), max_new_tokens=2, use_cache=True, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*CASES, ("relu_norm", {"penalty": "chunk"}), ("relu_norm", {"locality": 1.0})],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_no_tokens_are_no_output(name, options):
+    layer = MoE(16, 32, 4, 1, router=name, router_options=options)
+    y_TD, routing = layer(torch.zeros(0, 16), **({"token_ids": torch.zeros(0).long()} if name == "hash" else {}))
+    assert y_TD.shape == (0, 16)
+    assert routing.regularizer == 0
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}{'-' if o else ''}{''.join(o)}" for n, o in CASES])

@@ -14,7 +14,7 @@ from remoe.cli.parsing import parse
 from remoe.data import ValidationWindows, open_dataset
 from remoe.errors import ConfigError
 from remoe.training.checkpoint import list_checkpoints
-from remoe.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml
+from remoe.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml, to_yaml
 from remoe.training.metrics import read_metrics
 from remoe.training.optimizer import learning_rate
 from remoe.training.progress import ProgressLine
@@ -222,6 +222,14 @@ def test_words_and_numbers_of_a_configuration_are_what_they_mean(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("router: relu_norm\nrouter_options: {locality: 1e-3}\n")
     assert config_from_yaml(path).router_options == {"locality": 1e-3}
+    path.write_text("router_options: {max_experts_per_token: null}\n")
+    assert config_from_yaml(path).router_options == {"max_experts_per_token": None}
+    path.write_text("router_options: {gate_scale: [1, 2]}\n")
+    with pytest.raises(ConfigError, match=r"router_options.gate_scale: must be true or false, a number, a word"):
+        config_from_yaml(path)
+    for word in ("12e5", "1e-3", "true", "3", "plain"):  # a folder's name, for instance
+        path.write_text(to_yaml(TrainConfig(out=word).to_dict()))
+        assert config_from_yaml(path).out == word
     path.write_text("router: topk\nrouter: relu\n")
     with pytest.raises(ConfigError, match="given twice"):
         config_from_yaml(path)

@@ -91,7 +91,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
         side.tick_params(axis="y", left=False, labelleft=False)
         label(side, x="sparsity")
     bar = fig.colorbar(image, ax=axes.tolist(), pad=0.01, aspect=15)
-    bar.set_label("share of tokens\n(×: under 1/8 of the mean)")
+    bar.set_label("share of tokens\n(×: under 1/8 of the wanted mean)")
     return fig
 
 
@@ -127,7 +127,7 @@ def routed_share_by_domain(
         ax.set_xlim(-0.6, E - 0.4)
         label(ax, title=f"layer {layer}")
     _label_lowest(axes, L, "expert")
-    upper.supylabel("share of the domain's tokens (dotted: 1/8 of the mean)", fontsize=8)
+    upper.supylabel("share of the domain's tokens (dotted: 1/8 of the wanted mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=6)
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)

@@ -48,7 +48,8 @@ class CompareOptions:
     task_data: str | None = None
     """Folder with a file TASK.parquet for each task; by default the harness's own, from the Hugging Face hub."""
     limit: int | None = None
-    """At most so many rows of each task, evenly spaced; everything by default."""
+    """At most so many rows of each task, evenly spaced; everything by default. A record that has more rows keeps them,
+    and gets further tasks with as many."""
     base: NamedValues = field(default_factory=dict)
     """Options of `remoe train` laid over the experiment's base, name by value, for the same matrix at another scale:
     `--base steps 6000 batch_size 64 model.hidden_size 384`."""
@@ -94,8 +95,8 @@ def compare_command(argv: list[str]) -> int:
     quiet_transformers()
     keep_freed_memory()
     tasks = _tasks(options)  # before hours of work, not after them
-    check_models(experiment)
     device = pick_device(options.device)
+    check_models(experiment, None if options.list or options.report_only else device)
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", device)

@@ -20,6 +20,7 @@ import pydantic
 import yaml
 
 from remoe.errors import ConfigError
+from remoe.routing import ROUTERS, router_options
 from remoe.training.config import StrictLoader, TrainConfig, changes_result, config_from_dict, flatten, merge
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
@@ -311,8 +312,12 @@ def key_of(config: TrainConfig) -> str:
     """A run's key, for the options alone."""
     defaults = dict(flatten(config_from_dict({"preset": config.preset}, "preset").to_dict()))
     named = {name: getattr(config, name) for name in ("preset", "router", "steps", "seed")}
+    router = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
+    floats = {f"router_options.{name}" for name, option in router.items() if option.annotation is float}
     changed = {
-        name: value for name, value in flatten(config.to_dict()) if changes_result(name) and value != defaults.get(name)
+        name: float(value) if name in floats and type(value) is int else value  # 4 is 4.0
+        for name, value in flatten(config.to_dict())
+        if changes_result(name) and value != defaults.get(name)
     }
     content = json.dumps(named | changed, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

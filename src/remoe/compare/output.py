@@ -40,9 +40,13 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
     out.mkdir(parents=True, exist_ok=True)
     found = results(experiment, pool)
     records: dict[str, list[RunRecord]] = {}
+    drawable: dict[str, RunRecord] = {}
     for run in experiment.runs:
         if (record := _record(run, pool, dataset, device)) is not None:
-            records.setdefault(row_name(run.variant, dict(run.point)), []).append(record)
+            name = row_name(run.variant, dict(run.point))
+            records.setdefault(name, []).append(record)
+            if run.seed == experiment.variants[run.variant].seeds[0]:
+                drawable[name] = record
     data = {
         "fingerprint": dataset.fingerprint,
         "domains": dataset.domains,
@@ -65,7 +69,7 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
         f"Data: {data['training_tokens']:,} training and {data['validation_tokens']:,} validation tokens; "
         f"domains {', '.join(dataset.domains)}."
     )
-    drawn = draw(experiment, found, {name: seeds[0] for name, seeds in records.items()}, out / FIGURES)
+    drawn = draw(experiment, found, drawable, out / FIGURES)
     _remove_others(out / FIGURES, drawn.values())
     report = out / "results.md"
     figures = {title: f"{FIGURES}/{file}" for title, file in drawn.items()}

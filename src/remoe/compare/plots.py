@@ -11,6 +11,7 @@ from remoe.compare.record import RunRecord
 from remoe.compare.report import row_name
 from remoe.compare.results import Results, Row
 from remoe.routing import ROUTERS
+from remoe.training.trainer import router_of
 
 LOSS_WINDOW = 50  # steps of a moving mean
 AHEAD = "†"
@@ -22,7 +23,7 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
     Args:
         experiment: what was asked for.
         results: its numbers.
-        records: the finished runs of each system's first seed, by the system's name.
+        records: of each system the run with its variant's first seed, where that is finished; by the system's name.
         folder: where to write.
 
     Returns:
@@ -61,7 +62,7 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
     first = {name: first[name] for name in experiment.variants if name in first}
     steps = {name: records[_name(run)].steps() for name, run in first.items()}
     if steps:
-        marked = {name: name + AHEAD * ROUTERS[first[name].config.router].looks_ahead for name in steps}
+        marked = {name: name + AHEAD * router_of(first[name].config).looks_ahead for name in steps}
         courses = {marked[name]: ([r["step"] for r in rs], [r["lm_loss"] for r in rs]) for name, rs in steps.items()}
         lookahead = f" ({AHEAD}: chooses among later tokens)" if marked.keys() != courses.keys() else ""
         add(
@@ -72,7 +73,8 @@ def draw(experiment: Experiment, results: Results, records: Mapping[str, RunReco
     chosen = [name for name in experiment.figures if name in first]
     steered = {name: steps[name] for name in chosen if ROUTERS[first[name].config.router].steered}
     if steered:
-        target = records[_name(first[next(iter(steered))])].summary["target_sparsity"]
+        targets = {records[_name(first[name])].summary["target_sparsity"] for name in steered}
+        target = targets.pop() if len(targets) == 1 else None
         for words, name, log_steps in (("", "", False), (", logarithmic steps", "-log", True)):
             add(
                 f"Course of sparsity and penalty{words} (Fig. 3, 4)",

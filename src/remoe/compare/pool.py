@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -63,16 +63,20 @@ class Pool:
     ) -> None:
         self.path, self.records, self._data, self._bfloat16 = path, records or path, data, bfloat16
         self._tasks = tasks
-        self._names: dict[str, str] = {}  # by hash; a folder keeps its name
+        self._folders: dict[str, str] = {}  # names by hash: what is there keeps its name
+        self._files: dict[str, str] = {}  # those of the records, which may come from elsewhere
         self._records: dict[str, RunRecord] = {}  # by the run's key
         self._listed = -math.inf
 
     def name(self, run: Run) -> str:
         """LABEL-HASH; an experiment that calls the same run by another label finds the folder of the first."""
+        return self._name(run, self._folders, self._files)
+
+    def _name(self, run: Run, *known: dict[str, str]) -> str:
         key = self._hash(run)
-        if key not in self._names:
+        if not any(key in names for names in known):
             self._list()
-        return self._names.get(key, f"{run.label}-{key}")
+        return next((names[key] for names in known if key in names), f"{run.label}-{key}")
 
     def _hash(self, run: Run) -> str:
         # A run is the same whether its type is said or is its device's own.
@@ -87,8 +91,10 @@ class Pool:
         if time.monotonic() - self._listed < LIST_SECONDS:
             return
         folders = [path.name for path in self.path.glob("[!.]*-*") if path.is_dir()]
-        for name in sorted([*folders, *(path.stem for path in self.records.glob("[!.]*-*.json"))]):
-            self._names.setdefault(name[-HASH_LENGTH:], name)
+        files = [path.stem for path in self.records.glob("[!.]*-*.json")]
+        for names, found in ((self._folders, folders), (self._files, files)):
+            for name in sorted(found):
+                names.setdefault(name[-HASH_LENGTH:], name)
         self._listed = time.monotonic()
 
     def folder(self, run: Run) -> RunFolder:
@@ -154,35 +160,42 @@ class Pool:
             self._records[run.key] = found
         return found
 
-    def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
+    def record(self, run: Run, dataset: Dataset, device: str, stop: Callable[[], bool] = lambda: False) -> RunRecord:
         """The record of a finished run; made, or its zero-shot tasks added, where that is missing.
 
         Args:
             run: finished.
             dataset: the pool's, for the routing of validation tokens.
             device: for the forward passes.
+            stop: asked before each task, after which everything that has been found is saved.
         """
-        path, folder = self.record_file(run), self.folder(run)
-        if self.recorded(run):
-            return self._records[run.key]
-        record = self._found(run) if path.exists() else record_of(folder, dataset, self._data, device)
-        if self._tasks is not None:
-            record = replace(record, zero_shot=_zero_shot(folder, self._tasks, device, record.zero_shot))
+        record, folder = self._found(run), self.folder(run)
+        if not self.record_file(run).exists():
+            record = self._save(run, record_of(folder, dataset, self._data, device))
+        for task in self._missing_tasks(run):
+            if stop():
+                break
+            zero_shot = _with_task(record.zero_shot, task, self._tasks, folder.path, device)
+            record = self._save(run, replace(record, zero_shot=zero_shot))
+        return record
+
+    def _save(self, run: Run, record: RunRecord) -> RunRecord:
         self.records.mkdir(parents=True, exist_ok=True)
-        record.save(path)
+        record.save(self.record_file(run))
         self._records[run.key] = record
         return record
 
-    def _lacks_tasks(self, run: Run) -> bool:
-        """Whether tasks are asked for that the record does not have, and could be evaluated."""
+    def _missing_tasks(self, run: Run) -> list[str]:
+        """Tasks that are asked for, that the record does not have with as many rows, and that could be evaluated."""
         if self._tasks is None or self.folder(run).last_checkpoint() is None:
-            return False
+            return []
         known = self.zero_shot(run)
-        return known is None or known.limit != self._tasks.limit or not self._tasks.loaded.keys() <= known.tasks.keys()
+        enough = {} if known is None or _rows(known.limit) < _rows(self._tasks.limit) else known.tasks
+        return [task for task in self._tasks.loaded if task not in enough]
 
     def recorded(self, run: Run) -> bool:
         """Whether the run is finished and has its record, and nothing is left to do."""
-        return self.summary(run) is not None and self.record_file(run).exists() and not self._lacks_tasks(run)
+        return self.summary(run) is not None and self.record_file(run).exists() and not self._missing_tasks(run)
 
     def state(self, run: Run) -> State:
         """How far a run is.
@@ -199,7 +212,7 @@ class Pool:
 
     def record_file(self, run: Run) -> Path:
         """Where the run's record stands, once it is finished."""
-        return self.records / f"{self.name(run)}.json"
+        return self.records / f"{self._name(run, self._files, self._folders)}.json"
 
     def log_file(self, run: Run) -> Path:
         """Where the run's output goes."""
@@ -220,13 +233,18 @@ class Pool:
             yield file if locked else None
 
 
-def _zero_shot(folder: RunFolder, tasks: Tasks, device: str, known: ZeroShot | None) -> ZeroShot:
-    """What is asked for, and what is known from as many rows."""
+def _with_task(known: ZeroShot | None, name: str, tasks: Tasks, folder: Path, device: str) -> ZeroShot:
+    """What is known, and one task more: on as many rows, if those are no fewer than asked for, else in its place."""
     from remoe.zeroshot import evaluate_model  # needs an extra
 
-    found = evaluate_model(folder.path, tasks.loaded, limit=tasks.limit, device=pick_device(device))
-    kept = known.tasks if known is not None and known.limit == tasks.limit else {}
-    return ZeroShot(tasks.limit, kept | {name: asdict(result) for name, result in found.tasks.items()})
+    if known is None or _rows(known.limit) < _rows(tasks.limit):
+        known = ZeroShot(tasks.limit, {})
+    found = evaluate_model(folder, {name: tasks.loaded[name]}, limit=known.limit, device=pick_device(device))
+    return ZeroShot(known.limit, known.tasks | {name: asdict(found.tasks[name])})
+
+
+def _rows(limit: int | None) -> float:
+    return math.inf if limit is None else limit
 
 
 def _check_same(run: Run, options: dict[str, Any], place: Path) -> None:

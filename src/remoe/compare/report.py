@@ -86,10 +86,14 @@ def shown(experiment: Experiment) -> list[str]:
 
 def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iterator[str]:
     """What a reader must know of single runs."""
-    for row in results.equal_flops:
-        if row.over_budget is not None and abs(row.over_budget - 1) > TOLERANCE:
+    for row in results.equal_tokens:
+        if not row.causal:
             name = row_name(row.variant, row.point)
-            yield f"{name} at equal FLOPs spent {row.over_budget:.3f} times the budget, not the same."
+            yield f"tokens of {name} see later ones at evaluation too: its loss does not compare."
+    for row in results.equal_flops:
+        if missed := [f"{ratio:.3f}" for ratio in row.over_budget_seeds if abs(ratio - 1) > TOLERANCE]:
+            name = row_name(row.variant, row.point)
+            yield f"{name} at equal FLOPs spent {', '.join(missed)} times the budget, not the same."
     for name, seeds in records.items():
         for record in seeds:
             if ROUTERS[record.summary["router"]].steered:
@@ -98,9 +102,10 @@ def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iter
 
 def _steering_notes(name: str, record: RunRecord) -> Iterator[str]:
     course, target = record.course, record.summary["target_sparsity"]
+    if target == 0:  # k = E: nothing to steer to
+        return
     idle = [a * b < NO_PENALTY for a, b in zip(course["lambda"], course["reg_loss"], strict=True)]
-    if target:  # before the sparse stage lambda still rises from its start
-        idle = idle[first_sparse_step(course["sparsity"], target) - 1 :]
+    idle = idle[first_sparse_step(course["sparsity"], target) - 1 :]  # before it lambda still rises from its start
     if not idle:
         reached = f"S {course['sparsity'][-1]:.2f} at its end, wanted {target:.3g}"
         fixed = record.options.get("sparsity.rule") == "none"
@@ -150,7 +155,8 @@ def _cost_table(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         name, moves = row_name(row.variant, row.point), row.late_deviation != 0
-        minutes = "" if row.minutes is None else f"{row.minutes:.1f} ({row.dense_minutes:.1f})"
+        minutes = "" if row.minutes is None else f"{row.minutes:.1f}"
+        minutes += "" if row.dense_minutes is None else f" ({row.dense_minutes:.1f})"
         late = "" if row.late_sparsity is None else f"{row.late_sparsity:.4f} ± {row.late_deviation:.4f}"
         cells.append(
             [
@@ -179,19 +185,26 @@ def _domain_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _task_table(rows: Sequence[Row]) -> list[str]:
-    tasks = list(rows[0].zero_shot)
-    cells = [
-        [row_name(row.variant, row.point), str(len(row.zero_shot["mean"].values)), str(row.zero_shot_rows or "all")]
-        + [f"{row.zero_shot[task]:.3f}" if task in row.zero_shot else "" for task in tasks]
-        for row in rows
-    ]
-    chance = ["guessing", "", "", *(f"{rows[0].chance[task]:.3f}" for task in tasks)]
-    return _table(["system", "seeds", "rows of a task", *tasks], [*cells, chance])
+    """All tasks that any row has; the mean is over those that all have."""
+    chance = {task: value for row in rows for task, value in row.chance.items()}
+    common = [task for task in chance if all(task in row.zero_shot for row in rows)]
+    systems = []
+    for row in rows:
+        found = {task: spread.values for task, spread in row.zero_shot.items()}
+        seeds = len(next(iter(found.values())))
+        systems.append((row_name(row.variant, row.point), str(seeds), str(row.zero_shot_rows or "all"), found))
+    systems.append(("guessing", "", "", {task: [value] for task, value in chance.items()}))
+    cells = []
+    for *names, found in systems:
+        means = map(statistics.mean, zip(*(found[task] for task in common), strict=True))
+        cells.append([*names, *(_spread(found.get(task, []), ".3f") for task in chance), _spread([*means], ".3f")])
+    mean = "mean" if len(common) == len(chance) else f"mean of {', '.join(common) or 'none'}"
+    return _table(["system", "seeds", "rows of a task", *chance, mean], cells)
 
 
 def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     header = [
-        "system", "seeds", "experts under 1/8 of the mean", "busiest / mean", "specialisation",
+        "system", "seeds", "experts under 1/8 of the wanted mean", "busiest / mean", "specialisation",
         "active experts ~ frequency", f"sparsity of {CHUNK} tokens", "reuse by the next token", "flip rate",
         "flip rate, last third", "S per layer",
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from remoe.compare.record import ZeroShot
 from remoe.data import TOTAL
 from remoe.routing import ROUTERS
 from remoe.training.metrics import first_sparse_step
+from remoe.training.trainer import router_of
 
 AFTER = 100  # steps from which on the paper gives mean and deviation of S
 MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers")
@@ -61,10 +62,12 @@ class Row:
         flops_per_token: of training, from the pairs really routed, dense stage included; mean over the seeds.
         over_budget: training FLOPs over the reference's of the same seed, mean over the seeds; None where those are
             not known.
-        over_budget_executed: the same with what was computed twice to save memory.
+        over_budget_seeds: the same of each seed, where known.
+        over_budget_executed: the mean with what was computed twice to save memory.
         tokens_per_second: median over a run's steps, then over the runs.
         minutes, dense_minutes: of all training steps, and of those before stage III; mean over the seeds. Validation,
-            checkpoints and the start of the process are not in them. None where a record does not have them.
+            checkpoints and the start of the process are not in them. None where a record does not have them, and
+            dense_minutes for a model that has no stages.
         peak_memory_bytes: the largest of the runs.
         machines: indices into `Results.machines` of those that trained the runs.
         sparsity: of validation, mean over the seeds.
@@ -72,10 +75,11 @@ class Row:
         settling_steps: first step at which S has settled, None where it has not; likewise.
         late_sparsity, late_deviation: mean and standard deviation of a step's S after the first 100 steps, mean over
             the seeds; the deviation is 0 where a router has k experts a token at all times. None for shorter runs.
-        zero_shot: accuracy on each task, and as "mean" that over the tasks, of the runs that have it; of those with
-            other tasks or another number of rows than most, none.
+        zero_shot: accuracy on each task, of the runs that have it; of those with other tasks or another number of rows
+            than most, none.
         zero_shot_rows: of each task, at most; None for all.
-        chance: accuracy of guessing, by task and "mean".
+        chance: accuracy of guessing, by task.
+        causal: no token's loss depends on later tokens; else the losses do not compare.
     """
 
     variant: str
@@ -93,6 +97,7 @@ class Row:
     flops: float
     flops_per_token: float
     over_budget: float | None
+    over_budget_seeds: list[float]
     over_budget_executed: float | None
     tokens_per_second: float
     minutes: float | None
@@ -107,6 +112,7 @@ class Row:
     zero_shot: dict[str, Spread]
     zero_shot_rows: int | None
     chance: dict[str, float]
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -131,19 +137,19 @@ def results(experiment: Experiment, pool: Pool) -> Results:
         (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
         for match in matches(experiment, pool)
     }
-    missing = [run.label for run in tokens.values() if pool.summary(run) is None]
-    missing += [
-        f"{tokens[key].label} at equal FLOPs"
+    missing = {run.key: run.label for run in tokens.values() if pool.summary(run) is None}
+    missing |= {
+        (tokens[key].key, "flops"): f"{tokens[key].label} at equal FLOPs"
         for key, run in flops.items()
         if run != tokens[key] and (run is None or pool.summary(run) is None)
-    ]
+    }
     done = [run for run in [*tokens.values(), *flops.values()] if run is not None]
     machines: dict[str, int] = {}
     equal_tokens, equal_flops = (_rows(experiment, pool, runs, machines) for runs in (tokens, flops))
     if all(row.variant == experiment.reference for row in equal_flops):  # the same runs again, beside no others
         equal_flops = []
     ended = {summary.get("machine", {}).get("date") for run in done if (summary := pool.summary(run))}
-    return Results(equal_tokens, equal_flops, [*machines], sorted(ended - {None}), missing)
+    return Results(equal_tokens, equal_flops, [*machines], sorted(ended - {None}), [*missing.values()])
 
 
 Key = tuple[str, Point, int]
@@ -161,7 +167,8 @@ def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None], machi
 
 def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict[str, int]) -> Row:
     summaries = [pool.summary(run) for run in runs]
-    column = {name: [summary[name] for summary in summaries] for name in summaries[0]}
+    shared = set.intersection(*(set(summary) for summary in summaries))  # old ones may have less
+    column = {name: [summary[name] for summary in summaries] for name in shared}
     domains = [name for name in summaries[0]["validation"] if name != TOTAL]
     losses = [[summary["validation"][domain]["loss"] for domain in domains] for summary in summaries]
     over, ratios, executed = [], [], []
@@ -178,6 +185,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
     times = [pool.step_minutes(run) for run in runs]
     timed = None not in times
     steered = ROUTERS[summaries[0]["router"]].steered
+    staged = timed and summaries[0]["target_sparsity"] > 0
     evaluated = _alike([found for run in runs if (found := pool.zero_shot(run)) is not None])
     is_reference = runs[0].variant == experiment.reference
     return Row(
@@ -196,10 +204,11 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         flops=statistics.mean(column["flops"]),
         flops_per_token=statistics.mean(column["flops_per_token"]),
         over_budget=statistics.mean(ratios) if ratios else None,
+        over_budget_seeds=ratios,
         over_budget_executed=statistics.mean(executed) if executed else None,
         tokens_per_second=statistics.median(speed or math.nan for speed in column["tokens_per_second"]),
         minutes=statistics.mean(map(sum, times)) if timed else None,
-        dense_minutes=statistics.mean(sum(t[: s - 1]) for t, s in zip(times, starts, strict=True)) if timed else None,
+        dense_minutes=statistics.mean(sum(t[: s - 1]) for t, s in zip(times, starts, strict=True)) if staged else None,
         peak_memory_bytes=max(column["peak_memory_bytes"]),
         machines=sorted({machines.setdefault(_machine(summary), len(machines)) for summary in summaries}),
         sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
@@ -210,6 +219,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         zero_shot={task: Spread.of(values) for task, values in _tasks(evaluated, "acc").items()},
         zero_shot_rows=evaluated[0].limit if evaluated else None,
         chance={task: values[0] for task, values in _tasks(evaluated, "chance").items()},
+        causal=all(router_of(run.config).causal for run in runs),
     )
 
 
@@ -226,11 +236,8 @@ def _alike(found: Sequence[ZeroShot]) -> list[ZeroShot]:
 
 
 def _tasks(found: Sequence[ZeroShot], figure: str) -> dict[str, list[float]]:
-    """A figure of each task, and its mean over the tasks."""
-    if not found:
-        return {}
-    columns = {task: [one.tasks[task][figure] for one in found] for task in found[0].tasks}
-    return columns | {"mean": [statistics.mean(values) for values in zip(*columns.values(), strict=True)]}
+    """A figure of each task."""
+    return {task: [one.tasks[task][figure] for one in found] for task in found[0].tasks} if found else {}
 
 
 def _machine(summary: dict) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import yaml
 
 from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Run
@@ -20,8 +19,9 @@ from remoe.compare.live import Live
 from remoe.compare.pool import Pool
 from remoe.data import Dataset
 from remoe.errors import ConfigError, RemoeError
+from remoe.training.config import to_yaml
 from remoe.training.interrupt import Interrupt
-from remoe.training.trainer import check_model
+from remoe.training.trainer import experts_backend, model_without_values
 
 POLL_SECONDS = 1.0
 
@@ -35,15 +35,17 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     return list(unique.values())
 
 
-def check_models(experiment: Experiment) -> None:
-    """Finds, before hours of training, the runs whose model cannot be built.
+def check_models(experiment: Experiment, device: torch.device | None) -> None:
+    """Finds, before hours of training, the runs whose model cannot be built, or not be trained on `device`, if any.
 
     Raises:
         ConfigError: naming the run.
     """
     for run in experiment.runs:
         try:
-            check_model(run.config)
+            model = model_without_values(run.config)
+            if device is not None:
+                experts_backend(model, run.config.dtype, device)
         except ConfigError as error:
             raise ConfigError(f"{run.label}: {error}") from error
 
@@ -151,14 +153,14 @@ class _Matrix:
                 return None if self.signals else _last_line(self.pool.log_file(run)) or f"exit code {code}"
             self.live.finished(run)
         try:
-            self.pool.record(run, self.dataset, worker.device)
+            self.pool.record(run, self.dataset, worker.device, stop=lambda: self.signals > 0)
         except RemoeError as error:
             return f"no record: {error}"
         return None
 
     def _train(self, run: Run, worker: Worker, lock: IO[bytes]) -> int:
         options = self.pool.options_file(run)
-        options.write_text(yaml.safe_dump(run.options, sort_keys=False))
+        options.write_text(to_yaml(run.options))
         folder = self.pool.folder(run)
         how = ["--resume"] if folder.config.exists() else ["--config", str(options)]
         where = ["--data", str(self.dataset.path), "--out", str(folder.path), "--device", worker.device]

@@ -33,8 +33,8 @@ class Experts(nn.Module):
         num_experts: E.
         d_model: D.
         d_expert: F, the width of one expert.
-        backend: "auto" or a name in BACKENDS. "loop" runs everywhere and is the one for CPUs; "grouped", "triton" and
-            "sonic" need CUDA; "naive" is the specification, slow, for tests.
+        backend: "auto" or a name in BACKENDS. "loop" and "grouped" run everywhere, "loop" is the one for CPUs;
+            "triton" and "sonic" need CUDA; "naive" is the specification, slow, for tests.
         pairs_per_token: wanted mean of routed pairs per token; bounds the memory for the backward pass to
             STORED_RATIO times as many. None keeps the pre-activations of all pairs.
 
@@ -101,15 +101,15 @@ class Experts(nn.Module):
             (T, D).
         """
         x_TD, gate_up_E2FD, down_EDF, merge_BME = _autocast(x_TD, self.gate_up_proj, self.down_proj, merge_BME)
-        B, M, E = merge_BME.shape
+        (B, M, E), D = merge_BME.shape, x_TD.shape[1]
         merge_CE = merge_BME.reshape(B * M, E).to(gate_up_E2FD.dtype)
-        gate_up_C2FD = (merge_CE @ gate_up_E2FD.flatten(1)).view(-1, *gate_up_E2FD.shape[1:])
-        down_CDF = (merge_CE @ down_EDF.flatten(1)).view(-1, *down_EDF.shape[1:])
+        gate_up_C2FD = (merge_CE @ gate_up_E2FD.flatten(1)).view(B * M, *gate_up_E2FD.shape[1:])
+        down_CDF = (merge_CE @ down_EDF.flatten(1)).view(B * M, *down_EDF.shape[1:])
         padding = M * segment - seq_len
-        x_CSD = F.pad(x_TD.view(B, seq_len, -1), (0, 0, 0, padding)).view(B * M, segment, -1)
+        x_CSD = F.pad(x_TD.view(B, seq_len, D), (0, 0, 0, padding)).view(B * M, segment, D)
         gate_CSF, up_CSF = torch.bmm(x_CSD, gate_up_C2FD.mT).chunk(2, dim=-1)
         y_CSD = torch.bmm(F.silu(gate_CSF) * up_CSF, down_CDF.mT)
-        return y_CSD.view(B, M * segment, -1)[:, :seq_len].reshape(x_TD.shape)
+        return y_CSD.view(B, M * segment, D)[:, :seq_len].reshape(x_TD.shape)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

@@ -50,6 +50,7 @@ class LoryRouter(LinearRouter):
             raise ConfigError(f"unknown first_segment {first_segment!r}; choose one of: {', '.join(FIRST_SEGMENTS)}")
         self.segment, self.first_segment = segment, first_segment
         self.causal = first_segment == "uniform"
+        self.looks_ahead = not self.causal
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, *, seq_len: int | None = None, **_: object

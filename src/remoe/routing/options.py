@@ -3,7 +3,7 @@
 import inspect
 import math
 import types
-from typing import get_args
+from typing import Union, get_args, get_origin
 
 from remoe.errors import ConfigError
 from remoe.routing.base import Router
@@ -38,7 +38,8 @@ def check_options(name: str, router: type[Router], options: dict[str, object]) -
         if option not in known:
             names = f"it has: {', '.join(known)}" if known else "it has none"
             raise ConfigError(f"router {name!r} has no option {option!r}; {names}")
-        wanted = get_args(known[option].annotation) or (known[option].annotation,)
+        annotation = known[option].annotation
+        wanted = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
         if not WORDS.keys() >= set(wanted):  # a class of the user's own, with types of its own
             continue
         fits = type(value) in wanted or (float in wanted and type(value) is int)

@@ -129,7 +129,7 @@ def locality_loss(logits_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, sha
     """
     next_TE = (logits_TE[1:] * sharpness).sigmoid()
     nats_T = F.binary_cross_entropy_with_logits(logits_TE[:-1] * sharpness, next_TE, reduction="none").mean(dim=1)
-    follows_T = (torch.arange(1, logits_TE.shape[0], device=logits_TE.device) % seq_len) != 0
+    follows_T = (torch.arange(1, max(logits_TE.shape[0], 1), device=logits_TE.device) % seq_len) != 0
     if mask_T is not None:
         follows_T = follows_T & mask_T[:-1] & mask_T[1:]
     return (nats_T * follows_T).sum() / _at_least_one(follows_T.sum())

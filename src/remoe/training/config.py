@@ -48,7 +48,7 @@ class ModelOptions:
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balance penalty of routers that lambda does not steer (topk, sparsemixer)."""
     experts_backend: str = "auto"
-    """How experts are run: auto; loop (everywhere); grouped, triton, sonic (CUDA); naive (slow, the specification)."""
+    """How experts are run: auto; loop, grouped (everywhere); triton, sonic (CUDA); naive (slow, the specification)."""
 
 
 @dataclass
@@ -116,17 +116,21 @@ class CheckpointOptions:
     """Keep for good each checkpoint whose step is a multiple of this; 0 for none."""
 
 
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has them
+# As YAML has them.
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None}
 
 
-def _pairs(words: list[str]) -> dict[str, bool | int | float | str]:
+OptionValue = bool | int | float | str | None
+
+
+def _pairs(words: list[str]) -> dict[str, OptionValue]:
     """`["warmup_k", "6"]` as `{"warmup_k": 6}`."""
     if len(words) % 2:
         raise ValueError("names and values must alternate")
     return {name: _value(word) for name, word in zip(words[::2], words[1::2], strict=True)}
 
 
-def _value(word: str) -> bool | int | float | str:
+def _value(word: str) -> OptionValue:
     if word.lower() in FLAGS:
         return FLAGS[word.lower()]
     for number in (int, float):
@@ -137,7 +141,7 @@ def _value(word: str) -> bool | int | float | str:
 
 # One flag with any number of words: by itself tyro would give each key of a default a flag of its own.
 NamedValues = Annotated[
-    dict[str, bool | int | float | str],
+    dict[str, OptionValue],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="NAME VALUE ...",
@@ -280,7 +284,10 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
         config = _ADAPTER.validate_python(merged)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        place, reason = first["loc"], first["msg"]
+        if place[0] == "router_options" and len(place) > 1:  # the first of several types that it might have
+            place, reason = place[:2], "must be true or false, a number, a word or null"
+        raise ConfigError(f"{source}: {'.'.join(map(str, place))}: {reason}") from error
     if "micro_batch_size" not in values:
         sizes = range(1, min(config.batch_size, config.micro_batch_size) + 1)
         config.micro_batch_size = max((size for size in sizes if config.batch_size % size == 0), default=1)
@@ -297,10 +304,20 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class StrictDumper(yaml.SafeDumper):
+    """Writes what StrictLoader reads: a word that looks like a number to it is quoted."""
+
+
 # YAML 1.1 reads 1e-3 as a word; people mean a number.
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for either in (StrictLoader, StrictDumper):
+    either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def to_yaml(options: dict[str, Any]) -> str:
+    """Options as the text of a YAML file, in their order."""
+    return yaml.dump(options, Dumper=StrictDumper, sort_keys=False)
 
 
 def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:

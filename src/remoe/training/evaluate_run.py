@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remoe.analysis.collect import gates_of
 from remoe.data import TOTAL, Dataset, ValidationWindows, open_dataset
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
 from remoe.training.evaluation import evaluate, total
@@ -110,6 +110,8 @@ def sweep_run(
     model.set_max_experts(max_experts)
     gate_P = _active_gates(model, windows, batch_size)  # and the machine is warm
     if thresholds is None:
+        if len(gate_P) == 0:
+            raise ConfigError(f"{path}: no expert is on for any token, so that no threshold leaves anything out")
         thresholds = [0.0, *(gate_P.quantile(share).item() for share in SWEPT_SHARES)]
     experts = model.config.num_experts * model.config.granularity
     points = []

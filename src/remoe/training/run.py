@@ -12,7 +12,6 @@ from remoe.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
 from remoe.data.files import locked
 from remoe.data.manifest import MANIFEST_NAME
 from remoe.errors import CheckpointError
-from remoe.experts import resolve_backend
 from remoe.generation import SamplingOptions, generate_text
 from remoe.machine import machine
 from remoe.models.plan import training_flops
@@ -23,7 +22,7 @@ from remoe.training.interrupt import exit_code
 from remoe.training.memory import keep_freed_memory
 from remoe.training.metrics import read_metrics, settling_time
 from remoe.training.rundir import RunFolder
-from remoe.training.trainer import Trainer, check_model, pick_device, wants_bfloat16
+from remoe.training.trainer import Trainer, experts_backend, model_without_values, pick_device, wants_bfloat16
 
 
 def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> int:
@@ -49,8 +48,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
         return 0
-    check_model(config)  # before the data is prepared
-    pick_device(config.device)
+    # Whether it can run is found before the data is prepared and the folder made.
+    experts_backend(model_without_values(config), config.dtype, pick_device(config.device))
     keep_freed_memory()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
@@ -99,15 +98,11 @@ def _is_finished(run: RunFolder, steps: int) -> bool:
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
     parameters = sum(p.numel() for p in model.parameters())
-    bfloat16 = wants_bfloat16(config.dtype, trainer.device)
-    dtype = "bfloat16 autocast" if bfloat16 else "float32"
-    experts = model.model.layers[0].mlp.experts
-    computed = torch.bfloat16 if bfloat16 else torch.float32
-    backend = resolve_backend(experts.backend, trainer.device.type, computed, *experts.down_proj.shape[1:])
+    dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
     print(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
-        f"experts backend {backend}"
+        f"experts backend {experts_backend(model, config.dtype, trainer.device)}"
     )
     print(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, domains {', '.join(dataset.domains)}; "

@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from remoe.errors import CheckpointError, ConfigError
 from remoe.training.checkpoint import check_weights, list_checkpoints
-from remoe.training.config import TrainConfig, config_from_yaml
+from remoe.training.config import TrainConfig, config_from_yaml, to_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +55,7 @@ class RunFolder:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(tokenizer_path, partial / self.tokenizer.name)
-            (partial / self.config.name).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            (partial / self.config.name).write_text(to_yaml(config.to_dict()))
             os.rename(partial, self.path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)

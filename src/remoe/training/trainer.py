@@ -17,8 +17,10 @@ from remoe.analysis.collect import active_of
 from remoe.analysis.measures import flip_rate
 from remoe.data import Dataset, TrainBatches, ValidationWindows
 from remoe.errors import CheckpointError, ConfigError, RemoeError
+from remoe.experts import resolve_backend
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import Router
 from remoe.sparsity import DEAD_AFTER_STEPS
 from remoe.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.training.config import TrainConfig
@@ -267,14 +269,30 @@ class Trainer:
             self.lambda_runs_away = True
 
 
-def check_model(config: TrainConfig) -> None:
-    """Finds, without data, whether the model that `config` describes can be built.
+def model_without_values(config: TrainConfig) -> RemoeForCausalLM:
+    """The model that `config` describes, on the meta device: needs no data and no memory.
 
     Raises:
-        ConfigError: when it cannot.
+        ConfigError: when it cannot be built.
     """
     with torch.device("meta"):
-        RemoeForCausalLM(_model_config(config, config.vocab_size, eos_token_id=0))
+        return RemoeForCausalLM(_model_config(config, config.vocab_size, eos_token_id=0))
+
+
+def router_of(config: TrainConfig) -> Router:
+    """The router of a layer, without values."""
+    return model_without_values(config).model.layers[0].mlp.router
+
+
+def experts_backend(model: RemoeForCausalLM, dtype: str, device: torch.device) -> str:
+    """The backend that runs the model's experts in training, with `--dtype` as given.
+
+    Raises:
+        ConfigError: when the one that was asked for cannot run there.
+    """
+    experts = model.model.layers[0].mlp.experts
+    computed = torch.bfloat16 if wants_bfloat16(dtype, device) else torch.float32
+    return resolve_backend(experts.backend, device.type, computed, *experts.down_proj.shape[1:])
 
 
 def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
