@@ -75,7 +75,7 @@ def generate_text(
 
     options.check()
     check_prompt(prompt)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
     if context is not None and len(ids) + options.max_new_tokens > context:

@@ -63,6 +63,7 @@ class SparsityController(nn.Module):
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
         statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update_state`.
+        penalised: whether a loss since the last update has the penalty in it, as the model says that makes it.
 
     Raises:
         ConfigError: for an unknown rule, no layers, k not in 1..E, lambda_init <= 0 or alpha <= 1.
@@ -97,6 +98,7 @@ class SparsityController(nn.Module):
         self.lambda_min = smooth_min if rule == "smooth" else LAMBDA_MIN
         self.fast_start = fast_start and rule != "none" and k < num_experts
         self.sum_layers = sum_layers
+        self.penalised = False
 
         def state(name: str, value: Tensor, persistent: bool = True) -> None:
             self.register_buffer(name, value, persistent=persistent)
@@ -178,6 +180,7 @@ class SparsityController(nn.Module):
         Returns:
             0-dim bool: whether there was a token.
         """
+        self.penalised = False
         sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes, self._statistic_LE)
         if dist.is_available() and dist.is_initialized():
             for tensor in sums:

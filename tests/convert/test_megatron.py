@@ -250,6 +250,23 @@ def test_there_and_back(options, tmp_path):
     assert_same(again, model)
 
 
+def test_the_penalty_is_written_as_their_sum_over_layers(tmp_path):
+    model = tiny(regularizer_normalization="paper", lambda_init=1e-3)
+    model.sparsity.lam.fill_(0.5)
+    remoe.save_megatron(model, tmp_path)
+    again = remoe.load_megatron(tmp_path)
+    assert again.config.lambda_init == pytest.approx(1e-3 / model.config.num_hidden_layers)
+    ids = token_ids(2)
+    penalties = [m.regularizer_coefficient * m(ids).reg_loss for m in (model.eval(), again)]
+    torch.testing.assert_close(*penalties)
+
+
+def test_an_option_that_does_not_exist_is_named(tmp_path):
+    write_rank_files(tiny(), tmp_path)
+    with pytest.raises(ConfigError, match="RemoeConfig has no lamda_alpha"):
+        remoe.load_megatron(tmp_path, lamda_alpha=3)
+
+
 class Harm:
     def __reduce__(self):
         return os.mkdir, (os.environ["REMOE_TEST_HARM"],)

@@ -1,6 +1,7 @@
 """relufy: every architecture from conversion to reload, the fit of the gates, the penalty, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from remoe.convert.experts_function import is_plain_swiglu, remoe_experts_forwar
 from remoe.errors import ConfigError
 from remoe.routing.regularizers import l1_loss
 
-PLAIN_LOOP = ("gpt_oss", "lfm2_moe")
+PLAIN_LOOP = ("gpt_oss",)
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -89,7 +90,7 @@ def test_architecture_is_saved_and_loaded(converted, tmp_path):
 def test_experts_function_equals_the_models_own(name):
     model, ids = build(name), token_ids(2)
     experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    assert all(is_plain_swiglu(module) == (name not in PLAIN_LOOP) for module in experts) or name == "lfm2_moe"
+    assert all(is_plain_swiglu(module) == (name not in PLAIN_LOOP) for module in experts)
     gradients = []
     for implementation in ("eager", "remoe"):
         model.set_experts_implementation(implementation)
@@ -207,6 +208,33 @@ def test_own_topk_model_becomes_a_relu_model(tmp_path):
     assert all(layer.mlp.router.bias.grad.any() for layer in model.model.layers)
 
 
+def own_model(router, **options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+    config = remoe.RemoeConfig(**sizes, num_experts_per_tok=1, router=router, initializer_range=0.1, **options)
+    return remoe.RemoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("router", ["threshold", "expert_choice", "relu_norm", "relu_scaled", "sigmoid"])
+def test_an_own_model_keeps_its_k_and_its_cap_whatever_its_router_gives(router, tmp_path):
+    cap = {"max_experts_per_token": 1} if router == "relu_scaled" else {}
+    model, ids = own_model(router, **cap), token_ids()
+    assert remoe.relufy(model, [ids], max_loss_increase=None).k == 1
+    assert model.sparsity.target == 0.75
+    model.save_pretrained(tmp_path)
+    again = remoe.RemoeForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.sparsity.target == 0.75
+
+
+def test_an_own_model_without_a_learned_router_is_refused_and_stays_as_it_was():
+    model, ids = own_model("hash"), token_ids()
+    before = model(ids).logits
+    with pytest.raises(ConfigError, match="router 'hash' has no learned choice"):
+        remoe.relufy(model, [ids])
+    assert torch.equal(model(ids).logits, before)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_too_large_a_rise_leaves_the_model_as_it_was(own):
     ids = token_ids()
@@ -259,6 +287,31 @@ def test_folder_of_something_else_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="'llama'"):
         remoe.load_relufied(tmp_path)
+
+
+def test_every_rank_may_save_and_what_is_uploaded_is_what_is_written(tmp_path, monkeypatch):
+    model = build("mixtral")
+    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    model.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    save, seen = transformers.PreTrainedModel.save_pretrained, []
+
+    def spied(self, folder, *args, **kwargs):
+        save(self, folder, *args, **kwargs)  # with push_to_hub it uploads at its end
+        seen.append(json.loads((folder / "config.json").read_text())["model_type"])
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", spied)
+    model.save_pretrained(tmp_path)
+    assert seen == ["relufied"]
+    assert model.config.model_type == "mixtral"
+
+
+def test_a_pickled_model_is_the_same(tmp_path):
+    model, ids = build("mixtral"), token_ids()
+    remoe.relufy(model, [ids], max_loss_increase=None)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(again) is type(model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_copied_model_counts_for_itself():

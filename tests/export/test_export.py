@@ -2,14 +2,16 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from tiny_run import FLAGS
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import remoe
 from remoe.cli.main import main
@@ -76,6 +78,19 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
     causal = "RemoeForCausalLM"
     assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path):
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "another")
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    first = load(folder).train()
+    second = load(tmp_path / "another").train()
+    losses = [model(ids, labels=ids).loss for model in (first, second, first)]
+    for loss in losses:
+        loss.backward()
+    assert len({loss.item() for loss in losses}) == 1
 
 
 def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):

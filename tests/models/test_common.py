@@ -140,6 +140,17 @@ def test_attention_implementations_agree_with_eager(cls, implementation):
     )
 
 
+def test_ready_masks_of_flex_attention_are_taken_as_such():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids, model = tokens(batch=2), build(head_dim=16).requires_grad_(False)
+    expected = run(model, ids)
+    model.set_attn_implementation("flex_attention")
+    causal = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
+    outputs = model(ids, attention_mask=causal, labels=ids)
+    torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-5)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

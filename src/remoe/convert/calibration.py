@@ -99,7 +99,7 @@ class GateRecorder:
     def _hook(self, name: str):
         def record(router: nn.Module, args: tuple, output: object) -> None:
             x_TD = args[0].detach().flatten(0, -2).float()
-            gate_TE, self.k[name] = _gates(output, x_TD.shape[0], getattr(router, "num_experts", None), name)
+            gate_TE, self.k[name] = _gates(output, x_TD.shape[0], router, name)
             if self.mask_T is not None:
                 x_TD, gate_TE = x_TD[self.mask_T], gate_TE[self.mask_T]
             room = self.max_tokens - sum(map(len, self.x_TD[name]))
@@ -114,15 +114,13 @@ class GateRecorder:
         return torch.cat(self.x_TD[name]), torch.cat(self.gate_TE[name])
 
 
-def _gates(output: object, T: int, E: int | None, name: str) -> tuple[Tensor, int]:
-    """(T, E) gates, and the experts per token."""
+def _gates(output: object, T: int, router: nn.Module, name: str) -> tuple[Tensor, int]:
+    """(T, E) gates, and the experts per token that the router is for."""
     if isinstance(output, Routing):
-        return output.gate_TE, round(output.count_E.sum().item() / max(output.num_tokens.item(), 1))
+        return output.gate_TE, router.k
     logits = output[0] if isinstance(output, tuple) and len(output) == 3 else None
     if not isinstance(logits, Tensor) or output[1].shape != output[2].shape or output[1].shape[0] != T:
-        raise ConfigError(
-            f"{name}: {(E and 'its') or 'a'} router that does not return (logits, weights, indices) cannot be converted"
-        )
+        raise ConfigError(f"{name}: a router that does not return (logits, weights, indices) cannot be converted")
     _, weight_TK, index_TK = output
     gate_TE = weight_TK.new_zeros(T, logits.shape[-1]).scatter(1, index_TK.long(), weight_TK)
     return gate_TE, index_TK.shape[1]

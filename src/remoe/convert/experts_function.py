@@ -45,7 +45,8 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
 
 def is_plain_swiglu(experts: nn.Module) -> bool:
     """Whether an experts module computes what `remoe.experts` does: silu(gate) * up, without biases."""
-    silu = isinstance(getattr(experts, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
+    activation = getattr(experts, "act_fn", None)
+    silu = activation is F.silu or isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
     own_gate = type(experts)._apply_gate is not _default_apply_gate
     special = experts.has_bias or experts.is_transposed or getattr(experts, "has_post_expert_norm", False)
     return silu and experts.has_gate and experts.is_concatenated and not own_gate and not special

@@ -125,7 +125,7 @@ def save_megatron(
         if count < 1 or size % count:
             raise ConfigError(f"{count} ranks do not divide {name} = {size}")
     recorded = Namespace(**(_args_of(config, ranks, experts) | (args or {})))
-    tensors = to_megatron(model) | {LAMBDA: model.sparsity.lam.detach().cpu()}
+    tensors = to_megatron(model) | {LAMBDA: model.sparsity.lam.detach().cpu() * _over_ours(config)}
     return write_checkpoint(Path(folder), iteration, recorded, tensors, ranks, experts)
 
 
@@ -179,6 +179,8 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
         "lambda_init": float(argument(args, f"{LAMBDA}_init", 1e-8)),
         "lambda_alpha": float(argument(args, f"{LAMBDA}_multiplier", 1.2)),
     }
+    if unknown := options.keys() - RemoeConfig.__dataclass_fields__.keys():
+        raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
     return RemoeConfig(**(fields | options))
 
 
@@ -199,9 +201,14 @@ def _check_exportable(model: RemoeForCausalLM) -> None:
             raise ConfigError(f"the authors' code has no counterpart of {what}")
 
 
+def _over_ours(config: RemoeConfig) -> float:
+    """Their lambda over ours: they sum the penalty over the layers, where "paper" takes the mean."""
+    return 1 / config.num_hidden_layers if config.regularizer_normalization == "paper" else 1.0
+
+
 def _args_of(config: RemoeConfig, ranks: Ranks, experts: str) -> dict[str, object]:
     same = {name: value for name, value in REQUIRED.items() if name != "virtual_pipeline_model_parallel_size"}
-    lam = {f"{LAMBDA}_init": config.lambda_init, f"{LAMBDA}_multiplier": config.lambda_alpha}
+    lam = {f"{LAMBDA}_init": config.lambda_init * _over_ours(config), f"{LAMBDA}_multiplier": config.lambda_alpha}
     return (
         same
         | lam

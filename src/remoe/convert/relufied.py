@@ -87,6 +87,10 @@ class RelufiedMixin:
     """What `relufy` adds to a transformers model: the penalty in its loss, steering, saving."""
 
     sparsity: SparsityController
+    converted: type[PreTrainedModel]  # the class that it was of
+
+    def __reduce__(self) -> tuple:
+        return _new, (self.converted,), self.__dict__
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -101,17 +105,14 @@ class RelufiedMixin:
 
     @property
     def regularizer_coefficient(self) -> Tensor:
-        """lambda, 0-dim float32."""
+        """lambda, 0-dim float32; who asks has a loss with the penalty in it, as in `RoutedModel`."""
+        self.sparsity.penalised = True
         return self.sparsity.lam.clone()
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, with a model type that only `remoe.load_relufied` knows: no TopK model will load it."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "config.json"
-        data = json.loads(path.read_text())
-        if data.get("model_type") != MODEL_TYPE:
-            data["relufied"]["model_type"], data["model_type"] = data["model_type"], MODEL_TYPE
-            path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+        with _written_as_relufied(self.config):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,8 +140,8 @@ class RelufiedMixin:
         finally:
             context.routings = {}
 
-    def observed_penalty(self, routings: Sequence[Routing]) -> Tensor:
-        """Counts a training step's routings for lambda; returns lambda times their regulariser, in nats.
+    def observe(self, routings: Sequence[Routing]) -> None:
+        """Counts a training step's routings for lambda.
 
         Raises:
             ConfigError: for reentrant recomputation, in which routers get no gradients.
@@ -148,6 +149,9 @@ class RelufiedMixin:
         if any(routing.regularizer.grad_fn is None and self._trains_routers() for routing in routings):
             raise ConfigError("recomputation of a relufied model needs use_reentrant=False")
         self.sparsity.observe(routings)
+
+    def penalty(self, routings: Sequence[Routing]) -> Tensor:
+        """lambda times the routings' regulariser, in nats."""
         device = self.sparsity.lam.device
         return self.regularizer_coefficient * torch.stack([r.regularizer.to(device) for r in routings]).mean()
 
@@ -157,12 +161,24 @@ class RelufiedMixin:
         )
 
 
+@contextmanager
+def _written_as_relufied(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, the config has our model type, in its file and in what is uploaded."""
+    cls = type(config)
+    config.__class__ = type(cls.__name__, (cls,), {"model_type": MODEL_TYPE})
+    try:
+        yield
+    finally:
+        config.__class__ = cls
+
+
 @functools.cache
 def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of relufied models of a class."""
     signature = inspect.signature(cls.forward)
 
     class Relufied(RelufiedMixin, cls):
+        converted = cls
         _keep_in_fp32_modules_strict = set(cls._keep_in_fp32_modules_strict or ()) | {"sparsity"}
 
         def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
@@ -177,10 +193,11 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 output = super().forward(*args, **kwargs)
             if not self.training:
                 return output
-            penalty = self.observed_penalty(routings)
+            self.observe(routings)
             labels, items = given.get("labels"), given.get("num_items_in_batch")
             if labels is None:
                 return output
+            penalty = self.penalty(routings)
             loss = output[0] if isinstance(output, tuple) else output.loss
             if items is not None:
                 penalty = penalty * ((labels[:, 1:] != -100).sum().to(penalty.device) / items)
@@ -193,6 +210,12 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     Relufied.__name__ = Relufied.__qualname__ = PREFIX + cls.__name__
     Relufied.__module__ = cls.__module__  # transformers looks up there whether experts can be chosen
     return Relufied
+
+
+def _new(cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """A relufied model without anything in it, for pickle, which cannot name a class made at run time."""
+    relufied = relufied_class(cls)
+    return relufied.__new__(relufied)
 
 
 def mixture_routers(model: nn.Module) -> dict[str, nn.Module]:

@@ -7,8 +7,10 @@ text; the experts run by ours. Attention, shared experts and dense layers are no
 Legend: B batch, S sequence, T tokens, D model width, E experts, K experts per token.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +21,9 @@ from remoe.convert.calibration import Batch, GateRecorder, as_batch, fit_relu_ga
 from remoe.convert.relufied import STEERING, RelufiedMixin, mixture_routers, relufied_class, replace_routers
 from remoe.errors import ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
-from remoe.routing import ReLURouter
+from remoe.models.routed import build_controller
+from remoe.routing import Router, build_router
+from remoe.routing.base import LinearRouter
 from remoe.sparsity import SparsityController
 
 MAX_TOKENS = 16_384
@@ -129,9 +133,11 @@ def relufy(
 def _routers(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, RemoeForCausalLM):
         return mixture_routers(model)
-    if not model.config.routes_pairs or model.config.router == "relu":
-        raise ConfigError(f"router {model.config.router!r} has no TopK routing to convert")
-    return {f"model.layers.{i}.mlp.router": layer.mlp.router for i, layer in enumerate(model.model.layers)}
+    routers = {f"model.layers.{i}.mlp.router": layer.mlp.router for i, layer in enumerate(model.model.layers)}
+    learned = all(isinstance(router, LinearRouter) for router in routers.values())
+    if not model.config.routes_pairs or not learned or model.config.router == "relu":
+        raise ConfigError(f"router {model.config.router!r} has no learned choice of experts to convert")
+    return routers
 
 
 def _one_value(values: dict[str, int], what: str) -> int:
@@ -171,26 +177,24 @@ def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
 
 def _install_in_remoe(model: RemoeForCausalLM, settings: dict) -> Callable[[], None]:
     """The same for our own model, which remains one."""
-    config, controller = model.config, model.sparsity
-    old = {name: getattr(config, name) for name in ("router", "router_options", "load_balance", "sparsity_rule")}
-    old |= {"lambda_fast_start": config.lambda_fast_start}
-    config.router, config.router_options, config.load_balance = "relu", {"bias": True}, settings["load_balance"]
-    config.sparsity_rule, config.lambda_fast_start = STEERING["rule"], STEERING["fast_start"]
+    config = copy.copy(model.config)  # the model's own is changed when nothing can fail any more
+    options = {"router": "relu", "router_options": {"bias": True}, "load_balance": settings["load_balance"]}
+    options |= {"sparsity_rule": STEERING["rule"], "lambda_fast_start": STEERING["fast_start"]}
+    old = {name: getattr(config, name) for name in options}, [layer.mlp.router for layer in model.model.layers]
+    for name, value in options.items():
+        setattr(config, name, value)
     E, k = settings["num_experts"], settings["k"]
-    routers = [layer.mlp.router for layer in model.model.layers]
-    for layer in model.model.layers:
-        weight = layer.mlp.router.weight
-        new = ReLURouter(config.hidden_size, E, k, bias=True, load_balance=settings["load_balance"])
-        layer.mlp.router = new.to(weight.device, weight.dtype)
-    model.sparsity = SparsityController(
-        len(routers), E, k, lambda_init=config.lambda_init, sum_layers=controller.sum_layers, **STEERING
-    ).to(controller.lam.device)
+    routers = [
+        build_router("relu", config.hidden_size, E, k, **config.router_arguments).to(router.weight) for router in old[1]
+    ]
 
-    def restore() -> None:
+    def put(options: dict[str, object], routers: list[Router], controller: SparsityController) -> None:
+        for name, value in options.items():
+            setattr(model.config, name, value)
         for layer, router in zip(model.model.layers, routers, strict=True):
             layer.mlp.router = router
         model.sparsity = controller
-        for name, value in old.items():
-            setattr(config, name, value)
 
+    restore = partial(put, *old, model.sparsity)
+    put(options, routers, build_controller(config).to(model.sparsity.lam.device))
     return restore

@@ -2,8 +2,9 @@
 
 It runs only where the package `sonicmoe` is installed and the device is of compute capability 9.0 or 10.0; elsewhere
 `obstacle` says what is missing. Its lists have exactly as many entries as there are pairs, so each call waits for the
-device once to learn that number, and what it stores for the backward pass grows with it. It cannot be traced by
-`torch.compile`.
+device once to learn that number, and what it stores for the backward pass grows with it. Its products are tuned by
+trial for every number of pairs that they have not met yet (quack-kernels 0.3.11), and ReLU routing brings another with
+each step: it is for loads that stay, such as TopK's and a benchmark's. It cannot be traced by `torch.compile`.
 
 Legend: T tokens, D model width, F expert width, E experts, R routed pairs.
 """

@@ -79,7 +79,10 @@ def _recorded_routings(model: Penalised, inputs: Mapping[str, object]) -> Iterat
 def _observed_penalty(model: Penalised, routings: list[Routing]) -> Tensor | None:
     """What the model's own forward pass adds to its loss."""
     if isinstance(model, RelufiedMixin):
-        return model.observed_penalty(routings) if model.training else None
+        if not model.training:
+            return None
+        model.observe(routings)
+        return model.penalty(routings)
     if model.training:
         model.sparsity.observe(routings)
     return model.regularizer_coefficient * model._regularizer(routings) + model._extra_loss(routings)

@@ -42,7 +42,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     Raises:
         ConfigError: when training begins, for a model without routers to steer; after its first step, when a trainer
-            computes the loss without the model's forward pass, so that the penalty is not in it.
+            computes the loss without the model's, so that the penalty is not in it. A `compute_loss` of one's own adds
+            `model.regularizer_coefficient` times `reg_loss` of the model's output.
     """
 
     def __init__(self) -> None:
@@ -80,10 +81,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Moves lambda by the statistics of the step's micro-batches, of all ranks."""
         module = self._module
         if not self._checked:
-            if not module.sparsity._tokens_L.any():
+            if not module.sparsity.penalised:
                 raise ConfigError(
-                    f"the trainer computes its loss without the forward pass of {type(module).__name__}: "
-                    f"the penalty on the gates is not in it, and sparsity cannot be controlled"
+                    f"the trainer's loss is not that of {type(module).__name__} (label_smoothing_factor and "
+                    f"compute_loss_func bring their own): without the penalty in it sparsity cannot be controlled"
                 )
             self._checked = True
         module.update_routing()

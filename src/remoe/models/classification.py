@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
+from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel, is_padding_mask
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
@@ -37,6 +37,8 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
 
 class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
     """Classes from the last token that is not padding; trained with the penalty on the gates, as the language model."""
+
+    accepts_loss_kwargs = False  # its loss is a micro-batch's mean: transformers' Trainer divides it by their number
 
     def __init__(self, config: RemoeConfig) -> None:
         super().__init__(config)
@@ -107,7 +109,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         """(B,) int64: the last position that is not padding, on either side."""
         B, S, _ = hidden_BSD.shape
         position_S = torch.arange(S, device=hidden_BSD.device)
-        if mask is not None and mask.ndim == 2:
+        if is_padding_mask(mask):
             return (position_S * mask[:, -S:].to(position_S.dtype)).argmax(dim=1)
         pad = self.config.pad_token_id
         if pad is not None and input_ids is not None:

@@ -44,7 +44,7 @@ class RemoeConfig(PreTrainedConfig):
 
     model_type = "remoe"
     # transformers' Trainer gathers every other output as a prediction.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "lm_loss", "reg_loss", "routings"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "lm_loss", "task_loss", "reg_loss", "routings"]
     default_theta = 1_000_000.0
 
     vocab_size: int = 51_200

@@ -363,18 +363,21 @@ def _refuse_reentrant_recomputation(layer: GradientCheckpointingLayer) -> None:
         raise ConfigError("recomputation of a ReMoE model needs use_reentrant=False")
 
 
+def is_padding_mask(mask: object) -> bool:
+    """Whether a mask says which tokens are padding; transformers also hands on ready masks for attention."""
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
 def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
     """(B, S) bool, false for padding, from a mask over past and present tokens; None when there is no padding mask."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -S:].bool()
+    return attention_mask[:, -S:].bool() if is_padding_mask(attention_mask) else None
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """(B, S) targets of each position, -100 where there is none: padding neither is predicted nor predicts."""
     if labels is None and shift_labels is None:
         return None
-    keep_BS = None if attention_mask is None or attention_mask.ndim != 2 else attention_mask.bool()
+    keep_BS = attention_mask.bool() if is_padding_mask(attention_mask) else None
     if shift_labels is None:
         if keep_BS is not None:
             labels = labels.masked_fill(~keep_BS[:, -labels.shape[1] :], -100)
