@@ -12,7 +12,7 @@ import torch
 from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, run
 
 from remoe.errors import ConfigError
-from remoe.experts import Experts, naive_experts, run_experts
+from remoe.experts import Experts, naive_experts, ops, run_experts
 from remoe.experts.backends import resolve_backend
 from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
 from remoe.routing.assignment import Assignment
@@ -110,6 +110,23 @@ def test_few_tokens_without_gradients(backend, dtype, tolerance, widths):
 def test_two_runs_are_bitwise_equal(backend):
     leaves, active = problem(63, 60, 36, 5, 0.4)
     check_repeats(backend, leaves, active)
+
+
+@every_backend
+@pytest.mark.parametrize("stored", [10**6, 20])
+def test_frozen_experts_get_no_gradients_and_the_rest_is_the_same(backend, stored):
+    (x, gate_up, down, gates), active = problem(63, 60, 36, 5, 0.4)
+    assignment, dy = Assignment.from_gates(gates.detach(), active), torch.randn(63, 60)
+    lists = (assignment.gate_N, assignment.token_N, assignment.count_E, assignment.pair_TE)
+    name = backend.keywords["backend"]
+    _, pre = ops._forward(x, gate_up, down, *lists, stored, name)
+    trained, frozen = (ops._backward(dy, x, gate_up, down, *lists, pre, name, w) for w in (True, False))
+    assert [gradient.numel() for gradient in frozen[1:3]] == [0, 0]
+    assert all(torch.equal(trained[i], frozen[i]) for i in (0, 3))
+    for wanted in ([x], [gates], [x, gate_up]):  # of one weight alone: as of both
+        leaves = [leaf.detach().requires_grad_(any(leaf is w for w in wanted)) for leaf in (x, gate_up, down, gates)]
+        backend(*leaves[:3], Assignment.from_gates(leaves[3], active)).backward(dy)
+        assert [leaf.grad is not None for leaf in leaves] == [leaf.requires_grad for leaf in leaves]
 
 
 @every_backend

@@ -53,7 +53,7 @@ def launches(tiles, T, D, F, E, monkeypatch):
         monkeypatch.setattr(f"remoe.experts.{module}", recorder, raising=False)
     monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", T)  # the second window is computed again
     backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, T)
-    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, pre_C2F)
+    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, pre_C2F, True)
     return recorder.launches
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remoe.experts.kernels import Kernels, RaggedKernels, Sizes
+from remoe.experts.ops import empty_gradients
 
 BLOCK, MIN_BLOCK, LEAST_BLOCK = 1024, 64, 8  # pairs that one thread takes through an expert at once
 BLOCKS_PER_THREAD = 2  # at least, where all pairs are one expert's
@@ -72,10 +73,11 @@ def backward(
     count_E: Tensor,
     count: list[int],
     pre_C2F: Tensor,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate."""
     dx_TD, dgate_N = torch.zeros_like(x_TD, dtype=torch.float32), torch.zeros_like(gate_N)
-    dgate_up_E2FD, ddown_EDF = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
+    dgate_up_E2FD, ddown_EDF = empty_gradients(gate_up_E2FD, down_EDF, weights)  # without memory: null pointers
     sizes = _sizes(x_TD, down_EDF, pre_C2F, count)
     scratch = torch.empty(kernels.backward_scratch(sizes), dtype=torch.uint8)
     inputs = _addresses(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pre_C2F)

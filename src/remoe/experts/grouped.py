@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.experts.ops import empty_gradients
 from remoe.experts.windows import PairCount, windows
 from remoe.gemm import aligned
 
@@ -68,6 +69,7 @@ def backward(
     count_E: Tensor,
     pair_TE: Tensor | None,
     pre_C2F: Tensor,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
     gate_up_E2FD, down_EDF = aligned(gate_up_E2FD), aligned(down_EDF)
@@ -84,11 +86,12 @@ def backward(
         dhidden_mF = F.grouped_mm(dy_mD, down_EDF, offs=window.end_E)
         hidden_mF, dpre_m2F, dgate_m = _swiglu_backward(pre_m2F, dhidden_mF, window.gate_m1)
         dgate_N[window.first : end] = dgate_m.masked_fill_(window.behind_m, 0)
-        ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
-        dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
+        if weights:
+            ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
+            dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
         window.combine(F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E), dx_TD)
     if ddown_EDF is None:
-        dgate_up_E2FD, ddown_EDF = torch.zeros_like(gate_up_E2FD), torch.zeros_like(down_EDF)
+        dgate_up_E2FD, ddown_EDF = (t.zero_() for t in empty_gradients(gate_up_E2FD, down_EDF, weights))
     return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
 

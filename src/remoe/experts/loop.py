@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from remoe.experts import compiled
 from remoe.experts.kernels import Kernels, RaggedKernels, compiled_kernels, ragged_kernels
+from remoe.experts.ops import empty_gradients
 
 BLOCK, MIN_BLOCK = 512, 64  # pairs
 # Up to so many pairs per active expert, reading the weights is what takes the time, and a GEMM would pack them first.
@@ -80,6 +81,7 @@ def backward(
     count_E: Tensor,
     pair_TE: Tensor | None,
     pre_C2F: Tensor,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
     dy_TD, x_TD, gate_N = dy_TD.contiguous(), x_TD.contiguous(), gate_N.contiguous()
@@ -88,7 +90,7 @@ def backward(
     count, kernels = count_E.tolist(), _kernels(x_TD)
     if ragged := _ragged_kernels(x_TD):
         inputs = (dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E)
-        return compiled.backward(ragged, *inputs, count, pre_C2F)
+        return compiled.backward(ragged, *inputs, count, pre_C2F, weights)
 
     steps = _Compiled(kernels, token_N) if kernels is not None else _Plain(token_N)
     blocks = _blocks(count, pre_C2F.shape[0])
@@ -97,10 +99,10 @@ def backward(
     x_mD, dy_mD, dhidden_mF, hidden_mF, dpre_m2F = (x_TD.new_empty(m, w) for w in (D, D, F_, F_, 2 * F_))
     scratch_m2F = x_TD.new_empty(m if sum(count) > pre_C2F.shape[0] else 0, 2 * F_)
     dx_TD, dgate_N = _accumulator(x_TD), torch.zeros_like(gate_N)
-    dgate_up_E2FD, ddown_EDF = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
+    dgate_up_E2FD, ddown_EDF = empty_gradients(gate_up_E2FD, down_EDF, weights)
     gate_up, dgate_up, down, ddown = (t.unbind() for t in (gate_up_E2FD, dgate_up_E2FD, down_EDF, ddown_EDF))
     for e, pairs in enumerate(count):
-        if not pairs:
+        if weights and not pairs:
             dgate_up[e].zero_()
             ddown[e].zero_()
     for block in blocks:
@@ -113,8 +115,9 @@ def backward(
             torch.mm(x, gate_up[e].t(), out=pre)
         torch.mm(dy, down[e], out=dhidden)
         steps.swiglu_backward(pre, dhidden, gate_N, block, hidden, dpre, dgate_N)
-        _add_product(ddown[e], dy.t(), hidden, block.first)
-        _add_product(dgate_up[e], dpre.t(), x, block.first)
+        if weights:
+            _add_product(ddown[e], dy.t(), hidden, block.first)
+            _add_product(dgate_up[e], dpre.t(), x, block.first)
         torch.mm(dpre, gate_up[e], out=dy)  # dy has been read
         steps.scatter_add(dy, block, dx_TD)
     return dx_TD.to(x_TD.dtype), dgate_up_E2FD, ddown_EDF, dgate_N

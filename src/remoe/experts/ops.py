@@ -7,10 +7,11 @@ derivative of the first.
 A backend is a module with
 
     forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, stored) -> y_TD, pre_C2F
-    backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F)
+    backward(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F, weights)
         -> dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
-where C = min(N, stored): the pre-activations of the first C pairs are kept for the backward pass, those of the others
+where the second and third are empty, and their products not made, if `weights` is false (frozen experts), and where
+C = min(N, stored): the pre-activations of the first C pairs are kept for the backward pass, those of the others
 are computed again. That bounds the memory when far more experts are active than wanted. A backend writes no
 pre-activation of pairs that do not exist and reads none; the same holds for an expert of which not all pairs fit in C.
 
@@ -96,16 +97,25 @@ def _backward(
     pair_TE: Tensor | None,
     pre_C2F: Tensor,
     backend: str,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _module(backend, x_TD, down_EDF).backward(
-        dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F
+        dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F, weights
     )
 
 
 @_backward.register_fake
-def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F, backend):
-    leaves = (x_TD, gate_up_E2FD, down_EDF, gate_N)
-    return tuple(torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves)
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, pair_TE, pre_C2F, backend, weights):
+    dx_TD, dgate_N = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_TD, gate_N))
+    return dx_TD, *empty_gradients(gate_up_E2FD, down_EDF, weights), dgate_N
+
+
+def empty_gradients(gate_up_E2FD: Tensor, down_EDF: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of both weights; none where they are not wanted."""
+    if not weights:
+        return gate_up_E2FD.new_empty(0), down_EDF.new_empty(0)
+    form = torch.contiguous_format
+    return torch.empty_like(gate_up_E2FD, memory_format=form), torch.empty_like(down_EDF, memory_format=form)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -117,7 +127,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, dy_TD, _):
     if dy_TD is None:
         return (None,) * 9
-    return *_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None, None, None
+    weights = any(ctx.needs_input_grad[1:3])
+    dx_TD, *dweights, dgate_N = _backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.backend, weights)
+    return dx_TD, *(dweights if weights else (None, None)), dgate_N, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

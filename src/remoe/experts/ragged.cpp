@@ -190,6 +190,7 @@ void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const floa
     }
 }
 
+// Without gradients of the weights where there is no room for them.
 template <typename X>
 void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const float *gate_N,
               const int64_t *token_N, const int64_t *count_E, const X *pre_C2F, const Sizes &n, void *scratch,
@@ -201,9 +202,10 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
     X *of_window = (X *)(dx_WD + (n.W + m) * D);
     X *of_threads = of_window + Factors<X>::numbers(n.window_factors, n);
     const Factors<X> window = Factors<X>::in(of_window, n.window_factors, n);
+    const bool weights = dgate_up_E2FD && ddown_EDF;
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < n.E; e++) {
-        if (count_E[e]) continue;
+        if (count_E[e] || !weights) continue;
         std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(X));
         std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(X));
     }
@@ -234,12 +236,13 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
             }
             float *dx_mD = dx_WD + (start - base) * D;
             multiply(false, false, rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, false, dx_mD, D);
-            if (whole) {
+            if (whole && weights) {
                 weight_gradient({false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
                 weight_gradient({true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
             }
         }
         combine(blocks, first, end, dx_WD, token_N, n, dx_TD);
+        if (!weights) continue;
         const std::vector<Tile> tiles = weight_tiles(blocks, first, end, count_E, n);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < tiles.size(); i++)

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from remoe.experts.ops import empty_gradients
 from remoe.experts.triton_launch import Launcher, interpreted
 from remoe.experts.windows import windows
 from remoe.gemm import aligned
@@ -87,10 +88,12 @@ def backward(
     count_E: Tensor,
     pair_TE: Tensor | None,
     pre_C2F: Tensor,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
     dy_TD, x_TD, gate_up_E2FD, down_EDF = map(aligned, (dy_TD, x_TD, gate_up_E2FD, down_EDF))
-    dx_TD, dgate_up_E2FD, ddown_EDF = (torch.empty_like(t) for t in (x_TD, gate_up_E2FD, down_EDF))
+    dx_TD = torch.empty_like(x_TD)
+    dgate_up_E2FD, ddown_EDF = empty_gradients(gate_up_E2FD, down_EDF, weights)
     dgate_N = torch.empty_like(gate_N, memory_format=torch.contiguous_format)
     if token_N.shape[0] == 0:
         return dx_TD.zero_(), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), dgate_N
@@ -112,8 +115,9 @@ def backward(
                 pre, pre_first = dpre_W2F, pairs.start
                 launch.up_projection(w, x_TD, gate_up_E2FD, pre, pre_first, pairs.stop, None)
             launch.hidden_gradient(w, dy_TD, down_EDF, pre, pre_first, dpre_W2F, hidden_WF, part)
-            launch.weight_gradient(w, hidden_WF, dy_TD, ddown_EDF)
-            launch.weight_gradient(w, dpre_W2F, x_TD, dgate_up_E2FD, up=True)
+            if weights:
+                launch.weight_gradient(w, hidden_WF, dy_TD, ddown_EDF)
+                launch.weight_gradient(w, dpre_W2F, x_TD, dgate_up_E2FD, up=True)
             launch.project(w, dpre_W2F, gate_up_E2FD, dx_WD, up=True)
             launch.combine(w, dx_WD, dx_TD)
         launch.sum_gate_gradient(part, dgate_N)
