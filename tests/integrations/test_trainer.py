@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import build, token_ids
 from torch import nn
 
 import remoe
@@ -17,64 +16,8 @@ from remoe.integrations.trainer import routed_module, routing_figures
 
 pytest.importorskip("accelerate")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_experts": 4,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 32,
-    "lambda_init": 1e-3,
-}
-STEPS = 4
-BATCH = 4
-
-
-def tiny(**options):
-    torch.manual_seed(0)
-    return remoe.RemoeForCausalLM(remoe.RemoeConfig(**{**TINY, **options})).train()
-
-
-def rows(count=STEPS * BATCH, length=12):
-    """Sequences of different length, padded at the right."""
-    random = torch.Generator().manual_seed(1)
-    examples = []
-    for i in range(count):
-        ids = torch.randint(1, 61, (length,), generator=random)
-        mask = (torch.arange(length) < length - i % 5).long()
-        examples.append({"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    return examples
-
-
-def arguments(folder, **options):
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": BATCH,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return TrainingArguments(**{**settings, **options})
-
-
-def train(model, folder, resume=None, callback=None, **options):
-    callback = callback or remoe.SparsityCallback()
-    trainer = Trainer(model, arguments(folder, **options), train_dataset=rows(), callbacks=[callback])
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+from tiny_trainer import BATCH, STEPS, arguments, logged, rows, tiny, train
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 
 def count_updates(model, monkeypatch):
@@ -263,69 +206,6 @@ def test_two_callbacks_are_refused(tmp_path):
     trainer = Trainer(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=callbacks)
     with pytest.raises(ConfigError, match="2 times a step"):
         trainer.train()
-
-
-def test_trainer_that_bypasses_the_forward_pass_is_refused(tmp_path):
-    class Bypass(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-            return model.lm_head(hidden).logsumexp(-1).mean()
-
-    trainer = Bypass(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=[remoe.SparsityCallback()])
-    with pytest.raises(ConfigError, match="loss is not that of RemoeForCausalLM"):
-        trainer.train()
-
-
-def no_penalty(outputs, labels, num_items_in_batch=None):
-    return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
-
-
-@pytest.mark.parametrize("relufied", [False, True])
-@pytest.mark.parametrize("way", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_trainer_with_a_loss_of_its_own_is_refused(way, relufied, tmp_path):
-    model = tiny()
-    if relufied:
-        model = build("mixtral")
-        remoe.relufy(model, [token_ids()], max_loss_increase=None)
-    options = {way: 0.1} if way == "label_smoothing_factor" else {}
-    function = no_penalty if way == "compute_loss_func" else None
-    callbacks = [remoe.SparsityCallback()]
-    trainer = Trainer(
-        model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=callbacks, compute_loss_func=function
-    )
-    with pytest.raises(ConfigError, match=f"loss is not that of {type(model).__name__}"):
-        trainer.train()
-
-
-def test_a_loss_of_ones_own_with_the_penalty_in_it_is_taken(tmp_path):
-    class Own(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            loss = no_penalty(outputs, inputs["labels"].roll(-1, 1))
-            return loss + model.regularizer_coefficient * outputs.reg_loss
-
-    trainer = Own(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=[remoe.SparsityCallback()])
-    trainer.train()
-    assert len(set(logged(trainer, "lambda"))) == STEPS
-
-
-def test_a_classifier_has_one_loss_whatever_the_split_and_predicts_its_logits(tmp_path):
-    data = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows())]
-    losses, norms = [], []
-    for size in (BATCH, 1):
-        torch.manual_seed(0)
-        config = remoe.RemoeConfig(**TINY, num_labels=3, pad_token_id=0, load_balance=False)
-        model = remoe.RemoeForSequenceClassification(config).train()
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": BATCH // size, "max_steps": 1}
-        trainer = Trainer(
-            model, arguments(tmp_path, **options), train_dataset=data, callbacks=[remoe.SparsityCallback()]
-        )
-        trainer.train()
-        losses += logged(trainer, "loss")
-        norms += logged(trainer, "grad_norm")
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
-    assert trainer.predict(data).predictions.shape == (len(data), 3)
 
 
 def test_documented_plain_loop_equals_the_trainer(tmp_path):

@@ -1,0 +1,77 @@
+"""Which losses a trainer may have: those with the penalty in them, whatever the split of a batch."""
+
+import pytest
+import torch
+from tiny_models import build, token_ids
+from torch import nn
+
+import remoe
+from remoe.errors import ConfigError
+
+pytest.importorskip("accelerate")
+
+from tiny_trainer import BATCH, STEPS, TINY, arguments, logged, rows, tiny
+from transformers import Trainer
+
+
+def test_trainer_that_bypasses_the_forward_pass_is_refused(tmp_path):
+    class Bypass(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+            return model.lm_head(hidden).logsumexp(-1).mean()
+
+    trainer = Bypass(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=[remoe.SparsityCallback()])
+    with pytest.raises(ConfigError, match="loss is not that of RemoeForCausalLM"):
+        trainer.train()
+
+
+def no_penalty(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("relufied", [False, True])
+@pytest.mark.parametrize("way", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_with_a_loss_of_its_own_is_refused(way, relufied, tmp_path):
+    model = tiny()
+    if relufied:
+        model = build("mixtral")
+        remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    options = {way: 0.1} if way == "label_smoothing_factor" else {}
+    function = no_penalty if way == "compute_loss_func" else None
+    callbacks = [remoe.SparsityCallback()]
+    trainer = Trainer(
+        model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=callbacks, compute_loss_func=function
+    )
+    with pytest.raises(ConfigError, match=f"loss is not that of {type(model).__name__}"):
+        trainer.train()
+
+
+def test_a_loss_of_ones_own_with_the_penalty_in_it_is_taken(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            loss = no_penalty(outputs, inputs["labels"].roll(-1, 1))
+            return loss + model.regularizer_coefficient * outputs.reg_loss
+
+    trainer = Own(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=[remoe.SparsityCallback()])
+    trainer.train()
+    assert len(set(logged(trainer, "lambda"))) == STEPS
+
+
+def test_a_classifier_has_one_loss_whatever_the_split_and_predicts_its_logits(tmp_path):
+    data = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows())]
+    losses, norms = [], []
+    for size in (BATCH, 1):
+        torch.manual_seed(0)
+        config = remoe.RemoeConfig(**TINY, num_labels=3, pad_token_id=0, load_balance=False)
+        model = remoe.RemoeForSequenceClassification(config).train()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": BATCH // size, "max_steps": 1}
+        trainer = Trainer(
+            model, arguments(tmp_path, **options), train_dataset=data, callbacks=[remoe.SparsityCallback()]
+        )
+        trainer.train()
+        losses += logged(trainer, "loss")
+        norms += logged(trainer, "grad_norm")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+    assert trainer.predict(data).predictions.shape == (len(data), 3)
