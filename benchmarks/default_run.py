@@ -6,20 +6,16 @@ Finished runs are not repeated, so the script can be stopped and started again.
 """
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
 import tyro
 
-import remoe
+from remoe.machine import machine
+from remoe.training.trainer import pick_device
 
 
 @dataclass
@@ -47,23 +43,6 @@ def summary_of(folder: Path, flags: list[str]) -> dict:
     return json.loads(path.read_text())
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": date.today().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "remoe": remoe.__version__,
-    }
-
-
 def main() -> None:
     options = tyro.cli(Options)
     keys = ("validation_loss", "seconds", "final_sparsity", "settling_step", "sparsity_mean", "sparsity_deviation")
@@ -83,7 +62,7 @@ def main() -> None:
                 }
             )
             options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=2))
+            options.results.write_text(json.dumps({"machine": machine(pick_device("auto")), "runs": runs}, indent=2))
     print("| router | validation loss, mean | deviation | minutes |")
     print("|---|---|---|---|")
     for router in options.routers:

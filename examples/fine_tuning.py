@@ -30,6 +30,7 @@ def validation_loss(model: PreTrainedModel, windows: ValidationWindows, tokens_p
     for domain in windows.domains:
         left = tokens_per_domain
         for inputs, targets, _ in windows.batches(domain, 4):
+            inputs, targets = inputs.to(model.device), targets.to(model.device)
             logits = model(input_ids=inputs, use_cache=False).logits.float()
             nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             count += (targets != -100).sum().item()

@@ -61,7 +61,7 @@ def main() -> None:
         sparsity = model.sparsity.sparsity.item()
         result[name] = {"loss_before": before, "loss_after": after, "sparsity": sparsity, "log": log}
         print(f"{name}: validation loss {before:.4f} before, {after:.4f} after {args.steps} steps, S = {sparsity:.3f}")
-    result["machine"] = machine(torch.device("cpu"))
+    result["machine"] = machine(model.device)
     (args.out / "result.json").write_text(json.dumps(result, indent=1))
 
 

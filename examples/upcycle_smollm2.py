@@ -28,7 +28,7 @@ PROMPTS = ("The history of the steam engine", "def read_lines(path):", "To make 
 def write_samples(model, tokenizer) -> list[str]:
     texts = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         texts.append(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0]))
     return texts
 
@@ -93,7 +93,7 @@ def main() -> None:
             facts["active_parameters"] = round(facts["parameters"] - per_expert * args.experts * (1 - density))
             model.save_pretrained(args.out / f"{name}-model")
             tokenizer.save_pretrained(args.out / f"{name}-model")
-        facts |= {"log": log, "machine": machine(torch.device("cpu"))}
+        facts |= {"log": log, "machine": machine(model.device)}
         path.write_text(json.dumps(facts, indent=1))
         print(f"{name}: validation loss {facts['loss_before']:.4f} before, {facts['loss_after']:.4f} after")
 

@@ -75,7 +75,9 @@ def generate_text(
 
     options.check()
     check_prompt(prompt)
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    # Our training data has no tokens that a tokenizer puts around a text; models of others may need them.
+    special = not isinstance(model, RemoeForCausalLM)
+    ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
     if context is not None and len(ids) + options.max_new_tokens > context:
@@ -107,4 +109,8 @@ def generate_text(
             **sampling,
         )
     model.train(was_training)
-    return tokenizer.decode(output_ids[0, len(ids) :], skip_special_tokens=True)
+    written = output_ids[0].tolist()
+    whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (written, ids))
+    if whole.startswith(start):  # some decoders drop a space that begins a text
+        return whole[len(start) :]
+    return tokenizer.decode(written[len(ids) :], skip_special_tokens=True)  # a character of both

@@ -257,6 +257,25 @@ def test_flip_counts_are_experts_times_mean_rates():
     assert [text.get_text() for text in right.get_yticklabels()] == ["ReMoE", "TopK"]
 
 
+def test_names_are_drawn_letter_by_letter(tmp_path):
+    names = ["_b", "$50 to $60", r"C:$\new$", "c[en]"]
+    shares = np.full((4, 1, 2), 0.5)
+    figure = routing_figures.routed_share_by_domain(shares, names, 1)
+    legend = figure.subfigs[0].legends[0]
+    assert len(legend.get_texts()) == len(names)
+    figures.save(figure, tmp_path / "domains")  # no formula to go wrong
+    losses = {name: ([1, 2, 3], [3.0, 2.0, 1.0]) for name in names}
+    assert len(figures.training_losses(losses).legends[0].get_texts()) == len(names)
+
+
+def test_a_legend_of_long_names_stays_within_its_figure(tmp_path):
+    names = [f"a_domain_of_a_long_name_{i}" for i in range(6)]
+    figure = routing_figures.routed_share_by_domain(np.full((6, 1, 2), 0.5), names, 1)
+    figure.savefig(tmp_path / "domains.png")
+    box = figure.subfigs[0].legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_a_look_is_one_runs_own_and_can_be_kept_over_figures():
     names = [str(i) for i in range(21)]
     assert len(set(looks(names).values())) == 21

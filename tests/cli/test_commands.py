@@ -337,7 +337,7 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     assert main(["eval", str(run), "--data", str(data)]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(run), "--data", str(data)]) == 2
-    assert "not the data" in capsys.readouterr().err
+    assert "another tokenizer" in capsys.readouterr().err
 
 
 def test_threads_do_not_wait_for_each_other_at_full_speed(monkeypatch, tmp_path):

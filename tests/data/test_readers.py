@@ -58,7 +58,7 @@ def test_parquet_longer_than_a_batch_keeps_order_and_counts_rows(tmp_path: Path)
         read(tmp_path / "d.parquet")
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_parquet_reads_every_arrow_text_type(tmp_path: Path, kind: pa.DataType) -> None:
     pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).cast(kind)}), tmp_path / "d.parquet")
     assert [document.text for document in read(tmp_path / "d.parquet")] == ["a", "b", "a"]
@@ -93,6 +93,29 @@ def test_domain_is_the_first_component_below_the_folder(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["no domain"]}), root / "web.v2.parquet")
     domains = [document.domain for document in read(root) if document.text == "no domain"]
     assert domains == ["books", "web.v2"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("corpus/real", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(f"in {name}")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "real" / "up").symlink_to(tmp_path / "corpus")
+    assert pairs(read(tmp_path / "corpus")) == [("in elsewhere", "linked"), ("in corpus/real", "real")]
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".Jsonl.GZ"])
+def test_suffixes_of_any_case(tmp_path: Path, suffix: str) -> None:
+    content = b'{"text": "a"}\n'
+    (tmp_path / f"d{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("GZ") else content)
+    assert [document.text for document in read(tmp_path / f"d{suffix}")] == ["a"]
+
+
+@pytest.mark.parametrize("what", ["domain", "group"])
+def test_names_that_are_not_unicode_are_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a", "domain": "d", "group": "g"} | {what: "a\ud800"}) + "\n")
+    with pytest.raises(DataError, match=f"line 1: the {what} holds a lone surrogate"):
+        read(tmp_path / "d.jsonl", domain="domain", group="group")
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:

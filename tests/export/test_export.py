@@ -17,6 +17,7 @@ import remoe
 from remoe.cli.main import main
 from remoe.experts.backends import BACKENDS
 from remoe.export import export_model
+from remoe.export.card import _what
 from remoe.routing import ROUTERS
 from remoe.training.rundir import RunFolder
 
@@ -121,6 +122,21 @@ def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("def ")
     assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
     assert "is a LlamaForCausalLM, and not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"router": "dense"}, "A dense language model (router `dense`). Trained"),
+        ({"router": "lory", "num_experts_per_tok": 1}, "8 experts, merged into one for each segment"),
+        (
+            {"router": "topk", "shared_expert_size": 8},
+            "every token also has a shared expert of width 8.",
+        ),
+    ],
+)
+def test_the_cards_sentence_is_of_the_model(options, words):
+    assert words in _what(remoe.RemoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **options))
 
 
 @pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])

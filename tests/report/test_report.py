@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from tiny_run import FLAGS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from remoe.analysis import collect as collecting
@@ -17,10 +17,11 @@ from remoe.analysis.collect import collect, gates_of
 from remoe.analysis.measures import routed_share
 from remoe.analysis.style import quantity
 from remoe.cli.main import main
+from remoe.generation import SamplingOptions, generate_text
 from remoe.report.contents import POINTS, excerpts, texts_of, thinned
 from remoe.report.page import _json, _percent
 from remoe.training.evaluate_run import open_trained
-from remoe.training.rundir import newest_run
+from remoe.training.rundir import load_run, newest_run
 
 
 class Page(HTMLParser):
@@ -125,6 +126,23 @@ def test_texts_of_tokenizers_that_drop_what_begins_a_text(kind):
         text, pieces = "the cows the cow.", ["the", " cow", "s", " the", " cow", "."]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", clean_up_tokenization_spaces=False)
     assert texts_of(tokenizer, tokenizer(text)["input_ids"]) == pieces
+
+
+def test_generated_text_goes_on_where_the_prompt_ends(run, monkeypatch):
+    core = Tokenizer(models.Unigram([(word, -1.0) for word in ("[UNK]", "▁the", "▁cow", "s", "</s>")], unk_id=0))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 4)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="</s>")
+    model, _, _ = load_run(run)
+    asked = []
+
+    def generate(ids, **options):
+        asked.append(ids[0].tolist())
+        return torch.cat((ids, torch.tensor([[2, 3]])), dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert generate_text(model, tokenizer, "the", SamplingOptions(max_new_tokens=2)) == " cows"
+    assert asked == [[1]]  # without what the tokenizer puts behind a text: our training data has none
 
 
 def test_executed_pairs_are_shown_whatever_their_gate(run, monkeypatch):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tiny_run import FLAGS
 
 from remoe.cli.main import main
+from remoe.data import PrepareOptions, prepare
 from remoe.data.files import locked
 from remoe.training.checkpoint import list_checkpoints
-from remoe.training.rundir import RunFolder
+from remoe.training.rundir import RunFolder, run_of
 
 STEPS = 24
 
@@ -240,6 +241,42 @@ def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, caps
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_run_follows_its_data_but_takes_no_other(corpus, tmp_path, capsys):
+    out = tmp_path / "my run"
+    assert main(["train", "--data", str(corpus), "--out", str(out), "--steps", "2", *FLAGS]) == 0
+    assert f"remoe eval '{out}'" in capsys.readouterr().out  # can be typed as printed
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    RunFolder(out).summary.unlink()  # as if it had stopped before its end
+    more = ["train", "--resume", "--out", str(out)]
+    (tmp_path / "other.txt").write_text("quite another text\n" * 400)
+    (tmp_path / "held.txt").write_text("held out")
+    sources = {"sources": (str(tmp_path / "other.txt"),), "validation": (str(tmp_path / "held.txt"),)}
+    tokenizer = str(RunFolder(out).tokenizer)
+    other = prepare(PrepareOptions(**sources, out=tmp_path / "other", tokenizer=tokenizer, quiet=True))
+    assert main([*more, "--data", str(other)]) == 2
+    assert "is not the data" in capsys.readouterr().err
+    foreign = prepare(PrepareOptions(**sources, out=tmp_path / "foreign", vocab_size=280, quiet=True))
+    shutil.rmtree(RunFolder(out).checkpoints)
+    assert main([*more, "--data", str(foreign)]) == 2  # without a checkpoint too
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main([*more, "--data", str(moved)]) == 0
+    assert RunFolder(out).load_config().data == str(moved)
+    assert main(["eval", str(out)]) == 0
+
+
+def test_the_working_directory_is_no_place_for_a_run(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", str(corpus), "--out", ".", "--steps", "2", *FLAGS]) == 2
+    assert "is the working directory" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_known_by_any_name(uninterrupted, monkeypatch):
+    checkpoint = RunFolder(uninterrupted).last_checkpoint()
+    monkeypatch.chdir(checkpoint)
+    for name in (".", f"../{checkpoint.name}", checkpoint):
+        assert run_of(Path(name)).path == uninterrupted
+
+
 def test_a_run_that_is_being_trained_is_left_alone(corpus, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(corpus, run, "--checkpoint.every", "5") == 0

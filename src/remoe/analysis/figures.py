@@ -15,7 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis, quantity, save, write_svg
+from remoe.analysis.style import (
+    GREY,
+    STYLE,
+    Look,
+    label,
+    legend_columns,
+    looks,
+    new_figure,
+    number_axis,
+    plain,
+    quantity,
+    save,
+    write_svg,
+)
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
@@ -66,8 +79,10 @@ def training_course(
         for ax in (axes[0, 0], axes[1, 2]):
             ax.axhline(target, color=GREY, ls="--", lw=0.9, zorder=1)
         marks.append(Line2D([], [], color=GREY, ls="--", lw=0.9, label=f"target {target:g}"))
-    lines = [Line2D([], [], color=look[name].color, ls=look[name].linestyle, label=name) for name in runs]
-    fig.legend(handles=lines + marks, loc="outside upper center", ncols=6)
+    lines = [Line2D([], [], color=look[name].color, ls=look[name].linestyle, label=plain(name)) for name in runs]
+    handles = lines + marks
+    columns = legend_columns((handle.get_label() for handle in handles), 8.2)
+    fig.legend(handles=handles, loc="outside upper center", ncols=columns)
     return fig
 
 
@@ -93,12 +108,12 @@ def training_losses(
     ends, seen = {}, []
     for name, (steps, losses) in runs.items():
         mean_steps, means = _moving_mean(steps, window), _moving_mean(losses, window)
-        ends[name] = means[-1]
+        ends[plain(name)] = means[-1]
         seen += means[mean_steps >= late].tolist() or [means[-1]]
         if window > 1:
             axes[0].plot(steps, losses, color=look[name].color, lw=0.6, alpha=0.18)
         for ax in axes:
-            ax.plot(mean_steps, means, color=look[name].color, ls=look[name].linestyle, label=name)
+            ax.plot(mean_steps, means, color=look[name].color, ls=look[name].linestyle, label=plain(name))
     margin = 0.06 * (max(seen) - min(seen)) or 0.01
     axes[1].set(xlim=(late, last), ylim=(min(seen) - margin, max(seen) + margin))
     label(axes[0], x="step", y="training loss (nats per token)", title="Whole course")
@@ -131,7 +146,8 @@ def loss_against(
         means = [fmean(points[value]) for value in values]
         deviations = [_deviation(points[value]) for value in values]
         color, marker, linestyle = look[name]
-        ax.errorbar(values, means, deviations, color=color, marker=marker, ls=linestyle, ms=4, capsize=3, label=name)
+        style = {"color": color, "marker": marker, "ls": linestyle, "ms": 4, "capsize": 3}
+        ax.errorbar(values, means, deviations, **style, label=plain(name))
     values = sorted({value for points in systems.values() for value in points})
     if values[0] > 0:
         ax.set_xscale("log")
@@ -164,7 +180,7 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
         ax.plot(losses, [row + 0.22] * len(losses), ls="", marker="|", ms=4.5, color=color, alpha=0.8)
         text = f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(losses) > 1 else "")
         ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=7.5, color="#222222")
-    ax.set_yticks(range(len(order)), order)
+    ax.set_yticks(range(len(order)), [*map(plain, order)])
     ax.set_ylim(len(order) - 0.4, -0.6)
     ax.margins(x=0.08)
     ax.grid(axis="y", visible=False)

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from remoe.analysis.measures import inactive_below, rank_correlation
-from remoe.analysis.style import GREY, STYLE, Look, label, looks, new_figure, number_axis
+from remoe.analysis.style import GREY, STYLE, Look, label, legend_columns, looks, new_figure, number_axis, plain
 
 MAX_BARS_ACROSS = 100
 MAX_COLUMNS = 400  # of a map over steps
@@ -120,7 +120,7 @@ def routed_share_by_domain(
         for index, domain in enumerate(domains):
             offset = (index - (C - 1) / 2) * width
             color, hatch = look[domain].color, HATCHES[look[domain].linestyle]
-            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=color, hatch=hatch, label=domain)
+            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=color, hatch=hatch, label=plain(domain))
         ax.axhline(inactive_below(E, k), color=GREY, ls=":", lw=0.9)
         ax.grid(axis="x", visible=False)
         number_axis(ax, "x", E)
@@ -129,7 +129,7 @@ def routed_share_by_domain(
     _label_lowest(axes, L, "expert")
     upper.supylabel("share of the domain's tokens (dotted: 1/8 of the wanted mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
-    upper.legend(handles=handles, loc="outside upper center", ncols=6)
+    upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, 7.6))
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
     return fig
 
@@ -191,14 +191,14 @@ def flips(
     for row, (name, (steps, rates)) in enumerate(runs.items()):
         color, marker, linestyle = look[name]
         sparse = max(1, len(steps) // 10)
-        left.plot(steps, rates, color=color, ls=linestyle, marker=marker, markevery=sparse, label=name)
+        left.plot(steps, rates, color=color, ls=linestyle, marker=marker, markevery=sparse, label=plain(name))
         count = num_experts[name] * float(np.mean(rates))
         right.barh(row, count, height=0.62, color=color)
         right.annotate(f"{count:.3g}", (count, row), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
     left.set_ylim(bottom=0)
     left.legend()
     label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes between two steps")
-    right.set_yticks(range(len(runs)), runs)
+    right.set_yticks(range(len(runs)), [*map(plain, runs)])
     right.invert_yaxis()
     right.margins(x=0.22)
     right.grid(axis="y", visible=False)
@@ -220,7 +220,7 @@ def _label_lowest(axes: np.ndarray, panels: int, x: str) -> None:
 def _active_by_domain(ax: Axes, active_CL: np.ndarray, domains: Sequence[str], look: Mapping[str, Look]) -> None:
     for domain, active_L in zip(domains, active_CL, strict=True):
         color, marker, linestyle = look[domain]
-        ax.plot(range(len(active_L)), active_L, color=color, marker=marker, ls=linestyle, label=domain)
+        ax.plot(range(len(active_L)), active_L, color=color, marker=marker, ls=linestyle, label=plain(domain))
     number_axis(ax, "x", active_CL.shape[1])
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.set_ylim(0, 1.1 * np.nanmax(active_CL))

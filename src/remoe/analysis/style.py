@@ -67,6 +67,22 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     }
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter, and in a legend: `$` begins no formula, `_` hides nothing."""
+    return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def legend_columns(names: Iterable[str], width: float) -> int:
+    """How many entries of a legend fit beside each other, at most six.
+
+    Args:
+        names: its entries.
+        width: of the figure, inches.
+    """
+    longest = max((len(name) for name in names), default=0)
+    return max(1, min(6, int(72 * width / (40 + 5 * longest))))  # points, of a letter and of what stands before it
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
     fig = Figure(figsize=(width, height), layout="constrained")

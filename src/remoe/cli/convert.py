@@ -1,5 +1,6 @@
 """`remoe convert upcycle | relufy | megatron`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,9 +139,10 @@ def megatron_command(argv: list[str]) -> int:
 
 
 def _new_folder(name: str) -> Path:
+    from remoe.data.files import check_new_folder
+
     out = Path(name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # found out before the work, not after it
-        raise ConfigError(f"{out} already exists and is not an empty folder")
+    check_new_folder(out)  # before the work, not after it
     return out
 
 
@@ -196,7 +198,8 @@ def _say(model: "PreTrainedModel", out: Path, data: str | None) -> None:
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
     print(f"wrote        {out}")
+    path, on = shlex.quote(str(out)), shlex.quote(data or "DATA")
     if isinstance(model, RemoeForCausalLM):
-        print(f"next         remoe eval {out} --data {data or 'DATA'}   |   remoe report {out} --data {data or 'DATA'}")
+        print(f"next         remoe eval {path} --data {on}   |   remoe report {path} --data {on}")
     else:
-        print(f"next         remoe.load_relufied({str(out)!r})   |   remoe generate {out}")
+        print(f"next         remoe.load_relufied({str(out)!r})   |   remoe generate {path}")

@@ -26,6 +26,10 @@ def train_command(argv: list[str]) -> int:
         saved = base = run.load_config()
     elif given.config:
         base = config_from_yaml(given.config, **deciding)
+        if base.resume:
+            raise ConfigError(
+                f"{given.config}: resume is not for a file; remoe train --out RUN --resume continues a run"
+            )
     else:
         base = config_from_dict(deciding, "flags")
     config = parse(TrainConfig, argv, prog=PROG, default=base)

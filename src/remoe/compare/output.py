@@ -73,7 +73,7 @@ def write(experiment: Experiment, pool: Pool, dataset: Dataset, out: Path, devic
     _remove_others(out / FIGURES, drawn.values())
     report = out / "results.md"
     figures = {title: f"{FIGURES}/{file}" for title, file in drawn.items()}
-    report.write_text(markdown(experiment, found, records, figures, data_line))
+    report.write_text(markdown(experiment, found, records, figures, data_line), encoding="utf-8")
     return report
 
 

@@ -64,11 +64,13 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
         raise DataError(f"{place}: {TOTAL!r} cannot be a domain's name: it stands for all of them; rename it")
     if is_blank(text):
         return None
-    try:
-        utf8_length(text)
-    except UnicodeEncodeError:
-        raise DataError(f"{place}: the text holds a lone surrogate, so it is not valid Unicode") from None
-    return Document(text, domain, None if group is None else str(group))
+    group = None if group is None else str(group)
+    for what, value in (("text", text), ("domain", domain), ("group", group or "")):
+        try:
+            utf8_length(value)
+        except UnicodeEncodeError:
+            raise DataError(f"{place}: the {what} holds a lone surrogate, so it is not valid Unicode") from None
+    return Document(text, domain, group)
 
 
 def _describe(value: object) -> str:

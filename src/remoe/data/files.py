@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from remoe.errors import DataError
+from remoe.errors import ConfigError, DataError
 
 TEMPORARY = ".tmp"
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -41,6 +41,14 @@ def replacing(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             remove(workspace)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises ConfigError unless a folder can be written whole at `path`: nothing is there, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} already exists and is not an empty folder")
+    if path.resolve() == Path.cwd():
+        raise ConfigError(f"{path} is the working directory, which cannot be replaced: name another folder")
 
 
 @contextmanager

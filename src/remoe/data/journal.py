@@ -48,7 +48,7 @@ class Journal(Strict):
 
     def write(self, folder: Path) -> None:
         """Replace the folder's journal by this one, atomically."""
-        content = json.dumps(self.model_dump(mode="json"), ensure_ascii=False)
+        content = json.dumps(self.model_dump(mode="json"))
         atomic_write(folder / JOURNAL_NAME, content.encode())
 
     def with_shard(self, split: SplitName, record: ShardRecord) -> "Journal":

@@ -62,3 +62,5 @@ class PrepareOptions:
             raise ConfigError(f"--tokenizer-sample-mb must be positive, not {self.tokenizer_sample_mb}")
         if self.shard_tokens < 1:
             raise ConfigError(f"--shard-tokens must be positive, not {self.shard_tokens}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be a number of 64 bits, not {self.seed}")

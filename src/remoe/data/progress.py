@@ -24,7 +24,7 @@ class Reporter:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, emoji=False)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """Write a line, unless quiet."""

@@ -35,7 +35,7 @@ def read_jsonl(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
 
     A line without the key `domain` belongs to `domain`. Raises DataError naming file and line.
     """
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         # pyarrow's streams, unlike zstandard's, report a compressed file that was cut short
         with pa.input_stream(str(path), compression=compression) as stream:
@@ -123,7 +123,8 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     # a column of nothing but nulls has no type: its first row gives the better message
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(is_kind(kind) for is_kind in strings)
 
 
 def _first_line(error: Exception) -> str:

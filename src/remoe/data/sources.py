@@ -94,10 +94,18 @@ def files_signature(paths: list[Path]) -> Signature:
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """All files below `folder` in an order that depends on their names only; hidden ones are left out."""
+    """All files below `folder`, and folders that links lead to, in an order that depends on their names only.
+
+    Hidden ones are left out, and what has been walked by another name.
+    """
     found: list[Path] = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    walked: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(root)) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         found += [Path(root, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from remoe.data.files import check_new_folder
 from remoe.errors import ConfigError
 from remoe.export.bundle import AUTO_MAP, write_bundle
 from remoe.export.card import write_card
@@ -27,8 +28,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         ConfigError: when `out` holds something already, or the router is not of this package.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} already exists and is not an empty folder")
+    check_new_folder(out)
     model, _, checkpoint = load_run(run)
     if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")

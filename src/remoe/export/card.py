@@ -6,6 +6,7 @@ import yaml
 
 from remoe.analysis import figures
 from remoe.analysis.figures import save
+from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
 from remoe.training.checkpoint import saved_step
@@ -29,14 +30,12 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
     step = saved_step(checkpoint)
     finished = summary.get("steps") == step
     c = model.config
+    tags = ["moe", "remoe"] if c.routes_pairs else ["remoe"]
     parts = [
-        yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["moe", "remoe"]}),
+        yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}),
         "---\n",
         f"# {out.resolve().name}\n",
-        f"A language model with a mixture of {c.num_experts * c.granularity} experts in each of its "
-        f"{c.num_hidden_layers} layers, router `{c.router}`"
-        + (", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router == "relu" else "")
-        + ". Trained with `remoe`.\n",
+        _what(c),
         _USE + "\n",
         "## Training\n",
         _table(
@@ -51,12 +50,26 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
         ),
     ]
     if finished:
-        parts += ["## Results\n", _results(summary, ROUTERS[c.router].steered), _domains(summary)]
+        parts += ["## Results\n", _results(summary, c.steered), _domains(summary, c.routes_pairs)]
     else:
         parts.append("This checkpoint is not the end of its run: no validation loss is known for it.\n")
     parts += _plots([record for record in records if record["step"] <= step], summary, c.router, out)
     # The first separator opens the header.
-    (out / "README.md").write_text("---\n" + "\n".join(parts))
+    (out / "README.md").write_text("---\n" + "\n".join(parts), encoding="utf-8")
+
+
+def _what(c: RemoeConfig) -> str:
+    """What the model is, in a sentence."""
+    experts, layers = c.num_experts * c.granularity, f"in each of its {c.num_hidden_layers} layers, router `{c.router}`"
+    if c.routes_pairs:
+        kind = f"A language model with a mixture of {experts} experts {layers}"
+    elif c.router == "lory":
+        kind = f"A language model with {experts} experts, merged into one for each segment of the text, {layers}"
+    else:
+        kind = f"A dense language model (router `{c.router}`)"
+    relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router == "relu" else ""
+    shared = f"; every token also has a shared expert of width {c.shared_expert_size}" if c.shared_expert_size else ""
+    return f"{kind}{relu}{shared}. Trained with `remoe`.\n"
 
 
 def _data_name(path: str) -> str:
@@ -84,13 +97,12 @@ def _results(summary: dict, steered: bool) -> str:
     return _table(rows)
 
 
-def _domains(summary: dict) -> str:
-    lines = ["| domain | loss | perplexity | bits per byte | sparsity |", "|---|---|---|---|---|"]
+def _domains(summary: dict, routes_pairs: bool) -> str:
+    columns = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
+    columns |= {"sparsity": ".4f"} if routes_pairs else {}
+    lines = [f"| domain | {' | '.join(columns).replace('_', ' ')} |", "|---" * (1 + len(columns)) + "|"]
     for name, row in summary["validation"].items():
-        lines.append(
-            f"| {name} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['bits_per_byte']:.4f} "
-            f"| {row['sparsity']:.4f} |"
-        )
+        lines.append(f"| {name} | {' | '.join(format(row[column], form) for column, form in columns.items())} |")
     return "\n".join(lines) + "\n"
 
 

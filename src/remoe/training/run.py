@@ -1,8 +1,10 @@
 """From options to a finished run: data, folder, training, summary."""
 
 import json
+import shlex
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,6 +52,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         return 0
     # Whether it can run is found before the data is prepared and the folder made.
     experts_backend(model_without_values(config), config.dtype, pick_device(config.device))
+    if saved is None:
+        run.check_new()
     keep_freed_memory()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
@@ -60,11 +64,12 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
         if saved is not None:
             trainer.resume()
+            _follow_the_data(run, saved, config.data)
         _print_header(trainer)
         validation = trainer.train()
         if validation is None:
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
-            print(f"continue with: remoe train --out {run.path} --resume")
+            print(f"continue with: remoe train --out {shlex.quote(str(run.path))} --resume")
             return exit_code(trainer.stopped_by)
         summary = _summarise(trainer, validation)
         run.summary.write_text(json.dumps(summary, indent=2))
@@ -87,6 +92,12 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
         if changes_result(name):
             flag = name.replace("_", "-")
             raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
+
+
+def _follow_the_data(run: RunFolder, saved: TrainConfig, data: str) -> None:
+    """Writes into the run's options where its data lies now."""
+    if saved.data != data:
+        run.write_config(replace(saved, data=data))
 
 
 def _is_finished(run: RunFolder, steps: int) -> bool:
@@ -122,7 +133,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     tokenizer = trainer.dataset.load_tokenizer()
     prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
     sample = prompt + generate_text(trainer.model, tokenizer, prompt, SamplingOptions(seed=config.seed))
-    trainer.run.sample.write_text(sample)
+    trainer.run.sample.write_text(sample, encoding="utf-8")
     return {
         "steps": trainer.step,
         "router": config.router,
@@ -181,9 +192,10 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     print(f"\nsample:\n{summary['sample']}\n")
     print(f"run          {run.path}")
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
-    print(f"metrics      {run.metrics}   tensorboard --logdir {run.path / 'tensorboard'}")
-    print(f"see it       remoe report {run.path}   (a page that shows what the experts do)")
-    print(f'next         remoe generate {run.path} --prompt "import "   |   remoe eval {run.path}')
+    path = shlex.quote(str(run.path))
+    print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
+    print(f"see it       remoe report {path}   (a page that shows what the experts do)")
+    print(f'next         remoe generate {path} --prompt "import "   |   remoe eval {path}')
 
 
 def _sparsity_line(summary: dict) -> str:

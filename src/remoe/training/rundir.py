@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remoe.data.files import atomic_write, check_new_folder
 from remoe.errors import CheckpointError, ConfigError
 from remoe.training.checkpoint import check_weights, list_checkpoints
 from remoe.training.config import TrainConfig, config_from_yaml, to_yaml
@@ -43,24 +44,31 @@ class RunFolder:
         """Starts a run's folder.
 
         Raises:
-            ConfigError: when the folder already holds something.
+            ConfigError: as `check_new`.
             CheckpointError: when it cannot be written.
         """
-        if self.config.exists():
-            raise ConfigError(f"{self.path} already holds a run: add --resume to continue it, or choose another --out")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ConfigError(f"{self.path} already exists and is not an empty folder: choose another --out")
+        self.check_new()
         # Renamed when it is whole: a kill leaves no half of a run.
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(tokenizer_path, partial / self.tokenizer.name)
-            (partial / self.config.name).write_text(to_yaml(config.to_dict()))
+            (partial / self.config.name).write_bytes(_options(config))
             os.rename(partial, self.path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())
             raise CheckpointError(f"cannot write the run's folder {self.path}: {reason}") from error
+
+    def check_new(self) -> None:
+        """Raises ConfigError when a new run cannot have this folder."""
+        if self.config.exists():
+            raise ConfigError(f"{self.path} already holds a run: add --resume to continue it, or choose another --out")
+        check_new_folder(self.path)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Replaces the run's options."""
+        atomic_write(self.config, _options(config))
 
     @property
     def written(self) -> float:
@@ -91,6 +99,10 @@ class RunFolder:
         return found[-1] if found else None
 
 
+def _options(config: TrainConfig) -> bytes:
+    return to_yaml(config.to_dict()).encode()
+
+
 def new_run_path(config: TrainConfig) -> Path:
     """runs/PRESET-ROUTER-seedN, with a number behind it when that is taken."""
     name = f"{config.preset}-{config.router}-seed{config.seed}"
@@ -114,7 +126,7 @@ def newest_run() -> Path:
 
 def run_of(checkpoint: Path) -> RunFolder | None:
     """The run that has this checkpoint; None for a folder that is none."""
-    checkpoint = checkpoint if len(checkpoint.parts) > 1 else checkpoint.absolute()
+    checkpoint = Path(os.path.abspath(checkpoint))
     run = RunFolder(checkpoint.parent.parent)
     return run if checkpoint.parent.name == run.checkpoints.name and run.config.exists() else None
 

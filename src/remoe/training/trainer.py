@@ -15,7 +15,7 @@ from torch import Tensor
 
 from remoe.analysis.collect import active_of
 from remoe.analysis.measures import flip_rate
-from remoe.data import Dataset, TrainBatches, ValidationWindows
+from remoe.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
 from remoe.errors import CheckpointError, ConfigError, RemoeError
 from remoe.experts import resolve_backend
 from remoe.models.configuration_remoe import RemoeConfig
@@ -83,7 +83,9 @@ class Trainer:
 
         Raises:
             CheckpointError: when it cannot be read, or the data is not that of the run.
+            DataError: when the data was prepared with another tokenizer.
         """
+        self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
         checkpoint = self.run.last_checkpoint()
         if checkpoint is None:
             return
