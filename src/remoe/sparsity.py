@@ -98,12 +98,13 @@ class SparsityController(nn.Module):
         self.lambda_min = smooth_min if rule == "smooth" else LAMBDA_MIN
         self.fast_start = fast_start and rule != "none" and k < num_experts
         self.sum_layers = sum_layers
+        self.lambda_init = float(lambda_init)
         self.penalised = False
 
         def state(name: str, value: Tensor, persistent: bool = True) -> None:
             self.register_buffer(name, value, persistent=persistent)
 
-        state("lam", torch.tensor(float(lambda_init)))
+        state("lam", torch.tensor(self.lambda_init))
         state("sparsity", torch.tensor(UNKNOWN))
         state("mean_error", torch.tensor(0.0))
         state("dead_steps_L", torch.zeros(num_layers))
@@ -127,8 +128,16 @@ class SparsityController(nn.Module):
         """Names of the buffers that each rank fills by itself until `update`."""
         return [name for name in self._no_statistics(1) if name[0] == "_"]
 
-    def reset_statistics(self) -> None:
-        """Forgets the load and the sums since the last update; needed where a loader leaves such buffers undefined."""
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As at the start; needed where a loader leaves buffers undefined that it finds no values for.
+
+        Where transformers loads a model, it guards torch's initialisers: what has been loaded is left alone.
+        """
+        nn.init.constant_(self.lam, self.lambda_init)
+        nn.init.constant_(self.sparsity, UNKNOWN)
+        nn.init.zeros_(self.mean_error)
+        nn.init.zeros_(self.dead_steps_L)
         for name, value in self._no_statistics(len(self.dead_steps_L)).items():
             setattr(self, name, value.to(self.lam.device))
 

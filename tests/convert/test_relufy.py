@@ -189,6 +189,43 @@ def test_recomputation_counts_once_and_has_the_same_gradients():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_recomputed_layers_meet_the_mask_of_their_own_forward_pass():
+    model = build("mixtral").eval()
+    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    ids, gradients = token_ids(2), []
+    masks = [torch.ones_like(ids), torch.ones_like(ids)]
+    masks[0][0, :3], masks[1][1, :5] = 0, 0
+    for recompute in (False, True):
+        other = copy.deepcopy(model).train()
+        if recompute:
+            other.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [other(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss for mask in masks]
+        sum(losses).backward()
+        assert other._routing_context.routings is None  # which would hold what was recomputed
+        gradients.append([p.grad for p in other.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_experts_follow_autocast():
+    experts, dtypes = build("mixtral").model.layers[0].mlp.experts, []
+    ours = "remoe.convert.experts_function.run_experts"
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(ours, lambda x, *rest: (dtypes.append((x.dtype, rest[0].dtype)), x)[1])
+        y_TD = remoe_experts_forward(experts, torch.randn(2, 32), torch.tensor([[0], [1]]), torch.ones(2, 1))
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    assert y_TD.dtype == torch.float32
+
+
+def test_a_relufied_model_compiles_in_one_graph():
+    model, ids = build("mixtral"), token_ids(2)
+    remoe.relufy(model, [ids], max_loss_increase=None)
+    model.train()
+    expected = model(ids, labels=ids).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, labels=ids).loss, expected)
+
+
 def test_own_topk_model_becomes_a_relu_model(tmp_path):
     torch.manual_seed(0)
     options = {"router": "topk", "num_experts_per_tok": 2, "granularity": 1, "initializer_range": 0.1}
@@ -263,6 +300,12 @@ def test_unsupported_input_is_one_clear_error():
         remoe.relufy(build("mixtral"), [])
     with pytest.raises(ConfigError, match="token ids of shape"):
         remoe.relufy(build("mixtral"), [torch.arange(4)])
+    with pytest.raises(ConfigError, match="nothing but padding"):
+        remoe.relufy(build("mixtral"), [{"input_ids": token_ids(), "attention_mask": torch.zeros_like(token_ids())}])
+    with pytest.raises(ConfigError, match="MixtralModel has no head over the vocabulary"):
+        remoe.relufy(build("mixtral").model, ids)
+    with pytest.raises(ConfigError, match="Sequential is none; take it out of its wrapper"):
+        remoe.relufy(nn.Sequential(build("mixtral")), ids)
     model = build("mixtral")
     model.model.layers[1].mlp.gate = nn.Linear(32, 4)
     with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.gate is a plain linear layer"):

@@ -51,6 +51,30 @@ def test_classifier_reads_the_last_token_of_either_padding():
     torch.testing.assert_close(outputs.logits, alone)
 
 
+def test_what_a_folder_lacks_starts_as_in_a_new_model(tmp_path):
+    """lambda is the head's, so that a base model's folder has none; another router's state is not there either."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+    config = remoe.RemoeConfig(**sizes, lambda_init=0.25)
+    remoe.RemoeModel(config).save_pretrained(tmp_path / "base")
+    for cls in (remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification):
+        loaded = cls.from_pretrained(tmp_path / "base").sparsity
+        assert (loaded.lam, loaded.sparsity, loaded.mean_error) == (0.25, -1, 0)
+        assert not loaded.dead_steps_L.any()
+    whole = remoe.RemoeForCausalLM(config)
+    whole.sparsity.lam.fill_(0.5)
+    whole.save_pretrained(tmp_path / "whole")
+    assert remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole").sparsity.lam == 0.5
+    for router in ("sigmoid", "threshold", "expert_choice"):
+        other = remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole", router=router, lambda_init=1e-8)
+        for layer in other.model.layers:
+            assert not any(buffer.any() for buffer in layer.mlp.router.buffers())
+    with torch.device("meta"):
+        empty = remoe.RemoeForCausalLM(config)
+    empty = empty.to_empty(device="cpu")
+    empty.init_weights()
+    assert empty.sparsity.lam == 0.25
+
+
 def test_classifier_needs_to_know_the_padding():
     with pytest.raises(ValueError, match="attention_mask"):
         classifier()(torch.ones(2, 4, dtype=torch.int64))

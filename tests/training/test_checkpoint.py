@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import FLAGS
 
+import remoe
 from remoe.cli.main import main
 from remoe.data import PrepareOptions, prepare
 from remoe.data.files import locked
-from remoe.training.checkpoint import list_checkpoints
+from remoe.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
 from remoe.training.rundir import RunFolder, run_of
 
 STEPS = 24
@@ -262,6 +263,26 @@ def test_a_run_follows_its_data_but_takes_no_other(corpus, tmp_path, capsys):
     assert main([*more, "--data", str(moved)]) == 0
     assert RunFolder(out).load_config().data == str(moved)
     assert main(["eval", str(out)]) == 0
+
+
+def test_a_parameter_that_has_had_no_gradient_has_no_state(tmp_path):
+    def build():
+        sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, num_experts=2))
+        model.model.layers[0].mlp.router.spare = torch.nn.Parameter(torch.ones(3))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    model, optimizer = build()
+    ids = torch.arange(20).view(2, 10)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {"data": "x"}, [0.5])
+    again, restored = build()
+    load_training_state(path, again, restored)
+    assert len(restored.state) == len(optimizer.state) == len([*model.parameters()]) - 1
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        for name, value in optimizer.state.get(a, {}).items():
+            assert torch.equal(restored.state[b][name], value)
 
 
 def test_the_working_directory_is_no_place_for_a_run(corpus, tmp_path, monkeypatch, capsys):

@@ -218,6 +218,13 @@ def test_router_options_reach_the_router_and_the_summary_counts_their_pairs(corp
     assert summary["tokens_per_second"] > 0
 
 
+def test_the_recorded_loss_is_the_one_that_is_trained(corpus, tmp_path):
+    options = ["--router", "relu_norm", "--router-options", "locality", "1.0", "--steps", "2"]
+    assert main(["train", *FLAGS, "--data", str(corpus), "--out", str(tmp_path / "run"), *options]) == 0
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert record["loss"] > record["lm_loss"] + record["lambda"] * record["reg_loss"] + 0.1  # the locality loss
+
+
 def test_words_and_numbers_of_a_configuration_are_what_they_mean(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("router: relu_norm\nrouter_options: {locality: 1e-3}\n")

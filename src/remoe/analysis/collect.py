@@ -56,11 +56,9 @@ def collect(
     """
     was_training = model.training
     model.eval()
-    size = {domain: windows.num_predictions(domain) for domain in windows.domains}
     columns: dict[str, list[Tensor]] = {"active": [], "token": [], "domain": [], "sequence": []}
     num_sequences = 0
-    for index, domain in enumerate(windows.domains):
-        limit = None if max_tokens is None else max(1, max_tokens * size[domain] // sum(size.values()))
+    for index, (domain, limit) in enumerate(windows.shares(max_tokens).items()):
         for input_BS, _, mask_BS in windows.batches(domain, batch_size, limit):
             kept_T = mask_BS.flatten()
             columns["active"].append(active_of(model, input_BS, mask_BS, autocast))

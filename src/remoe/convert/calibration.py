@@ -95,6 +95,8 @@ class GateRecorder:
         for name in self.routers:
             if not self.x_TD[name]:
                 raise ConfigError(f"{name}: the sample text never reached this router")
+            if not any(map(len, self.x_TD[name])):
+                raise ConfigError("the sample text is nothing but padding")
 
     def _hook(self, name: str):
         def record(router: nn.Module, args: tuple, output: object) -> None:

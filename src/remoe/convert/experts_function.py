@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from remoe.errors import ConfigError
-from remoe.experts import run_experts
+from remoe.experts import autocast_tensors, run_experts
 from remoe.routing.assignment import Assignment
 
 NAME = "remoe"
@@ -37,7 +37,8 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     """
     assignment = _assignment(index_TK, weight_TK, self.num_experts)
     if is_plain_swiglu(self):
-        return run_experts(x_TD, self.gate_up_proj, self.down_proj, assignment)
+        tensors = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj)
+        return run_experts(*tensors, assignment).to(x_TD.dtype)
     if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")
     return _one_by_one(self, x_TD, assignment)

@@ -7,12 +7,13 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert import experts_function
@@ -57,7 +58,7 @@ class _Context:
 
     def __init__(self) -> None:
         self.mask_BS: Tensor | None = None
-        self.routings: dict[int, Routing] = {}
+        self.routings: dict[int, Routing] | None = None  # by layer, while a forward pass is recorded
 
     def __deepcopy__(self, memo: dict) -> "_Context":
         return self  # a router copied alone, as by PEFT, still belongs to its model; a copied model makes its own
@@ -77,7 +78,8 @@ class RelufiedRouter(ReLURouter):
         # Blocks that see other tokens than the batch's, as some multimodal ones do, are counted without a mask.
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
         routing = super().forward(x_TD, mask_BS.flatten() if fits else None)
-        self.context.routings.setdefault(self.layer, routing)
+        if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
+            self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.
         index_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
         return routing.logits_TE, routing.gate_TE.to(hidden_states.dtype), index_TE
@@ -114,10 +116,30 @@ class RelufiedMixin:
         with _written_as_relufied(self.config):
             super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options: object
+    ) -> None:
+        """As transformers does; a layer that is computed again meets the mask of its own forward pass, not the last."""
+
+        def with_mask(function: Callable, *args: object, **kwargs: object) -> object:
+            context = self._routing_context
+            mask_BS = context.mask_BS
+
+            def run(*args: object, **kwargs: object) -> object:
+                before, context.mask_BS = context.mask_BS, mask_BS
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    context.mask_BS = before
+
+            return gradient_checkpointing_func(run, *args, **kwargs)
+
+        super()._set_gradient_checkpointing(enable, with_mask, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SparsityController):
-            module.reset_statistics()  # from_pretrained leaves buffers that are not saved undefined
+            module.reset()
         else:
             super()._init_weights(module)
 
@@ -136,9 +158,9 @@ class RelufiedMixin:
         found: list[Routing] = []
         try:
             yield found
-            found.extend(routing for _, routing in sorted(context.routings.items()))
+            found.extend(context.routings[layer] for layer in sorted(context.routings))
         finally:
-            context.routings = {}
+            context.routings = None
 
     def observe(self, routings: Sequence[Routing]) -> None:
         """Counts a training step's routings for lambda.
@@ -146,7 +168,7 @@ class RelufiedMixin:
         Raises:
             ConfigError: for reentrant recomputation, in which routers get no gradients.
         """
-        if any(routing.regularizer.grad_fn is None and self._trains_routers() for routing in routings):
+        if any(not routing.regularizer.requires_grad and self._trains_routers() for routing in routings):
             raise ConfigError("recomputation of a relufied model needs use_reentrant=False")
         self.sparsity.observe(routings)
 

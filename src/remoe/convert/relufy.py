@@ -91,9 +91,14 @@ def relufy(
         ConfigError: for a model without such a mixture or with a quantised router, naming the module; when the loss
             rises by more than allowed: the model is then as it was.
     """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"relufy takes a model of transformers, but {name} is none; take it out of its wrapper")
     if isinstance(model, RelufiedMixin):
-        raise ConfigError(f"{type(model).__name__} has ReLU routers already")
+        raise ConfigError(f"{name} has ReLU routers already")
     routers = _routers(model)
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"relufy takes a language model, but {name} has no head over the vocabulary")
     batches = [as_batch(batch, model.device) for batch in samples]
     if not batches:
         raise ConfigError("relufy needs sample text to calibrate the gates on, but got no batch")
@@ -150,6 +155,7 @@ def _one_value(values: dict[str, int], what: str) -> int:
 def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
     """Replaces routers, class and experts; returns what takes it back."""
     cls, implementation = type(model), model.get_experts_implementation()
+    relufied = relufied_class(cls)  # before anything is changed
     old = mixture_routers(model)
     settings = settings | {"class": cls.__name__, "module": cls.__module__, "model_type": model.config.model_type}
     model.set_experts_implementation(experts_function.NAME)
@@ -160,7 +166,7 @@ def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
     balance = [(place, name, getattr(place, name)) for place, name in places]
     for place, name, _ in balance:
         setattr(place, name, off[name])
-    model.__class__ = relufied_class(cls)
+    model.__class__ = relufied
     replace_routers(model, settings)
 
     def restore() -> None:

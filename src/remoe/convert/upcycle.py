@@ -127,7 +127,8 @@ def _config(
     mlp = dense.model.layers[0].mlp
     for part in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(mlp, part)
-        if not linear.weight.is_floating_point() or hasattr(linear.weight, "quant_state"):
+        weight = linear.weight
+        if not weight.is_floating_point() or hasattr(weight, "quant_state") or hasattr(weight, "qdata"):
             raise ConfigError(f"model.layers.0.mlp.{part} is quantised; load the dense model without quantisation")
         if linear.bias is not None:
             raise ConfigError(f"model.layers.0.mlp.{part} has a bias, which the experts have not")

@@ -84,6 +84,13 @@ class ValidationWindows:
         """Tokens of the domain that `batches` has as targets."""
         return sum(len(run) for run in self._runs(domain, max_tokens)) - 1
 
+    def shares(self, max_tokens: int | None) -> dict[str, int | None]:
+        """About `max_tokens` shared out over the domains by their size; None for everything."""
+        if max_tokens is None:
+            return dict.fromkeys(self.domains)
+        size = {domain: self.num_predictions(domain) for domain in self.domains}
+        return {domain: max(1, max_tokens * size[domain] // sum(size.values())) for domain in self.domains}
+
     def bytes(self, domain: str, max_tokens: int | None = None) -> int:
         """UTF-8 bytes of the documents that `batches` goes through with the same `max_tokens`.
 

@@ -74,7 +74,7 @@ class Experts(nn.Module):
         gate_up, down = self.gate_up_proj, self.down_proj
         if is_quantised(gate_up):
             gate_up, down, assignment = _dequantised(gate_up, down, assignment)
-        x_TD, gate_up, down = _autocast(x_TD, gate_up, down)
+        x_TD, gate_up, down = autocast_tensors(x_TD, gate_up, down)
         T, E = x_TD.shape[0], down.shape[0]
         per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
         stored = math.ceil(per_token * T)
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         Returns:
             (T, D).
         """
-        x_TD, gate_up_E2FD, down_EDF, merge_BME = _autocast(x_TD, self.gate_up_proj, self.down_proj, merge_BME)
+        x_TD, gate_up_E2FD, down_EDF, merge_BME = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj, merge_BME)
         (B, M, E), D = merge_BME.shape, x_TD.shape[1]
         merge_CE = merge_BME.reshape(B * M, E).to(gate_up_E2FD.dtype)
         gate_up_C2FD = (merge_CE @ gate_up_E2FD.flatten(1)).view(B * M, *gate_up_E2FD.shape[1:])
@@ -179,7 +179,7 @@ def _dequantised(gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment)
     return gate_up_A2FD, down_ADF, replace(assignment, expert_N=expert_N, count_E=count_A, pair_TE=None)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast a custom operator must be given tensors that are cast already."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

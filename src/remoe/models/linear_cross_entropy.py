@@ -92,11 +92,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.wanted = inputs[3:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros of the size of both gradients
 
 
 def _differentiate(ctx, scale, *_):
     if torch.is_grad_enabled():  # create_graph: the saved gradients would count as constants
         raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
+    if scale is None:
+        return (None,) * 5
     dhidden_TD, dweight_DV = ctx.saved_tensors
     hidden_grad, weight_grad = ctx.wanted
     dhidden_TD = dhidden_TD * scale.to(dhidden_TD.dtype) if hidden_grad else None

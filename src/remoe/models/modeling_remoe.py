@@ -131,8 +131,10 @@ class RemoePreTrainedModel(PreTrainedModel):
         if isinstance(module, (Experts, Router)):
             # transformers guards torch's initialisers here: what was loaded is left alone.
             module.reset_parameters(self.config.initializer_range)
+            if isinstance(module, Router):
+                module.reset_state()
         elif isinstance(module, SparsityController):
-            module.reset_statistics()  # from_pretrained leaves buffers that are not saved undefined
+            module.reset()
 
 
 class RemoeModel(RemoePreTrainedModel):

@@ -28,7 +28,11 @@ def build_controller(config: RemoeConfig) -> SparsityController:
 
 
 def keep_statistics_local(model: nn.Module) -> None:
-    """Tells DistributedDataParallel, which copies rank 0's buffers to all before a pass, to leave the sums alone."""
+    """Tells DistributedDataParallel, which copies rank 0's buffers to all before a pass, to leave the sums alone.
+
+    It asks only the module that it is given: around a wrapper of the model (PEFT's, for one) the micro-batches of a
+    step but the last must run under its `no_sync`, as they do in transformers' Trainer.
+    """
     names = [f"sparsity.{name}" for name in model.sparsity.statistics()]
     model._ddp_params_and_buffers_to_ignore = names
 

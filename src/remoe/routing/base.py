@@ -59,6 +59,9 @@ class Router(nn.Module, ABC):
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""
 
+    def reset_state(self) -> None:
+        """Sets what is steered and not learned to its start, by torch's initialisers, as `reset_parameters` does."""
+
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
         """Moves what is steered and not learned; once per optimiser step.
 

@@ -4,7 +4,7 @@ Legend: T tokens, D model width, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
@@ -82,6 +82,11 @@ class CutoffRouter(LinearRouter):
         nothing = torch.zeros((), device=x_TD.device)
         assignment = Assignment.from_gates(gate_TE, active_TE)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, nothing, statistic_E=known_E)
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        nn.init.zeros_(self.cutoff_E)
+        nn.init.zeros_(self.updates)
 
     @torch.no_grad()
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:

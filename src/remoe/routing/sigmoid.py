@@ -4,7 +4,7 @@ Legend: T tokens, D model width, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
@@ -60,6 +60,10 @@ class SigmoidRouter(LinearRouter):
         nothing = torch.zeros((), device=x_TD.device)
         pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * self.k)
         return Routing(pairs, gate_TE, logits_TE, num_tokens, nothing)
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        nn.init.zeros_(self.bias_E)
 
     @torch.no_grad()
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:

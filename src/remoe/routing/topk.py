@@ -4,7 +4,7 @@ Legend: T tokens, D model width, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
@@ -72,6 +72,11 @@ class TopKRouter(LinearRouter):
             gate_TE = gate_TE * self.gate_scale
         pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * (self.warmup_k or self.k))
         return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        if self.warmup_k is not None:
+            nn.init.zeros_(self.updates)
 
     @torch.no_grad()
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:

@@ -121,6 +121,8 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
     if torch.cuda.is_available() and _RNG_CUDA in state:
         torch.cuda.set_rng_state(state[_RNG_CUDA])
     for name, parameter in model.named_parameters():
+        if f"{name}.step" not in state:  # it had no gradient yet
+            continue
         for key in ("step", "exp_avg", "exp_avg_sq"):
             # Fused AdamW keeps its step counter beside the parameter.
             optimizer.state[parameter][key] = state[f"{name}.{key}"].to(parameter.device)
@@ -153,8 +155,8 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     if torch.cuda.is_available():
         tensors[_RNG_CUDA] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}.{key}"] = value.detach().clone()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach()
     return tensors
 
 

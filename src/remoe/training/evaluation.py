@@ -85,10 +85,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = {domain: windows.num_predictions(domain) for domain in windows.domains}
     results = {}
-    for domain in windows.domains:
-        limit = None if max_tokens is None else max(1, max_tokens * size[domain] // sum(size.values()))
+    for domain, limit in windows.shares(max_tokens).items():
         nats = torch.zeros((), dtype=torch.float64, device=device)
         targets = pairs = slots = 0
         for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):

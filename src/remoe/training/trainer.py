@@ -156,15 +156,16 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         coefficient = torch.as_tensor(self.model.regularizer_coefficient, device=self.device)
-        lm_loss, reg_loss = self._backward(self.batches.batch(self.step))
+        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.model.update_routing()
         # One transfer to the host a step: everything that the record and the checks need.
-        scalars = torch.stack([lm_loss, reg_loss, coefficient, grad_norm, controller.sparsity])
+        scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
         L, E = controller.load_LE.shape
         values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
-        (lm_loss, reg_loss, coefficient, grad_norm, sparsity), dead_steps_L = values[:5], values[5 : 5 + L]
-        load_LE = [values[first : first + E] for first in range(5 + L, len(values), E)]
+        n = len(scalars)
+        (lm_loss, reg_loss, loss, coefficient, grad_norm, sparsity), dead_steps_L = values[:n], values[n : n + L]
+        load_LE = [values[first : first + E] for first in range(n + L, len(values), E)]
         if not (math.isfinite(lm_loss + reg_loss) and math.isfinite(grad_norm)):
             raise self._non_finite(step, lm_loss, reg_loss, grad_norm)
         self.optimizer.step()
@@ -179,7 +180,7 @@ class Trainer:
             "step": step,
             "lm_loss": lm_loss,
             "reg_loss": reg_loss,
-            "loss": lm_loss + coefficient * reg_loss,
+            "loss": loss,
             "lambda": coefficient,
             "sparsity": sparsity,
             "stage": stage(sparsity, controller.target),
@@ -191,12 +192,12 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
 
-    def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the whole batch by micro-batches; its losses, 0-dim float32."""
+    def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the whole batch by micro-batches; its losses, 0-dim float32: parts, and what is trained."""
         config = self.config
         token_BS = token_BS.to(self.device, non_blocking=True)
         items = config.batch_size * config.seq_len
-        lm_loss = reg_loss = torch.zeros((), device=self.device)
+        lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
         for micro_bS in token_BS.split(config.micro_batch_size):
             with self.autocast:
                 out = self.forward(
@@ -208,7 +209,8 @@ class Trainer:
             out.loss.backward()
             lm_loss = lm_loss + out.lm_loss.detach()
             reg_loss = reg_loss + out.reg_loss.detach()
-        return lm_loss, reg_loss
+            loss = loss + out.loss.detach()
+        return lm_loss, reg_loss, loss
 
     def validate(self, final: bool) -> dict[str, Evaluation]:
         """Validation of each domain: on all tokens when final, else on a prefix."""
