@@ -10,6 +10,7 @@ Importing this module raises ConfigError where lm-eval is not installed.
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -248,6 +249,7 @@ def evaluate_model(
     limit: int | None = None,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
+    after: Callable[[str, TaskResult], bool] = lambda name, result: True,
 ) -> Evaluated:
     """Evaluates what `load_model` finds at `path` on tasks from `load_tasks`.
 
@@ -257,6 +259,7 @@ def evaluate_model(
         limit: as of `evaluate_task`.
         batch_size: sequences per forward pass.
         device: where.
+        after: called with each task's name and result; false leaves out the tasks behind it.
 
     Raises:
         CheckpointError, DataError: as `load_model`.
@@ -272,7 +275,11 @@ def evaluate_model(
         batch_size=batch_size if causal else 1,
         softmax_dtype="float32",  # log-probabilities of a model in bfloat16 would tie
     )
-    results = {name: evaluate_task(harness, name, task, limit=limit) for name, task in tasks.items()}
+    results = {}
+    for name, task in tasks.items():
+        results[name] = evaluate_task(harness, name, task, limit=limit)
+        if not after(name, results[name]):
+            break
     return Evaluated(checkpoint, results, causal, harness.max_length, harness.batch_size)
 
 

@@ -265,6 +265,8 @@ def test_an_option_that_does_not_exist_is_named(tmp_path):
     write_rank_files(tiny(), tmp_path)
     with pytest.raises(ConfigError, match="RemoeConfig has no lamda_alpha"):
         remoe.load_megatron(tmp_path, lamda_alpha=3)
+    model = remoe.load_megatron(tmp_path, attn_implementation="eager", num_labels=3)  # transformers' own
+    assert (model.config._attn_implementation, model.config.num_labels) == ("eager", 3)
 
 
 class Harm:

@@ -191,20 +191,24 @@ def test_recomputation_counts_once_and_has_the_same_gradients():
 
 def test_recomputed_layers_meet_the_mask_of_their_own_forward_pass():
     model = build("mixtral").eval()
-    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    early = copy.deepcopy(model)
+    early.gradient_checkpointing_enable({"use_reentrant": False})
+    for m in (model, early):
+        remoe.relufy(m, [token_ids()], max_loss_increase=None)
     ids, gradients = token_ids(2), []
     masks = [torch.ones_like(ids), torch.ones_like(ids)]
     masks[0][0, :3], masks[1][1, :5] = 0, 0
-    for recompute in (False, True):
-        other = copy.deepcopy(model).train()
-        if recompute:
+    for how in ("never", "late", "early"):
+        other = copy.deepcopy(early if how == "early" else model).train()  # a copy has a context of its own
+        if how == "late":
             other.gradient_checkpointing_enable({"use_reentrant": False})
         losses = [other(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss for mask in masks]
         sum(losses).backward()
         assert other._routing_context.routings is None  # which would hold what was recomputed
         gradients.append([p.grad for p in other.parameters() if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
+    for a, b, c in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_experts_follow_autocast():

@@ -101,6 +101,8 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
         (tmp_path / name / "a.txt").write_text(f"in {name}")
     (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "real" / "up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "a link to the first").symlink_to(tmp_path / "corpus" / "real")
+    (tmp_path / "corpus" / "same").symlink_to(tmp_path / "elsewhere")
     assert pairs(read(tmp_path / "corpus")) == [("in elsewhere", "linked"), ("in corpus/real", "real")]
 
 

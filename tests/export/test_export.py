@@ -5,13 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 import yaml
 from tiny_run import FLAGS
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import remoe
 from remoe.cli.main import main
@@ -81,14 +81,19 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
 
 
-def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path):
+def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):
     _, folder = exported
     shutil.copytree(folder, tmp_path / "another")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = "modeling_remoe.RemoeForCausalLM"
+    classes = [get_class_from_dynamic_module(name, str(place)) for place in (folder, tmp_path / "another")]
+    assert len({remoe.RemoeForCausalLM, *classes}) == 3  # the exported code, twice
+    config = RunFolder(exported[0]).last_checkpoint()
+    models = [cls(cls.config_class.from_pretrained(config)).train() for cls in classes]
+    models[1].load_state_dict(models[0].state_dict())
     ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
-    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
-    first = load(folder).train()
-    second = load(tmp_path / "another").train()
-    losses = [model(ids, labels=ids).loss for model in (first, second, first)]
+    losses = [model(ids, labels=ids).loss for model in (models[0], models[1], models[0])]
     for loss in losses:
         loss.backward()
     assert len({loss.item() for loss in losses}) == 1

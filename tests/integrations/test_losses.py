@@ -7,6 +7,7 @@ from torch import nn
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.integrations.trainer import routed_module
 
 pytest.importorskip("accelerate")
 
@@ -46,16 +47,37 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused(way, relufied, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("router", ["hash", "sigmoid", "threshold", "dense", "topk"])
+def test_without_a_penalty_any_loss_will_do(router, tmp_path):
+    model = tiny(router=router, router_aux_loss_coef=0.0)
+    callbacks = [remoe.SparsityCallback()]
+    Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=rows(), callbacks=callbacks).train()
+
+
+def test_the_balance_loss_of_topk_is_a_penalty_too(tmp_path):
+    model, callbacks = tiny(router="topk"), [remoe.SparsityCallback()]
+    options = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ConfigError, match="loss is not that of"):
+        Trainer(model, options, train_dataset=rows(), callbacks=callbacks).train()
+
+
 def test_a_loss_of_ones_own_with_the_penalty_in_it_is_taken(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            loss = no_penalty(outputs, inputs["labels"].roll(-1, 1))
-            return loss + model.regularizer_coefficient * outputs.reg_loss
+            penalty = routed_module(model).regularizer_coefficient * outputs.reg_loss
+            return penalty / self.args.gradient_accumulation_steps
 
-    trainer = Own(tiny(), arguments(tmp_path), train_dataset=rows(), callbacks=[remoe.SparsityCallback()])
-    trainer.train()
-    assert len(set(logged(trainer, "lambda"))) == STEPS
+    norms = []
+    for size in (BATCH, 1):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": BATCH // size}
+        same = [row | {"attention_mask": torch.ones_like(row["attention_mask"])} for row in rows()]
+        model = tiny(load_balance=False)  # so that shares of a batch add up
+        trainer = Own(model, arguments(tmp_path, **options), train_dataset=same, callbacks=[remoe.SparsityCallback()])
+        trainer.train()
+        assert len(set(logged(trainer, "lambda"))) == STEPS
+        norms.append(logged(trainer, "grad_norm")[0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_a_classifier_has_one_loss_whatever_the_split_and_predicts_its_logits(tmp_path):

@@ -241,7 +241,6 @@ def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, caps
     assert "it was started with" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_a_run_follows_its_data_but_takes_no_other(corpus, tmp_path, capsys):
     out = tmp_path / "my run"
     assert main(["train", "--data", str(corpus), "--out", str(out), "--steps", "2", *FLAGS]) == 0
@@ -298,6 +297,7 @@ def test_a_checkpoint_is_known_by_any_name(uninterrupted, monkeypatch):
         assert run_of(Path(name)).path == uninterrupted
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_a_run_that_is_being_trained_is_left_alone(corpus, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(corpus, run, "--checkpoint.every", "5") == 0

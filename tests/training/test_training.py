@@ -225,6 +225,19 @@ def test_the_recorded_loss_is_the_one_that_is_trained(corpus, tmp_path):
         assert record["loss"] > record["lm_loss"] + record["lambda"] * record["reg_loss"] + 0.1  # the locality loss
 
 
+def test_names_in_brackets_are_text(tmp_path, capsys):
+    rows = [{"text": f"word {i} " * 40, "domain": domain} for i in range(40) for domain in ("C [/c]", "[en] :smile:")]
+    (tmp_path / "texts[1].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, out = tmp_path / "data[/x]", tmp_path / "run[bold]"
+    assert main(["data", "prepare", str(tmp_path / "texts[1].jsonl"), "--out", str(data), "--vocab-size", "300"]) == 0
+    assert main(["data", "check", str(data)]) == 0
+    assert main(["train", *FLAGS, "--data", str(data), "--out", str(out), "--steps", "2", "--print-every", "1"]) == 0
+    assert main(["eval", str(out)]) == 0
+    written = "".join(capsys.readouterr())
+    for name in (str(data), str(out), "C [/c]", "[en] :smile:"):
+        assert name in written
+
+
 def test_words_and_numbers_of_a_configuration_are_what_they_mean(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("router: relu_norm\nrouter_options: {locality: 1e-3}\n")

@@ -167,16 +167,37 @@ class Pool:
             run: finished.
             dataset: the pool's, for the routing of validation tokens.
             device: for the forward passes.
-            stop: asked before each task, after which everything that has been found is saved.
+            stop: asked before each task.
         """
         record, folder = self._found(run), self.folder(run)
         if not self.record_file(run).exists():
             record = self._save(run, record_of(folder, dataset, self._data, device))
-        for task in self._missing_tasks(run):
-            if stop():
-                break
-            zero_shot = _with_task(record.zero_shot, task, self._tasks, folder.path, device)
-            record = self._save(run, replace(record, zero_shot=zero_shot))
+        if (missing := self._missing_tasks(run)) and not stop():
+            record = self._with_tasks(run, record, missing, device, stop)
+        return record
+
+    def _with_tasks(
+        self, run: Run, record: RunRecord, missing: list[str], device: str, stop: Callable[[], bool]
+    ) -> RunRecord:
+        """The record with tasks more, saved after each of them.
+
+        On as many rows as it has, if those are no fewer than asked for; else they take the place of what it has.
+        """
+        from remoe.zeroshot import evaluate_model  # needs an extra
+
+        known = record.zero_shot
+        if known is None or _rows(known.limit) < _rows(self._tasks.limit):
+            known = ZeroShot(self._tasks.limit, {})
+
+        def keep(name: str, result: Any) -> bool:
+            nonlocal known, record
+            known = replace(known, tasks=known.tasks | {name: asdict(result)})
+            record = self._save(run, replace(record, zero_shot=known))
+            return not stop()
+
+        tasks = {name: self._tasks.loaded[name] for name in missing}
+        place = pick_device(device)
+        evaluate_model(self.folder(run).path, tasks, limit=known.limit, device=place, after=keep)
         return record
 
     def _save(self, run: Run, record: RunRecord) -> RunRecord:
@@ -231,16 +252,6 @@ class Pool:
                 self._listed = -math.inf
                 self._records.pop(run.key, None)
             yield file if locked else None
-
-
-def _with_task(known: ZeroShot | None, name: str, tasks: Tasks, folder: Path, device: str) -> ZeroShot:
-    """What is known, and one task more: on as many rows, if those are no fewer than asked for, else in its place."""
-    from remoe.zeroshot import evaluate_model  # needs an extra
-
-    if known is None or _rows(known.limit) < _rows(tasks.limit):
-        known = ZeroShot(tasks.limit, {})
-    found = evaluate_model(folder, {name: tasks.loaded[name]}, limit=known.limit, device=pick_device(device))
-    return ZeroShot(known.limit, known.tasks | {name: asdict(found.tasks[name])})
 
 
 def _rows(limit: int | None) -> float:

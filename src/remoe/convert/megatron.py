@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from remoe.convert.inert_pickle import Inert
 from remoe.convert.megatron_files import (
@@ -26,6 +27,11 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 # Arguments of a model that RemoeForCausalLM computes, where a checkpoint has them.
+OF_TRANSFORMERS = (
+    "attn_implementation",
+    "experts_implementation",
+    "torch_dtype",
+)  # what any config takes besides its fields
 REQUIRED = {
     "moe_relu_routing": True,
     "swiglu": True,
@@ -179,7 +185,8 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
         "lambda_init": float(argument(args, f"{LAMBDA}_init", 1e-8)),
         "lambda_alpha": float(argument(args, f"{LAMBDA}_multiplier", 1.2)),
     }
-    if unknown := options.keys() - RemoeConfig.__dataclass_fields__.keys():
+    known = {*RemoeConfig.__dataclass_fields__, *dir(PreTrainedConfig), *OF_TRANSFORMERS}
+    if unknown := options.keys() - known:
         raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
     return RemoeConfig(**(fields | options))
 

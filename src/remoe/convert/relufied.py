@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert import experts_function
@@ -85,6 +84,34 @@ class RelufiedRouter(ReLURouter):
         return routing.logits_TE, routing.gate_TE.to(hidden_states.dtype), index_TE
 
 
+class _Recompute:
+    """A function for activation checkpointing whose layers meet the mask of their own forward pass, not the last."""
+
+    def __init__(self, context: _Context, checkpoint: Callable) -> None:
+        self.context, self.checkpoint = context, checkpoint
+
+    def __call__(self, function: Callable, *args: object, **kwargs: object) -> object:
+        context, mask_BS = self.context, self.context.mask_BS
+
+        def run(*args: object, **kwargs: object) -> object:
+            before, context.mask_BS = context.mask_BS, mask_BS
+            try:
+                return function(*args, **kwargs)
+            finally:
+                context.mask_BS = before
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def recompute_with_masks(model: nn.Module, context: _Context | None) -> None:
+    """Makes the layers that are computed again do so with the context's masks; None takes it back."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None:
+            plain = function.checkpoint if isinstance(function, _Recompute) else function
+            module._gradient_checkpointing_func = plain if context is None else _Recompute(context, plain)
+
+
 class RelufiedMixin:
     """What `relufy` adds to a transformers model: the penalty in its loss, steering, saving."""
 
@@ -100,6 +127,7 @@ class RelufiedMixin:
         for module in self.modules():
             if isinstance(module, RelufiedRouter):
                 module.context = self._routing_context
+        recompute_with_masks(self, self._routing_context)
 
     def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
         """Moves lambda by the statistics since the last call; once per optimiser step."""
@@ -116,25 +144,9 @@ class RelufiedMixin:
         with _written_as_relufied(self.config):
             super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options: object
-    ) -> None:
-        """As transformers does; a layer that is computed again meets the mask of its own forward pass, not the last."""
-
-        def with_mask(function: Callable, *args: object, **kwargs: object) -> object:
-            context = self._routing_context
-            mask_BS = context.mask_BS
-
-            def run(*args: object, **kwargs: object) -> object:
-                before, context.mask_BS = context.mask_BS, mask_BS
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    context.mask_BS = before
-
-            return gradient_checkpointing_func(run, *args, **kwargs)
-
-        super()._set_gradient_checkpointing(enable, with_mask, **options)
+    def _set_gradient_checkpointing(self, *args: object, **kwargs: object) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        recompute_with_masks(self, self._routing_context)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,7 +199,7 @@ class RelufiedMixin:
 def _written_as_relufied(config: PreTrainedConfig) -> Iterator[None]:
     """Inside, the config has our model type, in its file and in what is uploaded."""
     cls = type(config)
-    config.__class__ = type(cls.__name__, (cls,), {"model_type": MODEL_TYPE})
+    config.__class__ = type(cls.__name__, (cls,), {"model_type": MODEL_TYPE, "__module__": cls.__module__})
     try:
         yield
     finally:
@@ -288,3 +300,4 @@ def replace_routers(model: PreTrainedModel, settings: dict) -> None:
         model.sparsity = SparsityController(len(routers), E, k, **STEERING)
     keep_statistics_local(model)
     model._routing_context = context
+    recompute_with_masks(model, context)

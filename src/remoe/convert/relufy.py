@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from remoe.convert import experts_function
 from remoe.convert.calibration import Batch, GateRecorder, as_batch, fit_relu_gates, language_model_loss
-from remoe.convert.relufied import STEERING, RelufiedMixin, mixture_routers, relufied_class, replace_routers
+from remoe.convert.relufied import (
+    STEERING,
+    RelufiedMixin,
+    mixture_routers,
+    recompute_with_masks,
+    relufied_class,
+    replace_routers,
+)
 from remoe.errors import ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.routed import build_controller
@@ -172,6 +179,7 @@ def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
     def restore() -> None:
         for name, router in old.items():
             model.set_submodule(name, router)
+        recompute_with_masks(model, None)
         del model.sparsity, model.config.relufied
         model.__class__ = cls
         model.set_experts_implementation(implementation)

@@ -94,18 +94,20 @@ def files_signature(paths: list[Path]) -> Signature:
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """All files below `folder`, and folders that links lead to, in an order that depends on their names only.
+    """All files below `folder`, and in folders elsewhere that links lead to, in an order that depends on names only.
 
-    Hidden ones are left out, and what has been walked by another name.
+    Hidden ones are left out, and a second link to the same.
     """
     found: list[Path] = []
-    walked: set[str] = set()
+    top, walked = Path(os.path.realpath(folder)), set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(root)) in walked:
+        real = Path(os.path.realpath(root))
+        inside = real.is_relative_to(top) and Path(root) != folder
+        if real in walked or (inside and real != top / Path(root).relative_to(folder)):
             folders.clear()
             continue
         walked.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 

@@ -25,7 +25,7 @@ class ProgressLine:
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._console = Console(soft_wrap=True, highlight=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             console=self._console,
             transient=True,
