@@ -237,7 +237,7 @@ def test_a_workers_error_stops_the_others(corpus, tmp_path, monkeypatch, capfd):
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
     long = load_experiment(path).runs[1]
 
-    def fail(*_):
+    def fail(*_, **__):
         wait_for(lambda: pool.folder(long).config.exists())  # the other worker has begun
         raise OSError("no space left")
 
