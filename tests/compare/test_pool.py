@@ -109,6 +109,11 @@ def whole(pool, run):
     return RunRecord(options_of(run.config), pool.summary(run), {"step": [5], "sparsity": [0.875]}, None)
 
 
+@dataclass
+class Accuracy:
+    acc: float
+
+
 @pytest.fixture
 def asked(monkeypatch, trial, pool):
     """Evaluations as (tasks, rows), of a run that is finished and has a checkpoint; and a pool that asks for tasks."""
@@ -120,7 +125,7 @@ def asked(monkeypatch, trial, pool):
     def evaluate_model(path, tasks, *, limit, device, after):
         for name in tasks:
             made.append((name, limit))
-            if not after(name, TaskResult(0.5, None, None, None, 0.25, 1, 0)):
+            if not after(name, Accuracy(0.5)):
                 break
 
     zeroshot = SimpleNamespace(evaluate_model=evaluate_model)
@@ -130,17 +135,6 @@ def asked(monkeypatch, trial, pool):
         return Pool(pool.path, "fingerprint", tasks=Tasks(dict.fromkeys(names), limit))
 
     return run, made, pool_for
-
-
-@dataclass
-class TaskResult:
-    acc: float
-    stderr: float | None
-    acc_norm: float | None
-    acc_norm_stderr: float | None
-    chance: float
-    examples: int
-    truncated: int
 
 
 def test_a_quick_look_at_a_few_rows_takes_nothing_from_a_record(asked):

@@ -81,7 +81,7 @@ def training_course(
         marks.append(Line2D([], [], color=GREY, ls="--", lw=0.9, label=f"target {target:g}"))
     lines = [Line2D([], [], color=look[name].color, ls=look[name].linestyle, label=plain(name)) for name in runs]
     handles = lines + marks
-    columns = legend_columns((handle.get_label() for handle in handles), 8.2)
+    columns = legend_columns((handle.get_label() for handle in handles), fig.get_figwidth())
     fig.legend(handles=handles, loc="outside upper center", ncols=columns)
     return fig
 
@@ -146,8 +146,9 @@ def loss_against(
         means = [fmean(points[value]) for value in values]
         deviations = [_deviation(points[value]) for value in values]
         color, marker, linestyle = look[name]
-        style = {"color": color, "marker": marker, "ls": linestyle, "ms": 4, "capsize": 3}
-        ax.errorbar(values, means, deviations, **style, label=plain(name))
+        ax.errorbar(
+            values, means, deviations, color=color, marker=marker, ls=linestyle, ms=4, capsize=3, label=plain(name)
+        )
     values = sorted({value for points in systems.values() for value in points})
     if values[0] > 0:
         ax.set_xscale("log")

@@ -129,7 +129,7 @@ def routed_share_by_domain(
     _label_lowest(axes, L, "expert")
     upper.supylabel("share of the domain's tokens (dotted: 1/8 of the wanted mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
-    upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, 7.6))
+    upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, fig.get_figwidth()))
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
     return fig
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from remoe.convert.inert_pickle import Inert
 from remoe.convert.megatron_files import (
@@ -23,15 +22,10 @@ from remoe.convert.megatron_files import (
 )
 from remoe.convert.megatron_names import from_megatron, to_megatron
 from remoe.errors import ConfigError
-from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.configuration_remoe import RemoeConfig, check_fields
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 # Arguments of a model that RemoeForCausalLM computes, where a checkpoint has them.
-OF_TRANSFORMERS = (
-    "attn_implementation",
-    "experts_implementation",
-    "torch_dtype",
-)  # what any config takes besides its fields
 REQUIRED = {
     "moe_relu_routing": True,
     "swiglu": True,
@@ -185,9 +179,7 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
         "lambda_init": float(argument(args, f"{LAMBDA}_init", 1e-8)),
         "lambda_alpha": float(argument(args, f"{LAMBDA}_multiplier", 1.2)),
     }
-    known = {*RemoeConfig.__dataclass_fields__, *dir(PreTrainedConfig), *OF_TRANSFORMERS}
-    if unknown := options.keys() - known:
-        raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
+    check_fields(options)
     return RemoeConfig(**(fields | options))
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from remoe.convert.calibration import Batch, as_batch, evaluation
 from remoe.errors import ConfigError
-from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.configuration_remoe import RemoeConfig, check_fields
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -158,9 +158,7 @@ def _config(
         options.keys() & (fields.keys() - {"sparsity_rule", "lambda_fast_start"} | {"router"} | set(same))
     ):
         raise ConfigError(f"upcycle itself sets {', '.join(taken)}")
-    unknown = options.keys() - RemoeConfig.__dataclass_fields__.keys()
-    if unknown:
-        raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
+    check_fields(options)
     return RemoeConfig(**{key: getattr(old, key) for key in same if hasattr(old, key)} | fields | options)
 
 

@@ -1,5 +1,7 @@
 """Configuration of the ReMoE language model."""
 
+from collections.abc import Mapping
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -165,6 +167,17 @@ class RemoeConfig(PreTrainedConfig):
             plan["layers.*.mlp.experts.down_proj"] = "rowwise"
             plan["layers.*.mlp.experts"] = "moe_tp_experts"
         return plan
+
+
+# What any config of transformers takes besides its attributes.
+_OF_TRANSFORMERS = ("attn_implementation", "experts_implementation", "torch_dtype")
+
+
+def check_fields(options: Mapping[str, object]) -> None:
+    """Raises ConfigError for an option that a RemoeConfig would take without knowing it: a slip of the pen."""
+    known = {*RemoeConfig.__dataclass_fields__, *dir(PreTrainedConfig), *_OF_TRANSFORMERS}
+    if unknown := options.keys() - known:
+        raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
 
 
 def arguments_of_router(
