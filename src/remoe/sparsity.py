@@ -63,7 +63,7 @@ class SparsityController(nn.Module):
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
         statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update_state`.
-        penalised: whether a loss since the last update has the penalty in it, as the model says that makes it.
+        penalised: whether a training loss since the last update has the penalty in it, as the model says that makes it.
 
     Raises:
         ConfigError: for an unknown rule, no layers, k not in 1..E, lambda_init <= 0 or alpha <= 1.
@@ -104,10 +104,11 @@ class SparsityController(nn.Module):
         def state(name: str, value: Tensor, persistent: bool = True) -> None:
             self.register_buffer(name, value, persistent=persistent)
 
-        state("lam", torch.tensor(self.lambda_init))
-        state("sparsity", torch.tensor(UNKNOWN))
-        state("mean_error", torch.tensor(0.0))
-        state("dead_steps_L", torch.zeros(num_layers))
+        # Said, because transformers builds a model under its own default dtype.
+        state("lam", torch.tensor(self.lambda_init, dtype=torch.float32))
+        state("sparsity", torch.tensor(UNKNOWN, dtype=torch.float32))
+        state("mean_error", torch.tensor(0.0, dtype=torch.float32))
+        state("dead_steps_L", torch.zeros(num_layers, dtype=torch.float32))
         for name, value in self._no_statistics(num_layers).items():
             state(name, value, persistent=False)
 
@@ -115,12 +116,12 @@ class SparsityController(nn.Module):
         """Buffers that are not saved: the load at the last update, and the sums since then."""
         shape = (num_layers, self.num_experts)
         return {
-            "load_LE": torch.zeros(shape),
-            "statistic_LE": torch.zeros(shape),
-            "_statistic_LE": torch.zeros(shape),
+            "load_LE": torch.zeros(shape, dtype=torch.float32),
+            "statistic_LE": torch.zeros(shape, dtype=torch.float32),
+            "_statistic_LE": torch.zeros(shape, dtype=torch.float32),
             "_pairs_LE": torch.zeros(shape, dtype=torch.int64),
             "_tokens_L": torch.zeros(num_layers, dtype=torch.int64),
-            "_regularizer_sum": torch.zeros(()),
+            "_regularizer_sum": torch.zeros((), dtype=torch.float32),
             "_passes": torch.zeros((), dtype=torch.int64),
         }
 

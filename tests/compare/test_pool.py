@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from finished_run import EXPERIMENT, finish
 
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.pool import Pool, Tasks
 from remoe.compare.record import RunRecord, options_of
+from remoe.compare.runner import check_models
 from remoe.errors import ConfigError
 from remoe.training.rundir import RunFolder
 
@@ -120,7 +122,7 @@ def asked(monkeypatch, trial, pool):
     run, made = trial.runs[0], []
     finish(pool, run, 4.0, 1.0)
     whole(pool, run).save(pool.record_file(run))
-    monkeypatch.setattr(RunFolder, "last_checkpoint", lambda folder: folder.path)
+    monkeypatch.setattr(RunFolder, "last_checkpoint", lambda folder: folder.path / f"step-{run.steps:08d}")
 
     def evaluate_model(path, tasks, *, limit, device, after):
         for name in tasks:
@@ -149,6 +151,26 @@ def test_a_quick_look_at_a_few_rows_takes_nothing_from_a_record(asked):
     found = further.record(run, None, "cpu").zero_shot
     assert made[2:] == [("arc_easy", None)]  # on as many rows as the others
     assert (found.limit, [*found.tasks]) == (None, ["piqa", "boolq", "arc_easy"])
+
+
+def test_the_checkpoint_of_an_unfinished_run_is_not_the_recorded_model(asked, monkeypatch):
+    run, made, pool_for = asked
+    monkeypatch.setattr(RunFolder, "last_checkpoint", lambda folder: folder.path / "step-00000001")
+    pool = pool_for(["piqa"], None)
+    assert pool.record(run, None, "cpu").zero_shot is None
+    assert pool.recorded(run)
+    assert made == []
+
+
+def test_a_finished_run_may_have_been_trained_where_its_experts_run(trial, pool):
+    variants = {"variants": {"relu": {"model": {"experts_backend": "triton"}}, "topk": {"router": "topk"}}}
+    elsewhere = experiment_from_dict(EXPERIMENT | variants | {"seeds": [0]}, "trial", "trial.yaml")
+    with pytest.raises(ConfigError, match="triton"):
+        check_models(elsewhere, pool, torch.device("cpu"))
+    check_models(elsewhere, pool, None)
+    finish(pool, elsewhere.runs[0], 4.0, 1.0)
+    whole(pool, elsewhere.runs[0]).save(pool.record_file(elsewhere.runs[0]))
+    check_models(elsewhere, pool, torch.device("cpu"))
 
 
 def test_more_rows_take_the_place_of_fewer(asked):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
+from safetensors.torch import load_file, save_file
 from tiny_models import MIXTURES, SINCE_5_23, build, token_ids
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from remoe.convert.calibration import fit_relu_gates, language_model_loss
 from remoe.convert.experts_function import is_plain_swiglu, remoe_experts_forward
 from remoe.errors import ConfigError
 from remoe.routing.regularizers import l1_loss
+from remoe.sparsity import SparsityController
 
 PLAIN_LOOP = ("gpt_oss",)
 
@@ -39,6 +41,22 @@ def test_architecture_converts_and_keeps_its_other_parts(converted):
     routers = tuple(report.routers)
     kept = {name: value for name, value in before.state_dict().items() if not name.startswith(routers)}
     assert all(torch.equal(weights[name], value) for name, value in kept.items())
+
+
+def test_routers_that_a_folder_lacks_start_as_new_ones(tmp_path):
+    model = build("mixtral")
+    remoe.relufy(model, [token_ids()], max_loss_increase=None)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    others = {name: weight for name, weight in weights.items() if ".gate." not in name}
+    save_file(others, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = remoe.load_relufied(tmp_path)
+    for layer in loaded.model.layers:
+        assert 0 < layer.mlp.gate.weight.abs().max() < 8 * model.config.initializer_range
+        assert not layer.mlp.gate.bias.any()
+    new = type(loaded)(loaded.config)
+    assert 0 < new.model.layers[0].mlp.gate.weight.abs().max() < 8 * model.config.initializer_range
+    assert new.sparsity.lam == SparsityController(1, 4, 2).lam
 
 
 def test_architecture_runs_equally_by_its_own_experts(converted):

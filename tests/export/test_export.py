@@ -83,11 +83,11 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
 
 def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):
     _, folder = exported
-    shutil.copytree(folder, tmp_path / "another")
+    shutil.copytree(folder, tmp_path / "modèle-2")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     name = "modeling_remoe.RemoeForCausalLM"
-    classes = [get_class_from_dynamic_module(name, str(place)) for place in (folder, tmp_path / "another")]
+    classes = [get_class_from_dynamic_module(name, str(place)) for place in (folder, tmp_path / "modèle-2")]
     assert len({remoe.RemoeForCausalLM, *classes}) == 3  # the exported code, twice
     config = RunFolder(exported[0]).last_checkpoint()
     models = [cls(cls.config_class.from_pretrained(config)).train() for cls in classes]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import VOCAB, build, token_ids
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import remoe
 from remoe.errors import ConfigError
@@ -64,7 +64,7 @@ def plain(model, folder, **options):
     return trainer
 
 
-def supervised(model, folder, **options):
+def supervised(model, folder, callbacks=(), **options):
     settings = SETTINGS | {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}} | options
     trainer = trl.SFTTrainer(
         model,
@@ -72,7 +72,7 @@ def supervised(model, folder, **options):
         train_dataset=datasets.Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows()]),
         processing_class=tokenizer(),
         data_collator=collate,
-        callbacks=[remoe.SparsityCallback()],
+        callbacks=[remoe.SparsityCallback(), *callbacks],
     )
     trainer.train()
     return trainer
@@ -104,6 +104,20 @@ def test_trains_as_under_the_plain_trainer(name, accumulate, tmp_path):
         assert logged(found, figure) == pytest.approx(logged(expected, figure), rel=1e-4, abs=1e-7), figure
     for (key, weight), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["relu", "mixtral"])
+def test_a_callback_may_generate_in_between(name, tmp_path):
+    class Writes(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            written.append(model.eval().generate(token_ids(1), max_new_tokens=2, eos_token_id=None, pad_token_id=0))
+            model.train()
+
+    one, two, written = MODELS[name](), MODELS[name](), []
+    expected, found = supervised(one, tmp_path), supervised(two, tmp_path, callbacks=[Writes()])
+    assert [len(ids[0]) for ids in written] == [len(token_ids(1)[0]) + 2] * STEPS
+    assert logged(found, "lambda") == logged(expected, "lambda")
+    assert logged(found, "loss") == logged(expected, "loss")
 
 
 @pytest.mark.parametrize("name", ["relu", "mixtral"])

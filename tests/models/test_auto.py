@@ -51,13 +51,15 @@ def test_classifier_reads_the_last_token_of_either_padding():
     torch.testing.assert_close(outputs.logits, alone)
 
 
-def test_what_a_folder_lacks_starts_as_in_a_new_model(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_folder_lacks_starts_as_in_a_new_model(dtype, tmp_path):
     """lambda is the head's, so that a base model's folder has none; another router's state is not there either."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
     config = remoe.RemoeConfig(**sizes, lambda_init=0.25)
     remoe.RemoeModel(config).save_pretrained(tmp_path / "base")
     for cls in (remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification):
-        loaded = cls.from_pretrained(tmp_path / "base").sparsity
+        loaded = cls.from_pretrained(tmp_path / "base", dtype=dtype).sparsity
+        assert all(buffer.dtype != torch.bfloat16 for buffer in loaded.buffers())
         assert (loaded.lam, loaded.sparsity, loaded.mean_error) == (0.25, -1, 0)
         assert not loaded.dead_steps_L.any()
     whole = remoe.RemoeForCausalLM(config)
@@ -65,9 +67,12 @@ def test_what_a_folder_lacks_starts_as_in_a_new_model(tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     assert remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole").sparsity.lam == 0.5
     for router in ("sigmoid", "threshold", "expert_choice"):
-        other = remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole", router=router, lambda_init=1e-8)
+        options = {"router": router, "lambda_init": 1e-8, "dtype": dtype}
+        other = remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole", **options)
         for layer in other.model.layers:
-            assert not any(buffer.any() for buffer in layer.mlp.router.buffers())
+            buffers = list(layer.mlp.router.buffers())
+            assert not any(buffer.any() or buffer.dtype == torch.bfloat16 for buffer in buffers)
+            assert layer.mlp.router.weight.dtype == dtype
     with torch.device("meta"):
         empty = remoe.RemoeForCausalLM(config)
     empty = empty.to_empty(device="cpu")

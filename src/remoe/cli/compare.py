@@ -96,11 +96,11 @@ def compare_command(argv: list[str]) -> int:
     keep_freed_memory()
     tasks = _tasks(options)  # before hours of work, not after them
     device = pick_device(options.device)
-    check_models(experiment, None if options.list or options.report_only else device)
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", device)
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
+    check_models(experiment, pool, None if options.list or options.report_only else device)
     live = Live(experiment, pool, options.workers)
     if records is not None and not records.exists():  # perhaps a slip, after which everything is trained again
         print(f"records: {records} is new: no finished runs in it")

@@ -24,6 +24,7 @@ from remoe.compare.experiment import Run, key_of
 from remoe.compare.record import RunRecord, ZeroShot, course_of, options_of, record_of
 from remoe.data import Dataset
 from remoe.errors import ConfigError
+from remoe.training.checkpoint import checkpoint_step
 from remoe.training.metrics import fill_steps, read_metrics
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import pick_device
@@ -208,7 +209,10 @@ class Pool:
 
     def _missing_tasks(self, run: Run) -> list[str]:
         """Tasks that are asked for, that the record does not have with as many rows, and that could be evaluated."""
-        if self._tasks is None or self.folder(run).last_checkpoint() is None:
+        if self._tasks is None:
+            return []
+        last = self.folder(run).last_checkpoint()
+        if last is None or checkpoint_step(last) != run.steps:  # an unfinished folder of a run with a record
             return []
         known = self.zero_shot(run)
         enough = {} if known is None or _rows(known.limit) < _rows(self._tasks.limit) else known.tasks

@@ -35,8 +35,10 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     return list(unique.values())
 
 
-def check_models(experiment: Experiment, device: torch.device | None) -> None:
+def check_models(experiment: Experiment, pool: Pool, device: torch.device | None) -> None:
     """Finds, before hours of training, the runs whose model cannot be built, or not be trained on `device`, if any.
+
+    What is finished may have been trained elsewhere.
 
     Raises:
         ConfigError: naming the run.
@@ -44,7 +46,7 @@ def check_models(experiment: Experiment, device: torch.device | None) -> None:
     for run in experiment.runs:
         try:
             model = model_without_values(run.config)
-            if device is not None:
+            if device is not None and not pool.recorded(run):
                 experts_backend(model, run.config.dtype, device)
         except ConfigError as error:
             raise ConfigError(f"{run.label}: {error}") from error

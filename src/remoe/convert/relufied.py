@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert import experts_function
 from remoe.errors import ConfigError
+from remoe.models.modeling_remoe import is_padding_mask
 from remoe.models.routed import keep_statistics_local
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController
@@ -135,8 +136,9 @@ class RelufiedMixin:
 
     @property
     def regularizer_coefficient(self) -> Tensor:
-        """lambda, 0-dim float32; who asks has a loss with the penalty in it, as in `RoutedModel`."""
-        self.sparsity.penalised = True
+        """lambda, 0-dim float32; who asks in training has a loss with the penalty in it, as in `RoutedModel`."""
+        if self.training:
+            self.sparsity.penalised = True
         return self.sparsity.lam.clone()
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
@@ -150,10 +152,13 @@ class RelufiedMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SparsityController):
-            module.reset()
-        else:
-            super()._init_weights(module)
+        super()._init_weights(module)
+        if module is self:  # the last one: a model within this one has passed by its routers
+            for ours in self.modules():
+                if isinstance(ours, SparsityController):
+                    ours.reset()
+                elif isinstance(ours, RelufiedRouter):
+                    ours.reset_parameters(_initial_std(self.config))
 
     @contextmanager
     def recorded_routings(self, inputs: Mapping[str, object]) -> Iterator[list[Routing]]:
@@ -164,15 +169,16 @@ class RelufiedMixin:
         """
         context, mask = self._routing_context, inputs.get("attention_mask")
         ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2 and ids is not None
-        context.mask_BS = mask[:, -ids.shape[1] :].bool() if is_padding_mask else None
-        context.routings = {}
+        tells_padding = is_padding_mask(mask) and ids is not None
+        context.mask_BS = mask[:, -ids.shape[1] :].bool() if tells_padding else None
+        before, routings = context.routings, {}
+        context.routings = routings
         found: list[Routing] = []
         try:
             yield found
-            found.extend(context.routings[layer] for layer in sorted(context.routings))
+            found.extend(routings[layer] for layer in sorted(routings))
         finally:
-            context.routings = None
+            context.routings = before
 
     def observe(self, routings: Sequence[Routing]) -> None:
         """Counts a training step's routings for lambda.
@@ -193,6 +199,10 @@ class RelufiedMixin:
         return torch.is_grad_enabled() and any(
             module.weight.requires_grad for module in self.modules() if isinstance(module, RelufiedRouter)
         )
+
+
+def _initial_std(config: PreTrainedConfig) -> float:
+    return getattr(config.get_text_config(), "initializer_range", 0.02)
 
 
 @contextmanager
@@ -295,6 +305,7 @@ def replace_routers(model: PreTrainedModel, settings: dict) -> None:
         d_model = parameter.shape[-1] if parameter.ndim == 2 else model.config.get_text_config().hidden_size
         with torch.device(parameter.device):
             new = RelufiedRouter(context, layer, d_model, E, k, settings["load_balance"])
+            new.reset_parameters(_initial_std(model.config))
         model.set_submodule(name, new.to(parameter.dtype))
     with torch.device(parameter.device):
         model.sparsity = SparsityController(len(routers), E, k, **STEERING)

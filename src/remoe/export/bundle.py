@@ -33,7 +33,7 @@ _CHANGES = {
 _EVERYWHERE = {
     'import_module(f"remoe.experts.{name}")': 'import_module(f".remoe_experts_{name}", __package__)',
     # Operators are known by name in a whole process: each folder's get a name of their own.
-    'custom_op("remoe::': 'custom_op("remoe_" + "".join(c if c.isalnum() else "_" for c in __name__) + "::',
+    'custom_op("remoe::': 'custom_op("remoe_" + __name__.encode().hex() + "::',
 }
 
 

@@ -42,9 +42,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     Raises:
         ConfigError: when training begins, for a model without routers to steer; after its first step, when a trainer
-            computes the loss without the model's, so that the penalty is not in it. A `compute_loss` of one's own adds
-            `routed_module(model).regularizer_coefficient` times `reg_loss` of the model's output, and divides the sum
-            by the micro-batches of a step.
+            computes the loss without the model's, so that the penalty is not in it. A `compute_loss` of one's own
+            around a `RemoeForCausalLM` adds `routed_module(model).regularizer_coefficient` times `reg_loss` of the
+            model's output, and divides the sum by the micro-batches of a step; outputs of relufied models have no
+            `reg_loss`, and a router's extra loss (`relu_norm`'s locality) would be missing.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Finds the routers, and restores their state where the run is resumed."""
         self._module = routed_module(model)
-        self._checked = False
+        self._module.sparsity.penalised = self._checked = False
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
         if isinstance(saved, list):

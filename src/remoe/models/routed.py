@@ -47,9 +47,11 @@ class RoutedModel:
     def regularizer_coefficient(self) -> Tensor | float:
         """What multiplies the regulariser in the loss: lambda for "relu" and its kin, a constant for other routers.
 
-        Whoever asks for it has a loss with the penalty in it: `sparsity.penalised` is true until the next update.
+        Whoever asks for it in training has a loss with the penalty in it: `sparsity.penalised` is true until the next
+        update.
         """
-        self.sparsity.penalised = True
+        if self.training:
+            self.sparsity.penalised = True
         if self.config.steered:
             return self.sparsity.lam.clone()  # a copy: `update` changes lambda in place
         return self.config.router_aux_loss_coef

@@ -58,7 +58,7 @@ class CutoffRouter(LinearRouter):
         if not 0 <= decay < 1:
             raise ConfigError(f"decay must be at least 0 and below 1, but is {decay}")
         self.decay = decay
-        self.register_buffer("cutoff_E", torch.zeros(num_experts))
+        self.register_buffer("cutoff_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def route(

@@ -46,7 +46,7 @@ class SigmoidRouter(LinearRouter):
             raise ConfigError(f"bias_step must not be negative, but is {bias_step}")
         self.bias_step = bias_step
         self.gate_scale = check_gate_scale(gate_scale)
-        self.register_buffer("bias_E", torch.zeros(num_experts))
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)

@@ -111,7 +111,7 @@ def sweep_run(
     gate_P = _active_gates(model, windows, batch_size)  # and the machine is warm
     if thresholds is None:
         if len(gate_P) == 0:
-            raise ConfigError(f"{path}: no expert is on for any token, so that no threshold leaves anything out")
+            raise ConfigError(f"{path}: no expert is on for any token looked at: no threshold leaves anything out")
         thresholds = [0.0, *(gate_P.quantile(share).item() for share in SWEPT_SHARES)]
     experts = model.config.num_experts * model.config.granularity
     points = []
