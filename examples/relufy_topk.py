@@ -4,7 +4,7 @@
     remoe train --data DATA --preset mini --router topk --out RUN
     python examples/relufy_topk.py RUN DATA
 
-Prints a line for each and writes OUT/result.json.
+Prints a line for each and writes OUT/result.json. Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
 
     topk, *_ = load_run(args.run)
     dataset = open_dataset(args.data)
-    # Other windows than the run's own, whose seed is 0.
+    # In another order than the run's own, whose seed is 0.
     train = Windows(TrainBatches(dataset.train, args.length, 1, seed=1000), args.steps * args.batch)
     windows = ValidationWindows(dataset.validation, args.length)
     samples = [torch.stack([train[i * args.batch + j]["input_ids"] for j in range(args.batch)]) for i in range(4)]

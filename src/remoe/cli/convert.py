@@ -61,7 +61,7 @@ class RelufyOptions:
     """Folder written by `remoe data prepare --tokenizer SOURCE` (RUN/tokenizer of a run): text of the kind that the
     model is for."""
     sample_tokens: int = 16_384
-    """So many tokens of that text; more than 16,384 are not used."""
+    """So many tokens of that text; the fit takes 16,384 at most, the loss all."""
     max_loss_increase: float = 0.1
     """By how much the loss of the sample may rise, nats per token; more is refused, and nothing written."""
 

@@ -89,7 +89,7 @@ def relufy(
     Args:
         model: a transformers model with a mixture of experts, or a `RemoeForCausalLM` with a router that has k.
         samples: text of the kind that the model is for: token ids, (B, S) int64, or mappings with `input_ids` and
-            `attention_mask`. A few thousand tokens do; some tens of thousands are better.
+            `attention_mask`. A few thousand tokens do; the fit takes the first 16,384, the loss all.
         load_balance: weight the penalty by each expert's load.
         max_loss_increase: how much higher, in nats per token of the sample, the loss may be right afterwards; None for
             no bound.

@@ -14,7 +14,7 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
     """Quantises the experts' and the attention's weights of a model in place, for evaluation and generation.
 
     The embeddings, the router, the norms and the language-model head keep their dtype. A pass dequantises the active
-    experts of one layer at a time. `remoe eval RUN --quantize int8` shows the loss; without the flag, that before.
+    experts of one layer at a time. `remoe eval RUN --quantize int8` shows the loss before and after.
 
     Args:
         model: in any floating dtype, on a CPU or on CUDA.

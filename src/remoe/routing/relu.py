@@ -26,6 +26,7 @@ class ReLURouter(LinearRouter):
         max_experts_per_token: execute only that many of a token's active experts, those whose gates are largest in
             size. The penalty still sees the gates that the cap cut off: they get no gradient from the task, so the
             penalty alone can close them.
+        bias: a learned bias for each expert, ReLU(x W + b), as `relufy` and `upcycle` use it.
 
     Raises:
         ConfigError: when k is not in 1..E, the cap is below k, or the scale is not positive.

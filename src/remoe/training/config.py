@@ -154,7 +154,10 @@ NamedValues = Annotated[
 
 @dataclass
 class TrainConfig:
-    """Train a ReMoE language model. Without any argument: a small one, on Python's own standard library."""
+    """Train a ReMoE language model. Without any argument: a small one, on Python's own standard library.
+
+    The defaults that are shown are those of --preset tiny; what other presets have stands in docs/guide.md.
+    """
 
     preset: str = "tiny"
     """Model size and training settings: tiny, mini, 182m, 469m or 978m."""
