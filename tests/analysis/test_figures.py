@@ -227,6 +227,27 @@ def test_domains_have_a_bar_per_expert_in_every_layer():
     assert town[1][0] == pytest.approx(48 / 40)
 
 
+@pytest.mark.parametrize(("domains", "experts"), [(150, 8), (10, 64)])
+def test_many_domains_or_experts_make_maps(domains, experts):
+    share_CLE = np.random.default_rng(0).random((domains, 2, experts))
+    fig = routing_figures.routed_share_by_domain(share_CLE, [f"d{i}" for i in range(domains)], 1)
+    panels = {ax.get_title("left"): ax for ax in fig.axes if ax.get_title("left")}
+    assert list(panels) == ["layer 0", "layer 1", "Mean active experts"]
+    assert panels["layer 1"].images[0].get_array().tolist() == share_CLE[:, 1].tolist()
+    np.testing.assert_allclose(panels["Mean active experts"].images[0].get_array(), share_CLE.sum(axis=2))
+    names, places = panels["layer 0"].get_yticklabels(), panels["layer 0"].get_yticks()
+    assert len(names) <= 60
+    assert [name.get_text() for name in names] == [f"d{place}" for place in places]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_whose_experts_are_all_closed_is_drawn_as_one(tmp_path):
+    fig = routing_figures.routed_share_maps({"closed": np.zeros((2, 8))}, {"closed": 1})
+    assert fig.axes[0].images[0].get_clim() == (0, 1)
+    figures.save(fig, tmp_path / "closed")
+    figures.save(routing_figures.routed_share_by_domain(np.zeros((2, 2, 8)), ["a", "b"], 1), tmp_path / "domains")
+
+
 def test_loads_over_training_are_means_over_runs_of_steps():
     load_SLE = np.arange(1000 * 3 * 4).reshape(1000, 3, 4) / 12000
     fig = routing_figures.load_course(range(1, 1001), load_SLE, k=1)

@@ -85,6 +85,7 @@ def test_peak_memory_is_that_of_the_largest_moment():
         (["layer", "--backends", "fast"], "unknown experts backend 'fast'"),
         (["layer", "--backends", "triton", "--cases", "experts"], "experts backend 'triton' cannot run here: "),
         (["decode", "--dtype", "int8"], "dtype"),
+        (["decode", "--out", "."], "--out . is a folder"),
         (["speed"], "unknown command 'bench speed'"),
     ],
 )

@@ -310,6 +310,8 @@ def test_bad_input_is_one_line(corpus, tmp_path, capsys):
         (["compare", str(tmp_path / "none.yaml")], "cannot read experiment"),
         (["compare", str(path), "--data", "x", "--corpus", "y"], "do not go together"),
         (["compare", str(path), "--data", str(tmp_path / "none")], "none"),
+        ([*arguments(path, corpus, tmp_path)[:-4], "--out", str(path)], "is not a folder"),
+        ([*arguments(path, corpus, tmp_path), "--report-only", "--tasks", "piqa"], "leave it out with --list and"),
         ([*arguments(path, corpus, tmp_path), "--report-only"], "is finished yet"),
         (["compare", str(path), "--corpus", str(tmp_path / "none"), "--pool", str(tmp_path / "p")], "none"),
     ):

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from finished_run import EXPERIMENT, finish
+from finished_run import EXPERIMENT, finish, whole
 
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.pool import Pool, Tasks
 from remoe.compare.record import RunRecord, options_of
-from remoe.compare.runner import check_models
 from remoe.errors import ConfigError
 from remoe.training.rundir import RunFolder
 
@@ -107,10 +105,6 @@ def test_a_record_counts_whatever_an_unfinished_folder_is_called(tmp_path):
         assert known.folder(begun.runs[0]).path.exists()
 
 
-def whole(pool, run):
-    return RunRecord(options_of(run.config), pool.summary(run), {"step": [5], "sparsity": [0.875]}, None)
-
-
 @dataclass
 class Accuracy:
     acc: float
@@ -141,14 +135,15 @@ def asked(monkeypatch, trial, pool):
 
 def test_a_quick_look_at_a_few_rows_takes_nothing_from_a_record(asked):
     run, made, pool_for = asked
-    pool_for(["piqa", "boolq"], None).record(run, None, "cpu")
+    pool_for(["piqa", "boolq"], None).add_tasks(run, "cpu")
     quick = pool_for(["piqa"], 10)
     assert quick.recorded(run)
-    quick.record(run, None, "cpu")
+    quick.add_tasks(run, "cpu")
     assert made == [("piqa", None), ("boolq", None)]
     further = pool_for(["piqa", "arc_easy"], 10)
     assert not further.recorded(run)
-    found = further.record(run, None, "cpu").zero_shot
+    further.add_tasks(run, "cpu")
+    found = further.zero_shot(run)
     assert made[2:] == [("arc_easy", None)]  # on as many rows as the others
     assert (found.limit, [*found.tasks]) == (None, ["piqa", "boolq", "arc_easy"])
 
@@ -157,26 +152,17 @@ def test_the_checkpoint_of_an_unfinished_run_is_not_the_recorded_model(asked, mo
     run, made, pool_for = asked
     monkeypatch.setattr(RunFolder, "last_checkpoint", lambda folder: folder.path / "step-00000001")
     pool = pool_for(["piqa"], None)
-    assert pool.record(run, None, "cpu").zero_shot is None
+    pool.add_tasks(run, "cpu")
     assert pool.recorded(run)
     assert made == []
 
 
-def test_a_finished_run_may_have_been_trained_where_its_experts_run(trial, pool):
-    variants = {"variants": {"relu": {"model": {"experts_backend": "triton"}}, "topk": {"router": "topk"}}}
-    elsewhere = experiment_from_dict(EXPERIMENT | variants | {"seeds": [0]}, "trial", "trial.yaml")
-    with pytest.raises(ConfigError, match="triton"):
-        check_models(elsewhere, pool, torch.device("cpu"))
-    check_models(elsewhere, pool, None)
-    finish(pool, elsewhere.runs[0], 4.0, 1.0)
-    whole(pool, elsewhere.runs[0]).save(pool.record_file(elsewhere.runs[0]))
-    check_models(elsewhere, pool, torch.device("cpu"))
-
-
 def test_more_rows_take_the_place_of_fewer(asked):
     run, made, pool_for = asked
-    pool_for(["piqa", "boolq"], 10).record(run, None, "cpu")
-    found = pool_for(["piqa"], 20).record(run, None, "cpu").zero_shot
+    pool_for(["piqa", "boolq"], 10).add_tasks(run, "cpu")
+    more = pool_for(["piqa"], 20)
+    more.add_tasks(run, "cpu")
+    found = more.zero_shot(run)
     assert (found.limit, [*found.tasks]) == (20, ["piqa"])
     assert made[2:] == [("piqa", 20)]
 
@@ -184,7 +170,7 @@ def test_more_rows_take_the_place_of_fewer(asked):
 def test_tasks_that_were_finished_before_a_signal_are_kept(asked):
     run, made, pool_for = asked
     pool = pool_for(["piqa", "boolq"], None)
-    pool.record(run, None, "cpu", stop=lambda: len(made) == 1)
+    pool.add_tasks(run, "cpu", stop=lambda: len(made) == 1)
     assert not pool.recorded(run)
-    pool_for(["piqa", "boolq"], None).record(run, None, "cpu")
+    pool_for(["piqa", "boolq"], None).add_tasks(run, "cpu")
     assert made == [("piqa", None), ("boolq", None)]

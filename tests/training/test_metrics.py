@@ -15,6 +15,8 @@ def test_settling_time_on_hand_made_courses():
     assert settling_time(dense + settled[:49] + off + settled, 0.875) == 80
     assert settling_time(settled + off * 100, 0.875) == 0
     assert settling_time([], 0.875) is None
+    closed, near = [1.0] * 60, [1 - 1.07 / 128] * 50
+    assert settling_time(closed + near, 1 - 1 / 128) == 60  # not while every expert is off
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ from remoe.analysis.style import (
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
+MAX_LEGEND = 5  # entries within the axes
+NAME_LENGTH = 24  # of a system, in letters, beside which there is room for its loss
 SETTLED_SHARE = 0.1  # the last part of a run over which sparsity per layer is averaged
 
 
@@ -139,7 +141,8 @@ def loss_against(
         axis: what the values are, e.g. "experts E"; on a logarithmic scale where all are positive.
     """
     look = look or looks(systems)
-    fig = new_figure(4.2, 3.1)
+    outside = len(systems) > MAX_LEGEND
+    fig = new_figure(6.4 if outside else 4.2, max(3.1, 0.4 + 0.17 * len(systems)))
     ax = fig.subplots()
     for name, points in systems.items():
         values = sorted(points)
@@ -157,7 +160,10 @@ def loss_against(
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: quantity(value))
     label(ax, x=axis, y="validation loss (nats per token)")
-    ax.legend()
+    if outside:
+        fig.legend(loc="outside right upper")
+    else:
+        ax.legend()
     return fig
 
 
@@ -169,7 +175,8 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
         systems: losses of a system's seeds, nats per token.
     """
     look = look or looks(systems)
-    fig = new_figure(5.4, 0.9 + 0.3 * len(systems))
+    longest = max(map(len, systems))
+    fig = new_figure(5.4 + 0.06 * max(0, longest - NAME_LENGTH), 0.9 + 0.3 * len(systems))
     fig.get_layout_engine().set(rect=(0, 0, 0.96, 1))  # a text hangs over the right end
     ax = fig.subplots()
     order = sorted(systems, key=lambda name: fmean(systems[name]))

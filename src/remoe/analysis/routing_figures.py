@@ -23,8 +23,10 @@ from remoe.analysis.measures import inactive_below, rank_correlation
 from remoe.analysis.style import GREY, STYLE, Look, label, legend_columns, looks, new_figure, number_axis, plain
 
 MAX_BARS_ACROSS = 100
+MAX_BARS, MAX_BAR_DOMAINS = 200, 10  # of a layer, and of a colour each
+MAX_DOMAIN_NAMES = 60  # beside a map
 MAX_COLUMNS = 400  # of a map over steps
-HATCHES = {"-": "", "--": "//////", ":": "......"}  # on bars, in the place of dashes
+MAX_LEGEND = 4  # entries within the axes
 
 
 @mpl.rc_context(STYLE)
@@ -52,7 +54,7 @@ def active_against_frequency(
         ax.annotate(f"rank correlation {known}", (0.97, 0.97), xycoords="axes fraction", ha="right", va="top")
         ax.set_xscale("log")
         label(ax, x="occurrences of the token id (log scale)", title=name)
-    axes[0].set_ylim(0, 1.05 * max(np.asarray(active_U).max() for _, active_U in runs.values()))
+    axes[0].set_ylim(0, 1.05 * max(np.asarray(active_U).max() for _, active_U in runs.values()) or 1)
     axes[0].set_ylabel("active experts per layer")
     handles, _ = axes[0].get_legend_handles_labels()
     fig.legend(handles=handles, loc="outside upper right", ncols=2)
@@ -73,7 +75,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
     layers = max(len(share_LE) for share_LE in shares.values())
     fig = new_figure(1.2 + sum(widths) + 0.35 * len(runs), 1.5 + 0.22 * max(layers, 4))
     axes = fig.subplots(1, 2 * len(runs), width_ratios=widths, squeeze=False)[0]
-    highest = max(share_LE.max() for share_LE in shares.values())
+    highest = max(share_LE.max() for share_LE in shares.values()) or 1
     for index, (name, share_LE) in enumerate(shares.items()):
         ax, side = axes[2 * index], axes[2 * index + 1]
         # By square root: a few busy experts must not turn all others the same dark.
@@ -101,6 +103,8 @@ def routed_share_by_domain(
 ) -> Figure:
     """Share of each domain's tokens that each expert takes, a panel a layer, and active experts (Fig. 9, 12).
 
+    Bars, or maps where there would be too many of them.
+
     Args:
         share_CLE: (C, L, E) shares in 0..1.
         domains: the C names.
@@ -109,6 +113,8 @@ def routed_share_by_domain(
     """
     share_CLE = np.asarray(share_CLE)
     C, L, E = share_CLE.shape
+    if C > MAX_BAR_DOMAINS or C * E > MAX_BARS:
+        return _share_maps_by_domain(share_CLE, domains)
     look = look or looks(domains)
     columns = max(1, min(3, MAX_BARS_ACROSS // (C * E), L))
     rows = -(-L // columns)
@@ -119,8 +125,8 @@ def routed_share_by_domain(
     for layer, ax in enumerate(axes.flat[:L]):
         for index, domain in enumerate(domains):
             offset = (index - (C - 1) / 2) * width
-            color, hatch = look[domain].color, HATCHES[look[domain].linestyle]
-            ax.bar(np.arange(E) + offset, share_CLE[index, layer], width, color=color, hatch=hatch, label=plain(domain))
+            bars = np.arange(E) + offset, share_CLE[index, layer]
+            ax.bar(*bars, width, color=look[domain].color, label=plain(domain))
         ax.axhline(inactive_below(E, k), color=GREY, ls=":", lw=0.9)
         ax.grid(axis="x", visible=False)
         number_axis(ax, "x", E)
@@ -131,6 +137,36 @@ def routed_share_by_domain(
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, fig.get_figwidth()))
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
+    return fig
+
+
+def _share_maps_by_domain(share_CLE: np.ndarray, domains: Sequence[str]) -> Figure:
+    """The same as maps, a row a domain; the last one is of active experts, a column a layer."""
+    C, L, E = share_CLE.shape
+    columns = max(1, min(3, MAX_BARS_ACROSS // E, L))
+    rows = -(-L // columns)
+    height = max(1.2, min(6.0, 0.4 + 0.12 * C))
+    fig = new_figure(7.6, 0.5 + height * (rows + 1))
+    upper, lower = fig.subfigures(2, 1, height_ratios=[rows, 1])
+    axes = upper.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    shares = PowerNorm(0.5, vmin=0, vmax=np.nanmax(share_CLE) or 1)
+    options = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
+    for layer, ax in enumerate(axes.flat[:L]):
+        image = ax.imshow(share_CLE[:, layer], norm=shares, **options)
+        number_axis(ax, "x", E)
+        label(ax, title=f"layer {layer}")
+    _label_lowest(axes, L, "expert")
+    upper.colorbar(image, ax=axes.ravel().tolist(), pad=0.01).set_label("share of the domain's tokens")
+    active_CL, last = share_CLE.sum(axis=2), lower.subplots()
+    image = last.imshow(active_CL, vmin=0, vmax=np.nanmax(active_CL) or 1, **options)
+    number_axis(last, "x", L)
+    label(last, x="layer", title="Mean active experts")
+    lower.colorbar(image, ax=last, pad=0.01).set_label("active experts per token")
+    named = range(0, C, -(-C // MAX_DOMAIN_NAMES))
+    for ax in (*axes[:, 0], last):
+        ax.set_yticks(named, [plain(domains[index]) for index in named], fontsize=6)
+    for ax in (*axes.flat, last):
+        ax.grid(visible=False)
     return fig
 
 
@@ -186,7 +222,7 @@ def flips(
         num_experts: E of each run; the flip count is E times the mean flip rate of the run.
     """
     look = look or looks(runs)
-    fig = new_figure(7.4, 2.7)
+    fig = new_figure(7.4, max(2.7, 0.9 + 0.17 * len(runs)))
     left, right = fig.subplots(1, 2, width_ratios=[1.5, 1])
     for row, (name, (steps, rates)) in enumerate(runs.items()):
         color, marker, linestyle = look[name]
@@ -196,7 +232,10 @@ def flips(
         right.barh(row, count, height=0.62, color=color)
         right.annotate(f"{count:.3g}", (count, row), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
     left.set_ylim(bottom=0)
-    left.legend()
+    if len(runs) <= MAX_LEGEND:
+        left.legend()
+    else:
+        fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=legend_columns(runs, 7.4))
     label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes between two steps")
     right.set_yticks(range(len(runs)), [*map(plain, runs)])
     right.invert_yaxis()
@@ -223,7 +262,7 @@ def _active_by_domain(ax: Axes, active_CL: np.ndarray, domains: Sequence[str], l
         ax.plot(range(len(active_L)), active_L, color=color, marker=marker, ls=linestyle, label=plain(domain))
     number_axis(ax, "x", active_CL.shape[1])
     ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.set_ylim(0, 1.1 * np.nanmax(active_CL))
+    ax.set_ylim(0, 1.1 * np.nanmax(active_CL) or 1)
     label(ax, x="layer", y="active experts per token", title="Mean active experts")
 
 

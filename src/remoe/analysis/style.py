@@ -34,8 +34,6 @@ STYLE = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
-    "hatch.color": "white",
-    "hatch.linewidth": 0.6,
     "savefig.dpi": 200,
     "svg.fonttype": "path",
     "svg.hashsalt": "remoe",

@@ -138,6 +138,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
         check_backend(backend)
     keep_freed_memory()
     device = pick_device(arguments.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"remoe bench measures on cpu or cuda, not on {device.type}")
     name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if arguments.dtype == "auto" else arguments.dtype
     dtype = getattr(torch, name)
     bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
@@ -201,6 +203,8 @@ def _start(arguments: Common) -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
+    if arguments.out is not None and arguments.out.is_dir():  # found out before the work, not after it
+        raise ConfigError(f"--out {arguments.out} is a folder; name a file")
 
 
 def _write(arguments: Common, measured: dict) -> None:

@@ -72,8 +72,12 @@ def compare_command(argv: list[str]) -> int:
         raise ConfigError("--data and --corpus do not go together")
     if options.tasks is None and (options.task_data is not None or options.limit is not None):
         raise ConfigError("--task-data and --limit need --tasks")
+    if options.tasks is not None and (options.list or options.report_only):
+        raise ConfigError("--tasks evaluates models: leave it out with --list and --report-only")
     if options.limit is not None and options.limit < 1:
         raise ConfigError("--limit must be at least 1")
+    if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ConfigError(f"--out {options.out} is not a folder")
     if options.workers < 1:
         raise ConfigError("--workers must be at least 1")
     if options.workers > 1 and os.name != "posix":

@@ -81,18 +81,24 @@ def _remove_others(folder: Path, drawn: Collection[str]) -> None:
     """Removes the figures of a former report that this one does not have; other pictures stay."""
     for path in folder.iterdir():
         if OWN_FIGURE.fullmatch(path.name) and f"{path.stem}.png" not in drawn:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may write the same report
 
 
 def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | None:
-    """A finished run's record; None where it cannot be made, because the run's checkpoints are gone."""
+    """A finished run's record; None where it cannot be made: its checkpoints are gone, or another process makes it."""
     if pool.summary(run) is None:
         return None
-    try:
+    if pool.record_file(run).exists():
         return pool.record(run, dataset, device)
-    except CheckpointError as error:
-        logger.warning("no routing of %s: %s", run.label, error)
-        return None
+    with pool.claimed(run) as lock:
+        if lock is None:
+            logger.warning("no routing of %s: another process makes its record", run.label)
+            return None
+        try:
+            return pool.record(run, dataset, device)
+        except CheckpointError as error:
+            logger.warning("no routing of %s: %s", run.label, error)
+            return None
 
 
 def _routing(record: RunRecord) -> dict[str, Any]:

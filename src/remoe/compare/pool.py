@@ -161,31 +161,33 @@ class Pool:
             self._records[run.key] = found
         return found
 
-    def record(self, run: Run, dataset: Dataset, device: str, stop: Callable[[], bool] = lambda: False) -> RunRecord:
-        """The record of a finished run; made, or its zero-shot tasks added, where that is missing.
+    def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:
+        """The record of a finished run; made where that is missing.
 
         Args:
             run: finished.
             dataset: the pool's, for the routing of validation tokens.
             device: for the forward passes.
-            stop: asked before each task.
         """
-        record, folder = self._found(run), self.folder(run)
-        if not self.record_file(run).exists():
-            record = self._save(run, record_of(folder, dataset, self._data, device))
-        if (missing := self._missing_tasks(run)) and not stop():
-            record = self._with_tasks(run, record, missing, device, stop)
-        return record
+        if self.record_file(run).exists():
+            return self._found(run)
+        return self._save(run, record_of(self.folder(run), dataset, self._data, device))
 
-    def _with_tasks(
-        self, run: Run, record: RunRecord, missing: list[str], device: str, stop: Callable[[], bool]
-    ) -> RunRecord:
-        """The record with tasks more, saved after each of them.
+    def add_tasks(self, run: Run, device: str, stop: Callable[[], bool] = lambda: False) -> None:
+        """Adds to a run's record the zero-shot tasks that are missing in it, and saves it after each of them.
 
         On as many rows as it has, if those are no fewer than asked for; else they take the place of what it has.
+
+        Args:
+            run: with a record.
+            device: for the forward passes.
+            stop: asked before each task.
         """
+        if not (missing := self._missing_tasks(run)) or stop():
+            return
         from remoe.zeroshot import evaluate_model  # needs an extra
 
+        record = self._found(run)
         known = record.zero_shot
         if known is None or _rows(known.limit) < _rows(self._tasks.limit):
             known = ZeroShot(self._tasks.limit, {})
@@ -199,7 +201,6 @@ class Pool:
         tasks = {name: self._tasks.loaded[name] for name in missing}
         place = pick_device(device)
         evaluate_model(self.folder(run).path, tasks, limit=known.limit, device=place, after=keep)
-        return record
 
     def _save(self, run: Run, record: RunRecord) -> RunRecord:
         self.records.mkdir(parents=True, exist_ok=True)

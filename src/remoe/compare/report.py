@@ -1,5 +1,6 @@
 """results.md: the tables of a comparison, for people."""
 
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -133,7 +134,7 @@ def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             str(len(row.seeds)),
             _span(row.steps),
             str(row.validation_loss),
-            "" if row.over_reference is None else f"{row.over_reference:+.4f}",
+            _over_reference(row),
             str(row.domain_mean),
             f"{row.flops_per_token / 1e6:.2f}M",
             f"{row.flops:.3e}",
@@ -145,6 +146,13 @@ def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     return _table(header, cells)
+
+
+def _over_reference(row: Row) -> str:
+    """Minus the reference, of the same seeds; how many those are where not all have both."""
+    if (over := row.over_reference) is None:
+        return ""
+    return f"{over:+.4f}" + ("" if len(over.values) == len(row.seeds) else f" (seeds: {len(over.values)})")
 
 
 def _cost_table(rows: Sequence[Row]) -> list[str]:
@@ -181,7 +189,7 @@ def _steps(steps: Sequence[int | None]) -> str:
 def _domain_table(rows: Sequence[Row]) -> list[str]:
     domains = list(rows[0].domains)
     cells = [[row_name(row.variant, row.point), *(f"{row.domains[domain]:.3f}" for domain in domains)] for row in rows]
-    return _table(["system", *domains], cells)
+    return _table(["system", *(" ".join(domain.split()).replace("|", "\\|") for domain in domains)], cells)
 
 
 def _task_table(rows: Sequence[Row]) -> list[str]:
@@ -251,7 +259,8 @@ def _token_table(layers: Sequence[Sequence[Sequence[str]]]) -> list[str]:
 def _code(token: str) -> str:
     """A token as inline code in a table's cell; what cannot be seen is written as Python does."""
     text = repr(token)[1:-1].replace("|", "\\|")
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

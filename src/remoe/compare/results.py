@@ -13,7 +13,7 @@ from remoe.compare.pool import Pool
 from remoe.compare.record import ZeroShot
 from remoe.data import TOTAL
 from remoe.routing import ROUTERS
-from remoe.training.metrics import first_sparse_step
+from remoe.training.metrics import first_sparse_step, settling_time
 from remoe.training.trainer import router_of
 
 AFTER = 100  # steps from which on the paper gives mean and deviation of S
@@ -181,7 +181,9 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         executed += [_executed(pool, run) / statistics.mean(_executed(pool, other) for other in ended)] if ended else []
     courses = [pool.sparsities(run) for run in runs]
     late = [course[AFTER:] for course in courses if len(course) > AFTER + 1]
-    starts = [first_sparse_step(c, s["target_sparsity"]) for c, s in zip(courses, summaries, strict=True)]
+    targets = [summary["target_sparsity"] for summary in summaries]
+    starts = [first_sparse_step(course, target) for course, target in zip(courses, targets, strict=True)]
+    settled = [settling_time(course, target) for course, target in zip(courses, targets, strict=True)]
     times = [pool.step_minutes(run) for run in runs]
     timed = None not in times
     steered = ROUTERS[summaries[0]["router"]].steered
@@ -213,7 +215,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         machines=sorted({machines.setdefault(_machine(summary), len(machines)) for summary in summaries}),
         sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
         sparse_steps=[s if s <= len(c) else None for s, c in zip(starts, courses, strict=True)] if steered else [],
-        settling_steps=column["settling_step"] if steered else [],
+        settling_steps=[None if s is None else s + 1 for s in settled] if steered else [],
         late_sparsity=statistics.mean(map(statistics.mean, late)) if late else None,
         late_deviation=statistics.mean(map(statistics.stdev, late)) if late else None,
         zero_shot={task: Spread.of(values) for task, values in _tasks(evaluated, "acc").items()},

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import torch
@@ -111,6 +112,7 @@ class _Matrix:
     dataset: Dataset
     live: Live
     interrupt: Interrupt
+    evaluating: Lock = field(default_factory=Lock)  # the harness keeps in a task what it asks of one model
     failed: set[str] = field(default_factory=set)  # keys
     claimed: set[str] = field(default_factory=set)
     broken: bool = False
@@ -139,7 +141,6 @@ class _Matrix:
                     self.live.wait(run)
                 time.sleep(POLL_SECONDS)
             if self.signals:
-                self.live.stopped(run)
                 return False
         return True
 
@@ -150,12 +151,18 @@ class _Matrix:
         """Trains a run where it is not finished, and makes its record; says why where that fails."""
         if self.pool.state(run) != "finished":
             self.live.started(run)
+            before = self.pool.log_file(run).stat().st_size if self.pool.log_file(run).exists() else 0
             code = self._train(run, worker, lock)
             if self.pool.summary(run) is None:
-                return None if self.signals else _last_line(self.pool.log_file(run)) or f"exit code {code}"
+                if self.signals:
+                    self.live.stopped(run)
+                    return None
+                return _why(code, self.pool.log_file(run), before)
             self.live.finished(run)
         try:
-            self.pool.record(run, self.dataset, worker.device, stop=lambda: self.signals > 0)
+            with self.evaluating:
+                self.pool.record(run, self.dataset, worker.device)
+                self.pool.add_tasks(run, worker.device, stop=lambda: self.signals > 0)
         except RemoeError as error:
             return f"no record: {error}"
         return None
@@ -189,6 +196,11 @@ class _Matrix:
         return child.returncode
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _why(code: int, log: Path, start: int) -> str:
+    """Why a child ended: by a signal, or the last line that it wrote, behind `start` bytes of its log."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")

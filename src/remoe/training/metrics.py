@@ -12,6 +12,7 @@ Value = TypeVar("Value")
 
 DENSE_ABOVE = 0.45
 SPARSE_BELOW = 1.5
+SETTLED_STEPS, SETTLED_WITHIN, SETTLED_SHARE = 50, 0.01, 0.08
 
 
 def stage(sparsity: float, target: float) -> str:
@@ -28,20 +29,24 @@ def stage(sparsity: float, target: float) -> str:
     return "dense" if density >= DENSE_ABOVE else "sparsifying"
 
 
-def settling_time(sparsities: Sequence[float], target: float, tolerance: float = 0.01, steps: int = 50) -> int | None:
-    """Stages I and II in steps: the first index from which |S - target| stays within `tolerance` for `steps` steps.
+def settling_time(sparsities: Sequence[float], target: float) -> int | None:
+    """Stages I and II in steps: the first index from which S stays near its target for SETTLED_STEPS steps.
+
+    Near is within 0.01, and within 8 % of the wanted density: from E = 16 on, at k = 1, a layer that is closed would
+    else be near.
 
     Args:
         sparsities: S of each step, from the first.
+        target: 1 - k/E.
 
     Returns:
         Index (steps before it are stages I and II), or None when S never settles.
     """
-    within = 0
+    within, tolerance = 0, min(SETTLED_WITHIN, SETTLED_SHARE * (1 - target))
     for index, sparsity in enumerate(sparsities):
         within = within + 1 if abs(sparsity - target) <= tolerance else 0
-        if within == steps:
-            return index - steps + 1
+        if within == SETTLED_STEPS:
+            return index - SETTLED_STEPS + 1
     return None
 
 
@@ -94,31 +99,36 @@ class MetricsWriter:
     def _drop_from(self, first_step: int) -> None:
         if not self.path.exists():
             return
-        kept = [record for record in read_metrics(self.path) if record["step"] < first_step]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with partial.open("w") as file:
+            file.writelines(json.dumps(r) + "\n" for r in iterate_metrics(self.path) if r["step"] < first_step)
         os.replace(partial, self.path)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of a metrics.jsonl, in order; a last line that a crash cut off is left out.
+    """What `iterate_metrics` gives."""
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[dict]:
+    """Records of a metrics.jsonl, in order, one at a time: all of a long run with many experts take gigabytes.
+
+    A last line that a crash cut off is left out.
 
     Raises:
         RemoeError: when a line in the middle is no JSON.
     """
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(record, dict) or "step" not in record:
-            raise RemoeError(f"{path}, line {number}: not a record of a step")
-        records.append(record)
-    return records
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                if next(file, None) is None:
+                    return
+                raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict) or "step" not in record:
+                raise RemoeError(f"{path}, line {number}: not a record of a step")
+            yield record
 
 
 def _scalars(record: dict[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -22,7 +22,7 @@ from remoe.training.config import TrainConfig, changes_result, differences
 from remoe.training.evaluation import Evaluation, total
 from remoe.training.interrupt import exit_code
 from remoe.training.memory import keep_freed_memory
-from remoe.training.metrics import read_metrics, settling_time
+from remoe.training.metrics import iterate_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, experts_backend, model_without_values, pick_device, wants_bfloat16
 
@@ -161,7 +161,7 @@ def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
     experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
     step_tokens = config.batch_size * config.seq_len
     flops = training_flops(model.config, config.seq_len, step_tokens, trainer.sparsities)
-    speeds = [r["tokens_per_second"] for r in read_metrics(trainer.run.metrics) if "tokens_per_second" in r]
+    speeds = [r["tokens_per_second"] for r in iterate_metrics(trainer.run.metrics) if "tokens_per_second" in r]
     return {
         "total_parameters": parameters,
         "active_parameters": round(parameters - experts * (sparsity if model.config.routes_pairs else 0)),
