@@ -118,16 +118,16 @@ class MoE(nn.Module):
         if routing.merge_BME is not None:
             y_TD = self._run_merged(x_TD, routing, seq_len)
         elif isinstance(self.router, DenseRouter) and mask is None:
-            y_TD = self.experts.run_first(x_TD)
+            y_TD = self.experts(x_TD)
         else:
             y_TD = self.experts(x_TD, routing.assignment, routing.assignment.gate_N)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert.run_first(x_TD)
+            y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
 
     def _run_merged(self, x_TD: Tensor, routing: Routing, seq_len: int) -> Tensor:
-        order_T = routing.order_T
+        order_T, options = routing.order_T, {"seq_len": seq_len, "segment": self.router.segment}
         if order_T is None:
-            return self.experts.run_merged(x_TD, routing.merge_BME, seq_len, self.router.segment)
-        y_TD = self.experts.run_merged(x_TD[order_T], routing.merge_BME, seq_len, self.router.segment)
+            return self.experts(x_TD, merge_BME=routing.merge_BME, **options)
+        y_TD = self.experts(x_TD[order_T], merge_BME=routing.merge_BME, **options)
         return torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)

@@ -170,12 +170,16 @@ class SparsityController(nn.Module):
             raise ConfigError(f"observe needs a routing of {E} experts for each of {L} layers, but got: {sizes}")
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
-        self._pairs_LE += torch.stack([routing.count_E for routing in routings])
-        self._tokens_L += torch.stack([routing.num_tokens for routing in routings])
-        regularizer_L = torch.stack([routing.regularizer for routing in routings])
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])
+
+        self._pairs_LE += stack("count_E")
+        self._tokens_L += stack("num_tokens")
+        regularizer_L = stack("regularizer")
         self._regularizer_sum += regularizer_L.sum() if self.sum_layers else regularizer_L.mean()
         if routings[0].statistic_E is not None:
-            self._statistic_LE += torch.stack([routing.statistic_E for routing in routings])
+            self._statistic_LE += stack("statistic_E")
         self._passes += 1
 
     @torch.no_grad()

@@ -12,12 +12,17 @@ from remoe.integrations.trainer import routed_module
 peft = pytest.importorskip("peft")
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SHARED = ["mlp.shared_expert.gate_up_proj", "mlp.shared_expert.down_proj"]
 
 
-def own():
+def own(**options):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
-    return remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, initializer_range=0.1)).eval()
+    return remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, initializer_range=0.1, **options)).eval()
+
+
+def shared():
+    return own(shared_expert_size=16)
 
 
 def relufied():
@@ -26,7 +31,7 @@ def relufied():
     return model
 
 
-MODELS = {"own": (own, "router"), "relufied": (relufied, "gate")}
+MODELS = {"own": (own, "router"), "shared": (shared, "router"), "relufied": (relufied, "gate")}
 
 
 def adapted(name, trains_router):
@@ -35,7 +40,7 @@ def adapted(name, trains_router):
     config = peft.LoraConfig(
         r=4,
         target_modules=["q_proj", "v_proj"],
-        target_parameters=EXPERTS,
+        target_parameters=EXPERTS + (SHARED if name == "shared" else []),
         task_type="CAUSAL_LM",
         init_lora_weights=True,
         **options,

@@ -220,8 +220,9 @@ def test_device_map(cls, device_map, tmp_path):
     assert torch.equal(run(cls.from_pretrained(tmp_path, device_map=device_map)), run(model))
 
 
-def test_layers_offloaded_to_disk(tmp_path):
-    model = build()
+@pytest.mark.parametrize("options", [{}, {"shared_expert_size": 16}, {"router": "dense"}, {"router": "lory"}])
+def test_layers_offloaded_to_disk(options, tmp_path):
+    model = build(**options)
     model.save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {"sparsity": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}

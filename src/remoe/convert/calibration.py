@@ -54,7 +54,8 @@ def language_model_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) 
             logits_BSV = model(**batch, use_cache=False).logits[:, :-1].float()
             target_BS = batch["input_ids"][:, 1:]
             if (mask := batch.get("attention_mask")) is not None:
-                target_BS = target_BS.masked_fill(~mask[:, 1:].bool(), -100)
+                target_BS = target_BS.masked_fill(~(mask[:, 1:] & mask[:, :-1]).bool(), -100)  # nor from padding
+            target_BS = target_BS.to(logits_BSV.device)
             nats += F.cross_entropy(logits_BSV.flatten(0, 1), target_BS.flatten(), reduction="sum").item()
             count += (target_BS != -100).sum().item()
     return nats / max(count, 1)
@@ -103,7 +104,8 @@ class GateRecorder:
             x_TD = args[0].detach().flatten(0, -2).float()
             gate_TE, self.k[name] = _gates(output, x_TD.shape[0], router, name)
             if self.mask_T is not None:
-                x_TD, gate_TE = x_TD[self.mask_T], gate_TE[self.mask_T]
+                mask_T = self.mask_T.to(x_TD.device)
+                x_TD, gate_TE = x_TD[mask_T], gate_TE[mask_T]
             room = self.max_tokens - sum(map(len, self.x_TD[name]))
             if room > 0:
                 self.x_TD[name].append(x_TD[:room])

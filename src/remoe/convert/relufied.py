@@ -77,7 +77,7 @@ class RelufiedRouter(ReLURouter):
         mask_BS = self.context.mask_BS
         # Blocks that see other tokens than the batch's, as some multimodal ones do, are counted without a mask.
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
-        routing = super().forward(x_TD, mask_BS.flatten() if fits else None)
+        routing = super().forward(x_TD, mask_BS.flatten().to(x_TD.device) if fits else None)
         if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
             self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.
@@ -244,7 +244,8 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             penalty = self.penalty(routings)
             loss = output[0] if isinstance(output, tuple) else output.loss
             if items is not None:
-                penalty = penalty * ((labels[:, 1:] != -100).sum().to(penalty.device) / items)
+                share = (labels[:, 1:] != -100).sum() / items
+                penalty = penalty * share.to(penalty.device)
             loss = loss + penalty.to(loss.device)
             if isinstance(output, tuple):
                 return (loss, *output[1:])

@@ -209,6 +209,8 @@ def _calibrate(model: RemoeForCausalLM, batches: list[dict[str, Tensor]], sparsi
             kept = slice(None) if mask is None else mask.flatten().bool()
             for found, routing in zip(logits, model(**batch, use_cache=False).routings, strict=True):
                 found.append(routing.logits_TE[kept].float())
+    if sum(map(len, logits[0])) < 2:
+        raise ConfigError("samples must have two tokens at least that are not padding")
     for router, found in zip(routers, logits, strict=True):
         logits_TE = torch.cat(found)
         deviation_E = logits_TE.std(dim=0).clamp(min=1e-6)

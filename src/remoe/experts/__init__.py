@@ -57,18 +57,38 @@ class Experts(nn.Module):
         self.backend = backend
         self.pairs_per_token = pairs_per_token
 
-    def forward(self, x_TD: Tensor, assignment: Assignment, gate_N: Tensor | None = None) -> Tensor:
-        """Runs the routed pairs and sums them per token.
+    def forward(
+        self,
+        x_TD: Tensor,
+        assignment: Assignment | None = None,
+        gate_N: Tensor | None = None,
+        *,
+        merge_BME: Tensor | None = None,
+        seq_len: int = 1,
+        segment: int = 1,
+    ) -> Tensor:
+        """Runs the routed pairs and sums them per token, or one network for every token.
+
+        The only way in, because what offloads, shards or adapts weights wraps this method.
 
         Args:
             x_TD: (T, D).
-            assignment: pairs over these T tokens and E experts.
+            assignment: pairs over these T tokens and E experts. None: every token goes through expert 0 with gate one,
+                without gathers.
             gate_N: their gates, by default the assignment's. Given as a tensor of its own so that transformers' tensor
                 parallelism, which looks for such arguments, sums its gradient over the ranks.
+            merge_BME: (B, M, E), instead of pairs: weights of the mixture of all experts' weights that each of a
+                sequence's M segments goes through (Lory, arXiv 2405.03133).
+            seq_len, segment: tokens of a sequence, with T = B seq_len, and of a segment; a sequence's last one may be
+                shorter.
 
         Returns:
             (T, D), zero for a token without an expert; in the autocast dtype under autocast, else in x's.
         """
+        if merge_BME is not None:
+            return self._run_merged(x_TD, merge_BME, seq_len, segment)
+        if assignment is None:
+            return self._run_first(x_TD)
         if gate_N is not None:
             assignment = replace(assignment, gate_N=gate_N)
         gate_up, down = self.gate_up_proj, self.down_proj
@@ -83,23 +103,11 @@ class Experts(nn.Module):
         stored = -(-stored // STORED_MULTIPLE) * STORED_MULTIPLE
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
-    def run_first(self, x_TD: Tensor) -> Tensor:
-        """(T, D): every token through expert 0 with gate one; the dense layer, without gathers."""
+    def _run_first(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = linear(x_TD, self.gate_up_proj[0]).chunk(2, dim=-1)
         return linear(F.silu(gate_TF) * up_TF, self.down_proj[0])
 
-    def run_merged(self, x_TD: Tensor, merge_BME: Tensor, seq_len: int, segment: int) -> Tensor:
-        """Each segment of a sequence through one network, a mixture of all experts' weights (Lory, arXiv 2405.03133).
-
-        Args:
-            x_TD: (T, D), sequences of `seq_len` tokens one after the other.
-            merge_BME: (B, M, E) weights of the mixture of each segment.
-            seq_len: S, with T = B S.
-            segment: tokens of a segment; the last one of a sequence may be shorter.
-
-        Returns:
-            (T, D).
-        """
+    def _run_merged(self, x_TD: Tensor, merge_BME: Tensor, seq_len: int, segment: int) -> Tensor:
         x_TD, gate_up_E2FD, down_EDF, merge_BME = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj, merge_BME)
         (B, M, E), D = merge_BME.shape, x_TD.shape[1]
         merge_CE = merge_BME.reshape(B * M, E).to(gate_up_E2FD.dtype)

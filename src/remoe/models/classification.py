@@ -110,10 +110,10 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         B, S, _ = hidden_BSD.shape
         position_S = torch.arange(S, device=hidden_BSD.device)
         if is_padding_mask(mask):
-            return (position_S * mask[:, -S:].to(position_S.dtype)).argmax(dim=1)
+            return (position_S * mask[:, -S:].to(position_S)).argmax(dim=1)
         pad = self.config.pad_token_id
         if pad is not None and input_ids is not None:
-            return (position_S * (input_ids != pad)).argmax(dim=1)
+            return (position_S * (input_ids != pad).to(position_S)).argmax(dim=1)
         if B > 1:
             raise ValueError("several sequences in a batch need an attention_mask, or a pad_token_id and input_ids")
         return position_S[-1:]

@@ -321,10 +321,11 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             share = num_targets / items
             if num_tokens_in_batch is not None:
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
-            reg_loss = reg_loss * share
-            loss = lm_loss + self.regularizer_coefficient * reg_loss.to(lm_loss.device)
+            reg_loss = reg_loss * share.to(reg_loss.device)  # layers of one model may lie on several devices
+            loss = lm_loss + (self.regularizer_coefficient * reg_loss).to(lm_loss.device)
             if outputs.routings[0].extra_loss is not None:
-                loss = loss + (self._extra_loss(outputs.routings) * share).to(loss.device)
+                extra_loss = torch.as_tensor(self._extra_loss(outputs.routings))
+                loss = loss + (extra_loss * share.to(extra_loss.device)).to(loss.device)
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -74,6 +74,8 @@ class Router(nn.Module, ABC):
     def step(self, load_E: Tensor, statistic_E: Tensor, seen: Tensor) -> None:
         """`update_state`, but without effect where no token was seen (0-dim bool). No host synchronisation."""
         before = [buffer.clone() for buffer in self.buffers()]
+        device = before[0].device if before else seen.device  # a model's layers may lie on several
+        load_E, statistic_E, seen = load_E.to(device), statistic_E.to(device), seen.to(device)
         self.update_state(load_E, statistic_E)
         for buffer, old in zip(self.buffers(), before, strict=True):
             buffer.copy_(torch.where(seen, buffer, old))
