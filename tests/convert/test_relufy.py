@@ -43,6 +43,13 @@ def test_architecture_converts_and_keeps_its_other_parts(converted):
     assert all(torch.equal(weights[name], value) for name, value in kept.items())
 
 
+def test_the_loss_of_a_sample_does_not_depend_on_its_padding():
+    model, ids = build("mixtral"), token_ids(2)
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    whole = language_model_loss(model, [{"input_ids": ids}])
+    assert language_model_loss(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(whole, rel=1e-5)
+
+
 def test_routers_that_a_folder_lacks_start_as_new_ones(tmp_path):
     model = build("mixtral")
     remoe.relufy(model, [token_ids()], max_loss_increase=None)

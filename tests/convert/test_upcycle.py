@@ -34,6 +34,13 @@ def test_llama_with_biases_scaled_positions_and_tied_embeddings(keep_dense):
         assert relative_error(model(ids).logits, dense(ids).logits) < 1e-5
 
 
+def test_one_token_is_no_sample():
+    ids = token_ids(1)
+    for samples in ([ids[:, :1]], [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}]):
+        with pytest.raises(ConfigError, match="two tokens at least"):
+            remoe.upcycle(build("llama"), 4, samples=samples)
+
+
 @pytest.mark.parametrize("num_experts", [2, 3, 4, 7])
 def test_experts_differ_and_the_differences_cancel(num_experts):
     dense = build("llama")

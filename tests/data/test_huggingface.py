@@ -14,8 +14,8 @@ from remoe.errors import DataError
 datasets = pytest.importorskip("datasets")
 
 
-def read(name: str) -> list[tuple[str, str]]:
-    return [(item.text, item.domain) for item in resolve_source(name, Columns()).documents()]
+def read(name: str, **columns: str) -> list[tuple[str, str]]:
+    return [(item.text, item.domain) for item in resolve_source(name, Columns(**columns)).documents()]
 
 
 @pytest.mark.parametrize("prefix", ["", "hf:"])
@@ -41,6 +41,11 @@ def test_null_text_and_missing_column_are_named(tmp_path: Path) -> None:
         read(str(tmp_path / "nulls"))
     with pytest.raises(DataError, match=r"bodies: no column 'text' \(columns present: body\)"):
         read(str(tmp_path / "bodies"))
+
+
+def test_one_column_may_be_domain_and_group(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a", "b"], "book": ["x", "y"]}).save_to_disk(tmp_path / "saved")
+    assert read(str(tmp_path / "saved"), domain="book", group="book") == [("a", "x"), ("b", "y")]
 
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Files of every kind become the same documents, and faulty ones are named to the row."""
 
+import errno
 import gzip
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -187,3 +190,19 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         read(tmp_path / "empty")
     with pytest.raises(DataError, match=r"gone\.txt: no such file or folder"):
         read(tmp_path / "gone.txt")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("x")
+    scandir = os.scandir
+
+    def guarded(path: str) -> Iterator[os.DirEntry]:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    with pytest.raises(DataError, match="closed: Permission denied"):
+        read(tmp_path)

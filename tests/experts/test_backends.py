@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import reference
@@ -178,6 +179,17 @@ def test_what_a_backend_cannot_run_it_says():
         resolve_backend("grouped", "cpu", torch.float32, 6, 16)
     with pytest.raises(ConfigError, match="'sonic' cannot run here: needs CUDA"):
         resolve_backend("sonic", "cpu", torch.bfloat16, 16, 16)
+
+
+def test_pairs_in_another_form_are_refused():
+    active_TE = torch.rand(9, 3) < 0.5
+    pairs = Assignment.from_gates(torch.rand(9, 3), active_TE)
+    weights = torch.randn(3, 8, 6), torch.randn(3, 6, 4)
+    for wrong in ({"token_N": pairs.token_N.int()}, {"count_E": pairs.count_E.int()}):
+        with pytest.raises(ConfigError, match=r"must be int64, but are .*int32"):
+            run_experts(torch.randn(9, 6), *weights, replace(pairs, **wrong))
+    with pytest.raises(ConfigError, match=r"on one device, but are on .*'cpu', 'meta'"):
+        run_experts(torch.randn(9, 6), *(weight.to("meta") for weight in weights), pairs)
 
 
 def test_unknown_backend():

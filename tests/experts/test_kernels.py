@@ -1,6 +1,7 @@
 """Building the compiled kernels, and doing without them."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import reference
@@ -60,3 +61,14 @@ def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, t
         assert reference.relative_error(output(), expected) < 1e-5
     words = "no such processor" if trouble == "fails" else "no C++ compiler"
     assert sum(words in record.getMessage() for record in caplog.records) == 1
+
+
+def test_linked_to_torchs_own_openmp_whatever_other_packages_bring(monkeypatch):
+    others = {Path("/packages/a.libs/libgomp-a34b3233.so.1"), Path("/packages/b/libopenblas.so")}
+    own = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    monkeypatch.setattr(kernels, "_loaded_files", lambda: {*others, own})
+    assert kernels._openmp_runtime() == str(own)
+    monkeypatch.setattr(kernels, "_loaded_files", lambda: others)
+    assert kernels._openmp_runtime() == "/packages/a.libs/libgomp-a34b3233.so.1"
+    monkeypatch.setattr(kernels, "_loaded_files", set)
+    assert kernels._openmp_runtime() is None

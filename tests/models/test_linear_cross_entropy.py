@@ -104,6 +104,18 @@ def test_bfloat16_products_float32_softmax(autocast):
         assert reference.relative_error(leaf.grad, grad) < 2e-2
 
 
+def test_a_mean_over_targets_scales_gradients_in_bfloat16_as_in_float32():
+    hidden_TD, weight_VD, target_T = problem()
+    hidden_TD = hidden_TD.detach().bfloat16().requires_grad_()
+    whole, mean = (
+        torch.autograd.grad(linear_cross_entropy(hidden_TD, weight_VD.detach().bfloat16(), target_T) / n, hidden_TD)[0]
+        for n in (1, 3000)
+    )
+    whole, mean = whole.double(), mean.double()
+    ratio = (whole * mean).sum() / whole.square().sum()
+    assert 3000 * ratio.item() == pytest.approx(1, rel=5e-4)  # 1 / 3000 in bfloat16 is 0.14 % too large
+
+
 def test_two_runs_are_bitwise_equal():
     results = []
     for _ in range(2):

@@ -177,15 +177,11 @@ def _samples(
 
 
 def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Path) -> None:
-    from remoe.data.files import replacing
+    from remoe.data.files import new_folder
     from remoe.export import export_model
     from remoe.models.modeling_remoe import RemoeForCausalLM
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    with replacing(out) as folder:
-        folder.mkdir()
+    with new_folder(out) as folder:
         if isinstance(model, RemoeForCausalLM):
             export_model(model, folder)
         else:

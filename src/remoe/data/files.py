@@ -34,21 +34,40 @@ def replacing(path: Path) -> Iterator[Path]:
         workspace.mkdir()
         try:
             yield written
-            for file in written.iterdir() if written.is_dir() else [written]:
-                file.chmod(workspace.stat().st_mode & 0o666)  # safetensors lets only the owner read
-                _sync(file)
+            for part in (written, *(written.rglob("*") if written.is_dir() else ())):
+                if part.is_file():
+                    part.chmod(workspace.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                _sync(part)
             os.replace(written, path)
             _sync(path.parent)
         finally:
             remove(workspace)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `path` when the block ends.
+
+    Raises ConfigError as `check_new_folder`, DataError where writing fails.
+    """
+    check_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as folder:
+        folder.mkdir()
+        yield folder
+        if path.exists():
+            path.rmdir()
+
+
 def check_new_folder(path: Path) -> None:
     """Raises ConfigError unless a folder can be written whole at `path`: nothing is there, or an empty folder."""
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link, which cannot be replaced: name the folder itself")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not an empty folder")
-    if path.resolve() == Path.cwd():
-        raise ConfigError(f"{path} is the working directory, which cannot be replaced: name another folder")
+    if path.resolve() == Path.cwd() or path.is_mount():
+        what = "a mount point" if path.is_mount() else "the working directory"
+        raise ConfigError(f"{path} is {what}, which cannot be replaced: name another folder")
 
 
 @contextmanager

@@ -94,7 +94,8 @@ def wanted_columns(columns: Columns, schema: pa.Schema, place: str) -> list[str]
     for name in (columns.text, columns.domain):
         if name in schema.names and not _is_text(schema.field(name).type):
             raise DataError(f"{place}: column {name!r} holds {schema.field(name).type}, not text")
-    return [name for name in (columns.text, columns.domain, columns.group) if name in schema.names]
+    wanted = dict.fromkeys((columns.text, columns.domain, columns.group))  # one column may be two of them
+    return [name for name in wanted if name in schema.names]
 
 
 def arrow_documents(

@@ -100,7 +100,7 @@ def walk_files(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     top, walked = Path(os.path.realpath(folder)), set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         real = Path(os.path.realpath(root))
         inside = real.is_relative_to(top) and Path(root) != folder
         if real in walked or (inside and real != top / Path(root).relative_to(folder)):
@@ -110,6 +110,10 @@ def walk_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:

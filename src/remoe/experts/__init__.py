@@ -151,7 +151,8 @@ def run_experts(
         (T, D).
 
     Raises:
-        ConfigError: for a backend that is unknown or cannot run on these tensors, and for tensors of several dtypes.
+        ConfigError: for a backend that is unknown or cannot run on these tensors, and for tensors of several dtypes
+            or devices.
     """
     check_backend(backend)
     if backend == "naive":
@@ -164,6 +165,11 @@ def run_experts(
         dtypes = f"{x_TD.dtype}, {gate_up_E2FD.dtype}, {down_EDF.dtype}"
         raise ConfigError(f"tokens and weights must have one dtype, but have {dtypes}")
     a = assignment
+    if not a.token_N.dtype == a.count_E.dtype == torch.int64:  # kernels read them as such
+        raise ConfigError(f"token_N and count_E must be int64, but are {a.token_N.dtype} and {a.count_E.dtype}")
+    devices = {t.device for t in (x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E)}
+    if len(devices) > 1:
+        raise ConfigError(f"tokens, weights and pairs must be on one device, but are on {sorted(map(str, devices))}")
     stored = a.token_N.shape[0] if stored is None else stored
     lists = (a.gate_N, a.token_N, a.count_E, a.pair_TE)
     return ragged_experts(x_TD, gate_up_E2FD, down_EDF, *lists, stored=stored, backend=backend)

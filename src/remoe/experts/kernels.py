@@ -23,6 +23,7 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "gemm.
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _COMPILER_SECONDS = 120
+_TORCH = Path(torch.__file__).parent
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
@@ -92,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         detail = getattr(error, "stderr", None) or str(error)
         logger.warning("compiled CPU kernels are not available, plain torch operations are used: %s", detail.strip())
         return None
@@ -134,11 +135,15 @@ def _cache_folder() -> Path:
 
 def _openmp_runtime() -> str | None:
     """The GNU or LLVM OpenMP library that torch has loaded; None where it cannot be found: kernels have one thread."""
+    runtimes = [path for path in _loaded_files() if path.name.startswith(("libgomp", "libomp", "libiomp5"))]
+    # Other packages bring one of their own: torch's is beside it, or else the system's.
+    return min(map(str, runtimes), key=lambda path: (not Path(path).is_relative_to(_TORCH), path), default=None)
+
+
+def _loaded_files() -> set[Path]:
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    loaded = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if line.count("/")}
-    return min((p for p in loaded if Path(p).name.startswith(("libgomp", "libomp", "libiomp5"))), default=None)
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return {Path(line.split(maxsplit=5)[-1]) for line in lines if line.count("/")}
 
 
 def _processor() -> str:

@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from remoe.data.files import check_new_folder
-from remoe.errors import ConfigError
+from remoe.data.files import check_new_folder, new_folder
+from remoe.errors import CheckpointError, ConfigError
 from remoe.export.bundle import AUTO_MAP, write_bundle
 from remoe.export.card import write_card
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -28,15 +28,16 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         ConfigError: when `out` holds something already, or the router is not of this package.
     """
     out = Path(out)
-    check_new_folder(out)
+    check_new_folder(out)  # before the work, not after it
     model, _, checkpoint = load_run(run)
     if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
-    folder = run_of(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    export_model(model, out)
-    shutil.copytree(folder.tokenizer, out, dirs_exist_ok=True)
-    write_card(folder, checkpoint, model, out)
+    if (folder := run_of(checkpoint)) is None:
+        raise CheckpointError(f"{run} holds no run: its config.yaml is missing")
+    with new_folder(out) as written:
+        export_model(model, written)
+        shutil.copytree(folder.tokenizer, written, dirs_exist_ok=True)
+        write_card(folder, checkpoint, model, written)
     return out
 
 

@@ -118,8 +118,9 @@ def load_training_state(
 
 def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     torch.set_rng_state(state[_RNG_CPU])
-    if torch.cuda.is_available() and _RNG_CUDA in state:
-        torch.cuda.set_rng_state(state[_RNG_CUDA])
+    device = next(model.parameters()).device
+    if device.type == "cuda" and _RNG_CUDA in state:
+        torch.cuda.set_rng_state(state[_RNG_CUDA], device)
     for name, parameter in model.named_parameters():
         if f"{name}.step" not in state:  # it had no gradient yet
             continue
@@ -152,8 +153,9 @@ def check_weights(path: Path) -> None:
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {_RNG_CPU: torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors[_RNG_CUDA] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors[_RNG_CUDA] = torch.cuda.get_rng_state(device)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach()

@@ -173,8 +173,8 @@ def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trai
 
 
 def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:
-    """(P,) float32: the gates of a batch's active pairs over all layers, at most a million of them."""
+    """(P,) float32: the sizes of the gates of a batch's active pairs over all layers, at most a million of them."""
     input_NS, _, mask_NS = next(windows.batches(windows.domains[0], batch_size))
-    gate_P = gates_of(model, input_NS, mask_NS).flatten()
+    gate_P = gates_of(model, input_NS, mask_NS).flatten().abs()  # a learned scale may be negative
     gate_P = gate_P[gate_P > 0]
     return gate_P[:: len(gate_P) // QUANTILE_VALUES + 1]

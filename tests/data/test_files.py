@@ -1,0 +1,41 @@
+"""Folders are written whole, with what is in them, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from remoe.data.files import check_new_folder, new_folder
+from remoe.errors import ConfigError
+
+
+def test_a_folder_within_a_folder_can_be_entered(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with new_folder(out) as folder:
+        (folder / "templates").mkdir()
+        (folder / "templates" / "tool.jinja").write_text("x")
+        (folder / "templates" / "tool.jinja").chmod(0o600)
+    assert (out / "templates").stat().st_mode & 0o111 == out.stat().st_mode & 0o111
+    assert (out / "templates" / "tool.jinja").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_replaced_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigError, match="is a link"):
+        check_new_folder(tmp_path / "link")
+    check_new_folder(tmp_path / "real")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "real")
+    with pytest.raises(ConfigError, match="is a mount point"):
+        check_new_folder(tmp_path / "real")
