@@ -21,7 +21,7 @@ PEERS = {"transformers eager", "transformers grouped_mm", "grouped_mm, relu load
 @pytest.mark.parametrize("peers", [True, False])
 def test_layer(peers):
     case = Case(64, 16, 32, 4, 2)
-    (row,) = bench_layer((case,), CPU, FLOAT32, ("auto",), peers, 2, Roofline(1e9, 1e9, 1e9))
+    row = bench_layer(case, CPU, FLOAT32, ("auto",), peers, 2, Roofline(1e9, 1e9, 1e9))
     names = OURS | {"remoe dense"} | (PEERS if peers else set())
     assert set(row["milliseconds"]) == set(row["peak_megabytes"]) == names
     assert row["ratio_to_dense"]["dense"] == 1
@@ -55,7 +55,7 @@ def test_a_peer_computes_the_ragged_load_that_it_is_given():
 
 def test_decode(monkeypatch):
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 2**18)  # of layers so small that would be fourteen thousand
-    (row,) = bench_decode((Case(3, 16, 32, 4, 1),), CPU, FLOAT32, ("auto", "naive"), False, 2, Roofline(1, 1, 1))
+    row = bench_decode(Case(3, 16, 32, 4, 1), CPU, FLOAT32, ("auto", "naive"), False, 2, Roofline(1, 1, 1))
     assert set(row["milliseconds"]) == OURS | {"remoe naive relu", "remoe naive topk"}
     assert all(1 <= active <= 3 for active in row["active_experts"].values())
     json.dumps(row)

@@ -95,11 +95,9 @@ def active_of(
 
 
 @torch.no_grad()
-def gates_of(
-    model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None = None
-) -> Tensor:
+def gates_of(model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """(L, T, E) float32, on the CPU: the gates, zero for pairs that are not executed; arguments as of `active_of`."""
-    routings = _routings(model, input_BS, mask_BS, autocast)
+    routings = _routings(model, input_BS, mask_BS, None)
     kept_T = mask_BS.flatten().to(routings[0].gate_TE.device)
     return torch.stack([routing.gate_TE for routing in routings])[:, kept_T].float().cpu()
 

@@ -24,19 +24,15 @@ RESIDENT_BYTES = 2**28  # active weights of one implementation's layers together
 
 @torch.inference_mode()
 def bench_decode(
-    cases: tuple[Case, ...],
+    case: Case,
     device: torch.device,
     dtype: torch.dtype,
     backends: tuple[str, ...],
     peers: bool,
     repetitions: int,
     roofline: Roofline,
-) -> list[dict[str, object]]:
-    """One row per case; arguments as of `bench_layer`."""
-    return [_row(case, device, dtype, backends, peers, repetitions, roofline) for case in cases]
-
-
-def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[str, object]:
+) -> dict[str, object]:
+    """The same for a forward pass of few tokens; arguments as of `bench_layer`."""
     torch.manual_seed(0)
     expert_bytes = 3 * case.D * case.F * dtype.itemsize
     layers = max(2, -(-RESIDENT_BYTES // (expert_bytes * min(case.E, case.T * case.k))))

@@ -90,28 +90,24 @@ def relu_layer(case: Case, experts: str, density: float) -> MoE:
 
 
 def bench_layer(
-    cases: tuple[Case, ...],
+    case: Case,
     device: torch.device,
     dtype: torch.dtype,
     backends: tuple[str, ...],
     peers: bool,
     repetitions: int,
     roofline: Roofline,
-) -> list[dict[str, object]]:
-    """One row per case: milliseconds of each implementation, and as multiples of the dense layer's.
+) -> dict[str, object]:
+    """Milliseconds of each implementation, and as multiples of the dense layer's, by what they are called in tables.
 
     Args:
-        cases: sizes.
+        case: sizes.
         device, dtype: where and in what.
         backends: backends of our layer to run, "auto" among them.
         peers: whether to run the other implementations that are installed.
         repetitions: timed rounds.
         roofline: of the same device and dtype.
     """
-    return [_row(case, device, dtype, backends, peers, repetitions, roofline) for case in cases]
-
-
-def _row(case, device, dtype, backends, peers, repetitions, roofline) -> dict[str, object]:
     torch.manual_seed(0)
     with device:  # drawing so many weights on the host would take longer than all measurements
         layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}

@@ -156,7 +156,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
         soft_wrap=True,
     )
     for case in cases:
-        row = bench((case,), device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)[0]
+        row = bench(case, device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)
         rows.append(row)
         console.print(_table(case, row))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}

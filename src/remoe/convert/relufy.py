@@ -121,8 +121,8 @@ def relufy(
         weight = getattr(router, "weight", None)
         weight_ED = weight.detach().float() if weight is not None and weight.shape[1:] == x_TD.shape[1:] else None
         *fitted[name], error = fit_relu_gates(x_TD, target_TE, weight_ED)
-        gate_TE = x_TD @ fitted[name][0].T + fitted[name][1]
-        active.append((gate_TE > 0).sum(dim=1).float().mean().item())
+        logits_TE = x_TD @ fitted[name][0].T + fitted[name][1]
+        active.append((logits_TE > 0).sum(dim=1).float().mean().item())
         errors.append(error)
 
     install = _install_in_remoe if isinstance(model, RemoeForCausalLM) else _install
