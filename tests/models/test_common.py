@@ -335,6 +335,17 @@ def test_generation_of_a_left_padded_batch(way, cache):
     assert torch.equal(together[1], write(model, ids[1:], **WAYS[way])[0, 9:])
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_is_routed_to_no_expert_while_text_is_generated(cache):
+    model, ids = build(), tokens(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    counted = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: counted.append(output[1].num_tokens))
+    write(model, ids * mask, attention_mask=mask, cache_implementation=cache, disable_compile=True)
+    assert counted == [14, 2, 2, 2, 2, 2]
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = build(), tokens(batch=1)
     whole = write(model, ids, do_sample=False, max_new_tokens=8)

@@ -7,6 +7,7 @@ Legend: B batch, S sequence, T = B S tokens, D model width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ class RemoeModel(RemoePreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: Cache | None = None,
+        token_mask: Tensor | None = None,
         **kwargs,
     ) -> RemoeModelOutput:
         """Runs the transformer; arguments are those of transformers' decoder models.
@@ -169,6 +171,7 @@ class RemoeModel(RemoePreTrainedModel):
             input_ids: (B, S) int64; or `inputs_embeds`, (B, S, D).
             attention_mask: (B, past + S), zero for padding: not attended to, not routed, not counted.
             past_key_values, cache: the KV cache, under its older or its newer name.
+            token_mask: (B, S), zero for padding, where `attention_mask` is a ready one that does not tell.
 
         Raises:
             ConfigError: for `output_attentions` with an attention that does not compute the weights; for a KV cache
@@ -204,7 +207,7 @@ class RemoeModel(RemoePreTrainedModel):
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
-        token_mask_BS = _token_mask(attention_mask, S)
+        token_mask_BS = _token_mask(attention_mask, S) if token_mask is None else token_mask.bool()
 
         routings, states, weights = [], [], []
         for layer in self.layers:
@@ -337,11 +340,17 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _fuses_loss(self) -> bool:
-        """Whether head and loss are the plain ones, so that a product and a cross-entropy are all there is to do.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads its signature
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict[str, object]:
+        """As transformers does; where a static cache makes a ready mask of the given one, that still tells padding."""
+        inputs, mask = super().prepare_inputs_for_generation(input_ids, *args, **kwargs), kwargs.get("attention_mask")
+        if is_padding_mask(mask) and not is_padding_mask(inputs.get("attention_mask")):
+            given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["token_mask"] = mask[:, -given.shape[1] :]
+        return inputs
 
-        Offloading, tensor parallelism and adapters put hooks or a forward method of their own on the head.
-        """
+    def _fuses_loss(self) -> bool:
+        """Whether head and loss are the plain ones: offloading, tensor parallelism and adapters wrap the head."""
         head = self.lm_head
         hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook") or "forward" in vars(head)
         plain_head = type(head) is nn.Linear and head.bias is None and not hooks
