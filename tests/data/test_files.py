@@ -36,6 +36,6 @@ def test_what_cannot_be_replaced_is_found_before_the_work(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="is a link"):
         check_new_folder(tmp_path / "link")
     check_new_folder(tmp_path / "real")
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "real")
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "real")
     with pytest.raises(ConfigError, match="is a mount point"):
         check_new_folder(tmp_path / "real")

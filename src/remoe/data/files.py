@@ -65,9 +65,10 @@ def check_new_folder(path: Path) -> None:
         raise ConfigError(f"{path} is a link, which cannot be replaced: name the folder itself")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} already exists and is not an empty folder")
-    if path.resolve() == Path.cwd() or path.is_mount():
-        what = "a mount point" if path.is_mount() else "the working directory"
-        raise ConfigError(f"{path} is {what}, which cannot be replaced: name another folder")
+    if path.resolve() == Path.cwd():
+        raise ConfigError(f"{path} is the working directory, which cannot be replaced: name another folder")
+    if os.path.ismount(path):  # Path.is_mount takes "." for one
+        raise ConfigError(f"{path} is a mount point, which cannot be replaced: name a folder in it")
 
 
 @contextmanager
