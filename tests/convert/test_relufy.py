@@ -47,7 +47,9 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_padding():
     model, ids = build("mixtral"), token_ids(2)
     padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
     whole = language_model_loss(model, [{"input_ids": ids}])
-    assert language_model_loss(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(whole, rel=1e-5)
+    for dtype in (torch.int64, torch.bool, torch.float32):
+        batch = {"input_ids": padded, "attention_mask": mask.to(dtype)}
+        assert language_model_loss(model, [batch]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_routers_that_a_folder_lacks_start_as_new_ones(tmp_path):

@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from remoe.analysis.style import (
     GREY,
+    MAX_LEGEND,
     STYLE,
     Look,
     label,
@@ -32,7 +33,6 @@ from remoe.analysis.style import (
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
-MAX_LEGEND = 5  # entries within the axes
 NAME_LENGTH = 24  # of a system, in letters, beside which there is room for its loss
 SETTLED_SHARE = 0.1  # the last part of a run over which sparsity per layer is averaged
 

@@ -20,13 +20,23 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from remoe.analysis.measures import inactive_below, rank_correlation
-from remoe.analysis.style import GREY, STYLE, Look, label, legend_columns, looks, new_figure, number_axis, plain
+from remoe.analysis.style import (
+    GREY,
+    MAX_LEGEND,
+    STYLE,
+    Look,
+    label,
+    legend_columns,
+    looks,
+    new_figure,
+    number_axis,
+    plain,
+)
 
 MAX_BARS_ACROSS = 100
 MAX_BARS, MAX_BAR_DOMAINS = 200, 10  # of a layer, and of a colour each
 MAX_DOMAIN_NAMES = 60  # beside a map
 MAX_COLUMNS = 400  # of a map over steps
-MAX_LEGEND = 4  # entries within the axes
 
 
 @mpl.rc_context(STYLE)
@@ -235,7 +245,11 @@ def flips(
     if len(runs) <= MAX_LEGEND:
         left.legend()
     else:
-        fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=legend_columns(runs, 7.4))
+        fig.legend(
+            *left.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=legend_columns(runs, fig.get_figwidth()),
+        )
     label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes between two steps")
     right.set_yticks(range(len(runs)), [*map(plain, runs)])
     right.invert_yaxis()

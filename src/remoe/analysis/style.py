@@ -39,6 +39,7 @@ STYLE = {
     "svg.hashsalt": "remoe",
 }
 GREY = "#777777"
+MAX_LEGEND = 4  # entries of a legend within the axes; more stand outside
 
 # Okabe and Ito's palette without its yellow, which white paper swallows, and three more that differ from it in
 # lightness too. Markers and dashes say the same once more.

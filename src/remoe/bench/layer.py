@@ -98,7 +98,7 @@ def bench_layer(
     repetitions: int,
     roofline: Roofline,
 ) -> dict[str, object]:
-    """Milliseconds of each implementation, and as multiples of the dense layer's, by what they are called in tables.
+    """Milliseconds of each implementation, and as multiples of the dense layer's; memory and rates beside them.
 
     Args:
         case: sizes.

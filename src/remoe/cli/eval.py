@@ -67,8 +67,8 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--limit must be at least 1")
     if options.tasks is None and (options.task_data is not None or options.limit is not None):
         raise ConfigError("--task-data and --limit need --tasks")
-    texts = (options.data, options.max_tokens, options.split if options.split != "validation" else None)
-    if options.tasks is not None and texts != (None, None, None):
+    plain = options.data is options.max_tokens is None and options.split == "validation"
+    if options.tasks is not None and not plain:
         raise ConfigError("--data, --max-tokens and --split do not go with --tasks; use --task-data and --limit")
     if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
         raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")

@@ -54,7 +54,8 @@ def language_model_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) 
             logits_BSV = model(**batch, use_cache=False).logits[:, :-1].float()
             target_BS = batch["input_ids"][:, 1:]
             if (mask := batch.get("attention_mask")) is not None:
-                target_BS = target_BS.masked_fill(~(mask[:, 1:] & mask[:, :-1]).bool(), -100)  # nor from padding
+                text_BS = mask.bool()
+                target_BS = target_BS.masked_fill(~(text_BS[:, 1:] & text_BS[:, :-1]), -100)  # nor from padding
             target_BS = target_BS.to(logits_BSV.device)
             nats += F.cross_entropy(logits_BSV.flatten(0, 1), target_BS.flatten(), reduction="sum").item()
             count += (target_BS != -100).sum().item()

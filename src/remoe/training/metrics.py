@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 DENSE_ABOVE = 0.45
 SPARSE_BELOW = 1.5
-SETTLED_STEPS, SETTLED_WITHIN, SETTLED_SHARE = 50, 0.01, 0.08
+SETTLED_STEPS, SETTLED_WITHIN, SETTLED_OF_DENSITY = 50, 0.01, 0.08
 
 
 def stage(sparsity: float, target: float) -> str:
@@ -32,8 +32,8 @@ def stage(sparsity: float, target: float) -> str:
 def settling_time(sparsities: Sequence[float], target: float) -> int | None:
     """Stages I and II in steps: the first index from which S stays near its target for SETTLED_STEPS steps.
 
-    Near is within 0.01, and within 8 % of the wanted density: from E = 16 on, at k = 1, a layer that is closed would
-    else be near.
+    Near is within 0.01, and within 8 % of the wanted density, which at k = 1 is less from E = 16 on: at E = 128 a model
+    whose experts are all closed would else be near.
 
     Args:
         sparsities: S of each step, from the first.
@@ -42,7 +42,7 @@ def settling_time(sparsities: Sequence[float], target: float) -> int | None:
     Returns:
         Index (steps before it are stages I and II), or None when S never settles.
     """
-    within, tolerance = 0, min(SETTLED_WITHIN, SETTLED_SHARE * (1 - target))
+    within, tolerance = 0, min(SETTLED_WITHIN, SETTLED_OF_DENSITY * (1 - target))
     for index, sparsity in enumerate(sparsities):
         within = within + 1 if abs(sparsity - target) <= tolerance else 0
         if within == SETTLED_STEPS:
