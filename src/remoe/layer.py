@@ -127,7 +127,5 @@ class MoE(nn.Module):
 
     def _run_merged(self, x_TD: Tensor, routing: Routing, seq_len: int) -> Tensor:
         order_T, options = routing.order_T, {"seq_len": seq_len, "segment": self.router.segment}
-        if order_T is None:
-            return self.experts(x_TD, merge_BME=routing.merge_BME, **options)
-        y_TD = self.experts(x_TD[order_T], merge_BME=routing.merge_BME, **options)
-        return torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)
+        y_TD = self.experts(x_TD if order_T is None else x_TD[order_T], merge_BME=routing.merge_BME, **options)
+        return y_TD if order_T is None else torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)

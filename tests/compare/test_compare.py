@@ -305,6 +305,8 @@ def test_a_corpus_that_changes_is_refused_and_reported_as_it_was(tmp_path, capsy
 
 
 def test_bad_input_is_one_line(corpus, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    bad = write_experiment(tmp_path / "bad", base={**BASE, "k": 99}, variants={"relu": {}})
     path = write_experiment(tmp_path)
     for flags, message in (
         (["compare", str(tmp_path / "none.yaml")], "cannot read experiment"),
@@ -314,6 +316,8 @@ def test_bad_input_is_one_line(corpus, tmp_path, capsys):
         ([*arguments(path, corpus, tmp_path), "--report-only", "--tasks", "piqa"], "leave it out with --list and"),
         ([*arguments(path, corpus, tmp_path), "--report-only"], "is finished yet"),
         (["compare", str(path), "--corpus", str(tmp_path / "none"), "--pool", str(tmp_path / "p")], "none"),
+        # found before any text is read
+        (["compare", str(bad), "--corpus", str(tmp_path / "none")], "relu-seed0: k must be"),
     ):
         assert main(flags) == 2
         error = capsys.readouterr().err.strip()

@@ -25,6 +25,18 @@ def test_a_run_under_another_label_is_found(pool):
     assert Pool(pool.path, "other data").summary(two.runs[0]) is None
 
 
+def test_a_moving_table_reads_a_finished_runs_metrics_once_and_the_record_when_it_is_there(trial, pool):
+    run = trial.runs[0]
+    finish(pool, run, 4.0, 1.0)
+    assert pool.summary(run)["validation_loss"] == 4.0
+    pool.folder(run).metrics.unlink()
+    assert pool.summary(run)["validation_loss"] == 4.0
+    other = Pool(pool.path, "fingerprint")  # as another process, which makes the record
+    record = whole(pool, run)
+    other._save(run, RunRecord(record.options, record.summary | {"validation_loss": 3.0}, record.course, None))
+    assert pool.summary(run)["validation_loss"] == 3.0
+
+
 def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool):
     run = trial.runs[0]
     finish(pool, run, 4.0, 1.0)

@@ -19,7 +19,10 @@ from remoe.compare.plots import draw
 from remoe.compare.pool import Pool
 from remoe.compare.record import RunRecord, ZeroShot, options_of
 from remoe.compare.report import markdown
-from remoe.compare.results import Results, results
+from remoe.compare.results import Results, _settled, results
+
+HALF = SimpleNamespace(num_tokens=9)
+DATA = SimpleNamespace(fingerprint="fingerprint", domains=["code"], train=HALF, validation=HALF)
 
 
 def test_the_cheaper_run_gets_as_many_steps_as_cost_the_same(trial, pool):
@@ -248,8 +251,26 @@ def test_stages_are_of_steered_routers_alone(trial, pool):
     for run in trial.runs:
         finish(pool, run, 4.0, 1000.0, [0.875] * 50 + [0.9] * 50)
     rows = {row.variant: row for row in results(trial, pool).equal_tokens}
-    assert rows["relu"].settling_steps == [1, 1]
+    assert rows["relu"].settling_steps == [None, 7]  # as the runs found
     assert rows["topk"].settling_steps == rows["topk"].sparse_steps == []
+
+
+def test_of_many_experts_an_old_run_counted_as_settled_too_early():
+    closed = {"target_sparsity": 1 - 1 / 128, "settling_step": 3}  # a band of 0.01 holds the sparsity of no pairs
+    assert _settled(closed, [0.5] * 2 + [1.0] * 60) is None
+    assert _settled(closed, [0.5] * 2 + [1.0] * 60 + [1 - 1 / 128] * 50) == 63
+    assert _settled(closed | {"target_sparsity": 0.875}, [0.875] * 60) == 3
+
+
+def test_a_pool_of_somebody_else_can_be_reported(trial, pool, monkeypatch, tmp_path, caplog):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "pool/.0.lock")
+
+    for run in trial.runs:
+        finish(pool, run, 4.0, 1000.0)
+    monkeypatch.setattr(Pool, "claimed", refused)
+    assert "| relu | 2 | 100 | 4.0000 " in write(trial, pool, DATA, tmp_path / "out", "cpu").read_text()
+    assert "Permission denied: 'pool/.0.lock'" in caplog.text
 
 
 def test_zero_shot_accuracies_are_those_of_as_many_rows(trial, pool):
@@ -322,9 +343,7 @@ def test_a_figure_of_first_seeds_leaves_out_a_system_whose_first_is_missing(tria
     monkeypatch.setattr("remoe.compare.output.draw", lambda _, __, records, folder: folder.mkdir() or drawn | records)
     monkeypatch.setattr("remoe.compare.output._remove_others", lambda folder, _: None)
     monkeypatch.setattr("remoe.compare.output.markdown", lambda _, __, records, shown, ___: f"{[*records]} {[*shown]}")
-    half = SimpleNamespace(num_tokens=9)
-    data = SimpleNamespace(fingerprint="fingerprint", domains=["code"], train=half, validation=half)
-    report = write(trial, Pool(pool.path, "fingerprint"), data, tmp_path / "out", "cpu")
+    report = write(trial, Pool(pool.path, "fingerprint"), DATA, tmp_path / "out", "cpu")
     assert report.read_text() == "['topk', 'relu'] ['topk']"
 
 

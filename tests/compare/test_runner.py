@@ -13,8 +13,8 @@ from finished_run import EXPERIMENT, finish, whole
 from remoe.compare.experiment import experiment_from_dict
 from remoe.compare.live import Live
 from remoe.compare.pool import Pool
-from remoe.compare.runner import Worker, _Matrix, _why, check_models, train_missing
-from remoe.errors import ConfigError
+from remoe.compare.runner import Worker, _Matrix, _why, check_device, train_missing
+from remoe.errors import ConfigError, DataError
 
 WORKERS = [Worker("cpu", 1)] * 2
 
@@ -71,11 +71,28 @@ def test_models_are_evaluated_one_after_the_other(two, monkeypatch):
     assert sorted(evaluated) == sorted(run.label for run in experiment.runs)
 
 
+def test_a_task_that_fails_leaves_the_record(two, monkeypatch):
+    def add_tasks(*_, **__):
+        raise DataError("task piqa: no file")
+
+    experiment, pool = two
+    failed = []
+    for run in experiment.runs:
+        finish(pool, run, 4.0, 1.0)
+    live = Live(experiment, pool)
+    monkeypatch.setattr(live, "failed", lambda run, why: failed.append(why))
+    monkeypatch.setattr(Pool, "add_tasks", add_tasks)
+    train_missing(experiment, pool, None, WORKERS[:1], live)
+    assert failed == ["not all tasks: task piqa: no file"] * 2
+    assert all(pool.record_file(run).exists() for run in experiment.runs)
+
+
 def test_why_a_child_ended(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("continue with: remoe train --resume\n")
     assert _why(-signal.SIGKILL, log, 0) == "killed by SIGKILL (out of memory?)"
     assert _why(-signal.SIGSEGV, log, 0) == "killed by SIGSEGV"
+    assert _why(-signal.SIGRTMIN - 1, log, 0) == f"killed by signal {signal.SIGRTMIN + 1}"
     assert _why(2, log, log.stat().st_size) == "exit code 2"  # what stands there is another child's
     assert _why(2, log, 0) == "continue with: remoe train --resume"
 
@@ -85,8 +102,7 @@ def test_a_finished_run_may_have_been_trained_where_its_experts_run(two):
     elsewhere = experiment_from_dict(EXPERIMENT | variants | {"seeds": [0]}, "trial", "trial.yaml")
     _, pool = two
     with pytest.raises(ConfigError, match="triton"):
-        check_models(elsewhere, pool, torch.device("cpu"))
-    check_models(elsewhere, pool, None)
+        check_device(elsewhere, pool, torch.device("cpu"))
     finish(pool, elsewhere.runs[0], 4.0, 1.0)
     pool.record(elsewhere.runs[0])
-    check_models(elsewhere, pool, torch.device("cpu"))
+    check_device(elsewhere, pool, torch.device("cpu"))

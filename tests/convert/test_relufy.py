@@ -238,6 +238,17 @@ def test_recomputed_layers_meet_the_mask_of_their_own_forward_pass():
         torch.testing.assert_close(a, c)
 
 
+def test_a_part_of_a_model_knows_no_mask_of_an_earlier_call():
+    model, ids = build("mixtral"), token_ids(2)
+    remoe.relufy(model, [ids], max_loss_increase=None)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        before = model.model(ids).last_hidden_state
+        model(ids, attention_mask=mask)
+        assert torch.equal(model.model(ids).last_hidden_state, before)
+
+
 def test_experts_follow_autocast():
     experts, dtypes = build("mixtral").model.layers[0].mlp.experts, []
     ours = "remoe.convert.experts_function.run_experts"

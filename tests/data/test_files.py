@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from remoe.data.files import check_new_folder, new_folder
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, DataError
 
 
 def test_a_folder_within_a_folder_can_be_entered(tmp_path: Path) -> None:
@@ -30,12 +30,31 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_a_like_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.tmp").mkdir()
+    with new_folder(tmp_path / "model"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.tmp"]
+
+
+def test_an_error_names_the_file_that_it_is_about(tmp_path: Path) -> None:
+    def read() -> None:
+        with new_folder(tmp_path / "out" / "model"):
+            (tmp_path / "weights").read_bytes()
+
+    with pytest.raises(DataError, match=r"out/model: cannot be written: No such file.*: .*weights$"):
+        read()
+
+
 def test_what_cannot_be_replaced_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(ConfigError, match="is a link"):
         check_new_folder(tmp_path / "link")
     check_new_folder(tmp_path / "real")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="no permission to write in"):
+        check_new_folder(tmp_path / "new" / "deep")
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "real")
     with pytest.raises(ConfigError, match="is a mount point"):
         check_new_folder(tmp_path / "real")

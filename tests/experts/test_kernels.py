@@ -64,11 +64,16 @@ def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, t
 
 
 def test_linked_to_torchs_own_openmp_whatever_other_packages_bring(monkeypatch):
-    others = {Path("/packages/a.libs/libgomp-a34b3233.so.1"), Path("/packages/b/libopenblas.so")}
     own = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    monkeypatch.setattr(kernels, "_loaded_files", lambda: {*others, own})
-    assert kernels._openmp_runtime() == str(own)
+    system, site = Path("/usr/lib/libgomp.so.1"), Path(torch.__file__).parent.parent
+    strange = site / "a.libs" / "libgomp-a34b3233.so.1"
+    others = {strange, Path("/packages/b/libopenblas.so")}
+    for loaded, chosen in (({own, system}, own), ({site / "torch.libs" / own.name}, site / "torch.libs" / own.name)):
+        monkeypatch.setattr(kernels, "_loaded_files", lambda loaded=loaded: {*others, *loaded})
+        assert kernels._openmp_runtime() == str(chosen)
+    monkeypatch.setattr(kernels, "_loaded_files", lambda: {*others, system})
+    assert kernels._openmp_runtime() == str(system)
     monkeypatch.setattr(kernels, "_loaded_files", lambda: others)
-    assert kernels._openmp_runtime() == "/packages/a.libs/libgomp-a34b3233.so.1"
+    assert kernels._openmp_runtime() == str(strange)
     monkeypatch.setattr(kernels, "_loaded_files", set)
     assert kernels._openmp_runtime() is None

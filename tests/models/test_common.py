@@ -340,10 +340,27 @@ def test_padding_is_routed_to_no_expert_while_text_is_generated(cache):
     model, ids = build(), tokens(batch=2)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    counted = []
+    counted, strides = [], []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: strides.append(given["token_mask"].stride(0)) if "token_mask" in given else None,
+        with_kwargs=True,
+    )
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: counted.append(output[1].num_tokens))
     write(model, ids * mask, attention_mask=mask, cache_implementation=cache, disable_compile=True)
     assert counted == [14, 2, 2, 2, 2, 2]
+    assert strides == ([9, 1, 1, 1, 1, 1] if cache == "static" else [])  # one that grew would compile for each token
+
+
+@pytest.mark.parametrize("cls", [remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification])
+def test_a_token_mask_tells_padding_where_the_mask_of_attention_is_a_ready_one(cls):
+    model, ids = build(cls, lambda_init=0.3).train(), tokens(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    ready = (torch.ones(9, 9).tril().bool() & mask.bool()[:, None, None, :]) | torch.eye(9).bool()
+    labels = ids if cls is remoe.RemoeForCausalLM else torch.tensor([0, 1])
+    expected = model(ids, attention_mask=mask, labels=labels)
+    outputs = model(ids, attention_mask=ready, token_mask=mask, labels=labels)
+    torch.testing.assert_close(outputs.loss, expected.loss)
 
 
 def test_generation_goes_on_from_a_cache():

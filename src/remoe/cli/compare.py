@@ -91,7 +91,7 @@ def compare_command(argv: list[str]) -> int:
     from remoe.compare.live import Live
     from remoe.compare.output import write
     from remoe.compare.pool import Pool
-    from remoe.compare.runner import check_models, train_missing, workers_on
+    from remoe.compare.runner import check_device, check_models, train_missing, workers_on
     from remoe.training.interrupt import exit_code
     from remoe.training.memory import keep_freed_memory
     from remoe.training.trainer import pick_device, wants_bfloat16
@@ -100,11 +100,13 @@ def compare_command(argv: list[str]) -> int:
     keep_freed_memory()
     tasks = _tasks(options)  # before hours of work, not after them
     device = pick_device(options.device)
+    check_models(experiment)
     dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", device)
     pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
-    check_models(experiment, pool, None if options.list or options.report_only else device)
+    if not (options.list or options.report_only):
+        check_device(experiment, pool, device)
     live = Live(experiment, pool, options.workers)
     if records is not None and not records.exists():  # perhaps a slip, after which everything is trained again
         print(f"records: {records} is new: no finished runs in it")

@@ -90,15 +90,15 @@ def _record(run: Run, pool: Pool, dataset: Dataset, device: str) -> RunRecord | 
         return None
     if pool.record_file(run).exists():
         return pool.record(run, dataset, device)
-    with pool.claimed(run) as lock:
-        if lock is None:
-            logger.warning("no routing of %s: another process makes its record", run.label)
-            return None
-        try:
-            return pool.record(run, dataset, device)
-        except CheckpointError as error:
-            logger.warning("no routing of %s: %s", run.label, error)
-            return None
+    try:
+        with pool.claimed(run) as lock:
+            if lock is not None:
+                return pool.record(run, dataset, device)
+            why = "another process makes its record"
+    except (CheckpointError, PermissionError) as error:
+        why = str(error)
+    logger.warning("no routing of %s: %s", run.label, why)
+    return None
 
 
 def _routing(record: RunRecord) -> dict[str, Any]:

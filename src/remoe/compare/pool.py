@@ -25,7 +25,7 @@ from remoe.compare.record import RunRecord, ZeroShot, course_of, options_of, rec
 from remoe.data import Dataset
 from remoe.errors import ConfigError
 from remoe.training.checkpoint import checkpoint_step
-from remoe.training.metrics import fill_steps, read_metrics
+from remoe.training.metrics import fill_steps, iterate_metrics
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import pick_device
 
@@ -67,6 +67,7 @@ class Pool:
         self._folders: dict[str, str] = {}  # names by hash: what is there keeps its name
         self._files: dict[str, str] = {}  # those of the records, which may come from elsewhere
         self._records: dict[str, RunRecord] = {}  # by the run's key
+        self._recordless: dict[str, RunRecord] = {}  # what the folder of a finished run gives, until it has a record
         self._listed = -math.inf
 
     def name(self, run: Run) -> str:
@@ -148,17 +149,20 @@ class Pool:
             found = RunRecord.load(path)
             if found.data not in ("", self._data):
                 raise ConfigError(f"{path} is the record of a run on other data: move it away")
+        elif run.key in self._recordless:
+            return self._recordless[run.key]
         else:
             try:
                 summary = json.loads(folder.summary.read_text())
             except (FileNotFoundError, ValueError):  # half a file: killed while it was written
                 return None
-            found = RunRecord(options_of(folder.load_config()), summary, course_of(read_metrics(folder.metrics)), None)
+            course = course_of(iterate_metrics(folder.metrics))
+            found = RunRecord(options_of(folder.load_config()), summary, course, None)
         # The hash says which type it had; an unfinished run would go on by the word, on whatever device.
         options = {name: value for name, value in found.options.items() if name != "dtype"}
         _check_same(run, options, path if recorded else folder.path)
-        if recorded:  # else some process will make it
-            self._records[run.key] = found
+        known = self._records if recorded else self._recordless  # some process will make a record
+        known[run.key] = found
         return found
 
     def record(self, run: Run, dataset: Dataset, device: str) -> RunRecord:

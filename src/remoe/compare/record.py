@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from remoe.errors import ConfigError
 from remoe.models.configuration_remoe import arguments_of_router
 from remoe.routing import ROUTERS, router_options
 from remoe.training.config import TrainConfig, changes_result, flatten
-from remoe.training.metrics import read_metrics, stage
+from remoe.training.metrics import iterate_metrics, stage
 from remoe.training.rundir import RunFolder, load_run
 from remoe.training.trainer import pick_device, wants_bfloat16
 
@@ -116,10 +116,13 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
     return router | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
 
 
-def course_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+def course_of(records: Iterable[Mapping[str, Any]]) -> dict[str, list]:
     """What is kept of metrics.jsonl, by column; None in a column where a step has no value."""
-    names = [name for name in COURSE if any(name in record for record in records)]
-    return {name: [rounded(record.get(name)) for record in records] for name in names}
+    columns = {name: [] for name in COURSE}
+    for record in records:
+        for name, column in columns.items():
+            column.append(rounded(record.get(name)))
+    return {name: column for name, column in columns.items() if any(value is not None for value in column)}
 
 
 def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRecord:
@@ -131,7 +134,7 @@ def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRe
         data: the dataset's fingerprint.
         device: for the forward passes.
     """
-    course = course_of(read_metrics(run.metrics))
+    course = course_of(iterate_metrics(run.metrics))
     summary = {name: value for name, value in json.loads(run.summary.read_text()).items() if name not in LEFT_OUT}
     routing, config = None, run.load_config()
     if (found := _collect(run, dataset, device)) is not None:

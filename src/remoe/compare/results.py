@@ -13,7 +13,7 @@ from remoe.compare.pool import Pool
 from remoe.compare.record import ZeroShot
 from remoe.data import TOTAL
 from remoe.routing import ROUTERS
-from remoe.training.metrics import first_sparse_step, settling_time
+from remoe.training.metrics import SETTLED_WITHIN, first_sparse_step, settled_within, settling_time
 from remoe.training.trainer import router_of
 
 AFTER = 100  # steps from which on the paper gives mean and deviation of S
@@ -183,7 +183,6 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
     late = [course[AFTER:] for course in courses if len(course) > AFTER + 1]
     targets = [summary["target_sparsity"] for summary in summaries]
     starts = [first_sparse_step(course, target) for course, target in zip(courses, targets, strict=True)]
-    settled = [settling_time(course, target) for course, target in zip(courses, targets, strict=True)]
     times = [pool.step_minutes(run) for run in runs]
     timed = None not in times
     steered = ROUTERS[summaries[0]["router"]].steered
@@ -215,7 +214,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         machines=sorted({machines.setdefault(_machine(summary), len(machines)) for summary in summaries}),
         sparsity=statistics.mean(summary["validation"][TOTAL]["sparsity"] for summary in summaries),
         sparse_steps=[s if s <= len(c) else None for s, c in zip(starts, courses, strict=True)] if steered else [],
-        settling_steps=[None if s is None else s + 1 for s in settled] if steered else [],
+        settling_steps=[_settled(s, c) for s, c in zip(summaries, courses, strict=True)] if steered else [],
         late_sparsity=statistics.mean(map(statistics.mean, late)) if late else None,
         late_deviation=statistics.mean(map(statistics.stdev, late)) if late else None,
         zero_shot={task: Spread.of(values) for task, values in _tasks(evaluated, "acc").items()},
@@ -223,6 +222,15 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
         chance={task: values[0] for task, values in _tasks(evaluated, "chance").items()},
         causal=all(router_of(run.config).causal for run in runs),
     )
+
+
+def _settled(summary: dict, course: Sequence[float]) -> int | None:
+    """From 1. As the run itself found from all of its steps, but for old runs of many experts, whose band was wider."""
+    target, step = summary["target_sparsity"], summary["settling_step"]
+    if step is None or settled_within(target) == SETTLED_WITHIN:
+        return step
+    found = settling_time(course, target)
+    return None if found is None else found + 1
 
 
 def _executed(pool: Pool, run: Run) -> float:

@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -36,21 +37,35 @@ def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
     return list(unique.values())
 
 
-def check_models(experiment: Experiment, pool: Pool, device: torch.device | None) -> None:
-    """Finds, before hours of training, the runs whose model cannot be built, or not be trained on `device`, if any.
-
-    What is finished may have been trained elsewhere.
+def check_models(experiment: Experiment) -> None:
+    """Finds, before data are prepared, the runs whose model cannot be built.
 
     Raises:
         ConfigError: naming the run.
     """
     for run in experiment.runs:
-        try:
-            model = model_without_values(run.config)
-            if device is not None and not pool.recorded(run):
-                experts_backend(model, run.config.dtype, device)
-        except ConfigError as error:
-            raise ConfigError(f"{run.label}: {error}") from error
+        with _named(run):
+            model_without_values(run.config)
+
+
+def check_device(experiment: Experiment, pool: Pool, device: torch.device) -> None:
+    """Finds, before hours of training, the runs that cannot be trained on `device`; finished ones need not be.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    for run in experiment.runs:
+        if not pool.recorded(run):
+            with _named(run):
+                experts_backend(model_without_values(run.config), run.config.dtype, device)
+
+
+@contextmanager
+def _named(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{run.label}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -159,12 +174,14 @@ class _Matrix:
                     return None
                 return _why(code, self.pool.log_file(run), before)
             self.live.finished(run)
+        missing = "no record"
         try:
             with self.evaluating:
                 self.pool.record(run, self.dataset, worker.device)
+                missing = "not all tasks"
                 self.pool.add_tasks(run, worker.device, stop=lambda: self.signals > 0)
         except RemoeError as error:
-            return f"no record: {error}"
+            return f"{missing}: {error}"
         return None
 
     def _train(self, run: Run, worker: Worker, lock: IO[bytes]) -> int:
@@ -199,7 +216,10 @@ class _Matrix:
 def _why(code: int, log: Path, start: int) -> str:
     """Why a child ended: by a signal, or the last line that it wrote, behind `start` bytes of its log."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+        known = -code in set(signal.Signals)
+        return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}" + (
+            " (out of memory?)" if -code == signal.SIGKILL else ""
+        )
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").split("\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".remoe.tmp"
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -20,6 +20,11 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def temporary_name(name: str) -> str:
+    """What a file or folder is called until it is whole; removed where a kill has left it, so nobody else's name."""
+    return f".{name}{TEMPORARY}"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write a file or a folder to, which becomes `path` when the block ends.
@@ -27,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A folder must not be there yet. Raises DataError where writing fails.
     """
     # a folder to write in, because safetensors leaves a file of a random name beside its own when killed
-    workspace = path.with_name(path.name + TEMPORARY)
+    workspace = path.with_name(temporary_name(path.name))
     written = workspace / path.name
     with disk_errors(path):
         remove(workspace)
@@ -69,6 +74,9 @@ def check_new_folder(path: Path) -> None:
         raise ConfigError(f"{path} is the working directory, which cannot be replaced: name another folder")
     if os.path.ismount(path):  # Path.is_mount takes "." for one
         raise ConfigError(f"{path} is a mount point, which cannot be replaced: name a folder in it")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):  # a folder is replaced in the one around it
+        raise ConfigError(f"{path} cannot be written: no permission to write in {parent}")
 
 
 @contextmanager
@@ -82,7 +90,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else _rust_errno(error)
         if number is None:
             raise
-        hint = ""
+        hint, other = "", getattr(error, "filename", None)
+        if isinstance(other, str) and not Path(other).is_relative_to(path.parent):
+            hint = f": {other}"  # read inside the block, perhaps
         if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             hint = "; what was finished is kept: make room and run the same command again"
         raise DataError(f"{path}: cannot be written: {os.strerror(number)}{hint}") from error

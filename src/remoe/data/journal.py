@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from remoe.data.files import TEMPORARY, atomic_write, remove
+from remoe.data.files import TEMPORARY, atomic_write, remove, temporary_name
 from remoe.data.holdout import Holdout
 from remoe.data.manifest import FORMAT as DATASET_FORMAT
 from remoe.data.manifest import MANIFEST_NAME, SPLITS, ShardRecord, SplitName, Strict, read_record
@@ -90,7 +90,7 @@ def find_journal(folder: Path) -> Journal | None:
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder}: holds a dataset whose {JOURNAL_NAME} is gone; --overwrite makes a new one")
     # a kill while the very first journal was written leaves only its temporary file
-    foreign = sorted(path.name for path in folder.iterdir() if path.name != JOURNAL_NAME + TEMPORARY)
+    foreign = sorted(path.name for path in folder.iterdir() if path.name != temporary_name(JOURNAL_NAME))
     if foreign:
         raise DataError(f"{folder}: not empty and not made by `remoe data prepare` (it holds {foreign[0]})")
     return None
@@ -148,7 +148,8 @@ def check_shards(folder: Path, journal: Journal) -> None:
 
 def is_own(name: str) -> bool:
     """Whether a preparation writes a file or folder of this name."""
-    name = name.removesuffix(TEMPORARY)
+    if name.endswith(TEMPORARY):
+        name = name.removeprefix(".").removesuffix(TEMPORARY)
     if name in (JOURNAL_NAME, MANIFEST_NAME, TOKENIZER_FOLDER):
         return True
     split, _, rest = name.partition("-")

@@ -113,7 +113,7 @@ def walk_files(folder: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: {error.strerror}") from error
+    raise DataError(f"{error.filename}: {error.strerror}; make it readable, or name what is to be read") from error
 
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:

@@ -23,7 +23,7 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "gemm.
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _COMPILER_SECONDS = 120
-_TORCH = Path(torch.__file__).parent
+_TORCH = Path(torch.__file__).resolve().parent  # as the system names what it has loaded
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
@@ -136,8 +136,14 @@ def _cache_folder() -> Path:
 def _openmp_runtime() -> str | None:
     """The GNU or LLVM OpenMP library that torch has loaded; None where it cannot be found: kernels have one thread."""
     runtimes = [path for path in _loaded_files() if path.name.startswith(("libgomp", "libomp", "libiomp5"))]
-    # Other packages bring one of their own: torch's is beside it, or else the system's.
-    return min(map(str, runtimes), key=lambda path: (not Path(path).is_relative_to(_TORCH), path), default=None)
+    return min(map(str, runtimes), key=_strangeness, default=None)
+
+
+def _strangeness(library: str) -> tuple[int, str]:
+    """Orders OpenMP libraries: one that came with torch, the system's, those of other Python packages."""
+    packages, path = _TORCH.parent, Path(library)
+    with_torch = path.is_relative_to(_TORCH) or path.is_relative_to(packages / "torch.libs")
+    return 0 if with_torch else 2 if path.is_relative_to(packages) else 1, library
 
 
 def _loaded_files() -> set[Path]:

@@ -86,7 +86,8 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         if self.training:
             self.sparsity.observe(outputs.routings)
         hidden_BSD = outputs.last_hidden_state
-        last_B = self._last_token(hidden_BSD, input_ids, attention_mask)
+        token_mask = kwargs.get("token_mask")
+        last_B = self._last_token(hidden_BSD, input_ids, attention_mask if token_mask is None else token_mask)
         logits_BC = self.score(hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B])
         reg_loss = self._regularizer(outputs.routings)
         loss = task_loss = None

@@ -103,7 +103,7 @@ def _differentiate(ctx, scale, *_):
     dhidden_TD, dweight_DV = ctx.saved_tensors
     hidden_grad, weight_grad = ctx.wanted
     # Not in 16 bits: rounded to them, 1 / targets would scale every gradient wrongly.
-    dhidden_TD = (dhidden_TD.to(scale.dtype) * scale).to(dhidden_TD.dtype) if hidden_grad else None
+    dhidden_TD = dhidden_TD.to(scale.dtype, copy=True).mul_(scale).to(dhidden_TD.dtype) if hidden_grad else None
     dweight_VD = (dweight_DV * scale).t().to(ctx.dtype, memory_format=torch.contiguous_format) if weight_grad else None
     return dhidden_TD, dweight_VD, None, None, None
 

@@ -308,7 +308,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         if self.training:
             self.sparsity.observe(outputs.routings)
         reg_loss = self._regularizer(outputs.routings)
-        target_BS = _targets(labels, shift_labels, attention_mask)
+        token_mask = kwargs.get("token_mask")
+        target_BS = _targets(labels, shift_labels, attention_mask if token_mask is None else token_mask)
         if return_logits is None:
             return_logits = target_BS is None or not self.training
         logits = None
@@ -326,8 +327,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
             reg_loss = reg_loss * share.to(reg_loss.device)  # layers of one model may lie on several devices
             loss = lm_loss + (self.regularizer_coefficient * reg_loss).to(lm_loss.device)
-            if outputs.routings[0].extra_loss is not None:
-                extra_loss = torch.as_tensor(self._extra_loss(outputs.routings))
+            if self.training and outputs.routings[0].extra_loss is not None:
+                extra_loss = self._extra_loss(outputs.routings)
                 loss = loss + (extra_loss * share.to(extra_loss.device)).to(loss.device)
         return RemoeCausalLMOutput(
             loss=loss,
@@ -340,13 +341,14 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads its signature
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # transformers reads its signature
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict[str, object]:
         """As transformers does; where a static cache makes a ready mask of the given one, that still tells padding."""
         inputs, mask = super().prepare_inputs_for_generation(input_ids, *args, **kwargs), kwargs.get("attention_mask")
         if is_padding_mask(mask) and not is_padding_mask(inputs.get("attention_mask")):
             given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["token_mask"] = mask[:, -given.shape[1] :]
+            # contiguous, as transformers makes what it cuts: a stride that grows would compile anew for each token
+            inputs["token_mask"] = mask[:, -given.shape[1] :].contiguous()
         return inputs
 
     def _fuses_loss(self) -> bool:

@@ -29,11 +29,17 @@ def stage(sparsity: float, target: float) -> str:
     return "dense" if density >= DENSE_ABOVE else "sparsifying"
 
 
+def settled_within(target: float) -> float:
+    """How far S may be from its target to count as settled.
+
+    0.01, and 8 % of the wanted density where that is less, as at k = 1 from E = 16 on: at E = 128 a model whose experts
+    are all closed would else be near.
+    """
+    return SETTLED_WITHIN if SETTLED_OF_DENSITY * (1 - target) >= SETTLED_WITHIN else SETTLED_OF_DENSITY * (1 - target)
+
+
 def settling_time(sparsities: Sequence[float], target: float) -> int | None:
     """Stages I and II in steps: the first index from which S stays near its target for SETTLED_STEPS steps.
-
-    Near is within 0.01, and within 8 % of the wanted density, which at k = 1 is less from E = 16 on: at E = 128 a model
-    whose experts are all closed would else be near.
 
     Args:
         sparsities: S of each step, from the first.
@@ -42,7 +48,7 @@ def settling_time(sparsities: Sequence[float], target: float) -> int | None:
     Returns:
         Index (steps before it are stages I and II), or None when S never settles.
     """
-    within, tolerance = 0, min(SETTLED_WITHIN, SETTLED_OF_DENSITY * (1 - target))
+    within, tolerance = 0, settled_within(target)
     for index, sparsity in enumerate(sparsities):
         within = within + 1 if abs(sparsity - target) <= tolerance else 0
         if within == SETTLED_STEPS:
