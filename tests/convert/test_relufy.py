@@ -17,6 +17,7 @@ import remoe
 from remoe.convert.calibration import fit_relu_gates, language_model_loss
 from remoe.convert.experts_function import is_plain_swiglu, remoe_experts_forward
 from remoe.errors import ConfigError
+from remoe.experts import stored_pairs
 from remoe.routing.regularizers import l1_loss
 from remoe.sparsity import SparsityController
 
@@ -249,11 +250,26 @@ def test_a_part_of_a_model_knows_no_mask_of_an_earlier_call():
         assert torch.equal(model.model(ids).last_hidden_state, before)
 
 
+def test_of_the_experts_that_a_relufied_model_lists_it_keeps_the_wanted_ones(tmp_path):
+    """On CUDA the lists have room for all of them."""
+    model, ids, kept = build("mixtral"), token_ids(2), []
+    report = remoe.relufy(model, [ids], max_loss_increase=None)
+    model.save_pretrained(tmp_path)
+    for one in (model, remoe.load_relufied(tmp_path)):
+        with pytest.MonkeyPatch.context() as patch:
+            ours = "remoe.convert.experts_function.run_experts"
+            patch.setattr(ours, lambda x, *rest, stored: (kept.append(stored), x)[1])
+            one(ids)
+    wanted = stored_pairs(torch.empty(ids.numel(), 1), report.num_experts, report.k)
+    assert wanted < ids.numel() * report.num_experts
+    assert kept == [wanted] * (2 * len(report.routers))
+
+
 def test_experts_follow_autocast():
     experts, dtypes = build("mixtral").model.layers[0].mlp.experts, []
     ours = "remoe.convert.experts_function.run_experts"
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(ours, lambda x, *rest: (dtypes.append((x.dtype, rest[0].dtype)), x)[1])
+        patch.setattr(ours, lambda x, *rest, **_: (dtypes.append((x.dtype, rest[0].dtype)), x)[1])
         y_TD = remoe_experts_forward(experts, torch.randn(2, 32), torch.tensor([[0], [1]]), torch.ones(2, 1))
     assert dtypes == [(torch.bfloat16, torch.bfloat16)]
     assert y_TD.dtype == torch.float32

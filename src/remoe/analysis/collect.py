@@ -115,6 +115,8 @@ def _routings(
 def _executed(routing: Routing) -> Tensor:
     """(T, E) bool. Not the gates that differ from zero: a softmax may round one to zero."""
     pairs = routing.assignment
+    if pairs.pair_TE is not None:
+        return pairs.pair_TE >= 0
     listed_N = torch.arange(len(pairs.token_N), device=pairs.token_N.device) < pairs.count_E.sum()
     active_TE = torch.zeros_like(routing.gate_TE, dtype=torch.bool)
     active_TE[pairs.token_N[listed_N], pairs.expert_N[listed_N]] = True

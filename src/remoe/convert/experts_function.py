@@ -15,10 +15,11 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from remoe.errors import ConfigError
-from remoe.experts import autocast_tensors, run_experts
+from remoe.experts import autocast_tensors, run_experts, stored_pairs
 from remoe.routing.assignment import Assignment
 
 NAME = "remoe"
+PAIRS_PER_TOKEN = "pairs_per_token"  # an attribute of experts modules
 
 
 def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -38,7 +39,10 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     assignment = _assignment(index_TK, weight_TK, self.num_experts)
     if is_plain_swiglu(self):
         tensors = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj)
-        return run_experts(*tensors, assignment).to(x_TD.dtype)
+        # A relufied model lists every expert of every token, and wants few: it says how many.
+        wanted = getattr(self, PAIRS_PER_TOKEN, index_TK.shape[1])
+        stored = stored_pairs(x_TD, self.num_experts, wanted)
+        return run_experts(*tensors, assignment, stored=stored).to(x_TD.dtype)
     if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")
     return _one_by_one(self, x_TD, assignment)

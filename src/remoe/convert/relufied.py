@@ -310,6 +310,8 @@ def replace_routers(model: PreTrainedModel, settings: dict) -> None:
             new = RelufiedRouter(context, layer, d_model, E, k, settings["load_balance"])
             new.reset_parameters(_initial_std(model.config))
         model.set_submodule(name, new.to(parameter.dtype))
+        block = model.get_submodule(name.rpartition(".")[0])
+        setattr(block.experts, experts_function.PAIRS_PER_TOKEN, k)
     with torch.device(parameter.device):
         model.sparsity = SparsityController(len(routers), E, k, **STEERING)
     keep_statistics_local(model)

@@ -95,12 +95,7 @@ class Experts(nn.Module):
         if is_quantised(gate_up):
             gate_up, down, assignment = _dequantised(gate_up, down, assignment)
         x_TD, gate_up, down = autocast_tensors(x_TD, gate_up, down)
-        T, E = x_TD.shape[0], down.shape[0]
-        per_token = E if self.pairs_per_token is None else min(E, STORED_RATIO * self.pairs_per_token)
-        stored = math.ceil(per_token * T)
-        if x_TD.device.type == "cuda" and not torch.compiler.is_compiling():  # a comparison would fix a symbolic T
-            stored = max(stored, MIN_STORED_WINDOW)  # shorter windows would not be made
-        stored = -(-stored // STORED_MULTIPLE) * STORED_MULTIPLE
+        stored = stored_pairs(x_TD, down.shape[0], self.pairs_per_token)
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
     def _run_first(self, x_TD: Tensor) -> Tensor:
@@ -128,6 +123,15 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape
         return f"num_experts={E}, d_model={D}, d_expert={F_}, backend={self.backend}"
+
+
+def stored_pairs(x_TD: Tensor, E: int, pairs_per_token: float | None) -> int:
+    """How many pairs' pre-activations a layer keeps: somewhat more than the wanted ones; all where that is None."""
+    per_token = E if pairs_per_token is None else min(E, STORED_RATIO * pairs_per_token)
+    stored = math.ceil(per_token * x_TD.shape[0])
+    if x_TD.device.type == "cuda" and not torch.compiler.is_compiling():  # a comparison would fix a symbolic T
+        stored = max(stored, MIN_STORED_WINDOW)  # shorter windows would not be made
+    return -(-stored // STORED_MULTIPLE) * STORED_MULTIPLE
 
 
 def run_experts(

@@ -347,8 +347,9 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         inputs, mask = super().prepare_inputs_for_generation(input_ids, *args, **kwargs), kwargs.get("attention_mask")
         if is_padding_mask(mask) and not is_padding_mask(inputs.get("attention_mask")):
             given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            # contiguous, as transformers makes what it cuts: a stride that grows would compile anew for each token
-            inputs["token_mask"] = mask[:, -given.shape[1] :].contiguous()
+            # A copy, as transformers makes of what it cuts: a stride that grows would compile anew for each token.
+            token_mask = mask[:, -given.shape[1] :].to(given.device)
+            inputs["token_mask"] = token_mask.clone(memory_format=torch.contiguous_format)
         return inputs
 
     def _fuses_loss(self) -> bool:

@@ -72,13 +72,15 @@ class CutoffRouter(LinearRouter):
             score_TE: (T, E), what is compared and, for active pairs, the gate.
             by_choice: the experts choose among these tokens; else tokens above the cutoffs are active.
         """
-        chosen_TE, cutoff_E = choose_tokens(score_TE, mask_T, self.k)
+        num_tokens, known_E = count_tokens(x_TD, mask_T), self.cutoff_E
         # With k = E no score is the largest that was not chosen: every token is active.
         above_TE = unmasked((score_TE > self.cutoff_E) | (self.k == self.num_experts), mask_T)
-        active_TE = torch.where(torch.as_tensor(by_choice, device=x_TD.device), chosen_TE, above_TE)
+        active_TE = above_TE
+        if by_choice is not False:
+            chosen_TE, cutoff_E = choose_tokens(score_TE, mask_T, self.k)
+            known_E = torch.where(num_tokens > 0, cutoff_E.float(), self.cutoff_E)
+            active_TE = chosen_TE if by_choice is True else torch.where(by_choice, chosen_TE, above_TE)
         gate_TE = score_TE * active_TE
-        num_tokens = count_tokens(x_TD, mask_T)
-        known_E = torch.where(num_tokens > 0, cutoff_E.float(), self.cutoff_E)
         nothing = torch.zeros((), device=x_TD.device)
         assignment = Assignment.from_gates(gate_TE, active_TE)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, nothing, statistic_E=known_E)

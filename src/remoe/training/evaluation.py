@@ -88,7 +88,7 @@ def evaluate(
     results = {}
     for domain, limit in windows.shares(max_tokens).items():
         nats = torch.zeros((), dtype=torch.float64, device=device)
-        targets = pairs = slots = 0
+        counted = torch.zeros(3, dtype=torch.int64, device=device)  # read once: each look waits for the device
         for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
             target_NS = target_NS.to(device)
             with autocast or torch.autocast(device.type, enabled=False):
@@ -101,10 +101,11 @@ def evaluate(
                     return_logits=False,
                 )
             nats += out.lm_loss.double()
-            targets += int((target_NS != -100).sum())
+            counted[0] += (target_NS != -100).sum()
             for routing in out.routings:
-                pairs += int(routing.count_E.sum())
-                slots += int(routing.num_tokens) * routing.assignment.num_experts
+                counted[1] += routing.count_E.sum().to(device)
+                counted[2] += routing.num_tokens.to(device) * routing.assignment.num_experts
+        targets, pairs, slots = counted.tolist()
         results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
     model.train(was_training)
     return results

@@ -155,7 +155,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        coefficient = torch.as_tensor(self.model.regularizer_coefficient, device=self.device)
+        coefficient = self.model.regularizer_coefficient
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.to(self.device)
+        else:  # made there: a copy would wait for the device
+            coefficient = torch.full((), coefficient, device=self.device)
         lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.model.update_routing()
@@ -195,6 +199,8 @@ class Trainer:
     def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole batch by micro-batches; its losses, 0-dim float32: parts, and what is trained."""
         config = self.config
+        if self.device.type == "cuda":
+            token_BS = token_BS.pin_memory()  # else the copy waits for the device
         token_BS = token_BS.to(self.device, non_blocking=True)
         items = config.batch_size * config.seq_len
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
