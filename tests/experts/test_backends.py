@@ -169,9 +169,8 @@ def test_a_value_that_is_not_finite_stays_with_its_token(backend):
 @pytest.mark.skipif(INTERPRETED, reason="runs already")
 def test_triton_in_its_interpreter():
     triton = pytest.importorskip("triton")
-    if version.parse(triton.__version__) < version.parse("3.7") and version.parse(np.__version__) >= version.parse(
-        "2.4"
-    ):
+    old, new = version.parse("3.7"), version.parse("2.4")
+    if version.parse(triton.__version__) < old and version.parse(np.__version__) >= new:
         pytest.skip("the interpreter of triton 3.6 fails with numpy 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
