@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert import experts_function
 from remoe.errors import ConfigError
-from remoe.models.modeling_remoe import is_padding_mask
+from remoe.models.padding import is_padding_mask
 from remoe.models.routed import keep_statistics_local
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel, is_padding_mask
+from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
+from remoe.models.padding import padding_mask
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
@@ -86,8 +87,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         if self.training:
             self.sparsity.observe(outputs.routings)
         hidden_BSD = outputs.last_hidden_state
-        token_mask = kwargs.get("token_mask")
-        last_B = self._last_token(hidden_BSD, input_ids, attention_mask if token_mask is None else token_mask)
+        last_B = self._last_token(hidden_BSD, input_ids, padding_mask(attention_mask, kwargs.get("token_mask")))
         logits_BC = self.score(hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B])
         reg_loss = self._regularizer(outputs.routings)
         loss = task_loss = None
@@ -110,7 +110,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         """(B,) int64: the last position that is not padding, on either side."""
         B, S, _ = hidden_BSD.shape
         position_S = torch.arange(S, device=hidden_BSD.device)
-        if is_padding_mask(mask):
+        if mask is not None:
             return (position_S * mask[:, -S:].to(position_S)).argmax(dim=1)
         pad = self.config.pad_token_id
         if pad is not None and input_ids is not None:

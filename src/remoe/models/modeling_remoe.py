@@ -27,6 +27,7 @@ from remoe.gemm import Linear
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.linear_cross_entropy import linear_cross_entropy
+from remoe.models.padding import IGNORED, is_padding_mask, padding_mask, shifted_targets
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -207,7 +208,8 @@ class RemoeModel(RemoePreTrainedModel):
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
-        token_mask_BS = _token_mask(attention_mask, S) if token_mask is None else token_mask.bool()
+        mask = padding_mask(attention_mask, token_mask)
+        token_mask_BS = None if mask is None else mask[:, -S:].bool()
 
         routings, states, weights = [], [], []
         for layer in self.layers:
@@ -308,8 +310,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         if self.training:
             self.sparsity.observe(outputs.routings)
         reg_loss = self._regularizer(outputs.routings)
-        token_mask = kwargs.get("token_mask")
-        target_BS = _targets(labels, shift_labels, attention_mask if token_mask is None else token_mask)
+        target_BS = shifted_targets(labels, shift_labels, padding_mask(attention_mask, kwargs.get("token_mask")))
         if return_logits is None:
             return_logits = target_BS is None or not self.training
         logits = None
@@ -319,7 +320,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
 
         loss = lm_loss = None
         if target_BS is not None:
-            num_targets = (target_BS != -100).sum().clamp(min=1)
+            num_targets = (target_BS != IGNORED).sum().clamp(min=1)
             items = num_targets if num_items_in_batch is None else num_items_in_batch
             lm_loss = self._language_model_loss(outputs.last_hidden_state, logits, target_BS, items)
             share = num_targets / items
@@ -376,27 +377,3 @@ def _refuse_reentrant_recomputation(layer: GradientCheckpointingLayer) -> None:
     recompute = getattr(layer, "_gradient_checkpointing_func", None)
     if layer.gradient_checkpointing and getattr(recompute, "keywords", {}).get("use_reentrant"):
         raise ConfigError("recomputation of a ReMoE model needs use_reentrant=False")
-
-
-def is_padding_mask(mask: object) -> bool:
-    """Whether a mask says which tokens are padding; transformers also hands on ready masks for attention."""
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def _token_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
-    """(B, S) bool, false for padding, from a mask over past and present tokens; None when there is no padding mask."""
-    return attention_mask[:, -S:].bool() if is_padding_mask(attention_mask) else None
-
-
-def _targets(labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """(B, S) targets of each position, -100 where there is none: padding neither is predicted nor predicts."""
-    if labels is None and shift_labels is None:
-        return None
-    keep_BS = attention_mask.bool() if is_padding_mask(attention_mask) else None
-    if shift_labels is None:
-        if keep_BS is not None:
-            labels = labels.masked_fill(~keep_BS[:, -labels.shape[1] :], -100)
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if keep_BS is not None:
-        shift_labels = shift_labels.masked_fill(~keep_BS[:, -shift_labels.shape[1] :], -100)
-    return shift_labels
