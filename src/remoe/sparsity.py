@@ -7,6 +7,7 @@ Legend: L layers, T tokens, E experts.
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Routing
 from remoe.routing.base import keep_float32
+
+if TYPE_CHECKING:
+    from remoe.layer import MoE
 
 RULES = ("sign", "official", "smooth", "none")
 
@@ -31,15 +35,17 @@ FAST_START_PENALTY = 3e-3
 # Keeps lambda a normal float32 number, from which it can rise again.
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30
 DEAD_AFTER_STEPS = 100
+# Weight of the Switch loss (arXiv 2101.03961, section 2.2).
+SWITCH_COEFFICIENT = 0.01
 UNKNOWN = -1.0
 
 
 class SparsityController(nn.Module):
     """Holds lambda and moves it so that the sparsity S (Eq. 8) reaches 1 - k/E.
 
-    Call `observe` with each micro-batch's routings and `update` once per optimiser step; add
-    `lam * mean over layers of routing.regularizer` to the loss. Everything that a resumed run needs is in the state
-    dict, float32 even when the model is cast to another dtype.
+    Add `penalty` to the loss, call `observe` with each micro-batch's routings and `update` once per optimiser step; for
+    routers that lambda does not steer too: it then measures, and moves what they steer themselves. Everything that a
+    resumed run needs is in the state dict, float32 even when the model is cast to another dtype.
 
     Args:
         num_layers: L.
@@ -170,29 +176,51 @@ class SparsityController(nn.Module):
             raise ConfigError(f"observe needs a routing of {E} experts for each of {L} layers, but got: {sizes}")
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
-
-        def stack(name: str) -> Tensor:
-            return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])
-
-        self._pairs_LE += stack("count_E")
-        self._tokens_L += stack("num_tokens")
-        regularizer_L = stack("regularizer")
+        self._pairs_LE += self._stacked(routings, "count_E")
+        self._tokens_L += self._stacked(routings, "num_tokens")
+        regularizer_L = self._stacked(routings, "regularizer")
         self._regularizer_sum += regularizer_L.sum() if self.sum_layers else regularizer_L.mean()
         if routings[0].statistic_E is not None:
-            self._statistic_LE += stack("statistic_E")
+            self._statistic_LE += self._stacked(routings, "statistic_E")
         self._passes += 1
 
+    def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
+        return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])
+
+    def penalty(
+        self, layers: "Sequence[MoE]", routings: Sequence[Routing], coefficient: float = SWITCH_COEFFICIENT
+    ) -> Tensor:
+        """What a training loss has besides the task's, in its units.
+
+        lambda times the mean over layers of the regulariser, where lambda steers the routers (arXiv 2412.14711, Eq. 6);
+        else `coefficient` times the sum over layers; and what routers add by themselves.
+
+        Args:
+            layers: the L layers of one model, all with one kind of router.
+            routings: what they returned, in the same order.
+            coefficient: of the load-balancing loss of "topk" and "sparsemixer"; the others have none.
+
+        Returns:
+            0-dim float32.
+        """
+        self.penalised = True
+        regularizer_L = self._stacked(routings, "regularizer")
+        if layers[0].router.steered:  # a copy of lambda: `update` changes it in place
+            total = self.lam.clone() * (regularizer_L.sum() if self.sum_layers else regularizer_L.mean())
+        else:
+            total = coefficient * regularizer_L.sum()
+        return total if routings[0].extra_loss is None else total + self._stacked(routings, "extra_loss").mean()
+
     @torch.no_grad()
-    def update(self, group: dist.ProcessGroup | None = None) -> Tensor:
+    def update(self, layers: "Sequence[MoE]" = (), group: dist.ProcessGroup | None = None) -> None:
         """Moves lambda by the statistics since the last call, summed over all ranks, and starts new ones.
 
         Without any token since the last call nothing changes. No host synchronisation.
 
         Args:
+            layers: those whose routings were observed, in the same order: what their routers steer by themselves
+                ("sigmoid", "expert_choice", "threshold") moves too. "relu" has nothing of the kind.
             group: ranks to sum over, when torch.distributed is initialised; all of them by default.
-
-        Returns:
-            0-dim bool: whether there was a token.
         """
         self.penalised = False
         sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes, self._statistic_LE)
@@ -222,7 +250,8 @@ class SparsityController(nn.Module):
         self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
         for tensor in sums:
             tensor.zero_()
-        return seen
+        for layer, load_E, statistic_E in zip(layers, self.load_LE, self.statistic_LE, strict=bool(layers)):
+            layer.router.step(load_E, statistic_E, seen)
 
     def _log_step(self, density: Tensor) -> tuple[Tensor, Tensor]:
         """0-dim each: the step of log lambda, and the averaged error of log density."""

@@ -1,5 +1,6 @@
 """Equal FLOPs and the tables, on hand-made summaries."""
 
+import io
 import json
 from dataclasses import replace
 from statistics import stdev
@@ -20,6 +21,7 @@ from remoe.compare.pool import Pool
 from remoe.compare.record import RunRecord, ZeroShot, options_of
 from remoe.compare.report import markdown
 from remoe.compare.results import Results, _settled, results
+from remoe.terminal import Console, duration
 
 HALF = SimpleNamespace(num_tokens=9)
 DATA = SimpleNamespace(fingerprint="fingerprint", domains=["code"], train=HALF, validation=HALF)
@@ -230,6 +232,17 @@ def test_the_list_counts_runs_and_those_that_may_follow(trial, pool):
     assert live.count() == "4 of 8 runs finished; equal FLOPs asks for up to 2 more"  # topk again, near not
 
 
+def test_rows_are_told_apart_in_a_narrow_terminal(pool):
+    asked = {"variants": {"relu": {}, "topk": {"router": "topk"}}, "seeds": [0, 1], "base": {"steps": 5}}
+    axes = {"num_experts": [4, 16], "optim.lr": [0.0015, 0.0025]}
+    live = Live(experiment_from_dict(asked | {"axes": axes}, "x", "x"), pool)
+    console = Console(width=80, file=io.StringIO())
+    console.print(live.table())
+    text = console.file.getvalue()
+    assert all(text.count(value) == 4 for value in ("0.0015", "0.0025")), text
+    assert text.count(" 16 ") == 4, text
+
+
 def test_the_live_line_shows_the_loss_without_the_penalty(trial, pool):
     live, run = Live(trial, pool), trial.runs[0]
     step = {"step": 3, "loss": 7.5, "lm_loss": 6.5, "sparsity": 0.5, "tokens": 30, "tokens_per_second": 10.0}
@@ -345,6 +358,10 @@ def test_a_figure_of_first_seeds_leaves_out_a_system_whose_first_is_missing(tria
     monkeypatch.setattr("remoe.compare.output.markdown", lambda _, __, records, shown, ___: f"{[*records]} {[*shown]}")
     report = write(trial, Pool(pool.path, "fingerprint"), DATA, tmp_path / "out", "cpu")
     assert report.read_text() == "['topk', 'relu'] ['topk']"
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (7.4, 754, 11109, 3599.7)] == ["0:07", "12:34", "3:05:09", "1:00:00"]
 
 
 def test_one_run_of_several_points_is_missing_once(pool):

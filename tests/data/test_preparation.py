@@ -1,5 +1,6 @@
 """`prepare` keeps every document, divides without leaks, and never touches what is not its own."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -63,6 +64,21 @@ def test_named_validation_sources_are_the_validation_split(
     assert dataset.train.num_documents == 40
     assert document_texts(dataset, dataset.validation) == [("held", text) for text in make_texts(5, seed=3)]
     assert dataset.manifest.validation_fraction is None
+
+
+def test_files_that_are_not_read_are_named(
+    tmp_path: Path,
+    small_options: Options,
+    write_jsonl: Writer,
+    make_texts: Texts,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_jsonl(tmp_path / "texts.jsonl", make_texts(20, seed=1))
+    for name in ("notes.md", "more.md", "LICENSE"):
+        (tmp_path / name).write_text("words")
+    options = small_options(tmp_path.parent / f"{tmp_path.name}-out", tmp_path)
+    prepare(dataclasses.replace(options, quiet=False))
+    assert "left out 3 files of other kinds: .md, LICENSE" in capsys.readouterr().err
 
 
 def test_preparing_twice_gives_the_same_bytes(

@@ -63,6 +63,17 @@ def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, t
     assert sum(words in record.getMessage() for record in caplog.records) == 1
 
 
+def test_whether_kernels_will_be_compiled_is_known_before(fresh, monkeypatch):
+    if kernels._compiler() is None:
+        assert not kernels.to_be_built()
+        pytest.skip("no compiler here")
+    assert kernels.to_be_built()
+    assert kernels.compiled_kernels(torch.float32) is not None
+    assert not kernels.to_be_built()
+    monkeypatch.setenv("REMOE_KERNELS", "0")
+    assert not kernels.to_be_built()
+
+
 def test_linked_to_torchs_own_openmp_whatever_other_packages_bring(monkeypatch):
     own = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     system, site = Path("/usr/lib/libgomp.so.1"), Path(torch.__file__).parent.parent

@@ -103,6 +103,29 @@ def test_every_router_trains_saves_and_writes_text(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(ROUTERS))
+def test_a_loop_of_ones_own_steers_as_the_model_does(name):
+    options = {"locality": 0.5} if name == "relu_norm" else {}
+    model = small_model(name, **options).train()
+    other = small_model(name, **options).train()
+    other.load_state_dict(model.state_dict())
+    layers, control = [layer.mlp for layer in other.model.layers], other.sparsity
+    for step in range(3):
+        ids = torch.randint(64, (2, 12))
+        torch.manual_seed(step)  # "sparsemixer" draws
+        expected = model(ids, labels=ids, use_cache=False)
+        model.update_routing()
+        torch.manual_seed(step)
+        routings = other.model(ids, use_cache=False).routings
+        torch.testing.assert_close(control.penalty(layers, routings), expected.loss - expected.lm_loss)
+        control.observe(routings)
+        control.update(layers)
+    for (_, moved), (key, buffer) in zip(other.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(moved, buffer), key
+    if name in ("expert_choice", "threshold"):  # untrained cutoffs would let everything pass
+        assert all(routing.sparsity > 0 for routing in other.eval()(ids).routings)
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
 def test_shared_expert_is_added_for_every_token(name):
     layer = remoe.MoE(D, 8, E, 1, name, shared_expert_size=12, init_std=0.5).eval()
     x, ids = torch.randn(2, 6, D), torch.randint(100, (2, 6))

@@ -87,6 +87,7 @@ def test_a_signal_saves_and_exits_with_its_number(corpus, uninterrupted, tmp_pat
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert "--resume" in output
+    assert "stopping after this step" in errors
     assert list_checkpoints(out / "checkpoints")
     assert train(corpus, out, "--resume") == 0
     same_run(uninterrupted, out)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from remoe.errors import RemoeError
-from remoe.training.metrics import MetricsWriter, read_metrics, settling_time, stage
+from remoe.training.metrics import MetricsWriter, first_sparse_step, read_metrics, settling_time, stage
 
 
 def test_settling_time_on_hand_made_courses():
@@ -59,3 +59,10 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(RemoeError, match="line 2"):
         read_metrics(path)
+
+
+def test_stage_three_begins_where_it_lasts():
+    dense, sparse = [0.5], [0.875]
+    assert first_sparse_step(sparse * 10, 0.875) == 1
+    assert first_sparse_step(dense * 3 + sparse * 5 + dense * 2 + sparse * 12, 0.875) == 11
+    assert first_sparse_step(dense * 3 + sparse * 9, 0.875) == 13

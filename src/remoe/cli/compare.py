@@ -123,6 +123,7 @@ def compare_command(argv: list[str]) -> int:
     elif not any(pool.summary(run) for run in experiment.runs):
         raise ConfigError(f"no run of {options.experiment} is finished yet")
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
+    live.console.print("writing tables and figures")
     report = write(experiment, pool, dataset, out, options.device)
     if not live.console.is_terminal:
         live.console.print(live.table())

@@ -160,6 +160,8 @@ def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from remoe.training.rundir import load_model
 
     quiet_transformers()
+    if not Path(source).exists():
+        print(f"{source} is no folder here: asking the Hugging Face hub", flush=True)
     model, tokenizer, _ = load_model(source, hub=True)
     return model, tokenizer
 

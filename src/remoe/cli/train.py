@@ -13,7 +13,7 @@ def train_command(argv: list[str]) -> int:
     """Trains, or continues, a run; 128 and the signal's number when a signal stopped it."""
     given = parse(TrainConfig, argv, prog=PROG)  # which preset, file or run the other flags are laid over
 
-    from remoe.training.rundir import RunFolder, new_run_path, newest_run
+    from remoe.training.rundir import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
         raise ConfigError("--resume takes the run's own options: leave --config out")
@@ -35,6 +35,8 @@ def train_command(argv: list[str]) -> int:
     config = parse(TrainConfig, argv, prog=PROG, default=base)
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
+        if not config.out and (earlier := first_run_path(config)) != run.path:
+            print(f"{earlier} is there already (--out {earlier} --resume goes on with it): this run goes to {run.path}")
     config.out = str(run.path)
 
     from remoe.cli.quiet import quiet_transformers

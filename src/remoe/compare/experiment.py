@@ -17,11 +17,10 @@ from types import MappingProxyType
 from typing import Any
 
 import pydantic
-import yaml
 
 from remoe.errors import ConfigError
 from remoe.routing import ROUTERS, router_options
-from remoe.training.config import StrictLoader, TrainConfig, changes_result, config_from_dict, flatten, merge
+from remoe.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge, read_yaml
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
 
@@ -139,10 +138,7 @@ def load_experiment(path: str | Path, base: Mapping[str, Any] = MappingProxyType
         ConfigError: for a file that cannot be read, an unknown key, or options that `remoe train` would refuse.
     """
     path = Path(path)
-    try:
-        given = yaml.load(path.read_text(), StrictLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read experiment {path}: {' '.join(str(error).split())}") from error
+    given = read_yaml(path, "experiment")
     if not isinstance(given, dict):
         raise ConfigError(f"experiment {path} is not a mapping")
     if base and isinstance(given.get("base") or {}, dict):

@@ -14,7 +14,7 @@ from rich.text import Text
 from remoe.compare.budget import matches
 from remoe.compare.experiment import Experiment, Run
 from remoe.compare.pool import Pool
-from remoe.terminal import Console
+from remoe.terminal import Console, duration
 
 TAIL_BYTES = 65536  # holds the last record of most runs
 LINE_SECONDS = 60.0  # between two lines on how far a run is, where no table moves
@@ -109,8 +109,10 @@ class Live:
         seeds = list(dict.fromkeys(seed for _, _, seed in tokens))
         title = f"{self.experiment.title}: validation loss at equal tokens" + (" and equal FLOPs" if flops else "")
         table = Table(title=title, title_justify="left")
-        for axis in self.experiment.axes:
-            table.add_column(axis.rpartition(".")[2], justify="right")
+        for axis, values in self.experiment.axes.items():  # what tells the rows apart is never cut
+            table.add_column(
+                axis.rpartition(".")[2].replace("_", "\n"), justify="right", min_width=max(map(len, map(str, values)))
+            )
         table.add_column("variant", no_wrap=True)
         comparisons = [("tokens", tokens)] + ([("FLOPs", flops)] if flops else [])
         for name, _ in comparisons:
@@ -143,7 +145,7 @@ class Live:
         left = (run.steps - record["step"]) * record["tokens"] / record["step"] / record["tokens_per_second"]
         return Text(
             f"{run.label}: step {record['step']}/{run.steps}  loss {record['lm_loss']:.4f}  "
-            f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  left {left / 60:.1f} min"
+            f"sparsity {record['sparsity']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  left {duration(left)}"
         )
 
     def count(self) -> str:
@@ -153,15 +155,14 @@ class Live:
         return f"{text}; equal FLOPs asks for up to {unknown} more" if unknown else text
 
     def _count(self) -> str:
-        """`12 of 39 runs finished, about 3.1 hours to go`, by the time of the finished ones."""
+        """`12 of 39 runs finished, about 3:05:09 to go`, by the time of the finished ones."""
         summaries, known, unknown = self._progress()
         total = known + unknown  # where it is not known whether a second run is needed, it mostly is
         text = f"{len(summaries)} of {total} runs finished"
         if not summaries or len(summaries) == total:
             return text
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
-        hours = seconds * (total - len(summaries)) / self.workers / 3600
-        return f"{text}, about {hours:.1f} hours to go"
+        return f"{text}, about {duration(seconds * (total - len(summaries)) / self.workers)} to go"
 
     def _progress(self) -> tuple[list[dict], int, int]:
         """Summaries of the finished runs, how many runs are known, and of how many more it is open whether they are."""

@@ -134,7 +134,7 @@ class RelufiedMixin:
 
     def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
         """Moves lambda by the statistics since the last call; once per optimiser step."""
-        self.sparsity.update(group)
+        self.sparsity.update(group=group)
 
     @property
     def regularizer_coefficient(self) -> Tensor:

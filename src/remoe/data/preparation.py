@@ -32,7 +32,7 @@ from remoe.data.options import PrepareOptions
 from remoe.data.pipeline import encode_documents
 from remoe.data.progress import MEGABYTE, Reporter
 from remoe.data.scan import Inputs, check_apart, scan
-from remoe.data.sources import Signature
+from remoe.data.sources import FileSource, Signature
 from remoe.data.tokenizer import (
     Encoder,
     load_tokenizer,
@@ -43,6 +43,8 @@ from remoe.data.tokenizer import (
 )
 from remoe.data.writer import ShardWriter
 from remoe.errors import DataError
+
+SHOWN_KINDS = 5
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,6 +121,12 @@ class _Preparation:
             f"read {found.documents} documents, {found.bytes / MEGABYTE:.1f} MB in {_since(begin)};"
             f" domains: {', '.join(found.domains)}"
         )
+        sources = [*self.inputs.train, *self.inputs.validation]
+        left_out = [path for source in sources if isinstance(source, FileSource) for path in source.left_out]
+        if left_out:
+            kinds = sorted({path.suffix or path.name for path in left_out})
+            more = " and others" if len(kinds) > SHOWN_KINDS else ""
+            self.reporter.line(f"left out {len(left_out)} files of other kinds: {', '.join(kinds[:SHOWN_KINDS])}{more}")
         return found
 
     def _tokenizer(self) -> "PreTrainedTokenizerBase":

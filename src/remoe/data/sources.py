@@ -38,6 +38,7 @@ class FileSource:
     name: str
     files: tuple[tuple[Path, str], ...]
     columns: Columns
+    left_out: tuple[Path, ...] = ()  # files of other kinds in the same folder
 
     def signature(self) -> Signature:
         return files_signature([path for path, _ in self.files])
@@ -117,10 +118,11 @@ def _unreadable(error: OSError) -> None:
 
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:
-    files = tuple((path, _folder_domain(folder, path)) for path in walk_files(folder) if known_suffix(path))
+    found = walk_files(folder)
+    files = tuple((path, _folder_domain(folder, path)) for path in found if known_suffix(path))
     if not files:
         raise DataError(f"{name}: no files to read in this folder (known: {', '.join(sorted(READERS))})")
-    return FileSource(name, files, columns)
+    return FileSource(name, files, columns, tuple(path for path in found if not known_suffix(path)))
 
 
 def _folder_domain(folder: Path, path: Path) -> str:

@@ -87,7 +87,7 @@ def _library() -> ctypes.CDLL | None:
     if not all(source.is_file() for source in _SOURCES):
         logger.info("an exported model carries no C++ sources: the experts use plain torch operations")
         return None
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         logger.info("no C++ compiler: the experts use plain torch operations between their matrix products")
         return None
@@ -99,18 +99,38 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str) -> Path:
-    """Path of the shared library, built unless it is in the cache."""
+def to_be_built() -> bool:
+    """Whether the first use of the kernels will compile them, which takes some seconds."""
+    if os.environ.get("REMOE_KERNELS") == "0" or not all(source.is_file() for source in _SOURCES):
+        return False
+    if (compiler := _compiler()) is None:
+        return False
+    try:
+        return not _plan(compiler)[0].exists()
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # what `_library` says of it
+        return False
+
+
+def _compiler() -> str | None:
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def _plan(compiler: str) -> tuple[Path, list[str], str | None]:
+    """Path of the shared library, flags, and the OpenMP library to link."""
     openmp = _openmp_runtime()
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     identity = "\0".join((*(p.read_text() for p in _SOURCES), version, *flags, str(openmp), _processor()))
-    folder = _cache_folder()
-    library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    return _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so", flags, openmp
+
+
+def _build(compiler: str) -> Path:
+    """Path of the shared library, built unless it is in the cache."""
+    library, flags, openmp = _plan(compiler)
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         linked, objects = Path(scratch, "kernels.so"), []
         for source in _SOURCES:
             if source.suffix == ".cpp":

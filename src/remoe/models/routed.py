@@ -62,10 +62,7 @@ class RoutedModel:
         Args:
             group: as in `SparsityController.update`.
         """
-        seen = self.sparsity.update(group)
-        statistics = zip(self.model.layers, self.sparsity.load_LE, self.sparsity.statistic_LE, strict=True)
-        for layer, load_E, statistic_E in statistics:
-            layer.mlp.router.step(load_E, statistic_E, seen)
+        self.sparsity.update([layer.mlp for layer in self.model.layers], group)
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.

@@ -62,5 +62,6 @@ def router_class(name: str) -> type[Router]:
         ConfigError: for a name that is not in ROUTERS.
     """
     if name not in ROUTERS:
-        raise ConfigError(f"unknown router {name!r}; choose one of: {', '.join(ROUTERS)}")
+        known = ", ".join(ROUTERS)
+        raise ConfigError(f"unknown router {name!r}; choose one of: {known} (files of own ones: REMOE_ROUTERS)")
     return ROUTERS[name]

@@ -323,16 +323,26 @@ def to_yaml(options: dict[str, Any]) -> str:
     return yaml.dump(options, Dumper=StrictDumper, sort_keys=False)
 
 
+def read_yaml(path: str | Path, kind: str) -> Any:
+    """What a YAML file holds; a ConfigError in one line, which calls it a `kind`, where it cannot be read."""
+    try:
+        return yaml.load(Path(path).read_text(), StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {kind} {path}: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"cannot read {kind} {path}{where}: {what}") from error
+
+
 def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
     """TrainConfig of a YAML file; `overrides` go first.
 
     Raises:
         ConfigError: when the file is missing, is no mapping, or holds unknown options.
     """
-    try:
-        values = yaml.load(Path(path).read_text(), StrictLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "configuration")
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is not a mapping of options")
     return config_from_dict({**values, **overrides}, str(path))

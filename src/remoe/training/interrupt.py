@@ -11,10 +11,15 @@ SIGPIPE = 13  # signal.SIGPIPE, which not every system has
 
 
 class Interrupt:
-    """Context in which the first SIGINT or SIGTERM only sets `received`, to the signal's number."""
+    """Context in which the first SIGINT or SIGTERM only sets `received`, to the signal's number.
 
-    def __init__(self) -> None:
+    Args:
+        answer: a line that is written to standard error then.
+    """
+
+    def __init__(self, answer: str = "") -> None:
         self.received: int | None = None
+        self._answer = answer
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -34,6 +39,8 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if self._answer:
+            os.write(2, f"\n{self._answer}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

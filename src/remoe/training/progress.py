@@ -6,7 +6,7 @@ from collections import deque
 from rich.progress import BarColumn, Progress, TextColumn
 
 from remoe.routing import ROUTERS
-from remoe.terminal import Console
+from remoe.terminal import Console, duration
 from remoe.training.config import TrainConfig
 
 
@@ -23,6 +23,7 @@ class ProgressLine:
     def __init__(self, config: TrainConfig, first_step: int) -> None:
         self._config = config
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self._steps = 0
         self._console = Console(soft_wrap=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -36,6 +37,9 @@ class ProgressLine:
 
     def add(self, tokens: int, seconds: float) -> None:
         """Counts a step's tokens and time; validation and saving stay outside."""
+        if self._steps == 1:  # the first one waits for memory and for what is made at first use
+            self._recent.clear()
+        self._steps += 1
         self._recent.append((tokens, seconds))
 
     def show(self, record: dict, step: int) -> None:
@@ -60,10 +64,10 @@ class ProgressLine:
     def _line(self, record: dict, step: int) -> str:
         tokens = sum(tokens for tokens, _ in self._recent)
         seconds = sum(seconds for _, seconds in self._recent)
-        left = round((self._config.steps - step) * seconds / len(self._recent))
+        left = (self._config.steps - step) * seconds / len(self._recent)
         steered = f"lambda {record['lambda']:.2e}  " if ROUTERS[self._config.router].steered else ""
         return (
             f"step {step:>6}/{self._config.steps}  loss {record['lm_loss']:.4f}  {steered}"
             f"sparsity {record['sparsity']:.4f}  {record['stage']:<11}  "
-            f"{tokens / seconds:>7,.0f} tokens/s  left {left // 60}:{left % 60:02}"
+            f"{tokens / seconds:>7,.0f} tokens/s" + (f"  left {duration(left)}" if self._steps > 1 else "")
         )

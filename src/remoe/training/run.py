@@ -14,6 +14,7 @@ from remoe.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
 from remoe.data.files import locked
 from remoe.data.manifest import MANIFEST_NAME
 from remoe.errors import CheckpointError
+from remoe.experts import kernels
 from remoe.generation import SamplingOptions, generate_text
 from remoe.machine import machine
 from remoe.models.plan import training_flops
@@ -22,7 +23,7 @@ from remoe.training.config import TrainConfig, changes_result, differences
 from remoe.training.evaluation import Evaluation, total
 from remoe.training.interrupt import exit_code
 from remoe.training.memory import keep_freed_memory
-from remoe.training.metrics import iterate_metrics, settling_time
+from remoe.training.metrics import first_sparse_step, iterate_metrics, settling_time
 from remoe.training.rundir import RunFolder
 from remoe.training.trainer import Trainer, experts_backend, model_without_values, pick_device, wants_bfloat16
 
@@ -113,11 +114,13 @@ def _print_header(trainer: Trainer) -> None:
     print(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
-        f"experts backend {experts_backend(model, config.dtype, trainer.device)}"
+        f"experts backend {_experts(trainer)}"
     )
+    passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
     print(
-        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, domains {', '.join(dataset.domains)}; "
-        f"device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); run {trainer.run.path}"
+        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
+        f"domains {', '.join(dataset.domains)}; device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); "
+        f"run {trainer.run.path}"
     )
     if trainer.step:
         print(f"resumed at step {trainer.step}")
@@ -125,10 +128,21 @@ def _print_header(trainer: Trainer) -> None:
         print("no checkpoint yet: starting from the beginning")
 
 
+def _experts(trainer: Trainer) -> str:
+    """The backend, and on a CPU whether it has compiled kernels; compiles them where that is still to be done."""
+    name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
+    if name != "loop" or trainer.device.type != "cpu":
+        return name
+    if kernels.to_be_built():
+        print("compiling the experts' kernels for this machine, once: some seconds", flush=True)
+    compiled = kernels.compiled_kernels(torch.float32) is not None
+    return f"{name} ({'compiled kernels' if compiled else 'plain torch operations'})"
+
+
 def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     config, target = trainer.config, trainer.model.sparsity.target
     sparsities = trainer.sparsities
-    settled = settling_time(sparsities, target)
+    sparse, settled = first_sparse_step(sparsities, target), settling_time(sparsities, target)
     after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
     tokenizer = trainer.dataset.load_tokenizer()
     prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
@@ -145,6 +159,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
         | {domain: result.to_dict() for domain, result in validation.items()},
         "target_sparsity": target,
         "final_sparsity": trainer.model.sparsity.sparsity.item(),
+        "sparse_step": sparse if sparse <= len(sparsities) else None,
         "settling_step": None if settled is None else settled + 1,
         "sparsity_mean": after.mean().item() if len(after) else None,
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
@@ -195,14 +210,15 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     path = shlex.quote(str(run.path))
     print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
     print(f"see it       remoe report {path}   (a page that shows what the experts do)")
-    print(f'next         remoe generate {path} --prompt "import "   |   remoe eval {path}')
+    words = shlex.quote(" ".join(summary["sample"].split()[:2]) or "The")
+    print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
 
 
 def _sparsity_line(summary: dict) -> str:
-    target = f"target {summary['target_sparsity']:.4g}"
+    target = f"target {summary['target_sparsity']:.4g}; sparse from step {summary['sparse_step'] or '(never)'}"
     if summary["settling_step"] is None:
         return f"sparsity has not settled; last {summary['final_sparsity']:.4f}, {target}"
     return (
         f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation {summary['sparsity_deviation']:.4f}, "
-        f"{target}; settled at step {summary['settling_step']}"
+        f"{target}, settled at step {summary['settling_step']}"
     )

@@ -103,12 +103,16 @@ def _options(config: TrainConfig) -> bytes:
     return to_yaml(config.to_dict()).encode()
 
 
+def first_run_path(config: TrainConfig) -> Path:
+    """runs/PRESET-ROUTER-seedN."""
+    return RUNS / f"{config.preset}-{config.router}-seed{config.seed}"
+
+
 def new_run_path(config: TrainConfig) -> Path:
-    """runs/PRESET-ROUTER-seedN, with a number behind it when that is taken."""
-    name = f"{config.preset}-{config.router}-seed{config.seed}"
-    path, number = RUNS / name, 2
+    """The same, with a number behind it when that is taken."""
+    path, number = first_run_path(config), 2
     while path.exists():
-        path, number = RUNS / f"{name}-{number}", number + 1
+        path, number = first_run_path(config).with_name(f"{first_run_path(config).name}-{number}"), number + 1
     return path
 
 

@@ -117,7 +117,7 @@ class Trainer:
         progress = ProgressLine(self.config, self.step)
         validation = None
         try:
-            with Interrupt() as interrupt:
+            with Interrupt("stopping after this step; once more stops at once, without saving") as interrupt:
                 while self.step < steps and not interrupt.received:
                     before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
                     record = self._train_step(progress)
