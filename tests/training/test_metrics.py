@@ -65,4 +65,5 @@ def test_stage_three_begins_where_it_lasts():
     dense, sparse = [0.5], [0.875]
     assert first_sparse_step(sparse * 10, 0.875) == 1
     assert first_sparse_step(dense * 3 + sparse * 5 + dense * 2 + sparse * 12, 0.875) == 11
-    assert first_sparse_step(dense * 3 + sparse * 9, 0.875) == 13
+    assert first_sparse_step(dense * 3 + sparse * 2, 0.875) == 4
+    assert first_sparse_step(sparse * 9 + dense, 0.875) == 11

@@ -30,6 +30,7 @@ from remoe.analysis.style import (
     save,
     write_svg,
 )
+from remoe.training.metrics import SPARSE_STEPS
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
@@ -107,17 +108,18 @@ def training_losses(
     axes = fig.subplots(1, 2, width_ratios=[1, 1.15])
     last = max(steps[-1] for steps, _ in runs.values())
     late = last * 2 / 3
-    ends, seen = {}, []
+    ends, seen, end = {}, [], late
     for name, (steps, losses) in runs.items():
         mean_steps, means = _moving_mean(steps, window), _moving_mean(losses, window)
         ends[plain(name)] = means[-1]
         seen += means[mean_steps >= late].tolist() or [means[-1]]
+        end = max(end, mean_steps[-1])
         if window > 1:
             axes[0].plot(steps, losses, color=look[name].color, lw=0.6, alpha=0.18)
         for ax in axes:
             ax.plot(mean_steps, means, color=look[name].color, ls=look[name].linestyle, label=plain(name))
     margin = 0.06 * (max(seen) - min(seen)) or 0.01
-    axes[1].set(xlim=(late, last), ylim=(min(seen) - margin, max(seen) + margin))
+    axes[1].set(xlim=(late, end if end > late else last), ylim=(min(seen) - margin, max(seen) + margin))
     label(axes[0], x="step", y="training loss (nats per token)", title="Whole course")
     label(axes[1], x="step", title="Last third")
     handles, names = axes[1].get_legend_handles_labels()
@@ -211,11 +213,16 @@ def _sparsity_per_layer(ax: Axes, runs: Mapping[str, Sequence[Mapping]], look: M
 
 
 def _start_of_sparse_stage(records: Sequence[Mapping]) -> int | None:
-    """The step at which stage III begins, None where the run has no other stage, or never gets there."""
-    stages = [record["stage"] for record in records]
-    if stages[0] == "sparse" or "sparse" not in stages:
-        return None
-    return records[stages.index("sparse")]["step"]
+    """The step at which stage III begins, as in `first_sparse_step`; None where the run has no other, or never does."""
+    begin = None
+    for record in records:
+        if record["stage"] != "sparse":
+            begin = None
+        elif begin is None:
+            begin = record["step"]
+        elif record["step"] >= begin + SPARSE_STEPS - 1:
+            break
+    return None if records[0]["stage"] == "sparse" else begin
 
 
 def _step_axis(ax: Axes, log_steps: bool) -> None:

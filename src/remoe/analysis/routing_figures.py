@@ -126,8 +126,7 @@ def routed_share_by_domain(
     if C > MAX_BAR_DOMAINS or C * E > MAX_BARS:
         return _share_maps_by_domain(share_CLE, domains)
     look = look or looks(domains)
-    columns = max(1, min(3, MAX_BARS_ACROSS // (C * E), L))
-    rows = -(-L // columns)
+    rows, columns = _grid(L, MAX_BARS_ACROSS // (C * E))
     fig = new_figure(7.6, 0.8 + 1.35 * rows + 2)
     upper, lower = fig.subfigures(2, 1, height_ratios=[0.8 + 1.35 * rows, 2])
     axes = upper.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -143,18 +142,23 @@ def routed_share_by_domain(
         ax.set_xlim(-0.6, E - 0.4)
         label(ax, title=f"layer {layer}")
     _label_lowest(axes, L, "expert")
-    upper.supylabel("share of the domain's tokens (dotted: 1/8 of the wanted mean)", fontsize=8)
+    upper.supylabel("share of the domain's tokens\n(dotted: 1/8 of the wanted mean)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, fig.get_figwidth()))
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
     return fig
 
 
+def _grid(panels: int, across: int) -> tuple[int, int]:
+    """Rows and columns: at most three panels and `across` in a row, as many in each as it goes."""
+    rows = -(-panels // max(1, min(3, across)))
+    return rows, -(-panels // rows)
+
+
 def _share_maps_by_domain(share_CLE: np.ndarray, domains: Sequence[str]) -> Figure:
     """The same as maps, a row a domain; the last one is of active experts, a column a layer."""
     C, L, E = share_CLE.shape
-    columns = max(1, min(3, MAX_BARS_ACROSS // E, L))
-    rows = -(-L // columns)
+    rows, columns = _grid(L, MAX_BARS_ACROSS // E)
     height = max(1.2, min(6.0, 0.4 + 0.12 * C))
     fig = new_figure(7.6, 0.5 + height * (rows + 1))
     upper, lower = fig.subfigures(2, 1, height_ratios=[rows, 1])

@@ -133,6 +133,17 @@
     panel.replaceChildren(...parts, list);
   }
 
+  // What is shown before the reader points at anything: the first token often is an empty line.
+  function busiest(domain) {
+    const excerpt = content.excerpts[domain];
+    const counts = excerpt.tokens.map((_, token) => {
+      let count = 0;
+      for (let layer = 0; layer < layers; layer++) count += pairs(excerpt, layer, token).length;
+      return count;
+    });
+    return counts.indexOf(Math.max(...counts));
+  }
+
   function show() {
     press("layers", state.chosen ? state.chosen.layer : state.layer);
     press("domains", state.domain);
@@ -174,8 +185,9 @@
   });
   choice("domains", content.excerpts.map(({ domain }, i) => [i, domain]), (domain) => {
     state.domain = domain;
-    state.token = 0;
+    state.token = busiest(domain);
     show();
   });
+  state.token = busiest(state.domain);
   show();
 })();

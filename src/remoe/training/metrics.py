@@ -58,16 +58,17 @@ def settling_time(sparsities: Sequence[float], target: float) -> int | None:
 
 
 def first_sparse_step(sparsities: Sequence[float], target: float) -> int:
-    """The step, from 1, that begins SPARSE_STEPS steps in a row of stage III; one behind the last if none does.
+    """The step, from 1, at which stage III begins; one behind the last where it never does.
 
-    The first steps that are that sparse may be a dip: the penalty has closed too much, and the experts open again.
+    That is where S is in it for SPARSE_STEPS steps, or to the end: before, it may just pass through, when the penalty
+    has closed too much and the experts open again.
     """
     in_a_row = 0
     for step, sparsity in enumerate(sparsities, 1):
         in_a_row = in_a_row + 1 if stage(sparsity, target) == "sparse" else 0
         if in_a_row == SPARSE_STEPS:
             return step - SPARSE_STEPS + 1
-    return len(sparsities) + 1
+    return len(sparsities) - in_a_row + 1
 
 
 def fill_steps(steps: Sequence[int], values: Sequence[Value]) -> list[Value]:

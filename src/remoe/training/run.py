@@ -215,7 +215,8 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
 
 
 def _sparsity_line(summary: dict) -> str:
-    target = f"target {summary['target_sparsity']:.4g}; sparse from step {summary['sparse_step'] or '(never)'}"
+    begin = summary["sparse_step"]
+    target = f"target {summary['target_sparsity']:.4g}; {f'sparse from step {begin}' if begin else 'not yet sparse'}"
     if summary["settling_step"] is None:
         return f"sparsity has not settled; last {summary['final_sparsity']:.4f}, {target}"
     return (
