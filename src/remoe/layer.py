@@ -14,6 +14,8 @@ from remoe.routing import DenseRouter, Routing, build_router
 class MoE(nn.Module):
     """A drop-in replacement for a transformer's feed-forward layer: `y, routing = layer(x)`.
 
+    To train it takes a `SparsityController` too, for whatever router: its `penalty`, `observe` and `update`.
+
     Granularity G splits each expert into G of width d_ffn / G (arXiv 2412.14711, Eq. 12 and 13): the layer then has
     E G experts of which k G are active, and the compute stays the same.
 
