@@ -196,7 +196,8 @@ def _figure(value: float) -> str:
 
 
 def _start(arguments: Common) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler would print to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler would print to stderr,
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and of memory that was there before
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ConfigError(f"--threads must be at least 1, but is {arguments.threads}")

@@ -98,7 +98,6 @@ def _run(argv: list[str]) -> int:
     # How often GNU OpenMP's threads look whether the others are done before they sleep. With its own 300,000 a training
     # step becomes ten times slower as soon as another program wants one of the cores; read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler, which measures memory, warns of nothing
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
