@@ -3,6 +3,9 @@
 Legend: T tokens, D model width, F expert width, E experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import reference
 import torch
 
@@ -77,3 +80,14 @@ def check_repeats(backend, leaves, active_TE):
     first, second = (run(backend, leaves, active_TE, dy) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Context in which it is an error that the host waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

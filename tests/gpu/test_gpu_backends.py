@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from experts.cases import SHAPES, check_equals_naive, check_repeats, problem
+from experts.cases import SHAPES, check_equals_naive, check_repeats, no_waiting, problem
 
 import remoe
 from remoe.errors import ConfigError
@@ -152,12 +152,8 @@ def test_triton_never_waits_for_the_device():
     experts = backend("triton", leaves, stored=1500)
     dy = torch.randn_like(x)
     experts(x, gate_up, down, Assignment.from_gates(gate_TE, active)).backward(dy)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         experts(x, gate_up, down, Assignment.from_gates(gate_TE, active)).backward(dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("router", ["relu", "topk"])
@@ -170,12 +166,8 @@ def test_layer_never_waits_for_the_device(router):
         (y.float().square().mean() + routing.regularizer).backward()
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from experts.cases import problem
+from experts.cases import no_waiting, problem
 
 import remoe
 from remoe.experts import run_experts
@@ -39,12 +39,8 @@ def test_a_training_step_never_waits_for_the_device(router):
         optimizer.step()
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("place", ["cuda", "cpu"])

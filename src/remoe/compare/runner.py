@@ -216,9 +216,9 @@ class _Matrix:
 def _why(code: int, log: Path, start: int) -> str:
     """Why a child ended: by a signal, or the last line that it wrote, behind `start` bytes of its log."""
     if code < 0:
-        known = -code in set(signal.Signals)
-        return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}" + (
-            " (out of memory?)" if -code == signal.SIGKILL else ""
+        names = {known.value: known.name for known in signal.Signals}  # real-time signals have none
+        return f"killed by {names.get(-code, f'signal {-code}')}" + (
+            " (out of memory?)" if code == -signal.SIGKILL else ""
         )
     with log.open("rb") as file:
         file.seek(start)

@@ -110,9 +110,10 @@ def first_run_path(config: TrainConfig) -> Path:
 
 def new_run_path(config: TrainConfig) -> Path:
     """The same, with a number behind it when that is taken."""
-    path, number = first_run_path(config), 2
+    first = path = first_run_path(config)
+    number = 2
     while path.exists():
-        path, number = first_run_path(config).with_name(f"{first_run_path(config).name}-{number}"), number + 1
+        path, number = first.with_name(f"{first.name}-{number}"), number + 1
     return path
 
 
