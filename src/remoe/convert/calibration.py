@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError
+from remoe.models.linear_cross_entropy import IGNORED_TARGET
+from remoe.models.padding import padding_mask, shifted_targets
 from remoe.routing import Routing
 
 STEPS = 400
@@ -51,14 +53,11 @@ def language_model_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) 
     nats = count = 0.0
     with evaluation(model):
         for batch in batches:
-            logits_BSV = model(**batch, use_cache=False).logits[:, :-1].float()
-            target_BS = batch["input_ids"][:, 1:]
-            if (mask := batch.get("attention_mask")) is not None:
-                text_BS = mask.bool()
-                target_BS = target_BS.masked_fill(~(text_BS[:, 1:] & text_BS[:, :-1]), -100)  # nor from padding
-            target_BS = target_BS.to(logits_BSV.device)
+            logits_BSV = model(**batch, use_cache=False).logits.float()
+            mask = padding_mask(batch.get("attention_mask"), None)
+            target_BS = shifted_targets(batch["input_ids"], None, mask).to(logits_BSV.device)
             nats += F.cross_entropy(logits_BSV.flatten(0, 1), target_BS.flatten(), reduction="sum").item()
-            count += (target_BS != -100).sum().item()
+            count += (target_BS != IGNORED_TARGET).sum().item()
     return nats / max(count, 1)
 
 

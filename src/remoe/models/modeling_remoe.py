@@ -26,8 +26,8 @@ from remoe.experts import Experts
 from remoe.gemm import Linear
 from remoe.layer import MoE
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.linear_cross_entropy import linear_cross_entropy
-from remoe.models.padding import IGNORED, is_padding_mask, padding_mask, shifted_targets
+from remoe.models.linear_cross_entropy import IGNORED_TARGET, linear_cross_entropy
+from remoe.models.padding import is_padding_mask, padding_mask, shifted_targets
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -320,7 +320,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
 
         loss = lm_loss = None
         if target_BS is not None:
-            num_targets = (target_BS != IGNORED).sum().clamp(min=1)
+            num_targets = (target_BS != IGNORED_TARGET).sum().clamp(min=1)
             items = num_targets if num_items_in_batch is None else num_items_in_batch
             lm_loss = self._language_model_loss(outputs.last_hidden_state, logits, target_BS, items)
             share = num_targets / items

@@ -5,7 +5,7 @@ Legend: B batch, S sequence.
 
 from torch import Tensor, nn
 
-IGNORED = -100
+from remoe.models.linear_cross_entropy import IGNORED_TARGET
 
 
 def is_padding_mask(mask: object) -> bool:
@@ -33,8 +33,8 @@ def shifted_targets(labels: Tensor | None, shift_labels: Tensor | None, mask: Te
     padding_BS = None if mask is None else ~mask.bool()
     if shift_labels is None:
         if padding_BS is not None:
-            labels = labels.masked_fill(padding_BS[:, -labels.shape[1] :], IGNORED)
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            labels = labels.masked_fill(padding_BS[:, -labels.shape[1] :], IGNORED_TARGET)
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_TARGET)
     if padding_BS is not None:
-        shift_labels = shift_labels.masked_fill(padding_BS[:, -shift_labels.shape[1] :], IGNORED)
+        shift_labels = shift_labels.masked_fill(padding_BS[:, -shift_labels.shape[1] :], IGNORED_TARGET)
     return shift_labels
