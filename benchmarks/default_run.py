@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from remoe.machine import machine
-from remoe.training.trainer import pick_device
+from remoe.lab.machine import machine
+from remoe.lab.training.trainer import pick_device
 
 
 @dataclass
@@ -38,7 +38,7 @@ def summary_of(folder: Path, flags: list[str]) -> dict:
     if not path.exists():
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         subprocess.run(
-            [sys.executable, "-m", "remoe.cli.main", "train", "--out", str(folder), *flags, *resume], check=True
+            [sys.executable, "-m", "remoe.lab.cli.main", "train", "--out", str(folder), *flags, *resume], check=True
         )
     return json.loads(path.read_text())
 

@@ -23,7 +23,7 @@ NEEDED = ("torch", "triton", "transformers", "tyro", "pydantic", "yaml", "rich",
 # Tests in several processes, which compile kernels side by side; a kernel that fails takes down its own process alone.
 TESTS = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-n", "8", "--dist", "worksteal"]
 TESTS += ["-o", "addopts=--import-mode=importlib"]
-BENCH = [sys.executable, "-m", "remoe.cli.main", "bench"]
+BENCH = [sys.executable, "-m", "remoe.lab.cli.main", "bench"]
 ABLE = """
 import torch
 from remoe.experts import BACKENDS, resolve_backend

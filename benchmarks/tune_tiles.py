@@ -21,10 +21,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from remoe.bench.layer import CASES, Case
-from remoe.bench.timing import median_seconds
-from remoe.experts.triton_launch import Launcher, Tile, interpreted
-from remoe.machine import machine
+from remoe.experts.triton.launch import Launcher, Tile, interpreted
+from remoe.lab.bench.layer import CASES, Case
+from remoe.lab.bench.timing import median_seconds
+from remoe.lab.machine import machine
 from remoe.routing.assignment import Assignment
 
 CANDIDATES: dict[str, list[Tile]] = {

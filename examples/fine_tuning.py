@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from remoe.data.batches import TrainBatches, ValidationWindows
+from remoe.lab.data.batches import TrainBatches, ValidationWindows
 
 
 class Windows(torch.utils.data.Dataset):

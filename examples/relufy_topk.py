@@ -16,10 +16,10 @@ import torch
 from fine_tuning import Windows, fine_tune, validation_loss
 
 import remoe
-from remoe.data import open_dataset
-from remoe.data.batches import TrainBatches, ValidationWindows
-from remoe.machine import machine
-from remoe.training.rundir import load_run
+from remoe.lab.data import open_dataset
+from remoe.lab.data.batches import TrainBatches, ValidationWindows
+from remoe.lab.machine import machine
+from remoe.lab.training.folder import load_run
 
 
 def main() -> None:

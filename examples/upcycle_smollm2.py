@@ -18,9 +18,9 @@ from fine_tuning import Windows, fine_tune, validation_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remoe
-from remoe.data import open_dataset
-from remoe.data.batches import TrainBatches, ValidationWindows
-from remoe.machine import machine
+from remoe.lab.data import open_dataset
+from remoe.lab.data.batches import TrainBatches, ValidationWindows
+from remoe.lab.machine import machine
 
 PROMPTS = ("The history of the steam engine", "def read_lines(path):", "To make bread,")
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pytest
 import torch
 
-from remoe.data import PrepareOptions, prepare
+from remoe.lab.data import PrepareOptions, prepare
 
 
 @pytest.fixture(autouse=True)

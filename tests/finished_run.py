@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from remoe.compare.record import RunRecord, options_of
+from remoe.lab.compare.record import RunRecord, options_of
 
 EXPERIMENT = {
     "title": "Trial",

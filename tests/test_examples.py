@@ -9,8 +9,8 @@ import pytest
 from tiny_models import build
 from tiny_run import FLAGS
 
-from remoe.cli.main import main
-from remoe.data import open_dataset
+from remoe.lab.cli.main import main
+from remoe.lab.data import open_dataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from remoe import routing
-from remoe.cli.main import COMMANDS
-from remoe.compare.experiment import experiment_from_dict
+from remoe.lab.cli.main import COMMANDS
+from remoe.lab.compare.experiment import experiment_from_dict
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))

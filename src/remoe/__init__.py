@@ -25,11 +25,11 @@ _HOME = {
     "RemoeForCausalLM": "remoe.models.modeling_remoe",
     "SparsityCallback": "remoe.integrations.trainer",
     "RemoeForSequenceClassification": "remoe.models.classification",
-    "relufy": "remoe.convert.relufy",
-    "load_relufied": "remoe.convert.relufied",
+    "relufy": "remoe.convert.relufy.convert",
+    "load_relufied": "remoe.convert.relufy.model",
     "upcycle": "remoe.convert.upcycle",
-    "load_megatron": "remoe.convert.megatron",
-    "save_megatron": "remoe.convert.megatron",
+    "load_megatron": "remoe.convert.megatron.convert",
+    "save_megatron": "remoe.convert.megatron.convert",
 }
 
 __all__ = ["__version__", *_HOME]

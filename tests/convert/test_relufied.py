@@ -107,7 +107,7 @@ def test_of_the_experts_that_a_relufied_model_lists_it_keeps_the_wanted_ones(tmp
     model.save_pretrained(tmp_path)
     for one in (model, remoe.load_relufied(tmp_path)):
         with pytest.MonkeyPatch.context() as patch:
-            ours = "remoe.convert.experts_function.run_experts"
+            ours = "remoe.convert.relufy.experts.run_experts"
             patch.setattr(ours, lambda x, *rest, stored: (kept.append(stored), x)[1])
             one(ids)
     wanted = stored_pairs(torch.empty(ids.numel(), 1), report.num_experts, report.k)

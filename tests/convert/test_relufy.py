@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import remoe
-from remoe.convert.calibration import fit_relu_gates, language_model_loss
-from remoe.convert.experts_function import is_plain_swiglu, remoe_experts_forward
+from remoe.convert.relufy.experts import is_plain_swiglu, remoe_experts_forward
+from remoe.convert.relufy.fit import fit_relu_gates, language_model_loss
 from remoe.errors import ConfigError
 from remoe.sparsity import SparsityController
 
@@ -162,7 +162,7 @@ def test_fit_survives_experts_without_tokens():
 
 def test_experts_follow_autocast():
     experts, dtypes = build("mixtral").model.layers[0].mlp.experts, []
-    ours = "remoe.convert.experts_function.run_experts"
+    ours = "remoe.convert.relufy.experts.run_experts"
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr(ours, lambda x, *rest, **_: (dtypes.append((x.dtype, rest[0].dtype)), x)[1])
         y_TD = remoe_experts_forward(experts, torch.randn(2, 32), torch.tensor([[0], [1]]), torch.ones(2, 1))

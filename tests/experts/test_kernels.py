@@ -7,7 +7,8 @@ import pytest
 import reference
 import torch
 
-from remoe.experts import kernels, run_experts
+from remoe.experts import run_experts
+from remoe.experts.cpu import build as kernels
 from remoe.routing.assignment import Assignment
 
 
@@ -57,7 +58,7 @@ def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, t
     compiler.write_text("#!/bin/sh\necho no such processor >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: str(compiler) if trouble == "fails" else None)
-    with caplog.at_level(logging.INFO, logger="remoe.experts.kernels"):
+    with caplog.at_level(logging.INFO, logger="remoe.experts.cpu.build"):
         assert reference.relative_error(output(), expected) < 1e-5
     words = "no such processor" if trouble == "fails" else "no C++ compiler"
     assert sum(words in record.getMessage() for record in caplog.records) == 1

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from remoe.bench.layer import Case, Output, Step, relu_layer, tokens
-from remoe.bench.timing import peak_bytes
 from remoe.experts import run_experts
+from remoe.lab.bench.layer import Case, Output, Step, relu_layer, tokens
+from remoe.lab.bench.timing import peak_bytes
 from remoe.routing.assignment import Assignment
 
 CPU = torch.device("cpu")
@@ -19,9 +19,9 @@ def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
     if variant == "kernels of 32 threads":
         torch.set_num_threads(32)
     elif variant in ("no kernels", "steps only"):
-        monkeypatch.setattr("remoe.experts.loop.ragged_kernels", lambda dtype: None)
+        monkeypatch.setattr("remoe.experts.cpu.backend.ragged_kernels", lambda dtype: None)
     if variant == "no kernels":
-        monkeypatch.setattr("remoe.experts.loop.compiled_kernels", lambda dtype: None)
+        monkeypatch.setattr("remoe.experts.cpu.backend.compiled_kernels", lambda dtype: None)
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     x, dy = (tokens(case.T, case.D, CPU, dtype) for _ in range(2))
     peaks = []

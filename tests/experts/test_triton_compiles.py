@@ -14,8 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from remoe.experts import triton as backend
-from remoe.experts import triton_kernels, triton_launch, triton_plan
+from remoe.experts.triton import kernels as triton_kernels
+from remoe.experts.triton import launch as triton_launch
+from remoe.experts.triton import plan as triton_plan
+from remoe.experts.triton.backend import backend
 
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}

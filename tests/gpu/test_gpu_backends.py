@@ -76,7 +76,7 @@ def test_one_expert_takes_everything(name, dtype):
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE.values()], ids=[*SHAPES, *LARGE])
 def test_triton_programs_with_several_tiles(shape, monkeypatch):
     """What a full machine does: a program goes on to its next tile while others still write theirs."""
-    from remoe.experts import triton_launch
+    from remoe.experts.triton import launch as triton_launch
 
     few = triton_launch._device
     monkeypatch.setattr(triton_launch, "_device", lambda *given: (few(*given)[0], 3))
@@ -220,7 +220,7 @@ def test_triton_in_a_cuda_graph():
 
 
 def test_windows_without_pairs_change_nothing_when_the_host_leaves_them_out(monkeypatch):
-    from remoe.experts.triton_launch import Launcher
+    from remoe.experts.triton.launch import Launcher
 
     T, E, stored = 4096, 16, 4104
     leaves, active = problem(T, 256, 128, E, 0.05, torch.bfloat16, device="cuda")

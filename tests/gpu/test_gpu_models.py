@@ -6,9 +6,9 @@ from experts.cases import no_waiting, problem
 
 import remoe
 from remoe.experts import run_experts
+from remoe.lab.training.config import OptimOptions
+from remoe.lab.training.optimizer import build_optimizer
 from remoe.routing.assignment import Assignment
-from remoe.training.config import OptimOptions
-from remoe.training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

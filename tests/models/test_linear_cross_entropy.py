@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import remoe
-from remoe.models import linear_cross_entropy as module
-from remoe.models.linear_cross_entropy import linear_cross_entropy
+from remoe.models import loss as module
+from remoe.models.loss import linear_cross_entropy
 
 
 @pytest.fixture(params=[1, 16, 63, 1000], ids=lambda t: f"{t} tokens a chunk")

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import remoe
+from remoe.lab.training.presets import PRESETS
 from remoe.models.plan import plan, training_flops
-from remoe.presets import PRESETS
 
 # preset: dense parameters (M), parameters with E = 8 (M), GFLOPs per sequence
 PAPER = {"182m": (182.5, 777, 995.4), "469m": (469.8, 2584, 2873.3), "978m": (978.4, 5735, 5991.5)}

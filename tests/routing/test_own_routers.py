@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from remoe.cli.main import main
 from remoe.errors import ConfigError
-from remoe.export import export_run
+from remoe.lab.cli.main import main
+from remoe.lab.export import export_run
 from remoe.routing import ROUTERS, TopKRouter
 from remoe.routing.options import check_options
-from remoe.routing.own import load_own_routers
+from remoe.routing.plugins import load_own_routers
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
-COMPARE = "import sys; from remoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
+COMPARE = "import sys; from remoe.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_compare_trains_the_router_of_the_guide(corpus, tmp_path):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remoe.convert.calibration import Batch, as_batch, evaluation
+from remoe.convert.relufy.fit import Batch, as_batch, evaluation
 from remoe.errors import ConfigError
 from remoe.models.configuration_remoe import RemoeConfig, check_fields
 from remoe.models.modeling_remoe import RemoeForCausalLM

@@ -16,7 +16,7 @@ from remoe.experts.backends import BACKENDS, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.ops import ragged_experts
 from remoe.experts.windows import MIN_STORED_WINDOW, STORED_MULTIPLE
-from remoe.gemm import linear
+from remoe.matmul import linear
 from remoe.routing.assignment import Assignment
 
 __all__ = ["BACKENDS", "Experts", "naive_experts", "resolve_backend", "run_experts"]

@@ -8,12 +8,14 @@ A backend `name` is the module `remoe.experts.name`. Besides what `remoe.experts
 import logging
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
 from remoe.errors import ConfigError
 
 BACKENDS = ("naive", "loop", "grouped", "triton", "sonic")
+MODULES = {"loop": "remoe.experts.cpu.backend", "triton": "remoe.experts.triton.backend"}
 # In the order of preference. "loop" runs everywhere.
 _AUTO = {"cpu": ("loop",), "cuda": ("triton", "grouped", "loop")}
 
@@ -49,4 +51,9 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: in
 
 
 def _obstacle(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
-    return import_module(f"remoe.experts.{name}").obstacle(torch.device(device_type), dtype, d_model, d_expert)
+    return backend_module(name).obstacle(torch.device(device_type), dtype, d_model, d_expert)
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend."""
+    return import_module(MODULES.get(name, f"remoe.experts.{name}"))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from remoe.experts.ops import empty_gradients
 from remoe.experts.windows import PairCount, windows
-from remoe.gemm import aligned
+from remoe.matmul import aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -18,13 +18,12 @@ pre-activation of pairs that do not exist and reads none; the same holds for an 
 Legend: T tokens, D model width, F expert width, E experts, N listed pairs (routed pairs, then padding), C stored pairs.
 """
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from remoe.experts.backends import resolve_backend
+from remoe.experts.backends import backend_module, resolve_backend
 
 
 def ragged_experts(
@@ -59,7 +58,7 @@ def ragged_experts(
 def _module(backend: str, x_TD: Tensor, down_EDF: Tensor) -> ModuleType:
     # Here and not in the caller: tracers see neither the choice nor its log.
     name = resolve_backend(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:])
-    return import_module(f"remoe.experts.{name}")
+    return backend_module(name)
 
 
 @torch.library.custom_op("remoe::experts_forward", mutates_args=())

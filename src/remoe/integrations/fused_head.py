@@ -13,7 +13,7 @@ from functools import wraps
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from remoe.convert.relufied import RelufiedMixin
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.errors import ConfigError
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Routing

@@ -23,10 +23,10 @@ from transformers.utils.generic import can_return_tuple
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
-from remoe.gemm import Linear
 from remoe.layer import MoE
+from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.linear_cross_entropy import IGNORED_TARGET, linear_cross_entropy
+from remoe.models.loss import IGNORED_TARGET, linear_cross_entropy
 from remoe.models.padding import is_padding_mask, padding_mask, shifted_targets
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing

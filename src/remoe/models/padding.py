@@ -5,7 +5,7 @@ Legend: B batch, S sequence.
 
 from torch import Tensor, nn
 
-from remoe.models.linear_cross_entropy import IGNORED_TARGET
+from remoe.models.loss import IGNORED_TARGET
 
 
 def is_padding_mask(mask: object) -> bool:

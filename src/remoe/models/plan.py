@@ -96,8 +96,7 @@ def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float
 def training_flops(config: RemoeConfig, seq_len: int, step_tokens: int, sparsities: Sequence[float]) -> float:
     """FLOPs of a training run from the pairs that were routed, its dense stage and the routers included.
 
-    Activations that are computed again to save memory do not count, as usual; `remoe.compare.budget.recomputed_flops`
-    has those of pairs beyond STORED_RATIO.
+    Recomputed activations do not count, as usual; `remoe compare` reports those of pairs beyond STORED_RATIO.
 
     Args:
         config: the model.

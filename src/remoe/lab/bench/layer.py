@@ -1,0 +1,175 @@
+"""Forward and backward pass of one layer, router included, against a dense layer of the same active size and others.
+
+Legend: T tokens, D model width, F expert width, E experts, k wanted experts per token.
+"""
+
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remoe.lab.bench.peers import peer_layers
+from remoe.lab.bench.roofline import Roofline
+from remoe.lab.bench.timing import host_seconds, median_seconds, peak_bytes
+from remoe.layer import MoE
+from remoe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of the layer; see the legend."""
+
+    T: int
+    D: int
+    F: int
+    E: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.T}, {self.D}, {self.F}, {self.E}, {self.k}"
+
+    @property
+    def flops(self) -> int:
+        """Of the experts, forward and backward, at k experts per token."""
+        return 18 * self.T * self.k * self.D * self.F
+
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "cpu": (
+        Case(2048, 256, 1024, 8, 1),
+        Case(2048, 256, 256, 32, 4),
+        Case(2048, 256, 128, 64, 8),
+        Case(4096, 512, 1024, 16, 2),
+    ),
+    "experts": tuple(Case(2048, 256, 256, E, 4) for E in (8, 16, 32, 64, 128)),
+    "cuda": (Case(16384, 2048, 5632, 8, 1), Case(16384, 2048, 1408, 32, 4), Case(16384, 2048, 704, 64, 8)),
+}
+
+
+class DenseLayer(nn.Module):
+    """The SwiGLU feed-forward layer of LLaMA, width k F: the same active FLOPs without routing."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, width, bias=False)
+        self.up_proj = nn.Linear(d_model, width, bias=False)
+        self.down_proj = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Output(nn.Module):
+    """Our layer with its first output only, or with its second."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, routing: bool = False) -> Tensor | Routing:
+        return self.layer(x)[1 if routing else 0]
+
+
+def tokens(T: int, D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(T, D) normal, with a constant first column that gives routers a bias."""
+    x_TD = torch.randn(T, D, device=device, dtype=dtype)
+    x_TD[:, 0] = 1
+    return x_TD
+
+
+def relu_layer(case: Case, experts: str, density: float) -> MoE:
+    """A ReLU-routed layer with a mean of `density` of its pairs active on `tokens(...)`, from 0 to E a token."""
+    layer = MoE(case.D, case.F, case.E, case.k, "relu", experts=experts)
+    with torch.no_grad():
+        # A logit is the constant column's weight plus a normal variable: the density is a quantile of the latter.
+        scale = layer.router.weight[:, 1:].norm(dim=1)
+        layer.router.weight[:, 0] = -scale * (NormalDist().inv_cdf(1 - density) if density < 1 else -10)
+    return layer
+
+
+def bench_layer(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    backends: tuple[str, ...],
+    peers: bool,
+    repetitions: int,
+    roofline: Roofline,
+) -> dict[str, object]:
+    """Milliseconds of each implementation, and as multiples of the dense layer's; memory and rates beside them.
+
+    Args:
+        case: sizes.
+        device, dtype: where and in what.
+        backends: backends of our layer to run, "auto" among them.
+        peers: whether to run the other implementations that are installed.
+        repetitions: timed rounds.
+        roofline: of the same device and dtype.
+    """
+    torch.manual_seed(0)
+    with device:  # drawing so many weights on the host would take longer than all measurements
+        layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}
+        for backend in backends:
+            name = "remoe" if backend == "auto" else f"remoe {backend}"
+            layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
+            layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
+        layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
+    x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))
+    relu = next(layer for layer in layers.values() if isinstance(layer, Output)).to(device, dtype)
+    with torch.no_grad():
+        active_T = (relu(x, routing=True).gate_TE > 0).sum(dim=1)
+    if peers:
+        with device:
+            layers |= peer_layers(case, device, relu.layer.router, int(active_T.max()))
+    steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
+    seconds = median_seconds(steps, device, repetitions)
+    dense = seconds["dense"]
+    host = host_seconds(steps, repetitions) if device.type == "cuda" else {}
+    peak = {name: peak_bytes(step, device) for name, step in steps.items()}
+    return {
+        **asdict(case),
+        "active_pairs_per_token": active_T.sum().item() / case.T,
+        "most_pairs_of_a_token": int(active_T.max()),
+        "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
+        "ratio_to_dense": {name: s / dense for name, s in seconds.items()},
+        "share_of_gemm_rate": {name: case.flops / s / roofline.gemm_flops for name, s in seconds.items()},
+        "host_milliseconds": {name: 1e3 * s for name, s in host.items()},
+        "peak_megabytes": {name: p / 1e6 for name, p in peak.items()},
+        "activation_megabytes": {name: (p - steps[name].gradient_bytes) / 1e6 for name, p in peak.items()},
+        "dense_stage_peak_megabytes": _dense_stage_peaks(case, device, dtype, backends, x, dy),
+    }
+
+
+def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]:
+    """Peak memory of our layer with every expert active, weight gradients included."""
+    peaks = {}
+    for backend in backends:
+        with device:
+            layer = Output(relu_layer(case, backend, density=1))
+        step = Step(layer.to(device, dtype), x, dy)
+        step()
+        peaks["remoe relu" if backend == "auto" else f"remoe {backend} relu"] = peak_bytes(step, device) / 1e6
+    return peaks
+
+
+class Step:
+    """A forward and a backward pass that writes all gradients anew, that of x too."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+        self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients of all weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self.layer.parameters())
+
+    def clear(self) -> None:
+        """Frees the gradients."""
+        for leaf in (self.x, *self.layer.parameters()):
+            leaf.grad = None
+
+    def __call__(self) -> None:
+        self.clear()
+        self.layer(self.x).backward(self.dy)

@@ -1,0 +1,307 @@
+"""Tokens/s of a training step, end to end: `remoe train` against transformers' Mixtral in transformers' Trainer.
+
+Same width, layers, heads, experts, vocabulary, batch, windows of the same prepared data, optimiser, schedule and number
+of threads. Each contestant runs its own training loop with everything the loop does by default (batches, clipping,
+statistics, records) but for validation and saving, in a process of its own: allocator settings and caches of one do
+not touch another. Only one process works at a time; they take turns of a few steps, so that a slow moment of the
+machine meets all of them.
+"""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from remoe.errors import ConfigError, RemoeError
+from remoe.lab.data import Dataset, TrainBatches, open_dataset
+from remoe.lab.training.config import TrainConfig, config_from_dict
+from remoe.lab.training.memory import keep_freed_memory
+from remoe.lab.training.train import default_dataset
+from remoe.lab.training.trainer import Trainer, model_config, pick_device, wants_bfloat16
+
+REMOE, MIXTRAL = "remoe", "mixtral"
+# Name in the table: (whose, its router or its implementation of the experts, whether the C library keeps memory).
+# `remoe train` tells the allocator so; transformers does not, and the row with it shows what the rest is worth.
+CONTESTANTS = {
+    "remoe relu": (REMOE, "relu", True),
+    "remoe topk": (REMOE, "topk", True),
+    "remoe dense": (REMOE, "dense", True),
+    "mixtral grouped_mm": (MIXTRAL, "grouped_mm", False),
+    "mixtral grouped_mm, memory kept": (MIXTRAL, "grouped_mm", True),
+    "mixtral eager": (MIXTRAL, "eager", False),
+}
+REFERENCE = "mixtral grouped_mm"
+WARM_UP = 5
+
+
+@dataclass
+class TrainStepOptions:
+    """Compare a whole training step with transformers' Mixtral classes in transformers' Trainer."""
+
+    preset: str = "mini"
+    """Model size, batch and schedule of every contestant."""
+    data: str | None = None
+    """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
+    settle: int = 120
+    """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
+    rounds: int = 7
+    """Turns of each contestant; the table has the median."""
+    steps: int = 5
+    """Steps of a turn."""
+    contestants: tuple[str, ...] = tuple(CONTESTANTS)
+    """What to measure; "mixtral grouped_mm" is the reference, and always measured."""
+    config: dict = field(default_factory=dict)
+    """Further options of `remoe train`, nested, over those of the preset."""
+
+
+@dataclass
+class TrainStepResult:
+    """Rows of the table, and what they were measured on.
+
+    Attributes:
+        rows: name, tokens_per_second, ms_per_step, ratio_to_reference (of tokens/s), sparsity S at the end (None for
+            Mixtral).
+        details: options, shape, and by name each turn's ms per step and the last loss.
+    """
+
+    rows: list[dict[str, object]]
+    details: dict[str, object]
+
+
+def train_step(options: TrainStepOptions) -> TrainStepResult:
+    """Runs the contestants in turns; about four minutes on two cores with the default options.
+
+    Raises:
+        ConfigError: for an unknown preset or contestant, or when `accelerate`, which transformers' Trainer needs, is
+            not installed.
+        DataError: when the data cannot be read.
+    """
+    _check(options)
+    config = config_from_dict({"preset": options.preset, **options.config}, "bench")
+    if options.data is None:
+        dataset = default_dataset(Path("runs"), config.vocab_size)
+    else:
+        dataset = open_dataset(Path(options.data))
+    model = model_config(config, dataset)  # before any process starts: it may have something to say
+    config.data = str(dataset.path.resolve())
+    config.steps = max(config.steps, options.settle + options.rounds * options.steps + 1)
+    names = [name for name in CONTESTANTS if name in (*options.contestants, REFERENCE)]
+    turns: dict[str, list[float]] = {name: [] for name in names}
+    last: dict[str, dict] = {}
+    processes: list[_Contestant] = []
+    try:
+        for name in names:  # one after the other: each has the machine for itself while it warms up
+            processes.append(_Contestant(name, config, options))
+        for _ in range(options.rounds):
+            for process in processes:
+                last[process.name] = process.turn()
+                turns[process.name].append(1e3 * last[process.name]["seconds"] / options.steps)
+    finally:
+        for process in processes:
+            process.stop()
+    tokens = config.batch_size * config.seq_len
+    reference = statistics.median(turns[REFERENCE])
+    rows = [
+        {
+            "name": name,
+            "tokens_per_second": 1e3 * tokens / statistics.median(turns[name]),
+            "ms_per_step": statistics.median(turns[name]),
+            "ratio_to_reference": reference / statistics.median(turns[name]),
+            "sparsity": last[name]["sparsity"],
+        }
+        for name in names
+    ]
+    details = {
+        "options": asdict(options) | {"data": dataset.path.name},
+        "reference": REFERENCE,
+        "tokens_per_step": tokens,
+        "threads": torch.get_num_threads(),
+        "model": model.to_diff_dict(),
+        "ms_per_step": turns,
+        "loss": {name: figures["loss"] for name, figures in last.items()},
+    }
+    return TrainStepResult(rows, details)
+
+
+def _check(options: TrainStepOptions) -> None:
+    for name in options.contestants:
+        if name not in CONTESTANTS:
+            raise ConfigError(f"unknown contestant {name!r}; choose from: {', '.join(CONTESTANTS)}")
+    for name in ("settle", "rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, but is {getattr(options, name)}")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("transformers' Trainer needs accelerate: pip install -e '.[bench]' in this project's folder")
+
+
+class _Contestant:
+    """A process that trains when it is told to."""
+
+    def __init__(self, name: str, config: TrainConfig, options: TrainStepOptions) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, CONTESTANTS[name], config, options, torch.get_num_threads())
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def turn(self) -> dict:
+        """Seconds of one turn, and the loss and sparsity at its end."""
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `_receive` reports
+            self._pipe.send("go")
+        return self._receive()
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=20)
+        self._process.kill()
+
+    def _receive(self) -> dict:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RemoeError(f"{self.name}: the process ended before its time; see above") from None
+        if isinstance(answer, RemoeError):
+            raise answer
+        return answer
+
+
+class _Pace:
+    """Called after each step of a training loop: reports at the end of a turn and waits for the next one."""
+
+    def __init__(self, pipe: Connection, warm_up: int, steps: int, device: torch.device) -> None:
+        self._pipe, self._left, self._steps, self._device = pipe, warm_up, steps, device
+        self._start = 0.0
+
+    def __call__(self, loss: float | None, sparsity: float | None) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._pipe.send({"seconds": time.perf_counter() - self._start, "loss": loss, "sparsity": sparsity})
+        self._pipe.recv()
+        self._left, self._start = self._steps, time.perf_counter()
+
+
+def _work(
+    pipe: Connection, what: tuple[str, str, bool], config: TrainConfig, options: TrainStepOptions, threads: int
+) -> None:
+    """The life of a contestant's process."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - progress is part of the work but nobody looks
+    torch.set_num_threads(threads)
+    whose, variant, keep_memory = what
+    if keep_memory:
+        keep_freed_memory()
+    settles = whose == REMOE and variant == "relu"
+    try:
+        device = pick_device(config.device)
+        pace = _Pace(pipe, options.settle if settles else WARM_UP, options.steps, device)
+        dataset = open_dataset(Path(config.data))
+        with tempfile.TemporaryDirectory() as folder:
+            train = _train_remoe if whose == REMOE else _train_mixtral
+            train(variant, config, dataset, Path(folder), pace)
+    except RemoeError as error:
+        pipe.send(error)
+    except EOFError:  # no turn is wanted any more
+        pass
+
+
+def _train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: _Pace) -> None:
+    from remoe.lab.training.folder import RunFolder
+
+    config.router = router
+    config.validate.every = config.checkpoint.every = sys.maxsize
+
+    class Paced(Trainer):
+        def _train_step(self, progress):
+            if self.step:  # so that writing the last step's records lies inside its turn
+                pace(self.last["lm_loss"], self.last["sparsity"])
+            self.last = super()._train_step(progress)
+            return self.last
+
+    trainer = Paced(config, dataset, RunFolder(folder))
+    trainer.train()
+
+
+def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: _Pace) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
+    from transformers import Trainer as TransformersTrainer
+
+    ours = model_config(config, dataset)
+    shared = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
+        "router_aux_loss_coef", "num_experts_per_tok",
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    model_options = {name: getattr(ours, name) for name in shared}
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            **model_options,
+            num_local_experts=ours.num_experts,
+            output_router_logits=True,  # which switches the auxiliary loss on
+            use_cache=False,
+            experts_implementation=experts,
+        )
+    )
+    assert model.config._experts_implementation == experts
+
+    class Pacer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            pace(None, None)
+
+    class Sequential(TransformersTrainer):
+        def _get_train_sampler(self, train_dataset=None):  # the windows are shuffled already
+            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    device, optim = pick_device(config.device), config.optim
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        max_steps=config.steps,
+        optim="adamw_torch_fused",
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        max_grad_norm=optim.clip,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": optim.final_lr_ratio},
+        warmup_steps=round(optim.warmup_ratio * config.steps),
+        bf16=wants_bfloat16(config.dtype, device),
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+    )
+    Sequential(model, arguments, train_dataset=_Windows(config, dataset), callbacks=[Pacer()]).train()
+
+
+class _Windows(torch.utils.data.Dataset):
+    """The windows of `TrainBatches` in their order, one by one."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        self._batches = TrainBatches(dataset.train, config.seq_len, 1, config.seed)
+        self._length = config.steps * config.batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        input_S = self._batches.batch(index)[0, :-1]
+        return {"input_ids": input_S, "labels": input_S}

@@ -1,0 +1,203 @@
+"""`remoe convert upcycle | relufy | megatron`."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from remoe.errors import ConfigError
+from remoe.lab.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remoe.lab.data import Dataset
+
+LONGEST_SAMPLE = 512  # tokens of a window
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass
+class UpcycleOptions:
+    """Make a mixture with ReLU routing of a dense model: the same logits, and experts to be trained beside its layers.
+
+    Fine-tune it with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
+    """
+
+    source: Source
+    """The dense model: a folder or a name on the hub, of type llama, mistral, qwen2 or qwen3."""
+    out: Out
+    """Folder to write, a new or empty one: weights, tokenizer, and the code by which plain transformers loads it."""
+    num_experts: int = 8
+    """E, experts of each layer."""
+    k: int = 1
+    """Experts that a token shall have in the mean."""
+    granularity: int = 1
+    """G: each expert is cut into G narrower ones."""
+    data: str | None = None
+    """Folder written by `remoe data prepare --tokenizer SOURCE`: with text of the kind that the model is for, the
+    routers start at the wanted sparsity; without, near it."""
+    sample_tokens: int = 16_384
+    """So many tokens of that text; without effect where there is none."""
+
+
+@dataclass
+class RelufyOptions:
+    """Turn the TopK routers of a mixture into ReLU routers, fitted on sample text; all else stays as it is.
+
+    Fine-tune it with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
+    """
+
+    source: Source
+    """The mixture: a folder, a name on the hub, or a run of `remoe train`."""
+    out: Out
+    """Folder to write, a new or empty one. `remoe.load_relufied` loads it; where SOURCE is a model of ours, it is like
+    a folder of `remoe export`."""
+    data: str
+    """Folder written by `remoe data prepare --tokenizer SOURCE` (RUN/tokenizer of a run): text of the kind that the
+    model is for."""
+    sample_tokens: int = 16_384
+    """So many tokens of that text; the fit takes 16,384 at most, the loss all."""
+    max_loss_increase: float = 0.1
+    """By how much the loss of the sample may rise, nats per token; more is refused, and nothing written."""
+
+
+@dataclass
+class MegatronOptions:
+    """Read a checkpoint of the authors' code (thu-ml/ReMoE, a fork of Megatron-LM), without running anything in it."""
+
+    source: Source
+    """What their `--save` named, or an `iter_...` folder in it."""
+    out: Out
+    """Folder to write, a new or empty one: weights, and the code by which plain transformers loads them."""
+    iteration: int | None = None
+    """Which one; the newest by default."""
+    tokenizer: str | None = None
+    """A tokenizer to put beside it: a folder or a name on the hub."""
+
+
+def upcycle_command(argv: list[str]) -> int:
+    """Writes the folder and says what is in it."""
+    options = parse(UpcycleOptions, argv, prog="remoe convert upcycle")
+    out = _new_folder(options.out)
+    dataset = _dataset(options.data, options.sample_tokens) if options.data else None
+
+    import remoe
+
+    dense, tokenizer = _open(options.source)
+    samples = _samples(dataset, tokenizer, options.sample_tokens, dense, options.source) if dataset else ()
+    model = remoe.upcycle(dense, options.num_experts, options.k, options.granularity, samples=samples)
+    _write(model, tokenizer, out)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, model))
+    print(f"{before / 1e6:,.1f}M parameters became {after / 1e6:,.1f}M, with the logits that they had")
+    _say(model, out, options.data)
+    return 0
+
+
+def relufy_command(argv: list[str]) -> int:
+    """Writes the folder and says how near the new gates are to the old ones."""
+    options = parse(RelufyOptions, argv, prog="remoe convert relufy")
+    out = _new_folder(options.out)
+    dataset = _dataset(options.data, options.sample_tokens)
+
+    import remoe
+
+    model, tokenizer = _open(options.source)
+    samples = _samples(dataset, tokenizer, options.sample_tokens, model, options.source)
+    print(remoe.relufy(model, samples, max_loss_increase=options.max_loss_increase))
+    _write(model, tokenizer, out)
+    _say(model, out, options.data)
+    return 0
+
+
+def megatron_command(argv: list[str]) -> int:
+    """Writes the folder and says how to load it."""
+    options = parse(MegatronOptions, argv, prog="remoe convert megatron")
+    out = _new_folder(options.out)
+
+    import remoe
+    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.data import load_tokenizer
+    from remoe.lab.data.tokenizer import vocabulary_size
+
+    quiet_transformers()
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    model = remoe.load_megatron(options.source, options.iteration)
+    known, tokens = model.config.vocab_size, 0 if tokenizer is None else vocabulary_size(tokenizer)
+    if tokens > known:
+        raise ConfigError(f"tokenizer {options.tokenizer} has {tokens:,} tokens, the model {known:,}")
+    _write(model, tokenizer, out)
+    if tokenizer is None:
+        print(f"wrote        {out}, without a tokenizer, which the other commands need")
+    else:
+        _say(model, out, None)
+    return 0
+
+
+def _new_folder(name: str) -> Path:
+    from remoe.lab.files import check_new_folder
+
+    out = Path(name)
+    check_new_folder(out)  # before the work, not after it
+    return out
+
+
+def _dataset(data: str, count: int) -> "Dataset":
+    from remoe.lab.data import open_dataset
+
+    if count < 2:
+        raise ConfigError(f"--sample-tokens must be at least 2, but is {count}")
+    return open_dataset(data)
+
+
+def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A model and its tokenizer; what is no folder is a name on the hub."""
+    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.training.folder import load_model
+
+    quiet_transformers()
+    if not Path(source).exists():
+        print(f"{source} is no folder here: asking the Hugging Face hub", flush=True)
+    model, tokenizer, _ = load_model(source, hub=True)
+    return model, tokenizer
+
+
+def _samples(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", count: int, model: "PreTrainedModel", source: str
+) -> list["Tensor"]:
+    """About `count` training tokens, as windows from all over the data."""
+    from remoe.lab.data import TrainBatches
+
+    dataset.check_tokenizer(tokenizer, source)
+    length = min(LONGEST_SAMPLE, getattr(model.config, "max_position_embeddings", None) or LONGEST_SAMPLE, count)
+    batches = TrainBatches(dataset.train, length, 1, seed=0)
+    return [batches.batch(step)[:, :-1] for step in range(count // length)]
+
+
+def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Path) -> None:
+    from remoe.lab.export import export_model
+    from remoe.lab.files import new_folder
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+    with new_folder(out) as folder:
+        if isinstance(model, RemoeForCausalLM):
+            export_model(model, folder)
+        else:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _say(model: "PreTrainedModel", out: Path, data: str | None) -> None:
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+    print(f"wrote        {out}")
+    path, on = shlex.quote(str(out)), shlex.quote(data or "DATA")
+    if isinstance(model, RemoeForCausalLM):
+        print(f"next         remoe eval {path} --data {on}   |   remoe report {path} --data {on}")
+    else:
+        print(f"next         remoe.load_relufied({str(out)!r})   |   remoe generate {path}")

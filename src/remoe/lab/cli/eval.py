@@ -1,0 +1,233 @@
+"""`remoe eval`."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from remoe.errors import ConfigError
+from remoe.lab.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from remoe.lab.evaluation.trained import SweepPoint
+    from remoe.lab.evaluation.zeroshot import TaskResult
+
+PROG = "remoe eval"
+
+
+@dataclass
+class EvalOptions:
+    """Loss, perplexity, bits per byte and sparsity of a trained model, overall and per domain.
+
+    With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install -e '.[eval]' in this
+    project's folder).
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run's folder (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
+    as `remoe export` writes it; with --tasks any transformers language model's."""
+    data: str | None = None
+    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data, which a model's
+    folder does not have."""
+    split: str = "validation"
+    """validation or train."""
+    max_tokens: int | None = None
+    """About so many tokens in all, shared out over the domains by size; everything by default."""
+    max_experts: int | None = None
+    """Execute at most so many experts per token, those with the largest gates."""
+    quantize: str | None = None
+    """int8, or int4 on CUDA: quantise the weights of experts and attention first (pip install -e '.[quantize]' in this
+    project's folder); the loss before is shown too."""
+    sweep_threshold: str | None = None
+    """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
+    Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""
+    tasks: str | None = None
+    """Tasks, separated by commas: arc_easy, arc_challenge, boolq, hellaswag, lambada, piqa, race."""
+    task_data: str | None = None
+    """Folder with a file TASK.parquet (columns context, choices, gold) for each task; by default the harness's own
+    tasks, from the Hugging Face hub."""
+    limit: int | None = None
+    """At most so many rows of each task, evenly spaced over all of them; everything by default."""
+    batch_size: int = 32
+    """Sequences per forward pass."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+
+def eval_command(argv: list[str]) -> int:
+    """Prints a table, a row a domain or a row a task."""
+    options = parse(EvalOptions, argv, prog=PROG)
+    if options.split not in ("validation", "train"):
+        raise ConfigError(f"unknown --split {options.split!r}; choose one of: validation, train")
+    if options.batch_size < 1 or (options.max_tokens is not None and options.max_tokens < 1):
+        raise ConfigError("--batch-size and --max-tokens must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("--limit must be at least 1")
+    if options.tasks is None and (options.task_data is not None or options.limit is not None):
+        raise ConfigError("--task-data and --limit need --tasks")
+    plain = options.data is options.max_tokens is None and options.split == "validation"
+    if options.tasks is not None and not plain:
+        raise ConfigError("--data, --max-tokens and --split do not go with --tasks; use --task-data and --limit")
+    if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
+        raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
+    if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
+        raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
+    if options.json and Path(options.json).is_dir():
+        raise ConfigError(f"--json {options.json} is a folder")
+    if options.sweep_threshold is not None:
+        return _sweep(options, options.sweep_threshold)
+    return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
+
+
+def _evaluate_domains(options: EvalOptions) -> int:
+    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.evaluation.trained import evaluate_run
+
+    quiet_transformers()
+
+    def evaluated(scheme: str | None):
+        return evaluate_run(
+            options.run,
+            data=options.data,
+            split=options.split,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            max_experts=options.max_experts,
+            scheme=scheme,
+        )
+
+    checkpoint, dataset, results = evaluated(options.quantize)
+    figures = {"checkpoint": str(checkpoint), **results}
+    _print_table(f"{checkpoint} on {options.split} data of {dataset}", results)
+    if options.quantize is not None:
+        *_, before = evaluated(None)
+        figures["before_quantisation"] = before["all"]
+        print(f"loss {before['all']['loss']:.4f} before {options.quantize}, {results['all']['loss']:.4f} after")
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2))
+    return 0
+
+
+def _sweep(options: EvalOptions, thresholds: str) -> int:
+    given = None
+    if thresholds != "auto":
+        try:
+            given = [float(word) for word in thresholds.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
+            ) from None
+
+    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.evaluation.trained import sweep_run
+
+    quiet_transformers()
+    checkpoint, dataset, points = sweep_run(
+        options.run,
+        options.data,
+        given,
+        split=options.split,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        max_experts=options.max_experts,
+        scheme=options.quantize,
+    )
+    _print_sweep(f"{checkpoint} on {options.split} data of {dataset}", points)
+    if options.json:
+        figures = {"checkpoint": str(checkpoint), "points": [asdict(point) for point in points]}
+        Path(options.json).write_text(json.dumps(figures, indent=2))
+    return 0
+
+
+def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
+    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
+    from remoe.lab.training.memory import keep_freed_memory
+    from remoe.lab.training.trainer import pick_device
+
+    quiet_transformers()
+    loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))
+    keep_freed_memory()
+    found = evaluate_model(
+        options.run, loaded, limit=options.limit, batch_size=options.batch_size, device=pick_device("auto")
+    )
+    if not found.causal:
+        print("the router looks ahead: one sequence at a time, and figures not comparable with other models'")
+    _print_tasks(f"zero-shot accuracy of {found.checkpoint}", found.tasks, found.mean_acc)
+    if options.json:
+        figures = {
+            "checkpoint": str(found.checkpoint),
+            "task_data": options.task_data,
+            "limit": options.limit,
+            "batch_size": found.batch_size,
+            "causal": found.causal,
+            "window": found.window,
+            "tasks": {name: asdict(result) for name, result in found.tasks.items()},
+            "mean_acc": found.mean_acc,
+        }
+        Path(options.json).write_text(json.dumps(figures, indent=2))
+    return 0
+
+
+def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    from remoe.lab.console import Console
+
+    table = Table("domain", title=title, title_justify="left")
+    for column in ("loss", "perplexity", "bits per byte", "sparsity", "tokens"):
+        table.add_column(column, justify="right")
+    for domain, row in results.items():
+        table.add_row(
+            domain,
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['sparsity']:.4f}",
+            f"{row['tokens']:,}",
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
+    from rich.table import Table
+
+    from remoe.lab.console import Console
+
+    table = Table(title=title, title_justify="left")
+    for column in ("gate threshold", "loss", "active experts", "tokens/s"):
+        table.add_column(column, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.threshold:.4g}",
+            f"{point.loss:.4f}",
+            f"{point.active_experts:.3f}",
+            f"{point.tokens_per_second:,.0f}",
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> None:
+    from rich.table import Table
+
+    from remoe.lab.console import Console
+
+    table = Table("task", title=title, title_justify="left")
+    for column in ("acc", "stderr", "acc_norm", "chance", "examples", "truncated"):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.acc:.4f}",
+            "" if result.stderr is None else f"{result.stderr:.4f}",
+            "" if result.acc_norm is None else f"{result.acc_norm:.4f}",
+            f"{result.chance:.4f}",
+            f"{result.examples:,}",
+            f"{result.truncated:,}",
+            end_section=name == list(results)[-1],
+        )
+    chance = sum(result.chance for result in results.values()) / len(results)
+    table.add_row("mean", f"{mean:.4f}", "", "", f"{chance:.4f}", "", "")
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,51 @@
+"""Data: from text to token shards (`prepare`), and from shards to batches (`open_dataset`).
+
+Names load when first used, so that options and documents come without torch or transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remoe.lab.data.batches import TrainBatches, ValidationWindows
+    from remoe.lab.data.dataset import Dataset, Split, open_dataset, verify_hashes
+    from remoe.lab.data.documents import TOTAL, Document
+    from remoe.lab.data.options import PrepareOptions
+    from remoe.lab.data.preparation import prepare
+    from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+_HOMES = {
+    "Dataset": "dataset",
+    "Document": "documents",
+    "PrepareOptions": "options",
+    "Split": "dataset",
+    "TOTAL": "documents",
+    "TrainBatches": "batches",
+    "ValidationWindows": "batches",
+    "load_tokenizer": "tokenizer",
+    "open_dataset": "dataset",
+    "prepare": "preparation",
+    "tokenizer_fingerprint": "tokenizer",
+    "verify_hashes": "dataset",
+}
+
+__all__ = [
+    "TOTAL",
+    "Dataset",
+    "Document",
+    "PrepareOptions",
+    "Split",
+    "TrainBatches",
+    "ValidationWindows",
+    "load_tokenizer",
+    "open_dataset",
+    "prepare",
+    "tokenizer_fingerprint",
+    "verify_hashes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,167 @@
+"""Batches of tokens: shuffled windows for training, each domain once and in order for validation.
+
+Shape suffixes: B batch, S sequence, N windows, T tokens.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from remoe.errors import ConfigError, DataError
+from remoe.lab.data.dataset import Split
+
+IGNORED_TARGET = -100  # what torch's cross entropy leaves out
+
+
+class TrainBatches:
+    """Shuffled training windows: `batch(step)` depends on the seed and the step alone.
+
+    A window is `seq_len` + 1 successive tokens of one shard, so that it gives `seq_len` predictions;
+    windows start every `seq_len` tokens. Each epoch visits every window once, in an order of its own;
+    batches run on over the end of an epoch. Raises DataError if the split has not one window.
+    """
+
+    def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int) -> None:
+        if seq_len < 1 or batch_size < 1:
+            raise ConfigError(f"sequence length and batch size must be positive, not {seq_len} and {batch_size}")
+        self.split = split
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        counts = [max(shard.num_tokens - 1, 0) // seq_len for shard in split.shards]
+        self._first_window = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+        if self.windows_per_epoch == 0:
+            raise DataError(
+                f"{split.path}: the {split.name} split has {split.num_tokens} tokens, too few for one"
+                f" window of {seq_len} + 1"
+            )
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows that one epoch visits."""
+        return int(self._first_window[-1])
+
+    def batch(self, step: int) -> torch.Tensor:
+        """The batch of a step counted from 0: int64 (B, S + 1), inputs and, shifted by one, targets."""
+        tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
+        first = step * self.batch_size
+        for row in range(self.batch_size):
+            epoch, place = divmod(first + row, self.windows_per_epoch)
+            window = int(self._epoch_order(epoch)[place])
+            shard = int(np.searchsorted(self._first_window, window, side="right")) - 1
+            start = (window - int(self._first_window[shard])) * self.seq_len
+            tokens_BS[row] = self.split.shards[shard].tokens[start : start + self.seq_len + 1]
+        return torch.from_numpy(tokens_BS)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        # only a cache: the order is a pure function of seed and epoch
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._order = (epoch, generator.permutation(self.windows_per_epoch))
+        return self._order[1]
+
+
+class ValidationWindows:
+    """Each domain of a split, its documents joined in order and cut into windows of `seq_len` inputs.
+
+    Every token of a domain but its first is predicted exactly once; the last window is padded.
+    """
+
+    def __init__(self, split: Split, seq_len: int) -> None:
+        if seq_len < 1:
+            raise ConfigError(f"sequence length must be positive, not {seq_len}")
+        self.split = split
+        self.seq_len = seq_len
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that have documents in this split."""
+        return tuple(self.split.record.domains)
+
+    def num_predictions(self, domain: str, max_tokens: int | None = None) -> int:
+        """Tokens of the domain that `batches` has as targets."""
+        return sum(len(run) for run in self._runs(domain, max_tokens)) - 1
+
+    def shares(self, max_tokens: int | None) -> dict[str, int | None]:
+        """About `max_tokens` shared out over the domains by their size; None for everything."""
+        if max_tokens is None:
+            return dict.fromkeys(self.domains)
+        size = {domain: self.num_predictions(domain) for domain in self.domains}
+        return {domain: max(1, max_tokens * size[domain] // sum(size.values())) for domain in self.domains}
+
+    def bytes(self, domain: str, max_tokens: int | None = None) -> int:
+        """UTF-8 bytes of the documents that `batches` goes through with the same `max_tokens`.
+
+        Bits per byte is the summed loss of those targets in bits, divided by this. The domain's first
+        token has no prediction but its few bytes count.
+        """
+        spans = self._document_spans(domain, max_tokens)
+        return sum(int(self.split.shards[shard].document_bytes[documents].sum()) for shard, documents in spans)
+
+    def batches(
+        self, domain: str, batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield inputs int64 (N, S), targets int64 (N, S) and mask bool (N, S), N at most `batch_size`.
+
+        Where the mask is False the input is padding (0) and the target -100. With `max_tokens`, only the
+        first whole documents of that many tokens together, and at least one. Raises DataError for a
+        domain that the split lacks.
+        """
+        size = batch_size * self.seq_len
+        pending = np.empty(0, np.int64)
+        for run in self._runs(domain, max_tokens):
+            start = 0
+            while start < len(run):
+                stop = start + size + 1 - len(pending)
+                pending = np.concatenate([pending, run[start:stop].astype(np.int64)])
+                start = min(stop, len(run))
+                if len(pending) == size + 1:
+                    yield self._windows(pending)
+                    pending = pending[-1:]
+        if len(pending) > 1:
+            yield self._windows(pending)
+
+    def _windows(self, tokens_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        predictions = len(tokens_T) - 1
+        rows = -(-predictions // self.seq_len)
+        input_NS = np.zeros((rows, self.seq_len), np.int64)
+        target_NS = np.full((rows, self.seq_len), IGNORED_TARGET, np.int64)
+        mask_NS = np.zeros((rows, self.seq_len), bool)
+        input_NS.reshape(-1)[:predictions] = tokens_T[:-1]
+        target_NS.reshape(-1)[:predictions] = tokens_T[1:]
+        mask_NS.reshape(-1)[:predictions] = True
+        return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
+
+    def _runs(self, domain: str, max_tokens: int | None) -> Iterator[np.ndarray]:
+        """The domain's tokens in order, as slices of the memory maps: one for neighbouring documents."""
+        for number, documents in self._document_spans(domain, max_tokens):
+            shard = self.split.shards[number]
+            starts, ends = shard.document_offsets[documents], shard.document_offsets[documents + 1]
+            breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+            firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(documents)]]) - 1
+            for first, last in zip(firsts, lasts, strict=True):
+                yield shard.tokens[starts[first] : ends[last]]
+
+    def _document_spans(self, domain: str, max_tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Shard number and document numbers (int64) of the domain, up to `max_tokens`."""
+        if domain not in self.split.record.domains:
+            known = ", ".join(self.domains)
+            raise DataError(f"{self.split.path}: no domain {domain!r} in {self.split.name} (it has {known})")
+        index = self.split.domains.index(domain)
+        taken = 0
+        for number, shard in enumerate(self.split.shards):
+            documents = np.flatnonzero(shard.document_domain == index)
+            if not len(documents):
+                continue
+            lengths = shard.document_offsets[documents + 1] - shard.document_offsets[documents]
+            if max_tokens is not None:
+                kept = int(np.searchsorted(taken + np.cumsum(lengths), max_tokens, side="right"))
+                kept = max(kept, 1) if taken == 0 else kept
+                documents, complete = documents[:kept], kept == len(documents)
+                taken += int(lengths[:kept].sum())
+            if len(documents):
+                yield number, documents
+            if max_tokens is not None and not complete:
+                return

@@ -1,0 +1,150 @@
+"""Opening a prepared dataset, and checking that nothing in it is missing, foreign or damaged."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from remoe.errors import DataError
+from remoe.lab.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, SplitName, SplitRecord, read_manifest
+from remoe.lab.data.shards import Shard, array_sha256, read_shard
+from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a dataset: its shards in order, and its sizes."""
+
+    name: SplitName
+    path: Path
+    domains: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    record: SplitRecord
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the split, the EOS token of each document included."""
+        return self.record.tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split."""
+        return self.record.documents
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the split's text."""
+        return self.record.bytes
+
+    def domain_tokens(self) -> dict[str, int]:
+        """Tokens of each domain that the split has."""
+        return {name: counts.tokens for name, counts in self.record.domains.items()}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder."""
+
+    path: Path
+    manifest: Manifest
+    train: Split
+    validation: Split
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id of the tokenizer."""
+        return self.manifest.vocab_size
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends every document."""
+        return self.manifest.eos_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) of the data: tokens, their order, domains and tokenizer."""
+        return self.manifest.fingerprint
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 (hex) of the tokenizer's definition."""
+        return self.manifest.tokenizer_fingerprint
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, in the order that shards count them."""
+        return tuple(self.manifest.domains)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder of the tokenizer, which transformers can load."""
+        return self.path / "tokenizer"
+
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase", whose: str) -> None:
+        """Raise DataError if the shards were made with another tokenizer than this one, `whose` it is."""
+        if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
+            raise DataError(f"{self.path} was prepared with another tokenizer than that of {whose}")
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer; raises DataError if it is gone or not the one the shards were made with."""
+        if not self.tokenizer_path.is_dir():
+            raise DataError(f"{self.tokenizer_path}: the dataset's tokenizer is missing")
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
+            raise DataError(f"{self.tokenizer_path}: not the tokenizer that the shards were made with")
+        return tokenizer
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open what `prepare` made, checking all that can be checked without reading the tokens.
+
+    Raises DataError for a missing or unfinished dataset, and names any shard that is missing, truncated,
+    of another tokenizer or split, or not the one that dataset.json lists.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such dataset folder; `remoe data prepare` makes one")
+    if not (folder / MANIFEST_NAME).exists():
+        if (folder / "preparation.json").exists():
+            raise DataError(f"{folder}: unfinished; run the same `remoe data prepare` again to finish it")
+        raise DataError(f"{folder}: not a dataset: it has no {MANIFEST_NAME}")
+    manifest = read_manifest(folder)
+    return Dataset(
+        folder, manifest, _open_split(folder, manifest, "train"), _open_split(folder, manifest, "validation")
+    )
+
+
+def verify_hashes(dataset: Dataset) -> None:
+    """Read every shard and compare it with its sha256; raises DataError naming all that differ."""
+    damaged = []
+    for split in (dataset.train, dataset.validation):
+        for shard, record in zip(split.shards, split.record.shards, strict=True):
+            found = (array_sha256(shard.tokens), shard.index_sha256())
+            if found != (record.sha256, record.index_sha256):
+                damaged.append(record.file)
+    if damaged:
+        raise DataError(f"{dataset.path}: damaged, as the sha256 shows: {', '.join(damaged)}")
+
+
+def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
+    record = manifest.splits[name]
+    shards = tuple(_open_shard(folder, manifest, name, number, entry) for number, entry in enumerate(record.shards))
+    return Split(name, folder, tuple(manifest.domains), shards, record)
+
+
+def _open_shard(folder: Path, manifest: Manifest, split: SplitName, number: int, record: ShardRecord) -> Shard:
+    path = folder / record.file
+    shard = read_shard(path)
+    header = shard.header
+    if header.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(f"{path}: foreign shard: made with another tokenizer than this dataset's")
+    if (header.split, header.index) != (split, number):
+        raise DataError(f"{path}: foreign shard: it is number {header.index} of a {header.split} split")
+    sizes = (shard.num_tokens, shard.num_documents, header.sha256, header.index_sha256)
+    if sizes != (record.tokens, record.documents, record.sha256, record.index_sha256):
+        raise DataError(f"{path}: foreign shard: its content is not the one that {MANIFEST_NAME} lists")
+    if shard.layout["tokens"][0] != {"uint16": "<u2", "uint32": "<u4"}[manifest.token_dtype]:
+        raise DataError(f"{path}: foreign shard: its tokens are not {manifest.token_dtype}")
+    return shard

@@ -1,0 +1,240 @@
+"""`prepare`: sources to a dataset folder of shards, resumable at every moment.
+
+The steps: scan all documents (errors show now; sizes, domains, the split), train or load the tokenizer,
+write the shards of each split, write `dataset.json` last. The journal records each finished step.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from remoe.errors import DataError
+from remoe.lab.data.dataset import open_dataset
+from remoe.lab.data.journal import (
+    TOKENIZER_FOLDER,
+    ChangedError,
+    Journal,
+    Scan,
+    check_replaceable,
+    check_same,
+    check_shards,
+    clean,
+    describe_request,
+    find_journal,
+)
+from remoe.lab.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, summarise
+from remoe.lab.data.options import PrepareOptions
+from remoe.lab.data.pipeline import encode_documents
+from remoe.lab.data.progress import MEGABYTE, Reporter
+from remoe.lab.data.scan import Inputs, check_apart, scan
+from remoe.lab.data.sources import FileSource, Signature
+from remoe.lab.data.tokenizer import (
+    Encoder,
+    load_tokenizer,
+    sample_evenly,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+from remoe.lab.data.writer import ShardWriter
+from remoe.lab.files import atomic_write, disk_errors, locked, replacing
+
+SHOWN_KINDS = 5
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UINT16_VOCABULARY = 1 << 16
+
+
+def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
+    """Make the dataset that `options` asks for, and return its folder.
+
+    Goes on where an earlier call with the same options was stopped, with the same result to the byte;
+    returns at once if that one had finished. While another process prepares the same folder, `wait` for it or raise
+    DataError. Raises DataError and ConfigError for what a user can mend.
+    """
+    folder = Path(options.out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file, not a folder")
+    check_apart(options)
+    inputs = Inputs.resolve(options)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, None if wait else DataError(f"{folder}: another preparation is writing to this folder")):
+        _Preparation(options, folder, inputs).run()
+    return folder
+
+
+class _Preparation:
+    def __init__(self, options: PrepareOptions, folder: Path, inputs: Inputs) -> None:
+        self.options = options
+        self.folder = folder
+        self.inputs = inputs
+        self.reporter = Reporter(options.quiet)
+        self.begin = time.monotonic()
+
+    def run(self) -> None:
+        signatures = self.inputs.signatures()
+        journal = self._earlier(signatures)
+        if journal is not None and journal.finished:
+            open_dataset(self.folder)
+            self.reporter.line(f"{self.folder}: already prepared with these arguments")
+            return
+        if journal is None:
+            if self.options.tokenizer is not None:
+                load_tokenizer(self.options.tokenizer)  # now, so that a wrong name leaves nothing behind
+            journal = Journal(
+                request=describe_request(self.options),
+                inputs=signatures,
+                scan=self._scan(),
+                shards={split: [] for split in SPLITS},
+            )
+        self._record(journal)
+        clean(self.folder, journal)
+        check_shards(self.folder, journal)
+        tokenizer = self._tokenizer()
+        self._tokenise(tokenizer)
+        if self.inputs.signatures() != signatures:
+            raise ChangedError(f"{self.folder}: a source changed while it was read; use --overwrite to start again")
+        self._finish(tokenizer)
+
+    def _earlier(self, signatures: dict[str, Signature]) -> Journal | None:
+        """The journal to go on from, or None to begin anew."""
+        if self.options.overwrite:
+            check_replaceable(self.folder)
+            return None
+        journal = find_journal(self.folder)
+        if journal is not None:
+            check_same(self.folder, journal, describe_request(self.options), signatures)
+        return journal
+
+    def _scan(self) -> Scan:
+        begin = time.monotonic()
+        found = scan(self.inputs, self.options, self.reporter)
+        self.reporter.line(
+            f"read {found.documents} documents, {found.bytes / MEGABYTE:.1f} MB in {_since(begin)};"
+            f" domains: {', '.join(found.domains)}"
+        )
+        sources = [*self.inputs.train, *self.inputs.validation]
+        left_out = [path for source in sources if isinstance(source, FileSource) for path in source.left_out]
+        if left_out:
+            kinds = sorted({path.suffix or path.name for path in left_out})
+            more = " and others" if len(kinds) > SHOWN_KINDS else ""
+            self.reporter.line(f"left out {len(left_out)} files of other kinds: {', '.join(kinds[:SHOWN_KINDS])}{more}")
+        return found
+
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer saved in the folder, made first if it is not there yet."""
+        path = self.folder / TOKENIZER_FOLDER
+        recorded = self.journal.tokenizer_fingerprint
+        if recorded is None:
+            begin = time.monotonic()
+            given = self.options.tokenizer
+            made = self._train_tokenizer() if given is None else load_tokenizer(given)
+            with replacing(path) as temporary:
+                made.save_pretrained(temporary)
+            deed = "trained a tokenizer" if given is None else f"took the tokenizer {given}"
+            self.reporter.line(f"{deed} of {vocabulary_size(made)} tokens in {_since(begin)}")
+        tokenizer = load_tokenizer(path)  # the saved one, which is what any later run has
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if recorded not in (None, fingerprint):
+            raise DataError(f"{path}: has changed since the preparation began; use --overwrite to start again")
+        self._record(self.journal.model_copy(update={"tokenizer_fingerprint": fingerprint}))
+        return tokenizer
+
+    def _train_tokenizer(self) -> "PreTrainedTokenizerBase":
+        limit = int(self.options.tokenizer_sample_mb * MEGABYTE)
+        total = self.journal.scan.train_bytes
+        stream = self.inputs.documents("train", self.journal.scan.holdout)
+        with self.reporter.task("training the tokenizer", min(limit, total)) as advance:
+
+            def texts() -> Iterator[str]:
+                for text in sample_evenly((document.text for document in stream), total, limit):
+                    advance(len(text))
+                    yield text
+
+            return train_tokenizer(texts(), self.options.vocab_size)
+
+    def _tokenise(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        done = sum(shard.bytes for shards in self.journal.shards.values() for shard in shards)
+        if done:
+            self.reporter.line(f"going on after {done / MEGABYTE:.1f} MB in finished shards")
+        begin = time.monotonic()
+        with self.reporter.task("tokenising", self.journal.scan.bytes, done) as advance:
+            for split in SPLITS:
+                if split not in self.journal.finished_splits:
+                    self._write_split(split, tokenizer, advance)
+        amount = (self.journal.scan.bytes - done) / MEGABYTE
+        self.reporter.line(f"tokenised {amount:.1f} MB in {_since(begin)}")
+
+    def _write_split(
+        self, split: SplitName, tokenizer: "PreTrainedTokenizerBase", advance: Callable[[int], None]
+    ) -> None:
+        scanned, done = self.journal.scan, self.journal.shards[split]
+        writer = ShardWriter(
+            self.folder,
+            split,
+            domains=scanned.domains,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            shard_tokens=self.options.shard_tokens,
+            first_index=len(done),
+            finished=lambda record: self._record(self.journal.with_shard(split, record)),
+        )
+        documents = self.inputs.documents(split, scanned.holdout)
+        remaining = islice(documents, sum(shard.documents for shard in done), None)
+        dtype = np.dtype(_token_dtype(tokenizer))
+        encoded = encode_documents(remaining, Encoder(tokenizer), tokenizer.eos_token_id, dtype)
+        with closing(encoded):
+            for document, tokens_S in encoded:
+                size = document.num_bytes
+                writer.add(tokens_S, document.domain, size)
+                advance(size)
+        writer.flush()
+        self._record(self.journal.with_split(split))
+
+    def _finish(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        options, holdout = self.options, self.journal.scan.holdout
+        manifest = Manifest(
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=vocabulary_size(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            token_dtype=_token_dtype(tokenizer),
+            domains=self.journal.scan.domains,
+            sources=list(options.sources),
+            validation=list(options.validation),
+            validation_fraction=None if holdout is None else options.validation_fraction,
+            seed=None if holdout is None else options.seed,
+            splits={split: summarise(self.journal.shards[split]) for split in SPLITS},
+        )
+        splits = manifest.splits
+        if sum(split.documents for split in splits.values()) != self.journal.scan.documents:
+            raise ChangedError(f"{self.folder}: the sources changed while they were read; start again with --overwrite")
+        manifest = manifest.model_copy(update={"fingerprint": manifest.content_fingerprint()})
+        atomic_write(self.folder / MANIFEST_NAME, manifest.to_bytes())
+        self._record(self.journal.model_copy(update={"finished": True}))
+        seconds = time.monotonic() - self.begin
+        size = sum(split.bytes for split in splits.values()) / MEGABYTE
+        shards = ", ".join(f"{len(split.shards)} {name} shards" for name, split in splits.items())
+        self.reporter.line(
+            f"{self.folder}: {sum(split.documents for split in splits.values())} documents,"
+            f" {sum(split.tokens for split in splits.values())} tokens, {size:.1f} MB"
+            f" ({size / seconds:.1f} MB/s in all), {shards}"
+        )
+
+    def _record(self, journal: Journal) -> None:
+        journal.write(self.folder)
+        self.journal = journal
+
+
+def _token_dtype(tokenizer: "PreTrainedTokenizerBase") -> Literal["uint16", "uint32"]:
+    return "uint16" if vocabulary_size(tokenizer) <= UINT16_VOCABULARY else "uint32"
+
+
+def _since(begin: float) -> str:
+    return f"{time.monotonic() - begin:.1f} s"

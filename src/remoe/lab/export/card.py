@@ -1,0 +1,122 @@
+"""The model card of an exported run: what it was trained on, how well, how it routes, and plots of its training."""
+
+from pathlib import Path
+
+import yaml
+
+from remoe.lab.analysis import figures
+from remoe.lab.analysis.figures import save
+from remoe.lab.training.checkpoint import saved_step
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.metrics import read_metrics
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import ROUTERS
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)
+print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt"), max_new_tokens=50)[0]))
+```"""
+
+
+def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path) -> None:
+    """Writes README.md and, where the run has its records, plots as PNG; `out` must be there."""
+    config = run.load_config()
+    summary = run.load_summary()
+    records = read_metrics(run.metrics) if run.metrics.is_file() else []
+    step = saved_step(checkpoint)
+    finished = summary.get("steps") == step
+    c = model.config
+    tags = ["moe", "remoe"] if c.routes_pairs else ["remoe"]
+    parts = [
+        yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}),
+        "---\n",
+        f"# {out.resolve().name}\n",
+        _what(c),
+        _USE + "\n",
+        "## Training\n",
+        _table(
+            {
+                "data": _data_name(config.data),
+                "steps": f"{step} of {config.steps}",
+                "tokens": f"{step * config.batch_size * config.seq_len:,}",
+                "sequence length": config.seq_len,
+                "seed": config.seed,
+                "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            }
+        ),
+    ]
+    if finished:
+        parts += ["## Results\n", _results(summary, c.steered), _domains(summary, c.routes_pairs)]
+    else:
+        parts.append("This checkpoint is not the end of its run: no validation loss is known for it.\n")
+    parts += _plots([record for record in records if record["step"] <= step], summary, c.router, out)
+    # The first separator opens the header.
+    (out / "README.md").write_text("---\n" + "\n".join(parts), encoding="utf-8")
+
+
+def _what(c: RemoeConfig) -> str:
+    """What the model is, in a sentence."""
+    experts, layers = c.num_experts * c.granularity, f"in each of its {c.num_hidden_layers} layers, router `{c.router}`"
+    if c.routes_pairs:
+        kind = f"A language model with a mixture of {experts} experts {layers}"
+    elif c.router == "lory":
+        kind = f"A language model with {experts} experts, merged into one for each segment of the text, {layers}"
+    else:
+        kind = f"A dense language model (router `{c.router}`)"
+    relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router == "relu" else ""
+    shared = f"; every token also has a shared expert of width {c.shared_expert_size}" if c.shared_expert_size else ""
+    return f"{kind}{relu}{shared}. Trained with `remoe`.\n"
+
+
+def _data_name(path: str) -> str:
+    """The dataset's folder, without where it lies."""
+    name = Path(path).name
+    return f"{name}: Python's standard library" if name.startswith("stdlib-") else name
+
+
+def _table(rows: dict[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+
+
+def _results(summary: dict, steered: bool) -> str:
+    rows: dict[str, object] = {
+        "validation loss, nats per token": f"{summary['validation_loss']:.4f}",
+        "active parameters": f"{summary['active_parameters']:,}",
+        "training FLOPs": f"{summary['flops']:.3g}",
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    if steered:
+        rows["sparsity, target"] = f"{summary['final_sparsity']:.4f}, {summary['target_sparsity']:.4f}"
+        rows["settled at step"] = summary["settling_step"] or "not settled"
+    machine = summary.get("machine", {})
+    rows["machine"] = ", ".join(f"{name} {value}" for name, value in machine.items())
+    return _table(rows)
+
+
+def _domains(summary: dict, routes_pairs: bool) -> str:
+    columns = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
+    columns |= {"sparsity": ".4f"} if routes_pairs else {}
+    lines = [f"| domain | {' | '.join(columns).replace('_', ' ')} |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in summary["validation"].items():
+        lines.append(f"| {name} | {' | '.join(format(row[column], form) for column, form in columns.items())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plots(records: list[dict], summary: dict, router: str, out: Path) -> list[str]:
+    if not records:
+        return []
+    course = ([record["step"] for record in records], [record["lm_loss"] for record in records])
+    plots = {"training-loss": ("Training loss", figures.training_losses({router: course}, window=10))}
+    if ROUTERS[router].steered:
+        course = figures.training_course({router: records}, summary.get("target_sparsity"))
+        plots["training-course"] = ("Sparsity, lambda and the penalty", course)
+    lines = ["## Plots\n"]
+    for name, (title, figure) in plots.items():
+        save(figure, out / name)
+        (out / f"{name}.svg").unlink()
+        lines.append(f"![{title}]({name}.png)\n")
+    return lines

@@ -1,0 +1,33 @@
+"""AdamW over parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from remoe.lab.training.config import OptimOptions
+
+
+def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, vectors (norms) do not. The learning rate is set at each step."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+
+
+def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
+    """Linear warm-up, then a cosine down to `final_lr_ratio` of the peak.
+
+    Args:
+        step: 1 for the first optimiser step, `steps` for the last.
+    """
+    warmup = max(1, round(options.warmup_ratio * steps))
+    if step <= warmup:
+        return options.lr * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = options.final_lr_ratio
+    return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,226 @@
+"""From options to a finished run: data, folder, training, summary."""
+
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import remoe
+from remoe.errors import CheckpointError
+from remoe.experts.cpu import build as kernels
+from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
+from remoe.lab.data.manifest import MANIFEST_NAME
+from remoe.lab.files import locked
+from remoe.lab.generation import SamplingOptions, generate_text
+from remoe.lab.machine import machine
+from remoe.lab.training.checkpoint import checkpoint_step
+from remoe.lab.training.config import TrainConfig, changes_result, differences
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.interrupt import exit_code
+from remoe.lab.training.memory import keep_freed_memory
+from remoe.lab.training.metrics import iterate_metrics
+from remoe.lab.training.trainer import Trainer, experts_backend, model_without_values, pick_device, wants_bfloat16
+from remoe.lab.training.validate import Evaluation, total
+from remoe.models.plan import training_flops
+from remoe.stages import first_sparse_step, settling_time
+
+
+def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> int:
+    """Trains, or continues, a run; a finished one is left as it is.
+
+    Args:
+        config: options; `config.resume` decides between a new run and a continued one.
+        run: the run's folder.
+        saved: options of the run when it is continued.
+
+    Returns:
+        The exit code: 0 with the summary in the run's folder; 130, 143 or 141 when SIGINT, SIGTERM or a closed output
+        stopped the run, its state saved.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `Trainer`.
+        CheckpointError: when a resumed run was started with other options, or another process is training it.
+    """
+    if saved is not None:
+        _check_unchanged(saved, config, run)
+    config.check()
+    if saved is not None and differences(saved, config).keys() <= {"out", "resume"} and _is_finished(run, config.steps):
+        print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
+        print(f"summary      {run.summary}")
+        return 0
+    # Whether it can run is found before the data is prepared and the folder made.
+    experts_backend(model_without_values(config), config.dtype, pick_device(config.device))
+    if saved is None:
+        run.check_new()
+    keep_freed_memory()
+    dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
+    config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
+    dataset.load_tokenizer()  # before the work, not after it
+    trainer = Trainer(config, dataset, run)
+    if saved is None:
+        run.create(config, dataset.tokenizer_path)
+    with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
+        if saved is not None:
+            trainer.resume()
+            _follow_the_data(run, saved, config.data)
+        _print_header(trainer)
+        validation = trainer.train()
+        if validation is None:
+            print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
+            print(f"continue with: remoe train --out {shlex.quote(str(run.path))} --resume")
+            return exit_code(trainer.stopped_by)
+        summary = _summarise(trainer, validation)
+        run.summary.write_text(json.dumps(summary, indent=2))
+        _print_summary(summary, trainer)
+        return 0
+
+
+def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:
+    """The running Python's standard library, prepared once in `parent`/data."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
+    if (out / MANIFEST_NAME).exists():  # the library may have got a file since, which is no reason not to train
+        return open_dataset(out)
+    prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05), wait=wait)
+    return open_dataset(out)
+
+
+def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) -> None:
+    for name, (old, new) in differences(saved, config).items():
+        if changes_result(name):
+            flag = name.replace("_", "-")
+            raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
+
+
+def _follow_the_data(run: RunFolder, saved: TrainConfig, data: str) -> None:
+    """Writes into the run's options where its data lies now."""
+    if saved.data != data:
+        run.write_config(replace(saved, data=data))
+
+
+def _is_finished(run: RunFolder, steps: int) -> bool:
+    """Whether the run has its summary, and no checkpoint from which there would be something left to do."""
+    checkpoint = run.last_checkpoint()
+    return run.load_summary().get("steps") == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
+
+
+def _print_header(trainer: Trainer) -> None:
+    model, config, dataset = trainer.model, trainer.config, trainer.dataset
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
+    print(
+        f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
+        f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
+        f"experts backend {_experts(trainer)}"
+    )
+    passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
+    print(
+        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
+        f"domains {', '.join(dataset.domains)}; device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); "
+        f"run {trainer.run.path}"
+    )
+    if trainer.step:
+        print(f"resumed at step {trainer.step}")
+    elif config.resume:
+        print("no checkpoint yet: starting from the beginning")
+
+
+def _experts(trainer: Trainer) -> str:
+    """The backend, and on a CPU whether it has compiled kernels; compiles them where that is still to be done."""
+    name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
+    if name != "loop" or trainer.device.type != "cpu":
+        return name
+    if kernels.to_be_built():
+        print("compiling the experts' kernels for this machine, once: some seconds", flush=True)
+    compiled = kernels.compiled_kernels(torch.float32) is not None
+    return f"{name} ({'compiled kernels' if compiled else 'plain torch operations'})"
+
+
+def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
+    config, target = trainer.config, trainer.model.sparsity.target
+    sparsities = trainer.sparsities
+    sparse, settled = first_sparse_step(sparsities, target), settling_time(sparsities, target)
+    after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
+    tokenizer = trainer.dataset.load_tokenizer()
+    prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
+    sample = prompt + generate_text(trainer.model, tokenizer, prompt, SamplingOptions(seed=config.seed))
+    trainer.run.sample.write_text(sample, encoding="utf-8")
+    return {
+        "steps": trainer.step,
+        "router": config.router,
+        **_cost(trainer, total(validation).sparsity),
+        "seconds": trainer.seconds,
+        "peak_memory_bytes": trainer.peak_memory_bytes,
+        "validation_loss": total(validation).loss,
+        "validation": {TOTAL: total(validation).to_dict()}
+        | {domain: result.to_dict() for domain, result in validation.items()},
+        "target_sparsity": target,
+        "final_sparsity": trainer.model.sparsity.sparsity.item(),
+        "sparse_step": sparse if sparse <= len(sparsities) else None,
+        "settling_step": None if settled is None else settled + 1,
+        "sparsity_mean": after.mean().item() if len(after) else None,
+        "sparsity_deviation": after.std().item() if len(after) > 1 else None,
+        "sample": sample,
+        "checkpoint": str(trainer.run.last_checkpoint()),
+        "machine": machine(trainer.device),
+    }
+
+
+def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
+    """Parameters, tokens, FLOPs of the pairs really routed, and speed; `sparsity` is that of the validation data."""
+    config, model = trainer.config, trainer.model
+    parameters = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    step_tokens = config.batch_size * config.seq_len
+    flops = training_flops(model.config, config.seq_len, step_tokens, trainer.sparsities)
+    speeds = [r["tokens_per_second"] for r in iterate_metrics(trainer.run.metrics) if "tokens_per_second" in r]
+    return {
+        "total_parameters": parameters,
+        "active_parameters": round(parameters - experts * (sparsity if model.config.routes_pairs else 0)),
+        "tokens": trainer.step * step_tokens,
+        "flops": flops,
+        "flops_per_token": flops / (trainer.step * step_tokens),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+    }
+
+
+def _validation_prompt(trainer: Trainer, tokenizer) -> str:
+    """The first tokens of a validation text: a prompt in the language of the data."""
+    input_NS, _, mask_NS = next(iter(trainer.windows.batches(trainer.windows.domains[0], 1)))
+    return tokenizer.decode(input_NS[0, : min(12, int(mask_NS[0].sum()))].tolist(), skip_special_tokens=True)
+
+
+def _print_summary(summary: dict, trainer: Trainer) -> None:
+    run, everything = trainer.run, summary["validation"][TOTAL]
+    print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes")
+    print(
+        f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
+        f"bits per byte {everything['bits_per_byte']:.4f}"
+    )
+    for domain in trainer.windows.domains:
+        print(f"  {domain:<16} {summary['validation'][domain]['loss']:.4f}")
+    if trainer.model.config.steered:
+        print(_sparsity_line(summary))
+    print(f"\nsample:\n{summary['sample']}\n")
+    print(f"run          {run.path}")
+    print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
+    path = shlex.quote(str(run.path))
+    print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
+    print(f"see it       remoe report {path}   (a page that shows what the experts do)")
+    words = shlex.quote(" ".join(summary["sample"].split()[:2]) or "The")
+    print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
+
+
+def _sparsity_line(summary: dict) -> str:
+    begin = summary["sparse_step"]
+    target = f"target {summary['target_sparsity']:.4g}; {f'sparse from step {begin}' if begin else 'not yet sparse'}"
+    if summary["settling_step"] is None:
+        return f"sparsity has not settled; last {summary['final_sparsity']:.4f}, {target}"
+    return (
+        f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation {summary['sparsity_deviation']:.4f}, "
+        f"{target}, settled at step {summary['settling_step']}"
+    )

@@ -1,0 +1,372 @@
+"""The training loop: batches, loss, controller, optimiser, records, checkpoints.
+
+Every step is a pure function of the state before it and of (seed, step), so that a resumed run repeats an
+uninterrupted one bit for bit on the CPU.
+"""
+
+import logging
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from remoe.errors import CheckpointError, ConfigError, RemoeError
+from remoe.experts import resolve_backend
+from remoe.lab.analysis.collect import active_of
+from remoe.lab.analysis.measures import flip_rate
+from remoe.lab.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
+from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
+from remoe.lab.training.config import TrainConfig
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.interrupt import Interrupt
+from remoe.lab.training.memory import peak_memory
+from remoe.lab.training.metrics import MetricsWriter
+from remoe.lab.training.optimizer import build_optimizer, learning_rate
+from remoe.lab.training.progress import ProgressLine
+from remoe.lab.training.validate import Evaluation, evaluate, total
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import Router
+from remoe.sparsity import DEAD_AFTER_STEPS
+from remoe.stages import stage
+
+logger = logging.getLogger(__name__)
+
+LAMBDA_TOO_LARGE = 1e3  # of a loss in nats; no run of ours that went well came near
+VOCAB_MULTIPLE = 1024  # GPT-2's 50,257 becomes the paper's 51,200
+
+
+class NonFiniteLoss(RemoeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class Trainer:
+    """Trains one model in one run's folder.
+
+    Args:
+        config: checked options.
+        dataset: prepared data.
+        run: the run's folder, created.
+
+    Raises:
+        ConfigError: for a model that cannot be built, a device that is not there, or too little data.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder) -> None:
+        config.check()
+        self.config, self.dataset, self.run = config, dataset, run
+        self.batches = TrainBatches(dataset.train, config.seq_len, config.batch_size, config.seed)
+        self.windows = ValidationWindows(dataset.validation, config.seq_len)
+        self.device = pick_device(config.device)
+        self.autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
+        )
+        torch.manual_seed(config.seed)
+        self.model = RemoeForCausalLM(model_config(config, dataset)).to(self.device)
+        self.model.train()
+        if config.recompute:
+            enable_recomputation(self.model)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step = 0
+        self.saved_step = 0
+        self.sparsities: list[float] = []  # S of each step
+        self.dead_layers: set[int] = set()
+        self.lambda_runs_away = False
+        self.stopped_by: int | None = None  # the number of the signal that ended `train` before its last step
+        self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
+
+    def resume(self) -> None:
+        """Continues from the newest checkpoint of the run, or from the start when there is none yet.
+
+        Raises:
+            CheckpointError: when it cannot be read, or the data is not that of the run.
+            DataError: when the data was prepared with another tokenizer.
+        """
+        self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
+        checkpoint = self.run.last_checkpoint()
+        if checkpoint is None:
+            return
+        info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
+        if info["data"] != self.dataset.fingerprint:
+            raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
+        self.step = self.saved_step = info["step"]
+        self._seconds_before, self._peak_before = info["seconds"], info["peak_memory_bytes"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, by the processes before this one too as far as their checkpoints know."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that the run has taken, in whatever process: a router's dense stage may be long past."""
+        return max(self._peak_before, peak_memory(self.device))
+
+    def train(self) -> dict[str, Evaluation] | None:
+        """Runs to the last step; returns the final validation, or None when a signal or a closed output stopped it.
+
+        Raises:
+            NonFiniteLoss: the run's files are as the last checkpoint left them.
+            CheckpointError: when a checkpoint cannot be written.
+        """
+        steps = self.config.steps
+        metrics = MetricsWriter(self.run.path, self.step + 1)
+        progress = ProgressLine(self.config, self.step)
+        validation = None
+        try:
+            with Interrupt("stopping after this step; once more stops at once, without saving") as interrupt:
+                while self.step < steps and not interrupt.received:
+                    before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
+                    record = self._train_step(progress)
+                    if before_LTE is not None:
+                        record["flip_rate"] = flip_rate(before_LTE, self._routing())
+                    due = self.step % self.config.validate.every == 0
+                    if due or self.step == steps:
+                        validation = self.validate(final=self.step == steps)
+                        record |= validation_record(validation)
+                    if self.step % self.config.log_every == 0 or self.step == steps or due or before_LTE is not None:
+                        metrics.write(record)
+                    try:
+                        progress.show(record, self.step)
+                    except BrokenPipeError:  # `remoe train | head`
+                        interrupt.output_closed()
+                    if self.step % self.config.checkpoint.every == 0 or self.step == steps:
+                        metrics.flush()
+                        self.save()
+                if self.saved_step != self.step:  # a signal came between two checkpoints
+                    metrics.flush()
+                    self.save()
+        finally:
+            metrics.close()
+            progress.close()
+        if self.step < steps:
+            self.stopped_by = interrupt.received
+            return None
+        return validation or self.validate(final=True)
+
+    def _train_step(self, progress: ProgressLine) -> dict[str, object]:
+        """One optimiser step and its record."""
+        config, controller = self.config, self.model.sparsity
+        step, start = self.step + 1, time.perf_counter()
+        lr = learning_rate(step, config.steps, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        coefficient = self.model.regularizer_coefficient
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.to(self.device)
+        else:  # made there: a copy would wait for the device
+            coefficient = torch.full((), coefficient, device=self.device)
+        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
+        self.model.update_routing()
+        # One transfer to the host a step: everything that the record and the checks need.
+        scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
+        L, E = controller.load_LE.shape
+        values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
+        n = len(scalars)
+        (lm_loss, reg_loss, loss, coefficient, grad_norm, sparsity), dead_steps_L = values[:n], values[n : n + L]
+        load_LE = [values[first : first + E] for first in range(n + L, len(values), E)]
+        if not (math.isfinite(lm_loss + reg_loss) and math.isfinite(grad_norm)):
+            raise self._non_finite(step, lm_loss, reg_loss, grad_norm)
+        self.optimizer.step()
+        self.step = step
+        self.sparsities.append(sparsity)
+        self._report_dead(dead_steps_L)
+        self._report_lambda(coefficient, sparsity)
+        tokens = config.batch_size * config.seq_len
+        seconds = time.perf_counter() - start
+        progress.add(tokens, seconds)
+        return {
+            "step": step,
+            "lm_loss": lm_loss,
+            "reg_loss": reg_loss,
+            "loss": loss,
+            "lambda": coefficient,
+            "sparsity": sparsity,
+            "stage": stage(sparsity, controller.target),
+            "sparsity_per_layer": [1 - sum(load_E) / len(load_E) for load_E in load_LE],
+            "load_per_expert": load_LE,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": step * tokens,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the whole batch by micro-batches; its losses, 0-dim float32: parts, and what is trained."""
+        config = self.config
+        if self.device.type == "cuda":
+            token_BS = token_BS.pin_memory()  # else the copy waits for the device
+        token_BS = token_BS.to(self.device, non_blocking=True)
+        items = config.batch_size * config.seq_len
+        lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
+        for micro_bS in token_BS.split(config.micro_batch_size):
+            with self.autocast:
+                out = self.forward(
+                    micro_bS[:, :-1],
+                    shift_labels=micro_bS[:, 1:].contiguous(),
+                    num_items_in_batch=items,
+                    use_cache=False,
+                )
+            out.loss.backward()
+            lm_loss = lm_loss + out.lm_loss.detach()
+            reg_loss = reg_loss + out.reg_loss.detach()
+            loss = loss + out.loss.detach()
+        return lm_loss, reg_loss, loss
+
+    def validate(self, final: bool) -> dict[str, Evaluation]:
+        """Validation of each domain: on all tokens when final, else on a prefix."""
+        options = self.config.validate
+        limit = None if final else options.max_tokens
+        return evaluate(
+            self.model, self.windows, batch_size=options.batch_size, max_tokens=limit, autocast=self.autocast
+        )
+
+    def _measures_flips(self, step: int) -> bool:
+        every = self.config.validate.flips_every
+        return every > 0 and step % every == 0 and self.model.config.routes_pairs
+
+    def _routing(self) -> Tensor:
+        """(L, T, E) bool: how the present weights route the first validation tokens, as many of each domain."""
+        sequences = self.config.validate.flips_tokens / (self.config.seq_len * len(self.windows.domains))
+        firsts = [next(self.windows.batches(domain, math.ceil(sequences))) for domain in self.windows.domains]
+        input_NS, mask_NS = (torch.cat([first[column] for first in firsts]) for column in (0, 2))
+        self.model.eval()
+        active_LTE = active_of(self.model, input_NS, mask_NS, self.autocast)
+        self.model.train()
+        return active_LTE
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step and applies the retention rule."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
+        info = {
+            "data": self.dataset.fingerprint,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info, self.sparsities)
+        self.saved_step = self.step
+        clean(self.run.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        return path
+
+    def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"step {step}: not finite: lm_loss = {lm_loss:g}, reg_loss = {reg_loss:g}, grad_norm = {grad_norm:g}; "
+            f"stopped before the update, nothing was overwritten; {self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        last = self.run.last_checkpoint()
+        return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+
+    def _report_dead(self, dead_steps_L: list[float]) -> None:
+        dead = {layer for layer, count in enumerate(dead_steps_L) if count >= DEAD_AFTER_STEPS}
+        if new := sorted(dead - self.dead_layers):
+            logger.warning("step %d: no token was routed for %d steps in layers %s", self.step, DEAD_AFTER_STEPS, new)
+        self.dead_layers = dead
+
+    def _report_lambda(self, coefficient: float, sparsity: float) -> None:
+        if self.model.config.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
+            logger.warning(
+                "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty has no hold on the experts that "
+                "are still on", self.step, coefficient, sparsity, self.model.sparsity.target,
+            )  # fmt: skip
+            self.lambda_runs_away = True
+
+
+def model_without_values(config: TrainConfig) -> RemoeForCausalLM:
+    """The model that `config` describes, on the meta device: needs no data and no memory.
+
+    Raises:
+        ConfigError: when it cannot be built.
+    """
+    with torch.device("meta"):
+        return RemoeForCausalLM(_model_config(config, config.vocab_size, eos_token_id=0))
+
+
+def router_of(config: TrainConfig) -> Router:
+    """The router of a layer, without values."""
+    return model_without_values(config).model.layers[0].mlp.router
+
+
+def experts_backend(model: RemoeForCausalLM, dtype: str, device: torch.device) -> str:
+    """The backend that runs the model's experts in training, with `--dtype` as given.
+
+    Raises:
+        ConfigError: when the one that was asked for cannot run there.
+    """
+    experts = model.model.layers[0].mlp.experts
+    computed = torch.bfloat16 if wants_bfloat16(dtype, device) else torch.float32
+    return resolve_backend(experts.backend, device.type, computed, *experts.down_proj.shape[1:])
+
+
+def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
+    """Configuration of the model that `config` describes, for the dataset's tokenizer."""
+    return _model_config(config, dataset.vocab_size, dataset.eos_token_id)
+
+
+def _model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> RemoeConfig:
+    return RemoeConfig(
+        **vars(config.model),
+        vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        max_position_embeddings=config.seq_len,
+        eos_token_id=eos_token_id,
+        router=config.router,
+        router_options=config.router_options or None,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.k,
+        granularity=config.granularity,
+        sparsity_rule=config.sparsity.rule,
+        lambda_init=config.sparsity.lambda_init,
+        lambda_alpha=config.sparsity.alpha,
+        lambda_fast_start=config.sparsity.fast_start,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        ConfigError: when it is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ConfigError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def wants_bfloat16(dtype: str, device: torch.device) -> bool:
+    """Whether to run under bfloat16 autocast: when asked for, or on a GPU that computes in it."""
+    if dtype == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "bfloat16"
+
+
+def enable_recomputation(model: RemoeForCausalLM) -> None:
+    """Recomputes each layer's activations in the backward pass; the method's name depends on transformers' version."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def validation_record(results: dict[str, Evaluation]) -> dict[str, object]:
+    """Validation figures as they stand in a record of metrics.jsonl."""
+    overall = total(results)
+    return {
+        "validation_loss": overall.loss,
+        "validation_sparsity": overall.sparsity,
+        "validation_loss_per_domain": {domain: result.loss for domain, result in results.items()},
+    }

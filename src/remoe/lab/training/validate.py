@@ -1,0 +1,116 @@
+"""Loss of a model on validation data, overall and per domain.
+
+Legend: N sequences, S sequence length.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from remoe.lab.data import ValidationWindows
+from remoe.models.modeling_remoe import RemoeForCausalLM
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a set of tokens, and the figures drawn from them.
+
+    Attributes:
+        nats: summed cross-entropy.
+        targets: predicted tokens.
+        text_bytes: UTF-8 bytes of the text that was predicted.
+        pairs: routed pairs over all layers.
+        slots: tokens * experts over all layers.
+    """
+
+    nats: float
+    targets: int
+    text_bytes: int
+    pairs: int
+    slots: int
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy, nats per token."""
+        return self.nats / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of text: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def sparsity(self) -> float:
+        """S over these tokens."""
+        return 1 - self.pairs / self.slots
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures by name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "sparsity": self.sparsity,
+            "tokens": self.targets,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: RemoeForCausalLM,
+    windows: ValidationWindows,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast: torch.autocast | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluation of each domain; their sum is the whole.
+
+    Args:
+        model: put into eval mode for the time, then back.
+        windows: validation data; padding at the end of a domain is masked.
+        batch_size: sequences per forward pass.
+        max_tokens: in all, about; each domain gives a prefix of whole documents by its share. None for everything.
+        autocast: context of the forward pass.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    results = {}
+    for domain, limit in windows.shares(max_tokens).items():
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        counted = torch.zeros(3, dtype=torch.int64, device=device)  # read once: each look waits for the device
+        for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
+            target_NS = target_NS.to(device)
+            with autocast or torch.autocast(device.type, enabled=False):
+                out = model(
+                    input_NS.to(device),
+                    attention_mask=mask_NS.to(device),
+                    shift_labels=target_NS,
+                    num_items_in_batch=1,  # the sum, not the mean
+                    use_cache=False,
+                    return_logits=False,
+                )
+            nats += out.lm_loss.double()
+            counted[0] += (target_NS != -100).sum()
+            for routing in out.routings:
+                counted[1] += routing.count_E.sum().to(device)
+                counted[2] += routing.num_tokens.to(device) * routing.assignment.num_experts
+        targets, pairs, slots = counted.tolist()
+        results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
+    model.train(was_training)
+    return results
+
+
+def total(results: dict[str, Evaluation]) -> Evaluation:
+    """All domains together, each token counted once."""
+    return sum(results.values(), Evaluation(0.0, 0, 0, 0, 0))

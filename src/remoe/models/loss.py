@@ -1,0 +1,119 @@
+"""Cross-entropy of a linear layer's output, without ever holding that output.
+
+The language-model head of a small model is most of its memory traffic: T x V logits, their softmax and its gradient
+are each read and written several times. Here a chunk of tokens goes all the way, logits to gradients, while it is in
+cache. The gradients are computed in the forward pass, up to the factor that arrives in the backward pass: that saves
+the second product for the logits that recomputing them would need.
+
+Legend: T tokens, D model width, V vocabulary, t tokens of one chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from remoe.matmul import product
+
+IGNORED_TARGET = -100
+# Logits of one chunk: few enough to stay in a CPU's cache, and many where a chunk must fill a GPU. The least number
+# of tokens keeps the sum over chunks of the weight's gradient, (D, V) each, from costing more than the products.
+CHUNK_LOGITS = {"cpu": 2**21}
+CHUNK_LOGITS_DEVICE = 2**26
+CHUNK_TOKENS = 512
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    """Sum over tokens of the cross-entropy of softmax(hidden @ weight^T), once differentiable in the first two.
+
+    The products run in the dtype of the operands (that of autocast under autocast), softmax and sums in at least
+    float32. At most one chunk of logits exists at a time.
+
+    Args:
+        hidden_TD, weight_VD: (T, D), (V, D), of one dtype.
+        target_T: (T,) int64; -100 is no target and adds nothing.
+
+    Returns:
+        0-dim, float32 (float64 for float64 operands), in nats.
+    """
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    grad = torch.is_grad_enabled()
+    hidden_grad, weight_grad = grad and hidden_TD.requires_grad, grad and weight_VD.requires_grad
+    return _forward(hidden_TD, weight_VD, target_T, hidden_grad, weight_grad)[0]
+
+
+@torch.library.custom_op("remoe::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, hidden_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its gradients by hidden, (T, D), and by the transposed weight, (D, V); empty where not wanted."""
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    dtype = _accumulation_dtype(hidden_TD)
+    total = hidden_TD.new_zeros((), dtype=dtype)
+    dhidden_TD = hidden_TD.new_empty((T, D) if hidden_grad else 0)
+    dweight_DV = weight_VD.new_zeros((D, V) if weight_grad else 0, dtype=dtype)
+    weight_DV = weight_VD.t()
+    chunk = _chunk_tokens(V, hidden_TD.device.type)
+    for start in range(0, T, chunk):
+        hidden_tD, target_t = hidden_TD[start : start + chunk], target_T[start : start + chunk]
+        counts_t1 = (target_t != IGNORED_TARGET)[:, None]
+        index_t1 = target_t[:, None].where(counts_t1, 0)
+        logits_tV = product(hidden_tD, weight_DV).to(dtype)
+        # log sum exp = max - log(largest probability): one pass of exponentials gives loss and gradient.
+        largest_t1, wanted_t1 = logits_tV.amax(dim=1, keepdim=True), logits_tV.gather(1, index_t1)
+        prob_tV = logits_tV.softmax(dim=1)
+        nats_t1 = largest_t1 - prob_tV.amax(dim=1, keepdim=True).log() - wanted_t1
+        total += nats_t1.where(counts_t1, 0).sum()
+        if not (hidden_grad or weight_grad):
+            continue
+        dlogits_tV = prob_tV.scatter_add_(1, index_t1, prob_tV.new_full((), -1).expand_as(index_t1)).to(hidden_TD.dtype)
+        # A token without a target is masked in the (t, D) factors: a pass over (t, V) would cost more.
+        if hidden_grad:
+            dhidden_TD[start : start + chunk] = product(dlogits_tV, weight_VD).where(counts_t1, 0)
+        if weight_grad:
+            dweight_DV += product(hidden_tD.where(counts_t1, 0).t(), dlogits_tV)
+    return total, dhidden_TD, dweight_DV
+
+
+@_forward.register_fake
+def _(hidden_TD, weight_VD, target_T, hidden_grad, weight_grad):
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    dtype = _accumulation_dtype(hidden_TD)
+    return (
+        hidden_TD.new_empty((), dtype=dtype),
+        hidden_TD.new_empty((T, D) if hidden_grad else 0),
+        weight_VD.new_empty((D, V) if weight_grad else 0, dtype=dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[1].dtype
+    ctx.wanted = inputs[3:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros of the size of both gradients
+
+
+def _differentiate(ctx, scale, *_):
+    if torch.is_grad_enabled():  # create_graph: the saved gradients would count as constants
+        raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
+    if scale is None:
+        return (None,) * 5
+    dhidden_TD, dweight_DV = ctx.saved_tensors
+    hidden_grad, weight_grad = ctx.wanted
+    # Not in 16 bits: rounded to them, 1 / targets would scale every gradient wrongly.
+    dhidden_TD = dhidden_TD.to(scale.dtype, copy=True).mul_(scale).to(dhidden_TD.dtype) if hidden_grad else None
+    dweight_VD = (dweight_DV * scale).t().to(ctx.dtype, memory_format=torch.contiguous_format) if weight_grad else None
+    return dhidden_TD, dweight_VD, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunk_tokens(V: int, device: str) -> int:
+    return max(CHUNK_TOKENS, CHUNK_LOGITS.get(device, CHUNK_LOGITS_DEVICE) // V)

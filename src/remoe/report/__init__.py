@@ -1,5 +1,0 @@
-"""A page in which one sees how a trained model routes: `write_report`."""
-
-from remoe.report.page import write_report
-
-__all__ = ["write_report"]

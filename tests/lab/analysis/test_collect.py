@@ -1,0 +1,105 @@
+"""A record of routing holds what the model did on each token, in the order of the text."""
+
+import pytest
+import torch
+
+import remoe
+from remoe.lab.analysis.collect import active_of, collect, gates_of
+from remoe.lab.data import ValidationWindows, open_dataset
+
+SEQ_LEN = 48
+
+
+@pytest.fixture
+def windows(corpus):
+    return ValidationWindows(open_dataset(corpus).validation, SEQ_LEN)
+
+
+def tiny(router="relu"):
+    config = remoe.RemoeConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=5,
+        num_experts_per_tok=2,
+        router=router,
+        initializer_range=0.2,
+        max_position_embeddings=SEQ_LEN,
+    )
+    return remoe.RemoeForCausalLM(config)
+
+
+def test_rows_are_the_tokens_of_the_windows_in_order(windows):
+    record = collect(tiny(), windows, None, 3)
+    assert record.domains == ("farm", "town")
+    assert record.sequence_T[0] == 0
+    # A new window begins one row after the other, and each window is whole but the last of a domain.
+    assert set(record.sequence_T.diff().tolist()) == {0, 1}
+    row = sequence = 0
+    for index, domain in enumerate(record.domains):
+        for token_1S, _, mask_1S in windows.batches(domain, 1):
+            n = int(mask_1S.sum())
+            assert torch.equal(record.token_T[row : row + n], token_1S[0, :n])
+            assert (record.sequence_T[row : row + n] == sequence).all()
+            assert (record.domain_T[row : row + n] == index).all()
+            row, sequence = row + n, sequence + 1
+    assert row == len(record.token_T) == sum(windows.num_predictions(domain) for domain in record.domains)
+    assert record.active_LTE.shape == (2, row, 5)
+
+
+def test_the_choice_is_that_of_the_model(windows):
+    model = tiny().train()
+    record = collect(model, windows, None, 3)
+    assert model.training
+    assert 0 < record.active_LTE.float().mean() < 1
+    model.eval()
+    for sequence in (0, int(record.sequence_T.max())):  # the last one is padded in the batch
+        rows = record.sequence_T == sequence
+        out = model(record.token_T[rows][None])
+        for layer, routing in enumerate(out.routings):
+            assert torch.equal(record.active_LTE[layer, rows], routing.gate_TE > 0)
+
+
+def test_padding_is_left_out_of_gates_and_choice(windows):
+    model = tiny().eval()
+    token_BS = torch.randint(300, (2, 6))
+    mask_BS = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    gate_LTE = gates_of(model, token_BS, mask_BS)
+    assert gate_LTE.shape == (2, 9, 5)
+    torch.testing.assert_close(gate_LTE[:, 6:], gates_of(model, token_BS[1:, :3], mask_BS[1:, :3]))
+    assert torch.equal(active_of(model, token_BS, mask_BS), gate_LTE > 0)
+
+
+def test_executed_pairs_count_even_where_a_gate_is_rounded_to_zero(windows):
+    model = tiny("topk").eval()
+    with torch.no_grad():  # so far apart that a softmax has one, and zeros
+        model.model.layers[0].mlp.router.weight.mul_(1e5)
+    token_BS = torch.randint(300, (1, SEQ_LEN))
+    mask_BS = torch.ones_like(token_BS, dtype=torch.bool)
+    assert (gates_of(model, token_BS, mask_BS)[0] == 0).sum(dim=1).max() == 4
+    assert (active_of(model, token_BS, mask_BS).sum(dim=2) == 2).all()
+
+
+def test_collecting_counts_as_no_training_step(windows):
+    model = tiny().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    collect(model, windows, 200, 4)
+    model.sparsity.update()
+    assert model.sparsity.sparsity == before["sparsity.sparsity"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "weight" in name)
+
+
+def test_topk_has_k_experts_a_token_and_dense_has_one(windows):
+    assert (collect(tiny("topk"), windows, 200, 4).active_LTE.sum(dim=2) == 2).all()
+    assert collect(tiny("dense"), windows, 200, 4).active_LTE.shape[2] == 1
+
+
+def test_limit_takes_a_prefix_of_every_domain(windows):
+    whole, part = collect(tiny(), windows, None, 4), collect(tiny(), windows, 300, 4)
+    assert len(part.token_T) < len(whole.token_T)
+    for domain in (0, 1):
+        tokens = part.token_T[part.domain_T == domain]
+        assert len(tokens)
+        assert torch.equal(tokens, whole.token_T[whole.domain_T == domain][: len(tokens)])

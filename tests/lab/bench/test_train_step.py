@@ -1,0 +1,81 @@
+"""The benchmark of a training step runs, and says what it needs. No time is tested."""
+
+import importlib.util
+import json
+
+import pytest
+
+from remoe.errors import ConfigError
+from remoe.lab.bench import train_step as module
+from remoe.lab.bench.train_step import REFERENCE, TrainStepOptions, TrainStepResult, train_step
+from remoe.lab.cli.main import main
+
+SMALL = {
+    "seq_len": 32,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "num_experts": 4,
+    "device": "cpu",
+    "model": {"hidden_size": 32, "num_hidden_layers": 2},
+}
+
+
+def test_rows_of_ours_and_of_the_reference(corpus):
+    pytest.importorskip("accelerate")
+    ours = ("remoe relu", "remoe topk")
+    options = TrainStepOptions("tiny", str(corpus), settle=3, rounds=2, steps=2, contestants=ours, config=SMALL)
+    result = train_step(options)
+    assert [row["name"] for row in result.rows] == [*ours, REFERENCE]
+    for row in result.rows:
+        assert row["tokens_per_second"] == pytest.approx(1e3 * 4 * 32 / row["ms_per_step"])
+        assert row["ratio_to_reference"] > 0
+        assert (row["sparsity"] is None) == row["name"].startswith("mixtral")
+        assert len(result.details["ms_per_step"][row["name"]]) == 2
+    reference = next(row for row in result.rows if row["name"] == REFERENCE)
+    assert reference["ratio_to_reference"] == 1
+    assert result.rows[1]["sparsity"] == 0.75
+    json.dumps({"rows": result.rows, "details": result.details})
+
+
+def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, capsys):
+    row = {"name": "remoe relu", "tokens_per_second": 9.0, "ms_per_step": 1.0, "ratio_to_reference": 2.0}
+    result = TrainStepResult([row | {"sparsity": None}], {"steps": 5})
+    monkeypatch.setattr(module, "train_step", lambda options: result)
+    assert main(["bench", "train-step", "--out", str(tmp_path / "step.json")]) == 0
+    assert "remoe relu" in capsys.readouterr().out
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert (written["rows"], written["details"]) == (result.rows, result.details)
+    assert written["machine"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"contestants": ("remoe relu", "gpt")}, "unknown contestant 'gpt'"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"preset": "huge"}, "unknown preset 'huge'"),
+        ({"config": {"k": 9}}, "k = 9"),
+    ],
+)
+def test_bad_options_are_named(corpus, options, words):
+    pytest.importorskip("accelerate")
+    with pytest.raises(ConfigError, match=words):
+        train_step(TrainStepOptions(data=str(corpus), **options))
+
+
+def test_missing_accelerate_is_named(corpus, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install -e '.\[bench\]'"):
+        train_step(TrainStepOptions(data=str(corpus)))
+
+
+def test_both_train_the_same_shape_on_the_same_tokens(corpus):
+    """The Mixtral contestants read the windows that `remoe train` reads, in its order."""
+    from remoe.lab.data import TrainBatches, open_dataset
+    from remoe.lab.training.config import config_from_dict
+
+    config, dataset = config_from_dict({"preset": "tiny", **SMALL}, "test"), open_dataset(corpus)
+    windows = module._Windows(config, dataset)
+    batch = TrainBatches(dataset.train, 32, 4, config.seed).batch(3)
+    for row in range(4):
+        assert windows[3 * 4 + row]["input_ids"].equal(batch[row, :-1])

@@ -1,0 +1,395 @@
+"""Commands on a trained run, and one clear line with exit code 2 for each mistake."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny_run import FLAGS
+
+import remoe
+from remoe.lab.cli.main import COMMANDS, main
+from remoe.lab.data import PrepareOptions, prepare
+from remoe.lab.training.config import config_from_dict
+from remoe.lab.training.folder import RunFolder
+from remoe.routing import ROUTERS
+from remoe.sparsity import RULES
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--data", str(corpus), "--out", str(out), "--steps", "30", *FLAGS]) == 0
+    return out
+
+
+def test_generate_repeats_itself_by_seed(run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(run), "--prompt", "cow ", "--max-new-tokens", "20", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("cow ")
+
+
+def test_generate_options_and_empty_prompt(run, capsys):
+    assert main(["generate", str(run), "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    greedy = capsys.readouterr().out
+    assert main(["generate", str(run), "--top-k", "1", "--max-new-tokens", "5", "--seed", "7"]) == 0
+    assert capsys.readouterr().out == greedy
+
+
+def test_eval_agrees_with_the_run_and_with_itself(run, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert main(["eval", str(run), "--json", str(figures)]) == 0
+    assert "farm" in capsys.readouterr().out
+    rows = json.loads(figures.read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    assert rows["all"]["loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+    assert rows["all"]["perplexity"] == pytest.approx(math.exp(rows["all"]["loss"]))
+    assert rows["all"]["tokens"] == rows["farm"]["tokens"] + rows["town"]["tokens"]
+    assert 0 < rows["all"]["sparsity"] < 1
+
+
+def test_eval_of_a_part_shares_it_out_over_the_domains(run, tmp_path):
+    rows = []
+    for flags in ([], ["--max-tokens", "300"]):
+        assert main(["eval", str(run), "--json", str(tmp_path / "figures.json"), *flags]) == 0
+        rows.append(json.loads((tmp_path / "figures.json").read_text()))
+    for domain in ("farm", "town"):
+        assert 0 < rows[1][domain]["tokens"] < rows[0][domain]["tokens"]
+
+
+def test_sweep_of_thresholds_trades_experts_for_loss(run, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert main(["eval", str(run), "--sweep-threshold", "auto", "--json", str(figures)]) == 0
+    assert "active experts" in capsys.readouterr().out
+    points = json.loads(figures.read_text())["points"]
+    assert main(["eval", str(run), "--json", str(figures)]) == 0
+    everything = json.loads(figures.read_text())["all"]
+    assert points[0]["threshold"] == 0
+    assert points[0]["loss"] == pytest.approx(everything["loss"], rel=1e-6)
+    assert points[0]["active_experts"] == pytest.approx(4 * (1 - everything["sparsity"]), rel=1e-6)
+    active = [point["active_experts"] for point in points]
+    assert active == sorted(active, reverse=True)
+    assert active[-1] == pytest.approx(active[0] / 10, rel=0.3)
+    assert main(["eval", str(run), "--sweep-threshold", "1e9", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["points"][0]["active_experts"] == 0
+    assert main(["eval", str(run), "--max-experts", "1", "--json", str(figures)]) == 0
+    assert 4 * (1 - json.loads(figures.read_text())["all"]["sparsity"]) <= 1
+
+
+def test_a_sweep_of_a_model_that_is_closed_has_nothing_to_leave_out(run, tmp_path, capsys):
+    closed = tmp_path / "run"
+    shutil.copytree(run, closed)
+    checkpoint = RunFolder(closed).last_checkpoint()
+    model = remoe.RemoeForCausalLM.from_pretrained(checkpoint)
+    for layer in model.model.layers:
+        layer.mlp.router.weight.data.zero_()
+    model.save_pretrained(checkpoint)
+    assert main(["eval", str(closed), "--sweep-threshold", "auto"]) == 2
+    assert "no expert is on for any token" in capsys.readouterr().err
+
+
+def test_eval_of_quantised_weights(run, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    figures = []
+    for flags in ([], ["--quantize", "int8"]):
+        assert main(["eval", str(run), "--json", str(tmp_path / "figures.json"), *flags]) == 0
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    before, after = figures[0]["all"], figures[1]["all"]
+    assert before["loss"] != after["loss"] == pytest.approx(before["loss"], abs=0.02)
+    assert figures[1]["before_quantisation"] == before
+    assert f"loss {before['loss']:.4f} before int8, {after['loss']:.4f} after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sweep-threshold", "a,b"], ["--sweep-threshold", "-1"], ["--max-experts", "0"], ["--quantize", "int3"]]
+)
+def test_a_bad_sweep_is_one_line(run, flags, capsys):
+    assert main(["eval", str(run), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_eval_and_generate_take_a_single_checkpoint(run, capsys):
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert main(["eval", str(checkpoint), "--max-tokens", "100"]) == 0
+    assert main(["generate", str(checkpoint), "--max-new-tokens", "3"]) == 0
+
+
+def test_plan_prints_the_papers_figures(capsys):
+    assert main(["plan", "182m"]) == 0
+    output = capsys.readouterr().out
+    assert "777.1M" in output
+    assert "995.4" in output
+    assert output.count("while half of the experts are active") == 2
+    assert main(["plan", "182m", "--router", "topk"]) == 0
+    assert "while half" not in capsys.readouterr().out
+    assert main(["plan", "mini", "--intermediate-size", "512", "--shared-expert-size", "256"]) == 0
+    recipe = capsys.readouterr().out.split("active per token")[1].split()[1:4:2]
+    assert main(["plan", "mini"]) == 0
+    assert capsys.readouterr().out.split("active per token")[1].split()[1:4:2] == recipe  # a third of 768 is shared
+
+
+def test_yaml_and_flags(corpus, tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    text = f"data: {corpus}\nsteps: 7\nnum_experts: 4\nmodel:\n  hidden_size: 32\n  num_hidden_layers: 1\n"
+    path.write_text(text + "batch_size: 3\n")
+    flags = ["--seq-len", "32", "--batch-size", "2", "--steps", "3"]
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "run"), *flags]) == 0
+    assert "finished: 3 steps" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").load_config().micro_batch_size == 2
+    path.write_text(text + "micro_batch_size: 16\n")
+    assert main(["train", "--config", str(path), *flags]) == 2
+    assert "--micro-batch-size 16 does not divide --batch-size 2" in capsys.readouterr().err
+    for text, words in (
+        (b"stepz: 7", "unknown option 'stepz'"),
+        (b"1: 2", "unknown option '1'"),
+        (b"preset: [a]", "unknown preset"),
+        (b"steps: many", "steps"),
+        (b"\xff\xfe\x00", "cannot read configuration"),
+        (b"a: [", "cannot read configuration"),
+        (b"7", "not a mapping"),
+    ):
+        path.write_bytes(text)
+        assert main(["train", "--config", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(4, 4), (16, 16), (24, 12), (64, 16), (17, 1)])
+def test_the_micro_batch_size_divides_the_batch_size_where_it_is_not_given(batch, micro):
+    assert config_from_dict({"batch_size": batch}, "test").micro_batch_size == micro
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--batch-size", "4", "--micro-batch-size", "16"], "16 does not divide --batch-size 4"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["train", "--k", "9"], "k = 9 and E = 8"),
+        (["train", "--router", "soft"], "unknown router 'soft'"),
+        (["train", "--preset", "huge"], "unknown preset 'huge'"),
+        (["train", "--model.num-attention-heads", "3"], "heads must divide the width"),
+        (["train", "--granularity", "7"], "granularity must divide"),
+        (["train", "--steps", "0"], "--steps must be at least 1"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--colour", "red"], "--colour"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--seed", "18446744073709551616"], "--seed"),
+        (["train", "--optim.lr", "nan"], "--optim.lr"),
+        (["train", "--optim.beta1", "1.5"], "--optim.beta1"),
+        (["train", "--optim.clip", "0"], "--optim.clip"),
+        (["train", "--optim.warmup-ratio", "-3"], "--optim.warmup-ratio"),
+        (["train", "--sparsity.lambda-init", "inf"], "--sparsity.lambda-init"),
+        (["train", "--model.initializer-range", "-1"], "--model.initializer-range"),
+        (["train", "--model.max-experts-per-token", "1", "--k", "2"], "at least k = 2"),
+        (["train", "--device", "meta"], "unknown device 'meta'; choose auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--device", "cuda:999"], "--device cuda:999"),
+        (["train", "--prompt", "x\udcff"], "not valid UTF-8"),
+        (["train", "--micro-batch-size", "3"], "does not divide"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--seq-len", "100000"], "too few for one window of 100000"),
+        (["train", "--out", "nowhere", "--resume"], "nowhere is not a run"),
+        (["generate", "nowhere"], "nowhere does not exist"),
+        (["generate", "nowhere", "--top-p", "2"], "top-p"),
+        (["generate", "nowhere", "--temperature", "nan"], "temperature"),
+        (["generate", "nowhere", "--seed", "99999999999999999999999"], "--seed"),
+        (["plan", "tiny", "--seq-len", "0"], "at least 1"),
+        (["eval", "nowhere"], "nowhere does not exist"),
+        (["eval", "nowhere", "--split", "test"], "unknown --split 'test'"),
+        (["plan", "huge"], "unknown preset 'huge'"),
+        (["plan", "tiny", "--k", "9"], "k = 9 and E = 8"),
+        (["trian"], "unknown command 'trian'"),
+        (["train", "--stepz", "3"], "perhaps you meant --steps"),
+        (["train", "--model.max-experts-per-token", "2", "--router", "topk"], "no effect with router topk"),
+        (["export"], "RUN and DIR missing"),
+        (["compare"], "error: EXPERIMENT missing"),
+        (["data", "check"], "error: DIR missing"),
+        (["train", "--seed"], "error: --seed needs a value"),
+        (["data", "prepare", "x"], "error: --out missing"),
+        (["data", "prepare", "--out", "d", "--vocab-size", "3"], "error: --vocab-size must be"),
+        (["bench", "layer", "--threads", "0"], "--threads must be at least 1, but is 0"),
+        (["bench", "layer", "--backends", "foo"], "unknown experts backend 'foo'"),
+        (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
+        (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
+        (["eval", "nowhere", "--json", "."], "--json . is a folder"),
+        (["report", "nowhere"], "nowhere does not exist"),
+        (["report", "nowhere", "--out", "nodir/x.html"], "nodir is not a folder"),
+        (["report", "nowhere", "--excerpt", "0"], "must be at least 1"),
+        (
+            ["train", "--router", "topk", "--router-options", "warmup_k", "2.5", "warmup_steps", "3"],
+            "router 'topk': option warmup_k must be a whole number, but is 2.5",
+        ),
+        (
+            ["train", "--router-options", "d_model", "3"],
+            "has no option 'd_model'; it has: load_balance, ",
+        ),
+        (["train", "--router-options", "load_balance", "maybe"], "must be true or false, but is 'maybe'"),
+        (["train", "--router-options", "gate_scale", "a"], "option gate_scale must be a number, but is 'a'"),
+        (["train", "--router", "dense", "--router-options", "a", "1"], "router 'dense' has no option 'a'; it has none"),
+        (["train", "--router", "relu_norm", "--router-options", "chunk", "0"], "chunk >= 1"),
+        (["train", "--router-options", "load_balance_power", "inf"], "load_balance_power must be finite"),
+        (["train", "--router", "lory", "--router-options", "segment", "0"], "segment must be at least 1"),
+        (
+            ["train", "--router", "topk", "--router-options", "warmup_k", "9", "warmup_steps", "3"],
+            "warmup_k must be between k = 1 and E = 8",
+        ),
+        (["train", "--router", "relu_scaled", "--router-options", "scale_init", "0"], "scale_init must be above zero"),
+        (["train", "--router", "threshold", "--router-options", "decay", "1"], "below 1, but is 1"),
+        (["train", "--router", "sigmoid", "--router-options", "bias_step", "-1"], "must not be negative"),
+        (["train", "--router", "sparsemixer", "--router-options", "jitter", "2"], "jitter"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "train" and "--data" not in arguments:
+        arguments = [*arguments, "--data", str(corpus)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["data", "--help"]])
+def test_a_group_lists_its_own_commands(arguments, capsys):
+    assert main(arguments) == (0 if "--help" in arguments else 2)
+    out = capsys.readouterr().out
+    assert all((f"  {name} " in out) == name.startswith(arguments[0]) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--router", "reluu"],
+        ["--router-options", "a", "1"],
+        ["--device", "abacus"],
+        ["--device", "cpu", "--model.experts-backend", "triton"],
+    ],
+)
+def test_what_cannot_be_trained_is_found_before_any_data_is_prepared(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("remoe.lab.training.train.default_dataset", lambda *_: pytest.fail("prepares data"))
+    assert main(["train", *flags]) == 2
+    error = capsys.readouterr().err
+    assert any(words in error for words in ("error: unknown", "has no option 'a'", "'triton' cannot run here"))
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("train", "[OPTIONS]"),
+        ("export", "RUN DIR"),
+        ("eval", "RUN"),
+        ("generate", "RUN"),
+        ("plan", "PRESET"),
+        ("compare", "EXPERIMENT"),
+        ("data check", "DIR"),
+        ("data prepare", "[SOURCE ...]"),
+    ],
+)
+def test_help_names_positional_arguments_and_every_router(command, name, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(f"] {name}")
+    if command == "train":
+        known = re.search(r"relu, relu_norm.*?dense_wide", out, re.DOTALL)[0]
+        assert re.findall(r"[a-z]\w+", known.replace(" or ", " ")) == list(ROUTERS)
+        assert all(f"'{rule}'" in out for rule in RULES)
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "empty tokenizer", "no config", "other config", "garbage config"])
+def test_a_damaged_run_is_one_line(run, tmp_path, capsys, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = next((copy / "checkpoints").iterdir()) / "config.json"
+    if damage == "no tokenizer":
+        shutil.rmtree(copy / "tokenizer")
+    elif damage == "empty tokenizer":
+        (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    elif damage == "no config":
+        config.unlink()
+    else:
+        config.write_text('{"vocab_size": 7}' if damage == "other config" else "garbage")
+    assert main(["generate", str(copy), "--max-new-tokens", "3"]) == 2
+    error = capsys.readouterr().err
+    assert str(copy) in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_data_of_another_tokenizer_is_refused(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
+    (run / "summary.json").unlink()
+    (tmp_path / "other.txt").write_text("\n".join(f"quite another text {i}" for i in range(400)))
+    (tmp_path / "held.txt").write_text("held out")
+    sources = {"sources": (str(tmp_path / "other.txt"),), "validation": (str(tmp_path / "held.txt"),)}
+    data = prepare(PrepareOptions(**sources, out=tmp_path / "data", vocab_size=280, quiet=True))
+    assert main(["eval", str(run), "--data", str(data)]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(run), "--data", str(data)]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_threads_do_not_wait_for_each_other_at_full_speed(monkeypatch, tmp_path):
+    """Or a training step becomes ten times slower where something else runs too. The test below: torch comes later."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
+SLOW_MODULE = """
+import os, signal, time
+
+def work(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+if os.environ["WHEN"] == "import":
+    try:
+        work(None)
+    except KeyboardInterrupt:
+        raise ImportError("SciPy turns it into this")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("when", ["import", "work"])
+def test_an_interrupt_is_one_word_and_exit_code_130_at_any_time(tmp_path, when):
+    (tmp_path / "slow.py").write_text(SLOW_MODULE)
+    # A job in the background ignores SIGINT.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from remoe.lab.cli import main; main.COMMANDS['slow'] = ('slow', 'work', ''); "
+    code += f"sys.path.insert(0, {str(tmp_path)!r}); sys.exit(main.main(['slow']))"
+    environment = {**os.environ, "WHEN": when}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert done.stdout == ("" if when == "import" else "cleaned up\n")
+
+
+def test_every_command_has_help_that_starts_without_torch(tmp_path):
+    for name in COMMANDS:
+        code = (
+            f"import sys; from remoe.lab.cli.main import main\n"
+            f"try: main({[*name.split(), '--help']!r})\n"
+            f"except SystemExit as stop: assert not stop.code\n"
+            f"assert 'torch' not in sys.modules, 'help imports torch'"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, (name, done.stderr)
+        assert "usage" in done.stdout.lower()

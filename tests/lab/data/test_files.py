@@ -1,0 +1,60 @@
+"""Folders are written whole, with what is in them, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from remoe.errors import ConfigError, DataError
+from remoe.lab.files import check_new_folder, new_folder
+
+
+def test_a_folder_within_a_folder_can_be_entered(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with new_folder(out) as folder:
+        (folder / "templates").mkdir()
+        (folder / "templates" / "tool.jinja").write_text("x")
+        (folder / "templates" / "tool.jinja").chmod(0o600)
+    assert (out / "templates").stat().st_mode & 0o111 == out.stat().st_mode & 0o111
+    assert (out / "templates" / "tool.jinja").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_a_like_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.tmp").mkdir()
+    with new_folder(tmp_path / "model"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.tmp"]
+
+
+def test_an_error_names_the_file_that_it_is_about(tmp_path: Path) -> None:
+    def read() -> None:
+        with new_folder(tmp_path / "out" / "model"):
+            (tmp_path / "weights").read_bytes()
+
+    with pytest.raises(DataError, match=r"out/model: cannot be written: No such file.*: .*weights$"):
+        read()
+
+
+def test_what_cannot_be_replaced_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigError, match="is a link"):
+        check_new_folder(tmp_path / "link")
+    check_new_folder(tmp_path / "real")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="no permission to write in"):
+        check_new_folder(tmp_path / "new" / "deep")
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "real")
+    with pytest.raises(ConfigError, match="is a mount point"):
+        check_new_folder(tmp_path / "real")

@@ -1,0 +1,208 @@
+"""Files of every kind become the same documents, and faulty ones are named to the row."""
+
+import errno
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from remoe.errors import DataError
+from remoe.lab.data.documents import Columns, Document
+from remoe.lab.data.sources import resolve_source
+
+ROWS = [("first", "x"), ("zweiter \u00fc\U0001f642", "y"), ("", "x"), (" \n", "y"), ("last\r\n", "x")]
+KEPT = [("first", "x"), ("zweiter \u00fc\U0001f642", "y"), ("last\r\n", "x")]
+
+
+def read(path: Path, **columns: str) -> list[Document]:
+    return list(resolve_source(str(path), Columns(**columns)).documents())
+
+
+def pairs(documents: list[Document]) -> list[tuple[str, str]]:
+    return [(document.text, document.domain) for document in documents]
+
+
+def json_lines(rows: list[tuple[str, str]]) -> bytes:
+    return b"".join(json.dumps({"text": text, "domain": domain}).encode() + b"\n" for text, domain in rows)
+
+
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
+    content = json_lines(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": [r[0] for r in rows], "domain": [r[1] for r in rows]}), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".zst":
+        half = len(content) // 2  # two frames, as appending compressors write them
+        path.write_bytes(zstandard.compress(content[:half]) + zstandard.compress(content[half:]))
+    else:
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
+def test_tables_give_their_rows_without_blank_ones(tmp_path: Path, name: str) -> None:
+    assert pairs(read(write_rows(tmp_path / name, ROWS))) == KEPT
+
+
+def test_parquet_longer_than_a_batch_keeps_order_and_counts_rows(tmp_path: Path) -> None:
+    texts: list[str | None] = [f"text {i}" for i in range(700)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=300)
+    assert [document.text for document in read(tmp_path / "d.parquet")] == texts
+    texts[650] = None
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=300)
+    with pytest.raises(DataError, match=r"d\.parquet: row 650: the text is missing"):
+        read(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_parquet_reads_every_arrow_text_type(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).cast(kind)}), tmp_path / "d.parquet")
+    assert [document.text for document in read(tmp_path / "d.parquet")] == ["a", "b", "a"]
+
+
+def test_text_file_is_one_document_and_keeps_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "my.notes.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert pairs(read(tmp_path / "my.notes.txt")) == [("one\r\ntwo\n", "my.notes")]
+
+
+def test_domain_is_the_first_component_below_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "corpus"
+    for folder in ("", "v1.2/deep", "a", ".hidden"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / "z.txt").write_text(f"in {folder}")
+    for name in ("books.jsonl.zst", "web.parquet"):
+        write_rows(root / name, ROWS[:1])
+    write_rows(root / "a" / "nested.jsonl", [("nested", "own")])
+    (root / "README.md").write_text("not data")
+    documents = pairs(read(root, domain="domain"))
+    assert documents == [
+        ("nested", "own"),
+        ("in a", "a"),
+        ("first", "x"),
+        ("in v1.2/deep", "v1.2"),
+        ("first", "x"),
+        ("in ", "corpus"),
+    ]
+    for name in ("books.jsonl.zst", "web.parquet"):
+        (root / name).unlink()
+    (root / "books.jsonl").write_text('{"text": "no domain"}\n')
+    pq.write_table(pa.table({"text": ["no domain"]}), root / "web.v2.parquet")
+    domains = [document.domain for document in read(root) if document.text == "no domain"]
+    assert domains == ["books", "web.v2"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("corpus/real", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(f"in {name}")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "real" / "up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "a link to the first").symlink_to(tmp_path / "corpus" / "real")
+    (tmp_path / "corpus" / "same").symlink_to(tmp_path / "elsewhere")
+    assert pairs(read(tmp_path / "corpus")) == [("in elsewhere", "linked"), ("in corpus/real", "real")]
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".Jsonl.GZ"])
+def test_suffixes_of_any_case(tmp_path: Path, suffix: str) -> None:
+    content = b'{"text": "a"}\n'
+    (tmp_path / f"d{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("GZ") else content)
+    assert [document.text for document in read(tmp_path / f"d{suffix}")] == ["a"]
+
+
+@pytest.mark.parametrize("what", ["domain", "group"])
+def test_names_that_are_not_unicode_are_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a", "domain": "d", "group": "g"} | {what: "a\ud800"}) + "\n")
+    with pytest.raises(DataError, match=f"line 1: the {what} holds a lone surrogate"):
+        read(tmp_path / "d.jsonl", domain="domain", group="group")
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"body": "b", "kind": "k", "book": 7, "text": "no"}\n')
+    found = read(tmp_path / "d.jsonl", text="body", domain="kind", group="book")
+    assert found == [Document("b", "k", "7")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+        (b'\n{"text": null}\n', "line 2: the text is missing"),
+        (b'{"text": 5}\n', "line 1: the text is of type int"),
+        (b'{"body": "a", "n": 1}\n', r"line 1: no column 'text' \(columns present: body, n\)"),
+        (b"[1]\n", "line 1: not a JSON object"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
+        (b'{"text": "\\ud800"}\n', "line 1: the text holds a lone surrogate"),
+        (b'{"text": "a", "domain": null}\n', "line 1: the domain is missing"),
+        (b'{"text": "a", "domain": "all"}\n', "line 1: 'all' cannot be a domain's name"),
+    ],
+)
+def test_faulty_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"d\.jsonl: {message}") as caught:
+        read(tmp_path / "d.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = write_rows(tmp_path / name, [(f"text {i} {i * i}", "x") for i in range(2000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"noise" * 100)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read"):
+        read(path)
+
+
+def test_missing_column_names_those_present(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.parquet", ROWS)
+    with pytest.raises(DataError, match=r"d\.parquet: no column 'body' \(columns present: text, domain\)"):
+        read(path, text="body")
+    with pytest.raises(DataError, match="no column 'kind'"):
+        read(path, domain="kind")
+
+
+def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: column 'text' holds int64, not text"):
+        read(tmp_path / "d.parquet")
+
+
+def test_text_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8 text \(byte 1"):
+        read(tmp_path / "latin.txt")
+
+
+def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "b.md").write_text("x")
+    with pytest.raises(DataError, match=r"a\.md: unknown type of file"):
+        read(tmp_path / "a.md")
+    with pytest.raises(DataError, match="empty: no files to read"):
+        read(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"gone\.txt: no such file or folder"):
+        read(tmp_path / "gone.txt")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("x")
+    scandir = os.scandir
+
+    def guarded(path: str) -> Iterator[os.DirEntry]:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    with pytest.raises(DataError, match="closed: Permission denied"):
+        read(tmp_path)

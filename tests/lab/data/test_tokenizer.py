@@ -1,0 +1,113 @@
+"""Tokenizers keep every text exactly, are the same after saving, and are known by their fingerprint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from remoe.errors import DataError
+from remoe.lab.data.tokenizer import (
+    Encoder,
+    load_tokenizer,
+    sample_evenly,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+
+NASTY = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\t\n\r\n \x0b\x0c",
+    "don't can't . , ! ? it 's",
+    "\x00\x01\x7f\x80\xff",
+    "\ufeffbyte order mark, \u200bzero width, \u00a0no break, \u2028line",
+    "e\u0301 is not \u00e9; \ufb01 is not fi; \u212b",
+    "👩\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈",
+    "שלום مرحبا नमस्ते ไทย 한국어 日本語",
+    "\U0010ffff\ue000\ufffd\uffff",
+    "<|endoftext|>",
+    "a<|endoftext|> b <s></s>[UNK]",
+    "".join(map(chr, range(0x250))),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(iter(["the router sends the token to the expert"] * 20), 300)
+
+
+@pytest.mark.parametrize("text", NASTY, ids=ascii)
+def test_every_text_survives_the_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert loaded.decode(loaded(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert loaded.decode(Encoder(loaded)([text])[0]) == text
+
+
+def test_trained_tokenizer_has_what_a_language_model_needs(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert vocabulary_size(tokenizer) == len(tokenizer) <= 300
+    assert len(tokenizer("the router")["input_ids"]) < 5  # it has learned its words, and adds none of its own
+
+
+def test_training_is_the_same_every_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    again = train_tokenizer(iter(["the router sends the token to the expert"] * 20), 300)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+
+
+def test_fingerprint_survives_saving_use_and_other_processes(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    loaded("the router sends", truncation=True, max_length=2)
+    assert tokenizer_fingerprint(loaded) == fingerprint
+    code = (
+        "import sys; from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint;"
+        "print(tokenizer_fingerprint(load_tokenizer(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fingerprint
+    assert tokenizer_fingerprint(train_tokenizer(iter(["the router sends"] * 20), 300)) != fingerprint
+
+
+def test_spelled_out_end_of_text_does_not_end_a_document(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.eos_token_id in tokenizer("a<|endoftext|>")["input_ids"]
+    assert tokenizer.eos_token_id not in Encoder(tokenizer)(["a<|endoftext|>"])[0]
+
+
+def test_tokenizer_without_end_of_text_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(DataError, match=r"no_eos: has no end-of-text \(EOS\) token"):
+        load_tokenizer(tmp_path / "no_eos")
+
+
+def test_folder_without_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [10, 5000, 2_000_000])
+def test_sample_is_spread_evenly_and_within_its_limit(size: int) -> None:
+    texts = [chr(ord("a") + i % 26) * size for i in range(max(26, 2_600_000 // size))]
+    total = size * len(texts)
+    sample = "".join(sample_evenly(iter(texts), total, total // 4))
+    assert 0.9 * total / 4 < len(sample) <= total // 4
+    for part in range(4):  # each quarter of the text gives about a quarter of the sample
+        start, end = part * len(texts) // 4, (part + 1) * len(texts) // 4
+        prefix = "".join(sample_evenly(iter(texts[:end]), total, total // 4))
+        assert abs(len(prefix) - end * size / 4) < max(70_000, size * 0.1), (start, end)
+
+
+def test_sample_of_a_small_text_is_all_of_it() -> None:
+    texts = ["é" * 1000, "", "abc"]
+    assert "".join(sample_evenly(iter(texts), 2003, 2003)) == "".join(texts)

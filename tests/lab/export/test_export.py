@@ -1,0 +1,251 @@
+"""An exported run loads, computes, generates and trains where this package is not, and its card says what it is."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny_run import FLAGS
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import remoe
+from remoe.experts.backends import BACKENDS
+from remoe.lab.cli.main import main
+from remoe.lab.export import export_model
+from remoe.lab.export.card import _what
+from remoe.lab.training.folder import RunFolder
+from remoe.routing import ROUTERS
+
+WITHOUT_REMOE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "remoe":
+            raise ImportError("No module named remoe")
+sys.meta_path.insert(0, Blocked())
+import torch
+import yaml
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder, ids = sys.argv[1], torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(ids).logits
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+model.train()
+model(ids, labels=ids).loss.backward()
+model.update_routing()
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, pad_token_id=0)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+torch.save({"logits": logits, "written": written, "lam": model.sparsity.lam, "names": [
+    type(model).__name__, type(classifier).__name__, type(base).__name__, type(again).__name__]}, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    run, out = folder / "run", folder / "My model"
+    assert main(["train", *FLAGS, "--steps", "6", "--validate.every", "6", "--out", str(run)]) == 0
+    assert main(["export", str(run), str(out)]) == 0
+    return run, out
+
+
+def load_without_remoe(folder, tmp_path, monkeypatch):
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.save(ids, tmp_path / "ids.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", WITHOUT_REMOE, str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "result.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return ids, torch.load(tmp_path / "result.pt")
+
+
+def test_loads_without_this_package(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    ids, result = load_without_remoe(folder, tmp_path, monkeypatch)
+    model = remoe.RemoeForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(result["written"], written)
+    assert result["lam"] != model.sparsity.lam
+    causal = "RemoeForCausalLM"
+    assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "modèle-2")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = "modeling_remoe.RemoeForCausalLM"
+    classes = [get_class_from_dynamic_module(name, str(place)) for place in (folder, tmp_path / "modèle-2")]
+    assert len({remoe.RemoeForCausalLM, *classes}) == 3  # the exported code, twice
+    config = RunFolder(exported[0]).last_checkpoint()
+    models = [cls(cls.config_class.from_pretrained(config)).train() for cls in classes]
+    models[1].load_state_dict(models[0].state_dict())
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    losses = [model(ids, labels=ids).loss for model in (models[0], models[1], models[0])]
+    for loss in losses:
+        loss.backward()
+    assert len({loss.item() for loss in losses}) == 1
+
+
+def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):
+    run, folder = exported
+    data = RunFolder(run).load_config().data
+    figures = []
+    for arguments in ([run], [folder, "--data", data]):
+        assert main(["eval", *map(str, arguments), "--json", str(tmp_path / "figures.json")]) == 0
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert [figure.pop("checkpoint") for figure in figures] == [str(run / "checkpoints/step-00000006"), str(folder)]
+    assert figures[0] == figures[1]
+    capsys.readouterr()
+    for place in (run, folder):
+        assert main(["generate", str(place), "--prompt", "def ", "--max-new-tokens", "9"]) == 0
+    written = capsys.readouterr().out
+    assert written[: len(written) // 2] == written[len(written) // 2 :]
+    assert main(["eval", str(folder)]) == 2
+    assert "names no data; give --data" in capsys.readouterr().err
+
+
+def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
+    run, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert main(["generate", str(tmp_path / "llama"), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
+    assert "is a LlamaForCausalLM, and not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"router": "dense"}, "A dense language model (router `dense`). Trained"),
+        ({"router": "lory", "num_experts_per_tok": 1}, "8 experts, merged into one for each segment"),
+        (
+            {"router": "topk", "shared_expert_size": 8},
+            "every token also has a shared expert of width 8.",
+        ),
+    ],
+)
+def test_the_cards_sentence_is_of_the_model(options, words):
+    assert words in _what(remoe.RemoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **options))
+
+
+@pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])
+def test_other_routers_load_without_this_package(router, tmp_path, monkeypatch):
+    assert router in ROUTERS
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router=router, experts_backend=BACKENDS[0])).eval()
+    folder = tmp_path / router
+    folder.mkdir()
+    export_model(model, folder)
+    ids, result = load_without_remoe(folder, tmp_path, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_code_names_nothing_of_this_package(exported):
+    _, folder = exported
+    for path in folder.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not [line for line in lines if line.lstrip().startswith(("from remoe", "import remoe"))], path.name
+
+
+def test_code_imports_only_what_transformers_brings(exported):
+    """transformers refuses to load a folder of the hub whose modules, any of them, import what is not installed."""
+    _, folder = exported
+    for path in folder.glob("*.py"):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        absolute = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+        absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        needed = {name.split(".")[0] for name in absolute} - sys.stdlib_module_names
+        assert needed <= {"torch", "transformers", "huggingface_hub"}, path.name
+
+
+def test_card_says_what_the_model_is(exported):
+    run, folder = exported
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    for text in (
+        "# My model",
+        "6 of 6",
+        "validation loss",
+        "| sparsity, target |",
+        "| docstrings |",
+        "standard library",
+    ):
+        assert text in card
+    assert str(run.parent) not in card.replace(str(folder), "")
+    for plot in ("training-loss.png", "training-course.png"):
+        assert plot in card
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_unfinished_run_has_a_card_without_results(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--steps", "4", "--validate.every", "4", "--checkpoint.every", "2", "--out", str(run)]
+    assert main(["train", *FLAGS, *flags]) == 0
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics[: len(metrics) - 40])  # killed while it wrote the last record
+    assert main(["export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 of 4" in card
+    assert "not the end of its run" in card
+
+
+def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):
+    run, folder = exported
+    assert main(["export", str(run), str(folder)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+
+
+def test_lm_eval_harness_reads_the_folder(exported, tmp_path, monkeypatch):
+    """The harness's own program, in a process where this package cannot be imported."""
+    pytest.importorskip("lm_eval")
+    _, folder = exported
+    link = tmp_path / "model"  # the harness splits its arguments at commas and spaces
+    link.symlink_to(folder)
+    rows = [{"text": "def f(x):", "choices": [" return x", " banana"], "gold": 0}] * 3
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(task))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    program = WITHOUT_REMOE.split("import torch")[0] + "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+    arguments = ["--model", "hf", "--model_args", f"pretrained={link},trust_remote_code=True", "--device", "cpu"]
+    arguments += ["--tasks", "tiny", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("results*.json")
+    results = json.loads(path.read_text())
+    assert results["n-samples"]["tiny"]["effective"] == 3
+    assert results["results"]["tiny"]["acc,none"] in (0.0, 1.0)

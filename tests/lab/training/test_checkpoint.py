@@ -1,0 +1,312 @@
+"""Resuming is exact, a crash loses nothing, and a bad checkpoint is named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import FLAGS
+
+import remoe
+from remoe.lab.cli.main import main
+from remoe.lab.data import PrepareOptions, prepare
+from remoe.lab.files import locked
+from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
+from remoe.lab.training.folder import RunFolder, run_of
+
+STEPS = 24
+
+
+def train(corpus, out, *flags):
+    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", str(STEPS), *FLAGS, *flags])
+
+
+def start(corpus, out, *flags) -> subprocess.Popen:
+    command = [sys.executable, "-m", "remoe.lab.cli.main", "train", "--data", str(corpus), "--out", str(out)]
+    command += ["--steps", str(STEPS), *FLAGS, "--checkpoint.every", "5", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def steps_recorded(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors")
+
+
+def same_run(a: Path, b: Path):
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for x, y in zip(*(map(json.loads, (p / "metrics.jsonl").read_text().splitlines()) for p in (a, b)), strict=True):
+        assert {**x, "tokens_per_second": 0} == {**y, "tokens_per_second": 0}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(corpus, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("step", [2, 8, 20])
+def test_killed_at_any_step_and_resumed_equals_uninterrupted(corpus, uninterrupted, tmp_path, step):
+    out = tmp_path / "killed"
+    process = start(corpus, out)
+    wait_for(lambda: steps_recorded(out) >= step, process)
+    process.kill()
+    process.wait()
+    assert steps_recorded(out) < STEPS
+    assert train(corpus, out, "--resume", "--checkpoint.every", "5") == 0
+    same_run(uninterrupted, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_its_number(corpus, uninterrupted, tmp_path, number):
+    out = tmp_path / "stopped"
+    process = start(corpus, out, "--checkpoint.every", "1000")
+    wait_for(lambda: steps_recorded(out) >= 3, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "--resume" in output
+    assert "stopping after this step" in errors
+    assert list_checkpoints(out / "checkpoints")
+    assert train(corpus, out, "--resume") == 0
+    same_run(uninterrupted, out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # then the first line, before any step, meets the closed pipe
+def test_a_closed_output_saves_and_stops(corpus, uninterrupted, tmp_path, monkeypatch, capsys, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    out = tmp_path / "stopped"
+    process = start(corpus, out, "--checkpoint.every", "1000")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(timeout=60), errors) == (141, "")
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ([] if unbuffered else ["step-00000001"])
+    assert train(corpus, out, "--resume") == 0
+    assert ("no checkpoint yet: starting from the beginning" in capsys.readouterr().out) == bool(unbuffered)
+    same_run(uninterrupted, out)
+
+
+def test_retention_keeps_the_newest_and_the_marked(corpus, tmp_path):
+    out = tmp_path / "kept"
+    train(corpus, out, "--checkpoint.every", "4", "--checkpoint.keep", "2", "--checkpoint.keep-every", "8")
+    names = [int(path.name.split("-")[1]) for path in list_checkpoints(out / "checkpoints")]
+    assert names == [8, 16, 20, 24]
+
+
+def test_left_overs_of_a_crash_are_ignored_and_cleaned(corpus, uninterrupted, tmp_path):
+    out = tmp_path / "crashed"
+    train(corpus, out, "--checkpoint.every", "8", "--checkpoint.keep", "9")
+    folder = out / "checkpoints"
+    for step in (16, 24):  # as a crash while writing step 24, and while deleting step 16, would leave them
+        os.rename(folder / f"step-{step:08}", folder / f".partial-step-{step:08}")
+    (folder / f".partial-step-{24:08}" / "model.safetensors").write_bytes(b"half")
+    assert train(corpus, out, "--resume", "--checkpoint.every", "8", "--checkpoint.keep", "9") == 0
+    same_run(uninterrupted, out)
+    assert not list(folder.glob(".partial*"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(corpus, uninterrupted, tmp_path, capsys, file):
+    out = tmp_path / "damaged"
+    train(corpus, out)
+    (out / "summary.json").unlink()
+    path = list_checkpoints(out / "checkpoints")[-1] / file
+    path.write_bytes(path.read_bytes()[:100] if file != "training.json" else b"{")
+    before = path.read_bytes()
+    assert train(corpus, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert path.parent.name in error
+    assert len(error.strip().splitlines()) == 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-experts", "6"], "--num-experts 6: it was started with 4"),
+        (["--router", "topk"], "--router topk: it was started with relu"),
+        (["--model.hidden-size", "64"], "--model.hidden-size 64: it was started with 32"),
+        (["--seed", "3"], "--seed 3"),
+        (["--k", "2"], "--k 2"),
+    ],
+)
+def test_resuming_with_another_architecture_is_refused(corpus, uninterrupted, capsys, flags, words):
+    before = weights(uninterrupted)
+    assert train(corpus, uninterrupted, "--resume", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
+
+
+def test_a_run_is_never_overwritten(corpus, uninterrupted, capsys):
+    before = weights(uninterrupted)
+    assert train(corpus, uninterrupted) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
+
+
+def test_a_half_started_run_can_be_started_again(corpus, tmp_path):
+    out = tmp_path / "half"
+    (tmp_path / ".half.partial" / "tokenizer").mkdir(parents=True)  # as a kill while the folder is made leaves it
+    assert train(corpus, out) == 0
+    assert not (tmp_path / ".half.partial").exists()
+
+
+def test_resume_takes_no_configuration_file(corpus, uninterrupted, capsys):
+    assert train(corpus, uninterrupted, "--resume", "--config", "other.yaml") == 2
+    assert "leave --config out" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is_and_gets_the_report_that_it_lacks(corpus, uninterrupted, tmp_path, capsys):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(corpus, out, "--resume") == 0
+    lines = [f"{out}: already finished (24 of 24 steps)", f"summary      {out / 'summary.json'}"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (out / "summary.json").write_bytes(before[out / "summary.json"][:100])  # as a kill leaves it
+    assert train(corpus, out, "--resume") == 0
+    assert "\nfinished: 24 steps" in capsys.readouterr().out
+
+
+def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    state = list_checkpoints(out / "checkpoints")[-1] / "training.json"
+    saved = json.loads(state.read_text())
+    assert 0 < saved["seconds"] <= json.loads((uninterrupted / "summary.json").read_text())["seconds"]
+    state.write_text(json.dumps(saved | {"seconds": 1e6, "peak_memory_bytes": 2**60}))
+    (out / "summary.json").unlink()
+    assert train(corpus, out, "--resume") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert 1e6 < summary["seconds"] < 1.1e6
+    assert summary["peak_memory_bytes"] == 2**60
+
+
+LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from remoe.lab.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
+    """The system refuses to let a file grow, as it does on a full disk: first the checkpoint's weights do not fit."""
+    out = tmp_path / "full"
+    assert train(corpus, out, "--checkpoint.every", "6") == 0
+    for path in list_checkpoints(out / "checkpoints")[1:]:
+        path.rename(path.parent / f".partial-{path.name}")
+    kept = list_checkpoints(out / "checkpoints")[-1]
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    command = [sys.executable, "-c", LIMIT, "train", "--data", str(corpus), "--out", str(out), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"last good checkpoint is {kept}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert not list((out / "checkpoints").glob(".partial*"))
+
+
+def test_a_run_with_router_options_resumes_and_keeps_them(corpus, tmp_path, capsys):
+    flags = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *FLAGS, "--router", "topk"]
+    options = ["--router-options", "warmup_k", "2", "warmup_steps", "3"]
+    assert main([*flags, "--steps", "4", *options]) == 0
+    resume = ["train", "--out", str(tmp_path / "run"), "--resume"]
+    assert main([*resume, "--print-every", "1"]) == 0
+    assert RunFolder(tmp_path / "run").load_config().router_options == {"warmup_k": 2, "warmup_steps": 3}
+    assert main([*resume, "--router-options", "renormalize", "true"]) == 2
+    assert "it was started with" in capsys.readouterr().err
+
+
+def test_a_run_follows_its_data_but_takes_no_other(corpus, tmp_path, capsys):
+    out = tmp_path / "my run"
+    assert main(["train", "--data", str(corpus), "--out", str(out), "--steps", "2", *FLAGS]) == 0
+    assert f"remoe eval '{out}'" in capsys.readouterr().out  # can be typed as printed
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    RunFolder(out).summary.unlink()  # as if it had stopped before its end
+    more = ["train", "--resume", "--out", str(out)]
+    (tmp_path / "other.txt").write_text("quite another text\n" * 400)
+    (tmp_path / "held.txt").write_text("held out")
+    sources = {"sources": (str(tmp_path / "other.txt"),), "validation": (str(tmp_path / "held.txt"),)}
+    tokenizer = str(RunFolder(out).tokenizer)
+    other = prepare(PrepareOptions(**sources, out=tmp_path / "other", tokenizer=tokenizer, quiet=True))
+    assert main([*more, "--data", str(other)]) == 2
+    assert "is not the data" in capsys.readouterr().err
+    foreign = prepare(PrepareOptions(**sources, out=tmp_path / "foreign", vocab_size=280, quiet=True))
+    shutil.rmtree(RunFolder(out).checkpoints)
+    assert main([*more, "--data", str(foreign)]) == 2  # without a checkpoint too
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main([*more, "--data", str(moved)]) == 0
+    assert RunFolder(out).load_config().data == str(moved)
+    assert main(["eval", str(out)]) == 0
+
+
+def test_a_parameter_that_has_had_no_gradient_has_no_state(tmp_path):
+    def build():
+        sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, num_experts=2))
+        model.model.layers[0].mlp.router.spare = torch.nn.Parameter(torch.ones(3))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    model, optimizer = build()
+    ids = torch.arange(20).view(2, 10)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {"data": "x"}, [0.5])
+    again, restored = build()
+    load_training_state(path, again, restored)
+    assert len(restored.state) == len(optimizer.state) == len([*model.parameters()]) - 1
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        for name, value in optimizer.state.get(a, {}).items():
+            assert torch.equal(restored.state[b][name], value)
+
+
+def test_the_working_directory_is_no_place_for_a_run(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", str(corpus), "--out", ".", "--steps", "2", *FLAGS]) == 2
+    assert "is the working directory" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_known_by_any_name(uninterrupted, monkeypatch):
+    checkpoint = RunFolder(uninterrupted).last_checkpoint()
+    monkeypatch.chdir(checkpoint)
+    for name in (".", f"../{checkpoint.name}", checkpoint):
+        assert run_of(Path(name)).path == uninterrupted
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_run_that_is_being_trained_is_left_alone(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(corpus, run, "--checkpoint.every", "5") == 0
+    (run / "summary.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    with locked(run, OSError("busy")):
+        capsys.readouterr()
+        assert main(["train", "--out", str(run), "--resume"]) == 2
+        assert "another process is training this run" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(["train", "--out", str(run), "--resume"]) == 0
