@@ -320,13 +320,10 @@ def test_a_figure_of_first_seeds_leaves_out_a_system_whose_first_is_missing(tria
             known = RunRecord(options_of(run.config), pool.summary(run), {"step": [100], "sparsity": [0.875]}, None)
             known.save(pool.record_file(run))
     drawn = {}
-    monkeypatch.setattr(
-        "remoe.lab.compare.output.draw", lambda _, __, records, folder: folder.mkdir() or drawn | records
-    )
+    output = "remoe.lab.compare.output"
+    monkeypatch.setattr(f"{output}.draw", lambda _, __, records, folder: folder.mkdir() or drawn | records)
     monkeypatch.setattr(f"{output}._remove_others", lambda folder, _: None)
-    monkeypatch.setattr(
-        "remoe.lab.compare.output.markdown", lambda _, __, records, shown, ___: f"{[*records]} {[*shown]}"
-    )
+    monkeypatch.setattr(f"{output}.markdown", lambda _, __, records, shown, ___: f"{[*records]} {[*shown]}")
     report = write(trial, Pool(pool.path, "fingerprint"), DATA, tmp_path / "out", "cpu")
     assert report.read_text() == "['topk', 'relu'] ['topk']"
 

@@ -30,7 +30,7 @@ from remoe.lab.analysis.style import (
     save,
     write_svg,
 )
-from remoe.lab.training.metrics import SPARSE_STEPS
+from remoe.stages import SPARSE_STEPS
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 

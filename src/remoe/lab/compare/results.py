@@ -12,10 +12,9 @@ from remoe.lab.compare.experiment import Experiment, Point, Run
 from remoe.lab.compare.pool import Pool
 from remoe.lab.compare.record import ZeroShot
 from remoe.lab.data import TOTAL
-from remoe.lab.training.metrics import SETTLED_WITHIN
 from remoe.lab.training.trainer import router_of
 from remoe.routing import ROUTERS
-from remoe.stages import first_sparse_step, settled_within, settling_time
+from remoe.stages import SETTLED_WITHIN, first_sparse_step, settled_within, settling_time
 
 AFTER = 100  # steps from which on the paper gives mean and deviation of S
 MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers")
