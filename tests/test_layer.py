@@ -11,7 +11,7 @@ T, D, F, E = 63, 60, 36, 5
 
 
 def pair(router, k=2, backend="loop", shape=(T, D), **options):
-    layer = remoe.MoE(D, F, E, k, router, experts=backend, init_std=0.3, **options)
+    layer = remoe.MoE(D, F, E, k, router, backend=backend, init_std=0.3, **options)
     return layer, torch.randn(shape, requires_grad=True)
 
 
@@ -162,7 +162,7 @@ def test_autocast_and_its_gradients(router):
         ((0, F, 5, 1), {}, "d_model must be at least 1"),
         ((D, F, 5, 1), {"router": "soft"}, "unknown router 'soft'"),
         ((D, F, 5, 1), {"granularity": 5}, "granularity must divide d_ffn = 36"),
-        ((D, F, 5, 1), {"experts": "fast"}, "unknown experts backend 'fast'"),
+        ((D, F, 5, 1), {"backend": "fast"}, "unknown experts backend 'fast'"),
     ],
 )
 def test_bad_settings_are_named(arguments, options, words):

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 import remoe
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing
-from remoe.sparsity import DEAD_AFTER_STEPS, FAST_START_PENALTY, SMOOTH_MAX_STEP, SparsityController
+from remoe.sparsity import FAST_START_PENALTY, SMOOTH_MAX_STEP, SparsityController
 
 
 def routing(active_TE, num_tokens=None):
@@ -163,7 +163,6 @@ def test_statistics_are_summed_over_layers_and_micro_batches_and_ignore_padding(
     assert controller.sparsity.item() == pytest.approx((1 - pairs / slots).item(), abs=1e-6)
     load = (first.sum(0) + second.sum(0)) / (30 + mask.sum())
     torch.testing.assert_close(controller.load_LE[0], load)
-    torch.testing.assert_close(controller.sparsity_L[0], 1 - load.mean())
 
 
 def test_fast_start_leaves_measuring_and_dense_models_alone():
@@ -207,7 +206,7 @@ def test_without_tokens_no_router_moves(router):
     model(ids, labels=ids)
     model.update_routing()
     before = state()
-    assert model.sparsity.sparsity_L.mean().item() == pytest.approx(model.sparsity.sparsity.item(), abs=1e-6)
+    assert 1 - model.sparsity.load_LE.mean().item() == pytest.approx(model.sparsity.sparsity.item(), abs=1e-6)
     model.update_routing()
     assert all(torch.equal(value, before[name]) for name, value in state().items())
 
@@ -222,19 +221,82 @@ def test_routings_of_another_model_are_refused():
         SparsityController(0, 4, 1)
 
 
-def test_dead_layers_are_named_after_100_steps():
+def test_steps_without_a_pair_are_counted_for_each_layer():
     controller = SparsityController(3, 8, 1)
     alive, dead = batch(100), batch(0)
-    for _ in range(DEAD_AFTER_STEPS - 1):
+    for _ in range(5):
         controller.observe([alive, dead, alive])
         controller.update()
-    assert controller.dead_layers() == []
-    controller.observe([alive, dead, alive])
-    controller.update()
-    assert controller.dead_layers() == [1]
+    assert controller.dead_steps_L.tolist() == [0, 5, 0]
+    controller.update()  # without a token nothing moves
+    assert controller.dead_steps_L.tolist() == [0, 5, 0]
     controller.observe([alive, batch(1), alive])
     controller.update()
-    assert controller.dead_layers() == []
+    assert controller.dead_steps_L.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("router", "sizes"), [("relu", (8, 2)), ("topk", (8, 2)), ("dense", (1, 1)), ("lory", (1, 1))])
+def test_a_controller_knows_its_layers(router, sizes):
+    k, granularity = (1, 2) if router != "lory" else (1, 1)
+    layers = [remoe.MoE(6, 8, 4, k, router, granularity) for _ in range(3)]
+    control = SparsityController.of(layers, rule="smooth", router_aux_loss_coef=0.5)
+    E, k = sizes
+    assert control.load_LE.shape == (3, E)
+    assert control.target == pytest.approx(1 - k / E)
+    assert control.rule == ("smooth" if router == "relu" else "none")
+    assert control.coefficient == pytest.approx(1e-8 if router == "relu" else 0.5)
+    assert not list(control.parameters())
+    assert not list(control.children())
+
+
+def test_layers_of_several_kinds_are_refused():
+    layers = [remoe.MoE(6, 8, 4, 1), remoe.MoE(6, 8, 4, 2)]
+    with pytest.raises(ConfigError, match="2 kinds"):
+        SparsityController.of(layers)
+    with pytest.raises(ConfigError, match="0 kinds"):
+        SparsityController.of([])
+
+
+def test_an_update_moves_every_router_with_state_of_its_own():
+    layers = [remoe.MoE(6, 8, 4, 1, "sigmoid") for _ in range(2)]
+    control = SparsityController.of(layers)
+    control.observe([layer(torch.randn(50, 6))[1] for layer in layers])
+    control.update()
+    assert all(layer.router.bias_E.any() for layer in layers)
+
+
+@pytest.mark.parametrize("normalization", ["paper", "official"])
+def test_the_loss_is_equation_6(normalization):
+    layers = [remoe.MoE(6, 8, 4, 1, "relu_norm", router_options={"locality": 0.5}) for _ in range(3)]
+    control = SparsityController.of(layers, lambda_init=0.3, regularizer_normalization=normalization)
+    routings = [layer(torch.randn(50, 6))[1] for layer in layers]
+    regularizer = sum(r.regularizer.item() for r in routings) / (3 if normalization == "paper" else 1)
+    extra = sum(r.extra_loss.item() for r in routings) / 3
+    terms = control.loss_terms(routings)
+    assert terms.coefficient == control.lam == pytest.approx(0.3)
+    assert terms.regularizer.item() == pytest.approx(regularizer)
+    assert terms.extra.item() == pytest.approx(extra)
+    assert terms.total.item() == pytest.approx(0.3 * regularizer + extra)
+    assert control.loss_terms(routings, share=0.25).total.item() == pytest.approx(terms.total.item() / 4)
+    assert control.eval().loss_terms(routings).total.item() == pytest.approx(0.3 * regularizer)
+    terms.total.backward()
+    assert all(layer.router.weight.grad.any() for layer in layers)
+
+
+def test_only_terms_of_a_training_loss_count_as_penalised():
+    layer = remoe.MoE(6, 8, 4, 1)
+    control = SparsityController.of([layer])
+    routings = [layer(torch.randn(5, 6))[1]]
+    control.observe(routings)
+    assert control.coefficient > 0
+    assert control.regularizer(routings) > 0
+    assert not control.penalised
+    control.eval().loss_terms(routings)
+    assert not control.penalised
+    control.train().loss_terms(routings)
+    assert control.penalised
+    control.update()
+    assert not control.penalised
 
 
 def test_state_is_float32_in_the_state_dict_whatever_the_dtype():

@@ -14,7 +14,7 @@ TINY = {
     "num_experts": 4,
     "initializer_range": 0.3,
     "max_position_embeddings": 32,
-    "lambda_init": 1e-3,
+    "sparsity": {"lambda_init": 1e-3},
 }
 STEPS = 4
 BATCH = 4

@@ -3,42 +3,70 @@
     layer = remoe.MoE(d_model=256, d_ffn=1024, num_experts=8, k=1)
     y, routing = layer(x)
 
-Names are imported on first use, so that `import remoe` and the command line start quickly.
+Three storeys, each with its install: the method (`remoe`: torch), models and conversion (`remoe[models]`:
+transformers), and the laboratory with the `remoe` command (`remoe[lab]`). Names are imported on first use, so that
+`import remoe` starts quickly and needs torch alone.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from remoe.integrations.auto import register_when_imported
+from remoe.errors import missing_extra
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from remoe.layer import MoE as MoE
+    from remoe.routing import ROUTERS as ROUTERS
+    from remoe.routing import Assignment as Assignment
+    from remoe.routing import ReLURouter as ReLURouter
+    from remoe.routing import Router as Router
+    from remoe.routing import Routing as Routing
+    from remoe.routing import TopKRouter as TopKRouter
+    from remoe.sparsity import LossTerms as LossTerms
+    from remoe.sparsity import SparsityController as SparsityController
 
-_HOME = {
-    "MoE": "remoe.layer",
-    "Assignment": "remoe.routing",
-    "Routing": "remoe.routing",
-    "ReLURouter": "remoe.routing",
-    "TopKRouter": "remoe.routing",
-    "SparsityController": "remoe.sparsity",
-    "quantize": "remoe.models.quantization",
-    "RemoeConfig": "remoe.models.configuration_remoe",
-    "RemoeModel": "remoe.models.modeling_remoe",
-    "RemoeForCausalLM": "remoe.models.modeling_remoe",
-    "SparsityCallback": "remoe.integrations.trainer",
-    "RemoeForSequenceClassification": "remoe.models.classification",
-    "relufy": "remoe.convert.relufy.convert",
-    "load_relufied": "remoe.convert.relufy.model",
-    "upcycle": "remoe.convert.upcycle",
-    "load_megatron": "remoe.convert.megatron.convert",
-    "save_megatron": "remoe.convert.megatron.convert",
+__version__ = "0.2.0"
+
+_METHOD = {
+    "MoE": "layer",
+    "SparsityController": "sparsity",
+    "LossTerms": "sparsity",
+    "ROUTERS": "routing",
+    "Assignment": "routing",
+    "ReLURouter": "routing",
+    "Router": "routing",
+    "Routing": "routing",
+    "TopKRouter": "routing",
 }
+_MODELS = {
+    "RemoeConfig": "models.configuration_remoe",
+    "RemoeModel": "models.modeling_remoe",
+    "RemoeForCausalLM": "models.modeling_remoe",
+    "RemoeForSequenceClassification": "models.classification",
+    "SparsityCallback": "integrations.trainer",
+    "quantize": "models.quantization",
+    "relufy": "convert.relufy.convert",
+    "load_relufied": "convert.relufy.model",
+    "upcycle": "convert.upcycle",
+    "load_megatron": "convert.megatron.convert",
+    "save_megatron": "convert.megatron.convert",
+}
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_METHOD, *_MODELS]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'remoe' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    try:
+        value = getattr(import_module(f"remoe.{(_METHOD | _MODELS)[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "models", f"remoe.{name}") from error
     globals()[name] = value
     return value
 
@@ -47,4 +75,34 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_when_imported()
+class _AutoClassesFinder(MetaPathFinder):
+    """Registers our models with transformers' Auto classes as soon as these are imported, which takes seconds."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        import_module("remoe.integrations.auto").register()
+
+
+if _AUTO_CLASSES in sys.modules:
+    import_module("remoe.integrations.auto").register()
+else:
+    sys.meta_path.insert(0, _AutoClassesFinder())

@@ -8,33 +8,33 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
-from remoe.routing import DenseRouter, Routing, build_router
+from remoe.experts.merged import MergedExperts
+from remoe.routing import Routing, build_router
+from remoe.routing.base import split_by_granularity
 
 
 class MoE(nn.Module):
     """A drop-in replacement for a transformer's feed-forward layer: `y, routing = layer(x)`.
 
-    To train it takes a `SparsityController` too, for whatever router: its `penalty`, `observe` and `update`.
-
-    Granularity G splits each expert into G of width d_ffn / G (arXiv 2412.14711, Eq. 12 and 13): the layer then has
-    E G experts of which k G are active, and the compute stays the same.
+    For training, pair it with a `SparsityController`, whichever router you use.
 
     Args:
         d_model: D, width of the tokens.
         d_ffn: width of one expert before the split by granularity.
-        num_experts: E; router="dense" has one expert of width k * d_ffn, the same active compute, and
+        num_experts: E; router="dense" has one network of width k * d_ffn, the same active compute, and
             router="dense_wide" one of width E * d_ffn, the same parameters.
-        k: wanted active experts per token; mean or exact, as the router has it.
+        k: target experts per token: a mean or exact, depending on the router.
         router: a name in `remoe.routing.ROUTERS`.
-        granularity: G, a divisor of d_ffn.
-        experts: backend of the experts: "auto" or one of `remoe.experts.BACKENDS`; see `Experts`.
+        granularity: G, a divisor of d_ffn. It splits every expert into G (arXiv 2412.14711, Eq. 12 and 13).
+        backend: how experts are run: "auto" or one of `remoe.experts.BACKENDS`; see `Experts`.
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
         init_std: standard deviation of the normal initialisation of every weight.
         router_options: keyword arguments of the router's class, e.g. {"max_experts_per_token": 4}.
 
     Attributes:
+        router: the `Router`; its `num_experts` and `k` are E G and k G.
         gate_threshold: at evaluation, pairs whose gate is at most this are not executed.
-        max_experts: at evaluation, a token's executed experts are at most so many; None for no limit.
+        max_experts: at evaluation, the largest number of experts executed per token; None for no limit.
 
     Raises:
         ConfigError: for k > E, an unknown router or backend, a granularity that does not divide d_ffn.
@@ -49,7 +49,7 @@ class MoE(nn.Module):
         router: str = "relu",
         granularity: int = 1,
         *,
-        experts: str = "auto",
+        backend: str = "auto",
         shared_expert_size: int = 0,
         init_std: float = 0.02,
         router_options: dict[str, object] | None = None,
@@ -64,15 +64,12 @@ class MoE(nn.Module):
             raise ConfigError(f"k = {k} is more than the number of experts, {num_experts}")
         if shared_expert_size < 0:
             raise ConfigError(f"shared_expert_size must not be negative, but is {shared_expert_size}")
-        self.router = build_router(
-            router, d_model, num_experts * granularity, k * granularity, **(router_options or {})
-        )
-        if isinstance(self.router, DenseRouter):
-            width = d_ffn * (num_experts if router == "dense_wide" else k)
-            self.experts = Experts(1, d_model, width, experts, 1)
-        else:
-            self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
-        self.shared_expert = Experts(1, d_model, shared_expert_size, experts, 1) if shared_expert_size else None
+        E, F, K = split_by_granularity(num_experts, d_ffn, k, granularity)
+        self.router = build_router(router, d_model, E, K, **(router_options or {}))
+        experts = MergedExperts if self.router.merges else Experts
+        networks, width = self.router.networks(E, F, K)
+        self.experts = experts(networks, d_model, width, backend, K if self.router.routes_pairs else 1)
+        self.shared_expert = Experts(1, d_model, shared_expert_size, backend, 1) if shared_expert_size else None
         self.d_model = d_model
         self.gate_threshold: float = 0.0
         self.max_experts: int | None = None
@@ -92,13 +89,13 @@ class MoE(nn.Module):
         """Runs the layer.
 
         Args:
-            x: (..., S, D) or (T, D): any number of leading dimensions. The one before D are the tokens of a sequence,
-                for routers that look at neighbours.
+            x: (..., S, D) or (T, D), with any number of leading dimensions. S are the tokens of a sequence, for routers
+                that look at neighbours.
             mask: (...) without D, false or 0 for padding: such tokens are in no pair and no statistic.
-            token_ids: (...) int64 without D; router="hash" needs them.
+            token_ids: (...) int64 without D, for a router that needs them ("hash").
 
         Returns:
-            y: like x; zero for tokens without an expert (they keep the residual connection only), but for a shared
+            y: like x; zero for tokens without an expert (they keep the residual connection only) but for a shared
                 expert's output. Rows of padding mean nothing.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 
@@ -117,17 +114,12 @@ class MoE(nn.Module):
         routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)
         if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
             routing = routing.pruned(self.gate_threshold, self.max_experts)
-        if routing.merge_BME is not None:
-            y_TD = self._run_merged(x_TD, routing, seq_len)
-        elif isinstance(self.router, DenseRouter) and mask is None:
+        if self.router.merges:
+            y_TD = self.experts(x_TD, routing)
+        elif not self.router.routes_pairs and mask is None:
             y_TD = self.experts(x_TD)
         else:
             y_TD = self.experts(x_TD, routing.assignment, routing.assignment.gate_N)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
-
-    def _run_merged(self, x_TD: Tensor, routing: Routing, seq_len: int) -> Tensor:
-        order_T, options = routing.order_T, {"seq_len": seq_len, "segment": self.router.segment}
-        y_TD = self.experts(x_TD if order_T is None else x_TD[order_T], merge_BME=routing.merge_BME, **options)
-        return y_TD if order_T is None else torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)

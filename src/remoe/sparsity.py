@@ -1,78 +1,105 @@
-"""Steering sparsity: the coefficient lambda of the L1 penalty, moved once per optimiser step.
+"""Sparsity control: lambda, the coefficient of the L1 penalty, moved once per optimiser step; and the loss (Eq. 6).
 
-Sign rule: arXiv 2412.14711, Eq. 7 and 8. The smooth rule is ours; `docs/architecture.md` gives its reasons.
+Equations are those of arXiv 2412.14711. The smooth rule is ours; `docs/architecture.md` gives its reasons.
 
-Legend: L layers, T tokens, E experts.
+Legend: L layers, T tokens, E experts of a layer (E G with granularity G), k target experts per token (k G).
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check_choice
 from remoe.routing.assignment import Routing
-from remoe.routing.base import keep_float32
+from remoe.routing.base import Router, keep_float32
 
 if TYPE_CHECKING:
     from remoe.layer import MoE
 
 RULES = ("sign", "official", "smooth", "none")
+NORMALIZATIONS = ("paper", "official")
 
-# The smooth rule averages the error of log density exponentially, with this weight on the newest: batches differ.
-# Then: step of log lambda per unit of the mean error, and per unit of its change; and the bound of a step.
-SMOOTH_AVERAGE = 0.3
-SMOOTH_GAIN = 0.4
-SMOOTH_DAMPING = 2.0
+# Smooth rule: weight of the newest batch in the averaged error of log density (batches differ); step of log lambda
+# per unit of that average and per unit of its change; largest step; and the least lambda, a penalty that does nothing
+# but from which lambda is quickly back when experts open again.
+SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_DAMPING = 0.3, 0.4, 2.0
 SMOOTH_MAX_STEP = math.log(1.5)
-# It lets lambda fall no lower: a penalty so small does nothing, and experts that open again find lambda near.
 SMOOTH_LAMBDA_MIN = 1e-8
-# The fast start sets lambda * L_reg to this at the first update, in units of the task's loss.
-FAST_START_PENALTY = 3e-3
-# Keeps lambda a normal float32 number, from which it can rise again.
-LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30
-DEAD_AFTER_STEPS = 100
-# Weight of the Switch loss (arXiv 2101.03961, section 2.2).
-SWITCH_COEFFICIENT = 0.01
+FAST_START_PENALTY = 3e-3  # lambda * L_reg after the first update, in units of the task's loss
+LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30  # normal float32 numbers, from which lambda can come back
+AUX_LOSS_COEF = 0.01  # of the Switch loss (arXiv 2101.03961, section 2.2)
 UNKNOWN = -1.0
+SAVED = ("lam", "sparsity", "mean_error", "dead_steps_L")  # in the state dict
+
+
+def sparsity(pairs_LE: Tensor, tokens_L: Tensor) -> Tensor:
+    """S, 0-dim float64 (float32 on MPS), from routed pairs per expert and tokens per layer; 1 without tokens."""
+    exact = torch.float32 if pairs_LE.device.type == "mps" else torch.float64
+    LTE = (tokens_L.sum() * pairs_LE.shape[1]).clamp(min=1)
+    return 1 - pairs_LE.sum().to(exact) / LTE  # Eq. 8: S = 1 - 1/(L T E) sum 1{R > 0}
+
+
+def sign_rule(S: Tensor, target: float, alpha: float) -> Tensor:
+    """What the paper multiplies lambda by: alpha while too many experts are active, 1/alpha while too few."""
+    return alpha ** torch.sign(target - S)  # Eq. 7: lambda_{i+1} = lambda_i alpha^sign((1 - k/E) - S_i)
+
+
+def official_rule(S: Tensor, target: float, alpha: float) -> Tensor:
+    """The same in the authors' code, where S equal to the target counts as too sparse."""
+    return torch.where(target - S > 0, alpha, 1 / alpha)
+
+
+class LossTerms(NamedTuple):
+    """What a training loss has besides the task's loss, each 0-dim float32; `total` is differentiable.
+
+    Attributes:
+        regularizer: L_reg over all layers, without its coefficient.
+        coefficient: lambda, or the constant coefficient of routers that lambda does not steer.
+        extra: what routers add with a weight of their own, averaged over layers.
+        total: coefficient * regularizer + extra; the loss is the task's loss + total.
+    """
+
+    regularizer: Tensor
+    coefficient: Tensor
+    extra: Tensor
+    total: Tensor
 
 
 class SparsityController(nn.Module):
-    """Holds lambda and moves it so that the sparsity S (Eq. 8) reaches 1 - k/E.
+    """Holds lambda and moves it so that the sparsity S (Eq. 8) reaches 1 - k/E; `of` makes one for layers.
 
-    Add `penalty` to the loss, call `observe` with each micro-batch's routings and `update` once per optimiser step; for
-    routers that lambda does not steer too: it then measures, and moves what they steer themselves. Everything that a
-    resumed run needs is in the state dict, float32 even when the model is cast to another dtype.
+    Add `loss_terms(routings).total` to the loss, call `observe` with the routings of each micro-batch, and `update`
+    once per optimiser step, whichever the router: if lambda does not steer it, the controller measures, and `update`
+    moves the router's own state. The state dict is float32 whatever the model's dtype.
 
     Args:
-        num_layers: L.
-        num_experts: E of each layer (times granularity).
-        k: wanted mean of active experts per token (times granularity).
-        rule: "sign": lambda *= alpha ** sign(target - S), Eq. 7. "official": the same, but S equal to the target
-            counts as too sparse, as in the authors' code. "smooth": a step of log lambda proportional to the averaged
-            error of the log density, damped by its change and bounded; lambda stays above 1e-8, or where it started
-            below that. "none": lambda stays; S is only measured.
-        lambda_init: lambda_0.
-        alpha: factor of the sign rules, above 1.
-        fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss (nats, for a
-            language model): the dense stage, in which a tiny lambda grows unnoticed, is left out. From random weights
-            that costs loss (docs/results.md): experts close before they have learned. Without effect for rule "none"
-            and for k = E.
-        sum_layers: the loss adds the layers' regularisers up instead of taking their mean; for `fast_start` only.
+        num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
+        rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
+            code. "smooth": a step of log lambda proportional to the averaged error of log density, damped and bounded;
+            lambda stays at or above 1e-8, or its start if that is lower. "none": lambda stays; S is only measured.
+        lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
+        fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
+            out the dense stage, which costs loss when training from random weights (docs/results.md).
+        regularizer_normalization: "paper": L_reg is the mean over layers; "official": the sum, as in the authors'
+            code, where lambda is L times smaller at equal penalty.
+        router_aux_loss_coef: coefficient of the regulariser, summed over layers, if lambda does not steer the routers.
+        layers: see `of`.
 
     Attributes:
         lam: 0-dim float32 buffer, lambda.
         sparsity: 0-dim float32, S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
-        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update, for `Router.update_state`.
-        penalised: whether a training loss since the last update has the penalty in it, as the model says that makes it.
+        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update.
+        penalised: True once `loss_terms` was called in training mode since the last update.
 
     Raises:
-        ConfigError: for an unknown rule, no layers, k not in 1..E, lambda_init <= 0 or alpha <= 1.
+        ConfigError: for unknown names, no layers, k not in 1..E, lambda_init <= 0, alpha <= 1, or layers of several
+            kinds.
     """
 
     def __init__(
@@ -85,87 +112,105 @@ class SparsityController(nn.Module):
         lambda_init: float = 1e-8,
         alpha: float = 1.2,
         fast_start: bool = False,
-        sum_layers: bool = False,
+        regularizer_normalization: str = "paper",
+        router_aux_loss_coef: float = AUX_LOSS_COEF,
+        layers: "Sequence[MoE | Router]" = (),
     ) -> None:
         super().__init__()
-        if rule not in RULES:
-            raise ConfigError(f"unknown sparsity rule {rule!r}; choose one of: {', '.join(RULES)}")
+        check_choice("sparsity rule", rule, RULES)
+        check_choice("regularizer_normalization", regularizer_normalization, NORMALIZATIONS)
         if num_layers < 1:
             raise ConfigError(f"num_layers must be at least 1, but is {num_layers}")
         if not 1 <= k <= num_experts:
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
         if not (0 < lambda_init < math.inf and 1 < alpha < math.inf):
             raise ConfigError(f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
-        self.num_experts = num_experts
-        self.rule = rule
-        self.target_density = k / num_experts
-        self.log_alpha = math.log(alpha)
+        self._layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
+        self.steered = all(router.steered for router in self.routers)
+        self.num_experts, self.target_density = num_experts, k / num_experts
+        self.rule, self.alpha, self.lambda_init = rule if self.steered else "none", alpha, float(lambda_init)
         smooth_min = max(LAMBDA_MIN, min(SMOOTH_LAMBDA_MIN, lambda_init))
-        self.lambda_min = smooth_min if rule == "smooth" else LAMBDA_MIN
-        self.fast_start = fast_start and rule != "none" and k < num_experts
-        self.sum_layers = sum_layers
-        self.lambda_init = float(lambda_init)
+        self.lambda_min = smooth_min if self.rule == "smooth" else LAMBDA_MIN
+        self.fast_start = fast_start and self.rule != "none" and k < num_experts
+        self.sum_layers = regularizer_normalization == "official" or not self.steered
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.penalised = False
 
-        def state(name: str, value: Tensor, persistent: bool = True) -> None:
-            self.register_buffer(name, value, persistent=persistent)
+        def buffer(name: str, *shape: int, value: float = 0, dtype: torch.dtype = torch.float32) -> None:
+            # The dtype is given, because transformers builds a model under its own default dtype.
+            self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=name in SAVED)
 
-        # Said, because transformers builds a model under its own default dtype.
-        state("lam", torch.tensor(self.lambda_init, dtype=torch.float32))
-        state("sparsity", torch.tensor(UNKNOWN, dtype=torch.float32))
-        state("mean_error", torch.tensor(0.0, dtype=torch.float32))
-        state("dead_steps_L", torch.zeros(num_layers, dtype=torch.float32))
-        for name, value in self._no_statistics(num_layers).items():
-            state(name, value, persistent=False)
+        L, E = num_layers, num_experts
+        buffer("lam", value=self.lambda_init)
+        buffer("sparsity", value=UNKNOWN)
+        buffer("mean_error")
+        buffer("dead_steps_L", L)
+        buffer("load_LE", L, E)
+        buffer("statistic_LE", L, E)
+        # Sums since the last update.
+        buffer("_statistic_LE", L, E)
+        buffer("_pairs_LE", L, E, dtype=torch.int64)
+        buffer("_tokens_L", L, dtype=torch.int64)
+        buffer("_regularizer_sum")
+        buffer("_passes", dtype=torch.int64)
 
-    def _no_statistics(self, num_layers: int) -> dict[str, Tensor]:
-        """Buffers that are not saved: the load at the last update, and the sums since then."""
-        shape = (num_layers, self.num_experts)
-        return {
-            "load_LE": torch.zeros(shape, dtype=torch.float32),
-            "statistic_LE": torch.zeros(shape, dtype=torch.float32),
-            "_statistic_LE": torch.zeros(shape, dtype=torch.float32),
-            "_pairs_LE": torch.zeros(shape, dtype=torch.int64),
-            "_tokens_L": torch.zeros(num_layers, dtype=torch.int64),
-            "_regularizer_sum": torch.zeros((), dtype=torch.float32),
-            "_passes": torch.zeros((), dtype=torch.int64),
-        }
+    @classmethod
+    def of(cls, layers: "Sequence[MoE | Router]", **options: object) -> "SparsityController":
+        """The controller of a model's layers, which know their sizes, k, granularity and whether lambda steers them.
 
-    def statistics(self) -> list[str]:
-        """Names of the buffers that each rank fills by itself until `update`."""
-        return [name for name in self._no_statistics(1) if name[0] == "_"]
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """As at the start; needed where a loader leaves buffers undefined that it finds no values for.
-
-        Where transformers loads a model, it guards torch's initialisers: what has been loaded is left alone.
+        Args:
+            layers: all `MoE` layers (or their routers) of one model, in the order of their routings.
+            options: keyword arguments of the class, such as `rule`.
         """
-        nn.init.constant_(self.lam, self.lambda_init)
-        nn.init.constant_(self.sparsity, UNKNOWN)
-        nn.init.zeros_(self.mean_error)
-        nn.init.zeros_(self.dead_steps_L)
-        for name, value in self._no_statistics(len(self.dead_steps_L)).items():
-            setattr(self, name, value.to(self.lam.device))
+        routers = [_router_of(layer) for layer in layers]
+        kinds = {(type(router), router.num_experts, router.k) for router in routers}
+        if len(kinds) != 1:
+            raise ConfigError(f"a controller is for layers of one kind, but these are of {len(kinds)} kinds")
+        router = routers[0]
+        E, k = (router.num_experts, router.k) if router.routes_pairs else (1, 1)
+        return cls(len(routers), E, k, layers=layers, **options)
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers of the layers that the controller was made for."""
+        return [_router_of(layer) for layer in self._layers]
 
     @property
     def target(self) -> float:
-        """The wanted sparsity, 1 - k/E."""
+        """The target sparsity, 1 - k/E."""
         return 1 - self.target_density
 
     @property
-    def sparsity_L(self) -> Tensor:
-        """(L,) float32, sparsity of each layer at the last update."""
-        return 1 - self.load_LE.mean(dim=1)
+    def coefficient(self) -> Tensor:
+        """What multiplies the regulariser, 0-dim float32: a copy of lambda, or the constant."""
+        return self.lam.clone() if self.steered else torch.full_like(self.lam, self.router_aux_loss_coef)
+
+    def regularizer(self, routings: Sequence[Routing]) -> Tensor:
+        """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9 and 11), or their sum."""
+        total = self._stacked(routings, "regularizer").sum()
+        return total if self.sum_layers else total / len(routings)
+
+    def loss_terms(self, routings: Sequence[Routing], share: Tensor | float = 1.0) -> LossTerms:
+        """The terms that a loss has besides the task's: lambda * L_reg, and in training mode what routers add.
+
+        Args:
+            routings: one per layer, of one forward pass.
+            share: of these tokens in the optimiser step, so that the terms of its micro-batches add up.
+        """
+        self.penalised = self.penalised or self.training
+        share = share.to(self.lam.device) if isinstance(share, Tensor) else share
+        L_reg, lam, extra = self.regularizer(routings) * share, self.coefficient, self.lam.new_zeros(())
+        total = lam * L_reg  # Eq. 6: L = L_lm + lambda_i L_reg
+        if self.training and routings[0].extra_loss is not None:
+            extra = self._stacked(routings, "extra_loss").mean() * share
+            total = total + extra
+        return LossTerms(L_reg, lam, extra, total)
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
         """Adds the statistics of one forward pass, one routing per layer.
 
         A forward pass that recomputes activations inside a backward pass is not counted again.
-
-        Args:
-            routings: L of them, of layers with E experts.
 
         Raises:
             ConfigError: for another number of layers or experts.
@@ -178,98 +223,81 @@ class SparsityController(nn.Module):
             return
         self._pairs_LE += self._stacked(routings, "count_E")
         self._tokens_L += self._stacked(routings, "num_tokens")
-        regularizer_L = self._stacked(routings, "regularizer")
-        self._regularizer_sum += regularizer_L.sum() if self.sum_layers else regularizer_L.mean()
+        self._regularizer_sum += self.regularizer(routings)
         if routings[0].statistic_E is not None:
             self._statistic_LE += self._stacked(routings, "statistic_E")
         self._passes += 1
 
-    def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
-        return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])
-
-    def penalty(
-        self, layers: "Sequence[MoE]", routings: Sequence[Routing], coefficient: float = SWITCH_COEFFICIENT
-    ) -> Tensor:
-        """What a training loss has besides the task's, in its units.
-
-        lambda times the mean over layers of the regulariser, where lambda steers the routers (arXiv 2412.14711, Eq. 6);
-        else `coefficient` times the sum over layers; and what routers add by themselves.
-
-        Args:
-            layers: the L layers of one model, all with one kind of router.
-            routings: what they returned, in the same order.
-            coefficient: of the load-balancing loss of "topk" and "sparsemixer"; the others have none.
-
-        Returns:
-            0-dim float32.
-        """
-        self.penalised = True
-        regularizer_L = self._stacked(routings, "regularizer")
-        if layers[0].router.steered:  # a copy of lambda: `update` changes it in place
-            total = self.lam.clone() * (regularizer_L.sum() if self.sum_layers else regularizer_L.mean())
-        else:
-            total = coefficient * regularizer_L.sum()
-        return total if routings[0].extra_loss is None else total + self._stacked(routings, "extra_loss").mean()
-
     @torch.no_grad()
-    def update(self, layers: "Sequence[MoE]" = (), group: dist.ProcessGroup | None = None) -> None:
-        """Moves lambda by the statistics since the last call, summed over all ranks, and starts new ones.
+    def update(self, group: dist.ProcessGroup | None = None) -> None:
+        """Moves lambda, and the state of every router, by the statistics since the last call; no host sync.
 
-        Without any token since the last call nothing changes. No host synchronisation.
+        Without any token since the last call nothing changes.
 
         Args:
-            layers: those whose routings were observed, in the same order: what their routers steer by themselves
-                ("sigmoid", "expert_choice", "threshold") moves too. "relu" has nothing of the kind.
-            group: ranks to sum over, when torch.distributed is initialised; all of them by default.
+            group: ranks to sum the statistics over if torch.distributed is initialised; all of them by default.
         """
         self.penalised = False
-        sums = (self._pairs_LE, self._tokens_L, self._regularizer_sum, self._passes, self._statistic_LE)
+        sums = [getattr(self, name) for name in self.statistics()]
         if dist.is_available() and dist.is_initialized():
             for tensor in sums:
                 dist.all_reduce(tensor, group=group)
-        pairs_LE, tokens_L, *_ = sums
-        seen = tokens_L.sum() > 0
-        slots = (tokens_L.sum() * self.num_experts).clamp(min=1)
-        exact = torch.float32 if slots.device.type == "mps" else torch.float64  # MPS has no float64
-        density = (pairs_LE.sum().to(exact) / slots).float()
-
-        step, mean_error = self._log_step(density)
-        lam = self.lam * step.exp()
+        pairs_LE, tokens_L, passes = self._pairs_LE, self._tokens_L, self._passes.clamp(min=1)
+        seen, S = tokens_L.sum() > 0, sparsity(pairs_LE, tokens_L)
+        factor, mean_error = self._factor(S)
+        lam = self.lam * factor
         if self.fast_start:
-            penalty = self._regularizer_sum / self._passes.clamp(min=1)
+            penalty = self._regularizer_sum / passes
             first = (self.sparsity == UNKNOWN) & (penalty > 0)
             lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
-        self.lam.copy_(torch.where(seen, lam.clamp(self.lambda_min, LAMBDA_MAX), self.lam))
-        self.sparsity.copy_(torch.where(seen, 1 - density, self.sparsity))
-        self.mean_error.copy_(torch.where(seen, mean_error, self.mean_error))
-        self.load_LE.copy_(torch.where(seen, pairs_LE / tokens_L.clamp(min=1)[:, None], self.load_LE))
-        mean_LE = self._statistic_LE / self._passes.clamp(min=1)
-        self.statistic_LE.copy_(torch.where(seen, mean_LE, self.statistic_LE))
-        no_pair_L = (pairs_LE.sum(dim=1) == 0) & (tokens_L > 0)
-        counted_L = torch.where(no_pair_L, self.dead_steps_L + 1, 0.0)
-        self.dead_steps_L.copy_(torch.where(tokens_L > 0, counted_L, self.dead_steps_L))
+        new = {
+            "lam": lam.clamp(self.lambda_min, LAMBDA_MAX),
+            "sparsity": S.float(),
+            "mean_error": mean_error,
+            "dead_steps_L": torch.where(
+                tokens_L > 0, (self.dead_steps_L + 1) * (pairs_LE.sum(dim=1) == 0), self.dead_steps_L
+            ),
+            "load_LE": pairs_LE / tokens_L.clamp(min=1)[:, None],
+            "statistic_LE": self._statistic_LE / passes,
+        }
+        for name, value in new.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(seen, value, buffer))
         for tensor in sums:
             tensor.zero_()
-        for layer, load_E, statistic_E in zip(layers, self.load_LE, self.statistic_LE, strict=bool(layers)):
-            layer.router.step(load_E, statistic_E, seen)
+        for router, load_E, statistic_E in zip(self.routers, self.load_LE, self.statistic_LE, strict=False):
+            router.step(load_E, statistic_E, seen)
 
-    def _log_step(self, density: Tensor) -> tuple[Tensor, Tensor]:
-        """0-dim each: the step of log lambda, and the averaged error of log density."""
-        floor = self.target_density / 100  # an empty batch is very sparse, not infinitely so
-        error = (density.clamp(min=floor) / self.target_density).log()  # positive: too dense, lambda must rise
+    def _factor(self, S: Tensor) -> tuple[Tensor, Tensor]:
+        """0-dim float32 each: what lambda is multiplied by, and the averaged error of log density."""
+        density = (1 - S).float().clamp(min=self.target_density / 100)  # an empty batch is very sparse, not infinitely
+        error = (density / self.target_density).log()  # positive: too dense, lambda must rise
         last = torch.where(self.sparsity == UNKNOWN, error, self.mean_error)
         mean = last + SMOOTH_AVERAGE * (error - last)
         if self.rule == "smooth":
             step = SMOOTH_GAIN * mean + SMOOTH_DAMPING * (mean - last)
-            return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP), mean
-        sign = torch.sign(density - self.target_density)
-        if self.rule == "official":
-            sign = torch.where(sign > 0, 1.0, -1.0)
-        return sign * (0.0 if self.rule == "none" else self.log_alpha), mean
+            return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean
+        if self.rule == "none":
+            return torch.ones_like(self.lam), mean
+        rule = sign_rule if self.rule == "sign" else official_rule
+        return rule(S, self.target, self.alpha).float(), mean
 
-    def dead_layers(self) -> list[int]:
-        """Layers without a pair for 100 updates in a row. Synchronises with the host."""
-        return (self.dead_steps_L >= DEAD_AFTER_STEPS).nonzero().flatten().tolist()
+    def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
+        return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])
+
+    def statistics(self) -> list[str]:
+        """Names of the buffers that each rank sums up on its own until `update`."""
+        return [name for name in self._buffers if name[0] == "_"]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the start, by torch's initialisers: a loader of transformers guards them, so what it loaded stays."""
+        nn.init.constant_(self.lam, self.lambda_init)
+        nn.init.constant_(self.sparsity, UNKNOWN)
+        nn.init.zeros_(self.mean_error)
+        nn.init.zeros_(self.dead_steps_L)
+        for name in self._non_persistent_buffers_set:
+            setattr(self, name, torch.zeros_like(getattr(self, name), device=self.lam.device))
 
     def _apply(self, fn, recurse: bool = True) -> "SparsityController":
         """Moves to devices as any module, but keeps the state in float32 with its full value."""
@@ -280,3 +308,7 @@ class SparsityController(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, target={self.target:.4g}"
+
+
+def _router_of(layer: "MoE | Router") -> Router:
+    return layer if isinstance(layer, Router) else layer.router

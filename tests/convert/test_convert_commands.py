@@ -84,7 +84,7 @@ def test_relufy_of_a_run(corpus, tmp_path):
 
 def test_megatron(corpus, tmp_path):
     config = remoe.RemoeConfig(
-        **SIZES, vocab_size=300, num_experts=4, regularizer_normalization="official", sparsity_rule="official"
+        **SIZES, vocab_size=300, num_experts=4, regularizer_normalization="official", sparsity={"rule": "official"}
     )
     model = remoe.RemoeForCausalLM(config).eval()
     remoe.save_megatron(model, tmp_path / "theirs")

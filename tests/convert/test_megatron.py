@@ -33,7 +33,7 @@ def tiny(**options):
         "initializer_range": 0.2,
         "max_position_embeddings": 64,
         "regularizer_normalization": "official",
-        "sparsity_rule": "official",
+        "sparsity": {"rule": "official"},
     }
     model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**(sizes | options))).eval()
     with torch.no_grad():
@@ -172,11 +172,11 @@ def test_megatrons_own_modules_name_the_norm_otherwise(tmp_path):
 def test_the_config_is_the_checkpoints(tmp_path):
     model = tiny(granularity=2)
     write_rank_files(model, tmp_path)
-    config = remoe.load_megatron(tmp_path, experts_backend="loop").config
+    config = remoe.load_megatron(tmp_path, backend="loop").config
     assert (config.num_experts, config.granularity, config.intermediate_size) == (4, 2, F)
     assert config.rope_parameters["rope_theta"] == 1e6
-    assert (config.regularizer_normalization, config.sparsity_rule) == ("official", "official")
-    assert config.experts_backend == "loop"
+    assert (config.regularizer_normalization, config.sparsity["rule"]) == ("official", "official")
+    assert config.backend == "loop"
 
 
 def test_lambda_goes_on_where_it_was(tmp_path):
@@ -251,13 +251,13 @@ def test_there_and_back(options, tmp_path):
 
 
 def test_the_penalty_is_written_as_their_sum_over_layers(tmp_path):
-    model = tiny(regularizer_normalization="paper", lambda_init=1e-3)
+    model = tiny(regularizer_normalization="paper", sparsity={"lambda_init": 1e-3})
     model.sparsity.lam.fill_(0.5)
     remoe.save_megatron(model, tmp_path)
     again = remoe.load_megatron(tmp_path)
-    assert again.config.lambda_init == pytest.approx(1e-3 / model.config.num_hidden_layers)
+    assert again.config.sparsity["lambda_init"] == pytest.approx(1e-3 / model.config.num_hidden_layers)
     ids = token_ids(2)
-    penalties = [m.regularizer_coefficient * m(ids).reg_loss for m in (model.eval(), again)]
+    penalties = [m.sparsity.loss_terms(m(ids).routings).total for m in (model.eval(), again)]
     torch.testing.assert_close(*penalties)
 
 

@@ -99,7 +99,10 @@ def test_copies_train_and_are_saved(tmp_path):
 
 
 def test_options_reach_the_config():
-    assert remoe.upcycle(build("llama"), 4, load_balance=False).config.load_balance is False
+    options = {"router_options": {"load_balance": False}, "sparsity": {"rule": "sign"}}
+    config = remoe.upcycle(build("llama"), 4, **options).config
+    assert config.router_options == {"load_balance": False, "bias": True}
+    assert (config.sparsity["rule"], config.sparsity["fast_start"]) == ("sign", True)
     with pytest.raises(ConfigError, match="no lamda"):
         remoe.upcycle(build("llama"), 4, lamda=1)
 
@@ -179,7 +182,7 @@ def test_all_experts_can_be_wanted():
     assert all(routing.sparsity == 0 for routing in outputs.routings)
 
 
-@pytest.mark.parametrize("name", ["router", "router_options", "shared_expert_size", "vocab_size"])
+@pytest.mark.parametrize("name", ["router", "shared_expert_size", "vocab_size"])
 def test_what_upcycle_sets_is_no_option(name):
     with pytest.raises(ConfigError, match=f"upcycle itself sets {name}"):
         remoe.upcycle(build("llama"), 4, **{name: 1})

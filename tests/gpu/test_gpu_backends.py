@@ -122,7 +122,7 @@ def test_triton_with_rows_that_begin_anywhere():
 @pytest.mark.parametrize("router", ["relu", "topk"])
 def test_layer_compiles_in_one_graph_and_under_autocast(router, autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
-    layer = remoe.MoE(256, 384, 8, 2, router, experts="triton").to("cuda", dtype)
+    layer = remoe.MoE(256, 384, 8, 2, router, backend="triton").to("cuda", dtype)
     compiled = torch.compile(layer, fullgraph=True)
     for T in (64, 200):
         found = []
@@ -158,7 +158,7 @@ def test_triton_never_waits_for_the_device():
 
 @pytest.mark.parametrize("router", ["relu", "topk"])
 def test_layer_never_waits_for_the_device(router):
-    layer = remoe.MoE(256, 384, 8, 1, router, experts="triton").to("cuda", torch.bfloat16)
+    layer = remoe.MoE(256, 384, 8, 1, router, backend="triton").to("cuda", torch.bfloat16)
     x = torch.randn(4, 256, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
 
     def step():

@@ -25,7 +25,7 @@ def build(**options):
 
 @pytest.mark.parametrize("router", ["relu", "topk", "expert_choice", "threshold", "sigmoid"])
 def test_a_training_step_never_waits_for_the_device(router):
-    model = build(router=router, experts_backend="triton").train()
+    model = build(router=router, backend="triton").train()
     optimizer = build_optimizer(model, OptimOptions())
     ids = torch.randint(512, (4, 129), device="cuda")
 
@@ -57,7 +57,7 @@ def test_generation_of_a_left_padded_batch_is_the_same_with_every_cache(place):
 
 @pytest.mark.parametrize("router", ["relu", "topk", "expert_choice", "threshold"])
 def test_a_layer_in_a_cuda_graph(router):
-    layer = remoe.MoE(256, 384, 8, 2, router, experts="triton").to("cuda", torch.bfloat16).eval()
+    layer = remoe.MoE(256, 384, 8, 2, router, backend="triton").to("cuda", torch.bfloat16).eval()
     x = torch.randn(64, 256, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         expected, _ = layer(x)

@@ -74,14 +74,14 @@ def test_a_loss_of_ones_own_with_the_penalty_in_it_is_taken(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            penalty = routed_module(model).regularizer_coefficient * outputs.reg_loss
+            penalty = routed_module(model).sparsity.loss_terms(outputs.routings).total
             return penalty / self.args.gradient_accumulation_steps
 
     norms = []
     for size in (BATCH, 1):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": BATCH // size}
         same = [row | {"attention_mask": torch.ones_like(row["attention_mask"])} for row in rows()]
-        model = tiny(load_balance=False)  # so that shares of a batch add up
+        model = tiny(router_options={"load_balance": False})  # so that shares of a batch add up
         trainer = Own(model, arguments(tmp_path, **options), train_dataset=same, callbacks=[remoe.SparsityCallback()])
         trainer.train()
         assert len(set(logged(trainer, "lambda"))) == STEPS
@@ -94,7 +94,7 @@ def test_a_classifier_has_one_loss_whatever_the_split_and_predicts_its_logits(tm
     losses, norms = [], []
     for size in (BATCH, 1):
         torch.manual_seed(0)
-        config = remoe.RemoeConfig(**TINY, num_labels=3, pad_token_id=0, load_balance=False)
+        config = remoe.RemoeConfig(**TINY, num_labels=3, pad_token_id=0, router_options={"load_balance": False})
         model = remoe.RemoeForSequenceClassification(config).train()
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": BATCH // size, "max_steps": 1}
         trainer = Trainer(

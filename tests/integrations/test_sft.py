@@ -23,7 +23,7 @@ def remoe_model(router):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = remoe.RemoeConfig(
-        **sizes, vocab_size=VOCAB, num_experts=4, router=router, lambda_init=1e-2, initializer_range=0.3
+        **sizes, vocab_size=VOCAB, num_experts=4, router=router, sparsity={"lambda_init": 1e-2}, initializer_range=0.3
     )
     return remoe.RemoeForCausalLM(config)
 

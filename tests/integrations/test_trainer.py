@@ -48,7 +48,11 @@ def test_gradients_of_loss_and_penalty_do_not_depend_on_accumulation(tmp_path, n
     # plain L1 is a sum over tokens; padding makes the micro-batches' shares differ
     weights = []
     for parts in (1, 2, 4):
-        model = tiny(lambda_init=0.3, load_balance=False, regularizer_normalization=normalization)
+        model = tiny(
+            sparsity={"lambda_init": 0.3},
+            router_options={"load_balance": False},
+            regularizer_normalization=normalization,
+        )
         train(
             model,
             tmp_path / str(parts),
@@ -104,7 +108,7 @@ def test_mixed_precision_and_recomputation_keep_lambda_float32(tmp_path, precisi
 
 @pytest.mark.parametrize("router", ["relu", "sigmoid", "threshold"])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, router):
-    options = {"sparsity_rule": "smooth", "router": router}
+    options = {"sparsity": {"rule": "smooth"}, "router": router}
     whole = train(tiny(**options), tmp_path / "whole", save_strategy="steps", save_steps=2)
     fresh = tiny(**options)
     resumed = train(
@@ -124,7 +128,7 @@ def test_resumed_adapter_has_its_lambda(tmp_path):
 
     def adapted():
         return peft.get_peft_model(
-            tiny(sparsity_rule="smooth", router="sigmoid"), peft.LoraConfig(target_modules=["q_proj"], r=2)
+            tiny(sparsity={"rule": "smooth"}, router="sigmoid"), peft.LoraConfig(target_modules=["q_proj"], r=2)
         )
 
     whole = train(adapted(), tmp_path / "whole", save_strategy="steps", save_steps=2)
@@ -209,7 +213,7 @@ def test_two_callbacks_are_refused(tmp_path):
 
 
 def test_documented_plain_loop_equals_the_trainer(tmp_path):
-    model, data = tiny(load_balance=False), rows()
+    model, data = tiny(router_options={"load_balance": False}), rows()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(STEPS):
         batch = {k: torch.stack([row[k] for row in data[step * BATCH :][:BATCH]]) for k in data[0]}
@@ -225,7 +229,7 @@ def test_documented_plain_loop_equals_the_trainer(tmp_path):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(data)
 
-    other = tiny(load_balance=False)
+    other = tiny(router_options={"load_balance": False})
     options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     args = arguments(tmp_path, **options)
@@ -238,7 +242,7 @@ def _ddp(rank, folder, accumulate):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     trainer = train(
-        tiny(load_balance=False),
+        tiny(router_options={"load_balance": False}),
         folder / f"rank{rank}",
         per_device_train_batch_size=BATCH // 2 // accumulate,
         gradient_accumulation_steps=accumulate,
@@ -267,7 +271,7 @@ def test_two_processes_have_the_lambda_of_one(tmp_path, monkeypatch, accumulate)
     assert torch.equal(first["lam"], second["lam"])
     assert first["log"][0] == second["log"][0] or not second["log"][0]  # ranks but the first may log nothing
     options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    single = train(tiny(load_balance=False), tmp_path / "single", **options)
+    single = train(tiny(router_options={"load_balance": False}), tmp_path / "single", **options)
     assert logged(single, "sparsity") == pytest.approx(first["log"][1], abs=1e-6)
     assert torch.equal(single.model.sparsity.lam, first["lam"])
     for name, value in single.model.state_dict().items():

@@ -55,7 +55,7 @@ def test_classifier_reads_the_last_token_of_either_padding():
 def test_what_a_folder_lacks_starts_as_in_a_new_model(dtype, tmp_path):
     """lambda is the head's, so that a base model's folder has none; another router's state is not there either."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
-    config = remoe.RemoeConfig(**sizes, lambda_init=0.25)
+    config = remoe.RemoeConfig(**sizes, sparsity={"lambda_init": 0.25})
     remoe.RemoeModel(config).save_pretrained(tmp_path / "base")
     for cls in (remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification):
         loaded = cls.from_pretrained(tmp_path / "base", dtype=dtype).sparsity
@@ -67,7 +67,7 @@ def test_what_a_folder_lacks_starts_as_in_a_new_model(dtype, tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     assert remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole").sparsity.lam == 0.5
     for router in ("sigmoid", "threshold", "expert_choice"):
-        options = {"router": router, "lambda_init": 1e-8, "dtype": dtype}
+        options = {"router": router, "sparsity": {"lambda_init": 1e-8}, "dtype": dtype}
         other = remoe.RemoeForCausalLM.from_pretrained(tmp_path / "whole", **options)
         for layer in other.model.layers:
             buffers = list(layer.mlp.router.buffers())

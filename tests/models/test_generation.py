@@ -62,7 +62,7 @@ def test_padding_is_routed_to_no_expert_while_text_is_generated(cache):
 
 @pytest.mark.parametrize("cls", [remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification])
 def test_a_token_mask_tells_padding_where_the_mask_of_attention_is_a_ready_one(cls):
-    model, ids = build(cls, lambda_init=0.3).train(), tokens(batch=2)
+    model, ids = build(cls, sparsity={"lambda_init": 0.3}).train(), tokens(batch=2)
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
     ready = (torch.ones(9, 9).tril().bool() & mask.bool()[:, None, None, :]) | torch.eye(9).bool()

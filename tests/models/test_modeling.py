@@ -36,7 +36,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("normalization", ["paper", "official"])
 def test_relu_loss_is_language_model_plus_lambda_times_regulariser(normalization):
-    model = small(lambda_init=0.3, regularizer_normalization=normalization)
+    model = small(sparsity={"lambda_init": 0.3}, regularizer_normalization=normalization)
     ids = tokens()
     out = model(ids, labels=ids, return_logits=True)
     layers = torch.stack([routing.regularizer for routing in out.routings])
@@ -84,7 +84,7 @@ def test_a_batch_with_no_active_expert_trains_on():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("logits", [True, False])
 def test_padding_changes_no_logit_no_loss_and_no_statistic(router, side, logits):
-    model = small(router=router, lambda_init=0.3)
+    model = small(router=router, sparsity={"lambda_init": 0.3})
     ids = tokens(batch=1, length=13)
     alone = model(ids, labels=ids, return_logits=logits)
     model.sparsity.update()
@@ -104,7 +104,7 @@ def test_padding_changes_no_logit_no_loss_and_no_statistic(router, side, logits)
 
 
 def test_a_batch_of_padding_only_has_zero_loss():
-    model = small(lambda_init=0.3)
+    model = small(sparsity={"lambda_init": 0.3})
     ids = tokens()
     out = model(ids, attention_mask=torch.zeros_like(ids), labels=ids)
     assert out.loss == 0
@@ -115,7 +115,11 @@ def test_a_batch_of_padding_only_has_zero_loss():
 @pytest.mark.parametrize("router", ["relu", "dense"])
 def test_four_micro_batches_equal_one_batch_where_the_formula_is_additive(router):
     """Plain L1 (Eq. 9) and cross-entropy are sums over tokens; the balanced L1 is not (its f is per micro-batch)."""
-    model = small(router=router, load_balance=False, lambda_init=0.3)
+    model = small(
+        router=router,
+        router_options={"load_balance": False} if router == "relu" else None,
+        sparsity={"lambda_init": 0.3},
+    )
     ids = tokens(batch=8)
     whole = model(ids, labels=ids)
     whole.loss.backward()
@@ -133,7 +137,7 @@ def test_four_micro_batches_equal_one_batch_where_the_formula_is_additive(router
 
 
 def test_micro_batches_with_unequal_padding_add_up():
-    model = small(load_balance=False, lambda_init=0.3)
+    model = small(router_options={"load_balance": False}, sparsity={"lambda_init": 0.3})
     ids = tokens(batch=4)
     mask = (torch.arange(21) < torch.tensor([[21], [5], [13], [2]])).long()
     whole = model(ids, attention_mask=mask, labels=ids)
@@ -149,7 +153,7 @@ def test_micro_batches_with_unequal_padding_add_up():
 
 
 def test_balanced_penalty_of_micro_batches_differs_from_the_batch_and_statistics_do_not():
-    model = small(lambda_init=0.3)
+    model = small(sparsity={"lambda_init": 0.3})
     ids = tokens(batch=8)
     whole = model(ids, labels=ids)
     model.sparsity.update()
@@ -165,7 +169,7 @@ def test_balanced_penalty_of_micro_batches_differs_from_the_batch_and_statistics
 def test_recomputation_gives_the_same_gradients_and_counts_once(router):
     from remoe.lab.training.trainer import enable_recomputation
 
-    model = small(router=router, lambda_init=0.3)
+    model = small(router=router, sparsity={"lambda_init": 0.3})
     ids = tokens()
     model(ids, labels=ids).loss.backward()
     expected, counted = gradients(model), model.sparsity._tokens_L.clone()
@@ -223,7 +227,7 @@ def test_causal(router):
 
 
 def test_saved_and_loaded_without_pickle(tmp_path):
-    model = small(lambda_init=0.123)
+    model = small(sparsity={"lambda_init": 0.123})
     ids = tokens()
     model(ids, labels=ids)
     model.sparsity.update()
@@ -242,7 +246,7 @@ def test_saved_and_loaded_without_pickle(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_model_starts_with_clean_statistics(tmp_path, dtype):
     """Buffers that are not saved come back from loading as undefined memory, which this setting fills with NaN."""
-    model = small(lambda_fast_start=True).to(dtype)
+    model = small(sparsity={"fast_start": True}).to(dtype)
     model.save_pretrained(tmp_path)
     torch.use_deterministic_algorithms(True)
     try:
@@ -268,7 +272,7 @@ def test_reentrant_recomputation_is_refused():
 
 @pytest.mark.parametrize("normalization", ["paper", "official"])
 def test_fast_start_sets_the_penalty_of_the_loss(normalization):
-    model = small(lambda_fast_start=True, regularizer_normalization=normalization)
+    model = small(sparsity={"fast_start": True}, regularizer_normalization=normalization)
     out = model(tokens(), labels=tokens())
     model.sparsity.update()
     assert (model.sparsity.lam * out.reg_loss).item() == pytest.approx(FAST_START_PENALTY, rel=1e-5)
@@ -307,7 +311,7 @@ def test_sdpa_and_eager_attention_agree():
         ({"num_attention_heads": 5}, "must divide the width"),
         ({"num_key_value_heads": 3}, "must divide the number of attention heads"),
         ({"granularity": 7}, "granularity must divide the expert width 128"),
-        ({"sparsity_rule": "fast"}, "unknown sparsity rule 'fast'"),
+        ({"sparsity": {"rule": "fast"}}, "unknown sparsity rule 'fast'"),
         ({"regularizer_normalization": "sum"}, "unknown regularizer_normalization 'sum'"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
     ],

@@ -33,7 +33,7 @@ def test_granularity_changes_neither_flops_nor_weights_but_the_router():
 
 
 def test_a_cap_changes_nothing_that_is_planned():
-    assert plan(config("tiny", max_experts_per_token=2), 256, 1) == plan(config("tiny"), 256, 1)
+    assert plan(config("tiny", router_options={"max_experts_per_token": 2}), 256, 1) == plan(config("tiny"), 256, 1)
 
 
 def test_flops_of_a_run_count_the_pairs_of_each_step():
@@ -57,7 +57,7 @@ def test_flops_of_a_run_count_the_pairs_of_each_step():
 def test_flops_and_activations_of_a_step_that_ran(router, monkeypatch):
     # The counter knows PyTorch's own products: no compiled experts, no fused loss, no products by oneDNN.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    settings = config("tiny", router=router, attn_implementation="eager", experts_backend="naive")
+    settings = config("tiny", router=router, attn_implementation="eager", backend="naive")
     model = remoe.RemoeForCausalLM(settings).train()
     ids = torch.zeros(2, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -20,7 +20,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "num_experts": 4,
     "initializer_range": 0.2,
-    "lambda_init": 0.01,
+    "sparsity": {"lambda_init": 0.01},
     "shared_expert_size": 16,
 }
 

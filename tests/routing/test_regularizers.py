@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from remoe.routing.regularizers import chunk_sparsity_loss, gate_entropy, locality_loss
+from remoe.routing.auxiliary_losses import chunk_sparsity_loss, gate_entropy, locality_loss
 
 
 def test_losses_of_blockffn_on_hand_made_cases():

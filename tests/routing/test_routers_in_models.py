@@ -44,7 +44,7 @@ def test_lory_cuts_segments_of_tokens_and_not_of_padding(first_segment):
 
 def test_lory_refuses_a_cache():
     model = small_model("lory").eval()
-    with pytest.raises(ConfigError, match="no KV cache"):
+    with pytest.raises(ConfigError, match="'lory' works without a KV cache"):
         model.generate(torch.randint(64, (1, 6)), max_new_tokens=2, use_cache=True, pad_token_id=0)
 
 
@@ -108,7 +108,8 @@ def test_a_loop_of_ones_own_steers_as_the_model_does(name):
     model = small_model(name, **options).train()
     other = small_model(name, **options).train()
     other.load_state_dict(model.state_dict())
-    layers, control = [layer.mlp for layer in other.model.layers], other.sparsity
+    control = remoe.SparsityController.of([layer.mlp for layer in other.model.layers])
+    other.sparsity = control
     for step in range(3):
         ids = torch.randint(64, (2, 12))
         torch.manual_seed(step)  # "sparsemixer" draws
@@ -116,9 +117,9 @@ def test_a_loop_of_ones_own_steers_as_the_model_does(name):
         model.update_routing()
         torch.manual_seed(step)
         routings = other.model(ids, use_cache=False).routings
-        torch.testing.assert_close(control.penalty(layers, routings), expected.loss - expected.lm_loss)
+        torch.testing.assert_close(control.loss_terms(routings).total, expected.loss - expected.lm_loss)
         control.observe(routings)
-        control.update(layers)
+        control.update()
     for (_, moved), (key, buffer) in zip(other.named_buffers(), model.named_buffers(), strict=True):
         assert torch.equal(moved, buffer), key
     if name in ("expert_choice", "threshold"):  # untrained cutoffs would let everything pass

@@ -75,7 +75,7 @@ def upcycle(
         keep_dense: keep the dense layer as a shared expert, beside experts that start without a contribution;
             different tokens make them differ. Otherwise the experts are copies of it.
         seed: of both.
-        options: further fields of `RemoeConfig`, e.g. lambda_init or load_balance; none that this function sets.
+        options: further fields of `RemoeConfig`, e.g. sparsity={"rule": "sign"}; none that this function sets.
 
     Raises:
         ConfigError: for a model of another type, or with parts that a ReMoE model does not have; for E < 2, k > E or
@@ -147,19 +147,16 @@ def _config(
         "num_experts_per_tok": k,
         "granularity": G,
         "shared_expert_size": old.intermediate_size if keep_dense else 0,
-        "router_options": {"bias": True},
-        "sparsity_rule": "smooth",
-        "lambda_fast_start": True,
+        "router_options": (options.get("router_options") or {}) | {"bias": True},
+        "sparsity": {"rule": "smooth", "fast_start": True} | (options.get("sparsity") or {}),
     }
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     same += ("hidden_act", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
     same += ("tie_word_embeddings", "attention_dropout", "use_cache")
-    if taken := sorted(
-        options.keys() & (fields.keys() - {"sparsity_rule", "lambda_fast_start"} | {"router"} | set(same))
-    ):
+    if taken := sorted(options.keys() & (fields.keys() - {"sparsity", "router_options"} | {"router"} | set(same))):
         raise ConfigError(f"upcycle itself sets {', '.join(taken)}")
     check_fields(options)
-    return RemoeConfig(**{key: getattr(old, key) for key in same if hasattr(old, key)} | fields | options)
+    return RemoeConfig(**{key: getattr(old, key) for key in same if hasattr(old, key)} | options | fields)
 
 
 def _copy_attention(old: nn.Module, new: nn.Module) -> None:

@@ -82,7 +82,6 @@ def _observed_penalty(model: Penalised, routings: list[Routing]) -> Tensor | Non
         if not model.training:
             return None
         model.observe(routings)
-        return model.penalty(routings)
-    if model.training:
+    elif model.training:
         model.sparsity.observe(routings)
-    return model.regularizer_coefficient * model._regularizer(routings) + model._extra_loss(routings)
+    return model.sparsity.loss_terms(routings).total

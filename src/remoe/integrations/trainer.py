@@ -43,9 +43,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     Raises:
         ConfigError: when training begins, for a model without routers to steer; after its first step, when a trainer
             computes the loss without the model's, so that the penalty is not in it. A `compute_loss` of one's own
-            around a `RemoeForCausalLM` adds `routed_module(model).regularizer_coefficient` times `reg_loss` of the
-            model's output, and divides the sum by the micro-batches of a step; outputs of relufied models have no
-            `reg_loss`, and a router's extra loss (`relu_norm`'s locality) would be missing.
+            around a `RemoeForCausalLM` adds `routed_module(model).sparsity.loss_terms(output.routings).total`, and
+            divides the sum by the micro-batches of a step. Outputs of relufied models have no routings.
     """
 
     def __init__(self) -> None:
@@ -83,9 +82,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """Moves lambda by the statistics of the step's micro-batches, of all ranks."""
         module = self._module
         if not self._checked:
-            sparsity, penalised = module.sparsity, module.sparsity.penalised
-            wanted = sparsity._regularizer_sum > 0 and module.regularizer_coefficient > 0
-            if not sparsity._tokens_L.any() or (wanted and not penalised):
+            sparsity = module.sparsity
+            needed = sparsity._regularizer_sum > 0 and sparsity.coefficient > 0
+            if not sparsity._tokens_L.any() or (needed and not sparsity.penalised):
                 raise ConfigError(
                     f"the trainer's loss is not that of {type(module).__name__} (label_smoothing_factor and "
                     f"compute_loss_func bring their own): without the penalty in it sparsity cannot be controlled"

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.loss import padding_mask
 from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
-from remoe.models.padding import padding_mask
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
@@ -23,7 +23,7 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
     """Class logits, and the loss with its parts.
 
     Attributes:
-        loss: task_loss + coefficient * reg_loss, and what a router adds by itself, when labels are given.
+        loss: task_loss + the total of `SparsityController.loss_terms`, when labels are given.
         logits: (B, C).
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
@@ -46,7 +46,7 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         self.num_labels = config.num_labels
         self.model = RemoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.sparsity = build_controller(config)
+        self.sparsity = build_controller(config, [layer.mlp for layer in self.model.layers])
         keep_statistics_local(self)
         self.post_init()
 
@@ -89,12 +89,11 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         hidden_BSD = outputs.last_hidden_state
         last_B = self._last_token(hidden_BSD, input_ids, padding_mask(attention_mask, kwargs.get("token_mask")))
         logits_BC = self.score(hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B])
-        reg_loss = self._regularizer(outputs.routings)
+        reg_loss = self.sparsity.regularizer(outputs.routings)
         loss = task_loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config, logits=None)
-            penalty = self.regularizer_coefficient * reg_loss + self._extra_loss(outputs.routings)
-            loss = task_loss + penalty.to(task_loss.device)
+            loss = task_loss + self.sparsity.loss_terms(outputs.routings).total.to(task_loss.device)
         return RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,

@@ -6,12 +6,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check_choice
 from remoe.experts import BACKENDS
-from remoe.routing import ROUTERS
-from remoe.sparsity import RULES
+from remoe.routing import ROUTERS, Router, router_options
+from remoe.sparsity import NORMALIZATIONS, RULES
 
-NORMALIZATIONS = ("paper", "official")
+SPARSITY = {"rule": "sign", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": False}
+# Names of version 0.1.0, which config.json of its checkpoints and exports has.
+_OLD_SPARSITY = {
+    "sparsity_rule": "rule",
+    "lambda_init": "lambda_init",
+    "lambda_alpha": "alpha",
+    "lambda_fast_start": "fast_start",
+}
+_OLD_ROUTER_OPTIONS = {"load_balance": True, "max_experts_per_token": None}  # with their defaults
+_OLD = {"experts_backend", *_OLD_SPARSITY, *_OLD_ROUTER_OPTIONS}
 
 
 @strict
@@ -22,29 +31,28 @@ class RemoeConfig(PreTrainedConfig):
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
             max_position_embeddings, initializer_range, rms_norm_eps, rope_parameters, tie_word_embeddings,
             attention_bias, attention_dropout, use_cache: as in transformers' LlamaConfig; RoPE base 1e6.
-        intermediate_size: width of one expert before the split by granularity; 4 * hidden_size when None.
+        intermediate_size: d_ffn, width of one expert before the split by granularity; 4 * hidden_size when None.
         num_experts: E.
-        num_experts_per_tok: k, wanted active experts per token: mean for "relu" and its kin, exact for "topk".
-        granularity: G; each layer has E G experts of width intermediate_size / G, of which k G are active.
+        num_experts_per_tok: k, the target number of experts per token: a mean for "relu" and its kin, exact for "topk".
+            `config.k` and `config.d_ffn` are the same numbers; config.json has transformers' names.
+        granularity: G; each layer has E G experts of width d_ffn / G, of which k G are active.
         qk_norm: normalise queries and keys per head, as Qwen3 does.
         router: a name in `remoe.routing.ROUTERS`.
         router_options: further keyword arguments of the router's class.
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
-        load_balance: for "relu": weight the penalty by each expert's load (Eq. 10, 11) instead of plain L1 (Eq. 9).
-        max_experts_per_token: for "relu" and "relu_scaled": cap on the executed experts of a token; None for no cap.
-        regularizer_normalization: "paper": the penalty is the mean over layers (the 1/L of Eq. 9 and 11).
-            "official": the sum, as in the authors' code; lambda is then L times smaller at equal penalty.
-            Routers whose coefficient is constant always sum, as the paper's TopK baseline does.
-        router_aux_loss_coef: weight of the regulariser of routers that lambda does not steer: the Switch loss of
-            "topk" and "sparsemixer".
-        sparsity_rule, lambda_init, lambda_alpha, lambda_fast_start: see `SparsityController`.
-        experts_backend: see `remoe.MoE`.
+        sparsity: `rule`, `lambda_init`, `alpha` and `fast_start` of `SparsityController`, or some of them.
+        regularizer_normalization, router_aux_loss_coef: see `SparsityController`.
+        backend: see `remoe.MoE`.
+
+    Names of version 0.1.0 (`experts_backend`, `sparsity_rule`, `lambda_init`, `lambda_alpha`, `lambda_fast_start`,
+    `load_balance`, `max_experts_per_token`) are taken too, and become today's.
 
     Raises:
         ConfigError: for sizes that do not fit together or unknown names.
     """
 
     model_type = "remoe"
+    attribute_map = {"k": "num_experts_per_tok", "d_ffn": "intermediate_size"}
     # transformers' Trainer gathers every other output as a prediction.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "lm_loss", "task_loss", "reg_loss", "routings"]
     default_theta = 1_000_000.0
@@ -75,17 +83,14 @@ class RemoeConfig(PreTrainedConfig):
     router: str = "relu"
     router_options: dict | None = None
     shared_expert_size: int = 0
-    load_balance: bool = True
-    max_experts_per_token: int | None = None
+    sparsity: dict | None = None
     regularizer_normalization: str = "paper"
     router_aux_loss_coef: float = 0.01
-    sparsity_rule: str = "sign"
-    lambda_init: float = 1e-8
-    lambda_alpha: float = 1.2
-    lambda_fast_start: bool = False
-    experts_backend: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self, **kwargs):
+        self._take_old_names(kwargs)
+        self.sparsity = SPARSITY | (self.sparsity or {})
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -98,10 +103,22 @@ class RemoeConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check()
-        if self.router == "lory":
-            self.use_cache = False  # a segment is routed by the segment before it, of which a KV cache knows nothing
+        if not self.router_class.supports_cache:
+            self.use_cache = False
         self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers leaves it out of config.json
         super().__post_init__(**kwargs)
+
+    def _take_old_names(self, given: dict[str, object]) -> None:
+        """Moves options under their names of version 0.1.0 from `given` to where they stand today."""
+        old = {name: given.pop(name) for name in _OLD & given.keys()}
+        self.backend = old.get("experts_backend", self.backend)
+        moved = {new: old[name] for name, new in _OLD_SPARSITY.items() if name in old}
+        self.sparsity = (self.sparsity or {}) | moved
+        changed = {n: old[n] for n, default in _OLD_ROUTER_OPTIONS.items() if old.get(n, default) != default}
+        if changed and self.router in ROUTERS:
+            known = router_options(self.router_class)  # other routers took no notice of them
+            kept = {name: value for name, value in changed.items() if name in known}
+            self.router_options = kept | (self.router_options or {}) or None
 
     def _check(self) -> None:
         if self.head_dim % 2:
@@ -113,14 +130,12 @@ class RemoeConfig(PreTrainedConfig):
             )
         if self.hidden_act != "silu":
             raise ConfigError(f"experts are SwiGLU: hidden_act must be 'silu', not {self.hidden_act!r}")
-        for name, value, choices in (
-            ("router", self.router, ROUTERS),
-            ("sparsity rule", self.sparsity_rule, RULES),
-            ("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS),
-            ("experts backend", self.experts_backend, ("auto", *BACKENDS)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+        check_choice("router", self.router, ROUTERS)
+        check_choice("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS)
+        check_choice("experts backend", self.backend, ("auto", *BACKENDS, "loop"))
+        check_choice("sparsity rule", self.sparsity["rule"], RULES)
+        if unknown := self.sparsity.keys() - SPARSITY.keys():
+            raise ConfigError(f"sparsity has no {', '.join(sorted(unknown))}; it has: {', '.join(SPARSITY)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"k must be between 1 and the number of experts, but k = {self.num_experts_per_tok} "
@@ -130,8 +145,6 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
             )
-        if self.max_experts_per_token is not None and self.router not in ("relu", "relu_scaled"):
-            raise ConfigError(f"max_experts_per_token has no effect with router {self.router} (only relu, relu_scaled)")
         if self.shared_expert_size < 0:
             raise ConfigError(f"shared_expert_size must not be negative, but is {self.shared_expert_size}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
@@ -139,19 +152,29 @@ class RemoeConfig(PreTrainedConfig):
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
     @property
-    def router_arguments(self) -> dict[str, object]:
-        """Keyword arguments for the router's class."""
-        return arguments_of_router(self.router, self.router_options, self.load_balance, self.max_experts_per_token)
+    def router_class(self) -> type[Router]:
+        """The router's class, whose attributes say what it needs and can do."""
+        return ROUTERS[self.router]
 
     @property
     def steered(self) -> bool:
         """Whether lambda multiplies the regulariser."""
-        return ROUTERS[self.router].steered
+        return self.router_class.steered
 
     @property
     def routes_pairs(self) -> bool:
-        """Whether tokens go to some of several experts; else each goes through one network, merged in "lory"."""
-        return self.router not in ("dense", "dense_wide", "lory")
+        """Whether tokens go to some of several experts; otherwise all go through one network."""
+        return self.router_class.routes_pairs
+
+    @property
+    def experts_per_layer(self) -> int:
+        """E G."""
+        return self.num_experts * self.granularity
+
+    @property
+    def active_per_token(self) -> int:
+        """k G, the target number of experts per token after the split by granularity."""
+        return self.num_experts_per_tok * self.granularity
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers shards the model over tensor parallel ranks, by the names of its styles.
@@ -175,14 +198,7 @@ _OF_TRANSFORMERS = ("attn_implementation", "experts_implementation", "torch_dtyp
 
 def check_fields(options: Mapping[str, object]) -> None:
     """Raises ConfigError for an option that a RemoeConfig would take without knowing it: a slip of the pen."""
-    known = {*RemoeConfig.__dataclass_fields__, *dir(PreTrainedConfig), *_OF_TRANSFORMERS}
+    known = {*RemoeConfig.__dataclass_fields__, *RemoeConfig.attribute_map, *_OLD}
+    known |= {*dir(PreTrainedConfig), *_OF_TRANSFORMERS}
     if unknown := options.keys() - known:
         raise ConfigError(f"RemoeConfig has no {', '.join(sorted(unknown))}")
-
-
-def arguments_of_router(
-    router: str, options: dict[str, object] | None, load_balance: bool, max_experts_per_token: int | None
-) -> dict[str, object]:
-    """Keyword arguments for the router's class: its options, and those of the model that go to it."""
-    relu = {"load_balance": load_balance, "max_experts_per_token": max_experts_per_token}
-    return (relu if router in ("relu", "relu_scaled") else {}) | (options or {})

@@ -26,8 +26,7 @@ from remoe.experts import Experts
 from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.loss import IGNORED_TARGET, linear_cross_entropy
-from remoe.models.padding import is_padding_mask, padding_mask, shifted_targets
+from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -57,8 +56,7 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
     """Logits, and the loss with its parts.
 
     Attributes:
-        loss: lm_loss + coefficient * reg_loss, when labels are given, and the routers' extra losses in training. The
-            coefficient is lambda for "relu" and its kin and `router_aux_loss_coef` for other routers.
+        loss: lm_loss + the total of `SparsityController.loss_terms`, when labels are given.
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
@@ -90,13 +88,13 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
             config.hidden_size,
             config.intermediate_size,
             config.num_experts,
-            config.num_experts_per_tok,
+            config.k,
             config.router,
             config.granularity,
-            experts=config.experts_backend,
+            backend=config.backend,
             init_std=config.initializer_range,
             shared_expert_size=config.shared_expert_size,
-            router_options=config.router_arguments,
+            router_options=config.router_options,
         )
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -176,15 +174,15 @@ class RemoeModel(RemoePreTrainedModel):
 
         Raises:
             ConfigError: for `output_attentions` with an attention that does not compute the weights; for a KV cache
-                with router "lory".
+                with a router that does not support one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
-        if cache is not None and self.config.router == "lory":
-            raise ConfigError("router 'lory' has no KV cache: it routes by a mean over earlier tokens; use_cache=False")
+        if cache is not None and not self.config.router_class.supports_cache:
+            raise ConfigError(f"router {self.config.router!r} works without a KV cache only: use_cache=False")
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
@@ -218,7 +216,7 @@ class RemoeModel(RemoePreTrainedModel):
             hidden_BSD, routing, weights_BHSS = layer(
                 hidden_BSD,
                 token_mask_BS,
-                input_ids if self.config.router == "hash" else None,
+                input_ids if self.config.router_class.needs_ids else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -255,7 +253,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         self.model = RemoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.sparsity = build_controller(config)
+        self.sparsity = build_controller(config, [layer.mlp for layer in self.model.layers])
         keep_statistics_local(self)
         self.post_init()
 
@@ -309,7 +307,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         )
         if self.training:
             self.sparsity.observe(outputs.routings)
-        reg_loss = self._regularizer(outputs.routings)
+        reg_loss = self.sparsity.regularizer(outputs.routings)
         target_BS = shifted_targets(labels, shift_labels, padding_mask(attention_mask, kwargs.get("token_mask")))
         if return_logits is None:
             return_logits = target_BS is None or not self.training
@@ -326,11 +324,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             share = num_targets / items
             if num_tokens_in_batch is not None:
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
-            reg_loss = reg_loss * share.to(reg_loss.device)  # layers of one model may lie on several devices
-            loss = lm_loss + (self.regularizer_coefficient * reg_loss).to(lm_loss.device)
-            if self.training and outputs.routings[0].extra_loss is not None:
-                extra_loss = self._extra_loss(outputs.routings)
-                loss = loss + (extra_loss * share.to(extra_loss.device)).to(loss.device)
+            terms = self.sparsity.loss_terms(outputs.routings, share)
+            reg_loss, loss = terms.regularizer, lm_loss + terms.total.to(lm_loss.device)
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -3,7 +3,6 @@
 Legend: B batch, S sequence, D model width, F expert width, L layers, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 from remoe.experts import STORED_RATIO
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
-from remoe.routing.lory import SEGMENT as LORY_SEGMENT
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def parameters(config: RemoeConfig) -> tuple[int, int]:
 
 
 def _target_density(config: RemoeConfig) -> float:
-    return config.num_experts_per_tok / config.num_experts if config.routes_pairs else 1.0
+    return config.k / config.num_experts if config.routes_pairs else 1.0
 
 
 def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float:
@@ -83,14 +81,8 @@ def executed_experts(config: RemoeConfig, seq_len: int, density: float) -> float
         seq_len: S.
         density: share of the (token, expert) pairs that are executed, 1 - S; where there are no pairs it plays no part.
     """
-    if config.router == "dense":
-        return config.num_experts_per_tok
-    if config.router == "dense_wide":
-        return config.num_experts
-    if config.router == "lory":  # one network, and the merging of E for each segment
-        segments = math.ceil(seq_len / config.router_arguments.get("segment", LORY_SEGMENT))
-        return 1 + config.num_experts * segments / seq_len
-    return density * config.num_experts
+    options = config.router_options or {}
+    return config.router_class.executed_experts(config.num_experts, config.k, density, seq_len, **options)
 
 
 def training_flops(config: RemoeConfig, seq_len: int, step_tokens: int, sparsities: Sequence[float]) -> float:
@@ -104,8 +96,7 @@ def training_flops(config: RemoeConfig, seq_len: int, step_tokens: int, sparsiti
         step_tokens: tokens of an optimiser step.
         sparsities: the measured S of each step, over all layers.
     """
-    pairs = config.num_experts * config.granularity
-    logits = 0 if config.router in ("dense", "dense_wide", "hash") else pairs
+    logits = config.experts_per_layer if config.router_class.has_logits else 0
     router = 6.0 * config.num_hidden_layers * config.hidden_size * logits
     if not config.routes_pairs:
         sparsities = [0.0] * len(sparsities)
@@ -144,12 +135,12 @@ def _activation_bytes(config: RemoeConfig, seq_len: int, micro_batch_size: int, 
     """
     if not config.routes_pairs:
         return _stored_bytes(config, seq_len, micro_batch_size)
-    changes = {"router": "dense", "router_options": None, "max_experts_per_token": None}
+    changes = {"router": "dense", "router_options": None}
     changes |= {"num_experts_per_tok": 1, "granularity": 1, "intermediate_size": 1}
     skeleton = RemoeConfig(**{**config.to_diff_dict(), **changes})
-    pairs = micro_batch_size * seq_len * density * config.num_experts * config.granularity
-    wanted = micro_batch_size * seq_len * config.num_experts_per_tok * config.granularity
-    pre_activations = min(pairs, STORED_RATIO * wanted) * 4 * 2 * config.intermediate_size // config.granularity
+    pairs = micro_batch_size * seq_len * density * config.experts_per_layer
+    target = micro_batch_size * seq_len * config.active_per_token
+    pre_activations = min(pairs, STORED_RATIO * target) * 4 * 2 * config.intermediate_size // config.granularity
     experts = config.num_hidden_layers * (pre_activations + pairs * (4 + 8))
     return round(_stored_bytes(skeleton, seq_len, micro_batch_size) + experts)
 

@@ -32,8 +32,8 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         raise ConfigError(f"unknown quantisation {scheme!r}; choose one of: {', '.join(SCHEMES)}")
     if scheme == "int4" and model.device.type != "cuda":
         raise ConfigError("int4 needs CUDA; use int8")
-    if model.config.router == "lory":
-        raise ConfigError("router 'lory' merges its experts' weights, which quantised weights do not allow")
+    if model.config.router_class.merges:
+        raise ConfigError(f"router {model.config.router!r} merges its experts' weights, which must not be quantised")
     try:
         from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:

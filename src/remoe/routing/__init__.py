@@ -3,7 +3,7 @@
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing
 from remoe.routing.base import Router
-from remoe.routing.dense import DenseRouter
+from remoe.routing.dense import DenseRouter, DenseWideRouter
 from remoe.routing.expert_choice import ExpertChoiceRouter
 from remoe.routing.hash import HashRouter
 from remoe.routing.lory import LoryRouter
@@ -28,7 +28,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": HashRouter,
     "lory": LoryRouter,
     "dense": DenseRouter,
-    "dense_wide": DenseRouter,
+    "dense_wide": DenseWideRouter,
 }
 
 __all__ = [
@@ -52,7 +52,7 @@ def build_router(name: str, d_model: int, num_experts: int, k: int, /, **options
     """
     router = router_class(name)
     check_options(name, router, options)
-    return router() if router is DenseRouter else router(d_model, num_experts, k, **options)
+    return router(d_model, num_experts, k, **options)
 
 
 def router_class(name: str) -> type[Router]:

@@ -78,8 +78,6 @@ class Routing:
             constant coefficient multiplies it.
         extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
         statistic_E: (E,) float32 for `Router.update_state`, no gradient; None where a router has no use for it.
-        merge_BME: (sequences, segments, E) float32, how experts are merged per segment; None where they are not.
-        order_T: (T,) int64, the order of the rows in which those segments follow each other; None for the given one.
     """
 
     assignment: Assignment
@@ -89,8 +87,6 @@ class Routing:
     regularizer: Tensor
     extra_loss: Tensor | None = None
     statistic_E: Tensor | None = None
-    merge_BME: Tensor | None = None
-    order_T: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:

@@ -14,16 +14,27 @@ from remoe.errors import ConfigError
 from remoe.routing.assignment import Routing
 
 
+def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int) -> tuple[int, int, int]:
+    """Experts, width of each, and target experts per token, after granularity G has split every expert into G."""
+    E, G = num_experts, granularity
+    return E * G, d_ffn // G, k * G  # Eq. 12 and 13: E G experts of width d_ffn / G, k G of them active
+
+
 class Router(nn.Module, ABC):
-    """Turns tokens into a `Routing`.
+    """Turns tokens into a `Routing`. What the rest of the package must know of a router are attributes of its class.
 
     Args:
         d_model: D.
-        num_experts: E.
-        k: wanted active experts per token, 1 <= k <= E.
+        num_experts: E, after the split by granularity.
+        k: target experts per token, 1 <= k <= E, after that split.
 
     Attributes:
-        steered: lambda of the sparsity controller multiplies the regulariser; else it has a constant coefficient.
+        steered: lambda of the sparsity controller multiplies the regulariser; otherwise a constant coefficient does.
+        routes_pairs: tokens go to some of several experts; otherwise all go through one network.
+        merges: that network is merged from all experts' weights; the router returns a `MergedRouting`.
+        has_logits: the router computes E logits per token, which its FLOPs count.
+        needs_ids: the router needs token ids.
+        supports_cache: a token's routing needs no more of the past than a KV cache holds.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
 
@@ -32,6 +43,11 @@ class Router(nn.Module, ABC):
     """
 
     steered = False
+    routes_pairs = True
+    merges = False
+    has_logits = True
+    needs_ids = False
+    supports_cache = True
     causal = True
     looks_ahead = False
 
@@ -39,9 +55,24 @@ class Router(nn.Module, ABC):
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
-        self.d_model = d_model
-        self.num_experts = num_experts
-        self.k = k
+        self.d_model, self.num_experts, self.k = d_model, num_experts, k
+
+    @classmethod
+    def networks(cls, num_experts: int, d_ffn: int, k: int) -> tuple[int, int]:
+        """How many expert networks a layer has, and the width of each, for E experts of width d_ffn."""
+        return num_experts, d_ffn
+
+    @classmethod
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+        """What the experts cost per token, in experts of width d_ffn.
+
+        Args:
+            num_experts, k: E and k before the split by granularity.
+            density: share of the (token, expert) pairs that are executed, 1 - S.
+            seq_len: tokens of a sequence.
+            options: of the router, those that were given.
+        """
+        return density * num_experts
 
     @abstractmethod
     def forward(
@@ -52,7 +83,7 @@ class Router(nn.Module, ABC):
         Args:
             x_TD: (T, D), sequences one after the other.
             mask_T: (T,) bool, false for padding, which is in no pair and in no statistic.
-            ids_T: (T,) int64 token ids; only "hash" reads them.
+            ids_T: (T,) int64 token ids, for routers that need them.
             seq_len: tokens of a sequence, a divisor of T; T when None. For routers that look at neighbouring tokens.
         """
 
@@ -60,10 +91,10 @@ class Router(nn.Module, ABC):
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""
 
     def reset_state(self) -> None:
-        """Sets what is steered and not learned to its start, by torch's initialisers, as `reset_parameters` does."""
+        """Sets the state that `update_state` moves to its start, by torch's initialisers."""
 
     def update_state(self, load_E: Tensor, statistic_E: Tensor) -> None:
-        """Moves what is steered and not learned; once per optimiser step.
+        """Moves state that is not learned by gradients, once per optimiser step.
 
         Args:
             load_E: (E,) float32, share of the step's tokens that each expert got.

@@ -11,16 +11,39 @@ from remoe.routing.base import Router
 
 
 class DenseRouter(Router):
-    """Sends every token to expert 0; has no parameters and no regulariser. Takes no sizes: there is one expert."""
+    """Sends every token to the one network, as wide as k experts: the same active compute. No parameters."""
 
-    def __init__(self) -> None:
-        super().__init__(d_model=0, num_experts=1, k=1)
+    routes_pairs = False
+    has_logits = False
+
+    def __init__(self, d_model: int, num_experts: int, k: int) -> None:
+        super().__init__(d_model, 1, 1)
+
+    @classmethod
+    def networks(cls, num_experts: int, d_ffn: int, k: int) -> tuple[int, int]:
+        return 1, k * d_ffn
+
+    @classmethod
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+        return k
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         return one_expert(x_TD, mask_T)
 
     def extra_repr(self) -> str:
         return ""
+
+
+class DenseWideRouter(DenseRouter):
+    """The same with a network as wide as all E experts: the same parameters."""
+
+    @classmethod
+    def networks(cls, num_experts: int, d_ffn: int, k: int) -> tuple[int, int]:
+        return 1, num_experts * d_ffn
+
+    @classmethod
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+        return num_experts
 
 
 def one_expert(x_TD: Tensor, mask_T: Tensor | None) -> Routing:

@@ -18,6 +18,9 @@ class HashRouter(Router):
     parameters, no regulariser.
     """
 
+    needs_ids = True
+    has_logits = False
+
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, *, ids_T: Tensor | None = None, **_: object
     ) -> Routing:

@@ -3,7 +3,8 @@
 Legend: T tokens, B sequences, S sequence length, M segments of a sequence, D model width, E experts.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ from remoe.routing.dense import one_expert
 
 SEGMENT = 256  # tokens; the paper's
 FIRST_SEGMENTS = ("own", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedRouting(Routing):
+    """A routing whose tokens run through networks merged from all experts, one for each segment of a sequence.
+
+    Attributes:
+        merge_BME: (B, M, E) float32, weights of the experts in each segment's network.
+        segment: tokens of a segment; a sequence's last one may be shorter.
+        seq_len: S, tokens of a sequence.
+        order_T: (T,) int64, the order of the rows in which the segments follow each other; None for the given one.
+    """
+
+    merge_BME: Tensor
+    segment: int
+    seq_len: int
+    order_T: Tensor | None = None
 
 
 class LoryRouter(LinearRouter):
@@ -37,6 +55,10 @@ class LoryRouter(LinearRouter):
     Raises:
         ConfigError: when k is not 1, segment < 1, or for an unknown first_segment.
     """
+
+    routes_pairs = False
+    merges = True
+    supports_cache = False  # its state is a mean over the segment before
 
     def __init__(
         self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "uniform"
@@ -65,7 +87,24 @@ class LoryRouter(LinearRouter):
         gate_TE = weights_BME.repeat_interleave(self.segment, dim=1)[:, :S].reshape(T, self.num_experts)
         if order_T is not None:
             gate_TE = torch.zeros_like(gate_TE).index_copy(0, order_T, gate_TE).masked_fill(~mask_T[:, None], 0)
-        return replace(one_expert(x_TD, mask_T), gate_TE=gate_TE, merge_BME=weights_BME, order_T=order_T)
+        one = one_expert(x_TD, mask_T)
+        return MergedRouting(
+            assignment=one.assignment,
+            gate_TE=gate_TE,
+            logits_TE=None,
+            num_tokens=one.num_tokens,
+            regularizer=one.regularizer,
+            merge_BME=weights_BME,
+            segment=self.segment,
+            seq_len=S,
+            order_T=order_T,
+        )
+
+    @classmethod
+    def executed_experts(
+        cls, num_experts: int, k: int, density: float, seq_len: int, *, segment: int = SEGMENT, **options: object
+    ) -> float:
+        return 1 + num_experts * math.ceil(seq_len / segment) / seq_len  # the merged network, and the merging
 
     def _segment_weights(self, x_TD: Tensor, mask_T: Tensor | None, S: int) -> Tensor:
         """(B, M, E) float32: how each segment's expert is merged."""

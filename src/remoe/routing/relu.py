@@ -13,19 +13,16 @@ from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
 class ReLURouter(LinearRouter):
-    """gate = ReLU(x W): each expert switches on and off by itself, and a token may have 0 to E of them.
+    """gate = ReLU(x W): every expert switches on and off on its own, and a token may have 0 to E of them.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        k: wanted mean of active experts per token; the sparsity controller steers to 1 - k/E.
+        d_model, num_experts: D and E.
+        k: target experts per token, a mean; the sparsity controller steers S to 1 - k/E.
         load_balance: weight the penalty by each expert's load (Eq. 10 and 11) instead of plain L1 (Eq. 9).
-        load_balance_power: exponent p on the load f_e; 1 is the paper's.
-        gate_scale: constant factor on the gates that the experts see; the penalty sees them without it. 1 is the
-            paper's.
-        max_experts_per_token: execute only that many of a token's active experts, those whose gates are largest in
-            size. The penalty still sees the gates that the cap cut off: they get no gradient from the task, so the
-            penalty alone can close them.
+        load_balance_power: exponent p on the load f_e; the paper has 1.
+        gate_scale: constant factor on the gates that the experts see, not on those of the penalty; the paper has 1.
+        max_experts_per_token: execute only that many of a token's active experts, those with the largest gates. The
+            penalty still sees the others, whose gates get no gradient from the task: only the penalty can close them.
         bias: a learned bias for each expert, ReLU(x W + b), as `relufy` and `upcycle` use it.
 
     Raises:
@@ -56,7 +53,7 @@ class ReLURouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
-        gate_TE = F.relu(logits_TE)
+        gate_TE = F.relu(logits_TE)  # Eq. 5: R(x) = ReLU(x W)
         if mask_T is not None:
             gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
         active_TE = gate_TE > 0

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.routing.auxiliary_losses import chunk_sparsity_loss, locality_loss
 from remoe.routing.base import LinearRouter
-from remoe.routing.regularizers import chunk_sparsity_loss, load_balanced_l1_loss, locality_loss
+from remoe.routing.regularizers import load_balanced_l1_loss
 
 PENALTIES = ("l1", "chunk")
 

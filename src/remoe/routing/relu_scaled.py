@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import ConfigError
-from remoe.routing.regularizers import gate_entropy
+from remoe.routing.auxiliary_losses import gate_entropy
 from remoe.routing.relu import ReLURouter
 
 PENALTIES = ("entropy", "l1")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError
 from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.routing.auxiliary_losses import switch_loss
 from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
-from remoe.routing.regularizers import switch_loss
 
 
 class TopKRouter(LinearRouter):

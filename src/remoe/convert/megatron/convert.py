@@ -24,6 +24,7 @@ from remoe.convert.megatron.names import from_megatron, to_megatron
 from remoe.errors import ConfigError
 from remoe.models.configuration_remoe import RemoeConfig, check_fields
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import ReLURouter
 
 # Arguments of a model that RemoeForCausalLM computes, where a checkpoint has them.
 REQUIRED = {
@@ -52,7 +53,7 @@ def load_megatron(folder: str | Path, iteration: int | None = None, **options: o
     Reads formats "torch" (a file per rank, any split over tensor, pipeline and expert parallel ranks) and "torch_dist"
     (the default of their scripts), experts sequential or grouped, without running code of the files. Lambda is the
     checkpoint's; the penalty is summed over layers and steered as in their code (`regularizer_normalization` and
-    `sparsity_rule` "official"). Optimiser states are not read.
+    the rule "official"). Optimiser states are not read.
 
     Args:
         folder: what `--save` named, with `latest_checkpointed_iteration.txt`, or an `iter_...` folder in it.
@@ -117,7 +118,7 @@ def save_megatron(
         "num_key_value_heads": (config.num_key_value_heads, ranks.tensor),
         "vocab_size": (config.vocab_size, ranks.tensor),
         "num_hidden_layers": (config.num_hidden_layers, ranks.pipeline),
-        "the number of experts": (config.num_experts * config.granularity, ranks.expert),
+        "the number of experts": (config.experts_per_layer, ranks.expert),
         "the width of an expert": (config.intermediate_size // config.granularity, ranks.tensor),
         "shared_expert_size": (config.shared_expert_size, ranks.tensor),
     }
@@ -175,9 +176,11 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
         "granularity": int(argument(args, "moe_granularity", 1)),
         "shared_expert_size": 0 if shared is None else shared.shape[1],
         "regularizer_normalization": "official",
-        "sparsity_rule": "official",
-        "lambda_init": float(argument(args, f"{LAMBDA}_init", 1e-8)),
-        "lambda_alpha": float(argument(args, f"{LAMBDA}_multiplier", 1.2)),
+        "sparsity": {
+            "rule": "official",
+            "lambda_init": float(argument(args, f"{LAMBDA}_init", 1e-8)),
+            "alpha": float(argument(args, f"{LAMBDA}_multiplier", 1.2)),
+        },
     }
     check_fields(options)
     return RemoeConfig(**(fields | options))
@@ -188,10 +191,8 @@ def _check_exportable(model: RemoeForCausalLM) -> None:
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
     lacking = {
-        f"router {config.router!r}": config.router != "relu",
+        f"router {config.router!r}": config.router_class is not ReLURouter,
         f"router_options {config.router_options}": bool(config.router_options),
-        "load_balance = False": not config.load_balance,
-        "max_experts_per_token": config.max_experts_per_token is not None,
         "attention_bias": config.attention_bias,
         f"rope_type {rope_type!r}": rope_type != "default",
     }
@@ -207,7 +208,10 @@ def _over_ours(config: RemoeConfig) -> float:
 
 def _args_of(config: RemoeConfig, ranks: Ranks, experts: str) -> dict[str, object]:
     same = {name: value for name, value in REQUIRED.items() if name != "virtual_pipeline_model_parallel_size"}
-    lam = {f"{LAMBDA}_init": config.lambda_init * _over_ours(config), f"{LAMBDA}_multiplier": config.lambda_alpha}
+    lam = {
+        f"{LAMBDA}_init": config.sparsity["lambda_init"] * _over_ours(config),
+        f"{LAMBDA}_multiplier": config.sparsity["alpha"],
+    }
     return (
         same
         | lam
@@ -230,7 +234,7 @@ def _args_of(config: RemoeConfig, ranks: Ranks, experts: str) -> dict[str, objec
             "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
             "qk_layernorm": config.qk_norm,
             "num_experts": config.num_experts,
-            "moe_router_topk": config.num_experts_per_tok,
+            "moe_router_topk": config.k,
             "moe_granularity": config.granularity,
             "moe_shared_expert_intermediate_size": config.shared_expert_size or None,
             "moe_grouped_gemm": experts != "sequential",

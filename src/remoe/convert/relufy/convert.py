@@ -27,9 +27,10 @@ from remoe.convert.relufy.model import (
     replace_routers,
 )
 from remoe.errors import ConfigError
+from remoe.models.configuration_remoe import SPARSITY
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.routed import build_controller
-from remoe.routing import Router, build_router
+from remoe.routing import ReLURouter, Router, build_router
 from remoe.routing.base import LinearRouter
 from remoe.sparsity import SparsityController
 
@@ -147,7 +148,7 @@ def _routers(model: nn.Module) -> dict[str, nn.Module]:
         return mixture_routers(model)
     routers = {f"model.layers.{i}.mlp.router": layer.mlp.router for i, layer in enumerate(model.model.layers)}
     learned = all(isinstance(router, LinearRouter) for router in routers.values())
-    if not model.config.routes_pairs or not learned or model.config.router == "relu":
+    if not model.config.routes_pairs or not learned or model.config.router_class is ReLURouter:
         raise ConfigError(f"router {model.config.router!r} has no learned choice of experts to convert")
     return routers
 
@@ -192,23 +193,22 @@ def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
 def _install_in_remoe(model: RemoeForCausalLM, settings: dict) -> Callable[[], None]:
     """The same for our own model, which remains one."""
     config = copy.copy(model.config)  # the model's own is changed when nothing can fail any more
-    options = {"router": "relu", "router_options": {"bias": True}, "load_balance": settings["load_balance"]}
-    options |= {"sparsity_rule": STEERING["rule"], "lambda_fast_start": STEERING["fast_start"]}
+    router_options = {"bias": True} if settings["load_balance"] else {"bias": True, "load_balance": False}
+    options = {"router": "relu", "router_options": router_options, "sparsity": SPARSITY | STEERING}
     old = {name: getattr(config, name) for name in options}, [layer.mlp.router for layer in model.model.layers]
     for name, value in options.items():
         setattr(config, name, value)
     E, k = settings["num_experts"], settings["k"]
-    routers = [
-        build_router("relu", config.hidden_size, E, k, **config.router_arguments).to(router.weight) for router in old[1]
-    ]
+    routers = [build_router("relu", config.hidden_size, E, k, **router_options).to(router.weight) for router in old[1]]
 
-    def put(options: dict[str, object], routers: list[Router], controller: SparsityController) -> None:
+    def put(options: dict[str, object], routers: list[Router], controller: SparsityController | None) -> None:
         for name, value in options.items():
             setattr(model.config, name, value)
         for layer, router in zip(model.model.layers, routers, strict=True):
             layer.mlp.router = router
-        model.sparsity = controller
+        layers, device = [layer.mlp for layer in model.model.layers], model.sparsity.lam.device
+        model.sparsity = controller or build_controller(model.config, layers).to(device)
 
     restore = partial(put, *old, model.sparsity)
-    put(options, routers, build_controller(config).to(model.sparsity.lam.device))
+    put(options, routers, None)
     return restore

@@ -19,7 +19,7 @@ from remoe.experts import autocast_tensors, run_experts, stored_pairs
 from remoe.routing.assignment import Assignment
 
 NAME = "remoe"
-PAIRS_PER_TOKEN = "pairs_per_token"  # an attribute of experts modules
+K = "remoe_k"  # an attribute of experts modules: target experts per token
 
 
 def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     if is_plain_swiglu(self):
         tensors = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj)
         # A relufied model lists every expert of every token, and wants few: it says how many.
-        wanted = getattr(self, PAIRS_PER_TOKEN, index_TK.shape[1])
-        stored = stored_pairs(x_TD, self.num_experts, wanted)
+        k = getattr(self, K, index_TK.shape[1])
+        stored = stored_pairs(x_TD, self.num_experts, k)
         return run_experts(*tensors, assignment, stored=stored).to(x_TD.dtype)
     if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")

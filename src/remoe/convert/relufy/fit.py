@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError
-from remoe.models.loss import IGNORED_TARGET
-from remoe.models.padding import padding_mask, shifted_targets
+from remoe.models.loss import IGNORED_TARGET, padding_mask, shifted_targets
 from remoe.routing import Routing
 
 STEPS = 400

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert.relufy import experts as experts_function
 from remoe.errors import ConfigError
-from remoe.models.padding import is_padding_mask
+from remoe.models.loss import is_padding_mask
 from remoe.models.routed import keep_statistics_local
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController
@@ -134,14 +134,7 @@ class RelufiedMixin:
 
     def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
         """Moves lambda by the statistics since the last call; once per optimiser step."""
-        self.sparsity.update(group=group)
-
-    @property
-    def regularizer_coefficient(self) -> Tensor:
-        """lambda, 0-dim float32; who asks in training has a loss with the penalty in it, as in `RoutedModel`."""
-        if self.training:
-            self.sparsity.penalised = True
-        return self.sparsity.lam.clone()
+        self.sparsity.update(group)
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, with a model type that only `remoe.load_relufied` knows: no TopK model will load it."""
@@ -192,11 +185,6 @@ class RelufiedMixin:
             raise ConfigError("recomputation of a relufied model needs use_reentrant=False")
         self.sparsity.observe(routings)
 
-    def penalty(self, routings: Sequence[Routing]) -> Tensor:
-        """lambda times the routings' regulariser, in nats."""
-        device = self.sparsity.lam.device
-        return self.regularizer_coefficient * torch.stack([r.regularizer.to(device) for r in routings]).mean()
-
     def _trains_routers(self) -> bool:
         return torch.is_grad_enabled() and any(
             module.weight.requires_grad for module in self.modules() if isinstance(module, RelufiedRouter)
@@ -243,12 +231,9 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             labels, items = given.get("labels"), given.get("num_items_in_batch")
             if labels is None:
                 return output
-            penalty = self.penalty(routings)
+            share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
             loss = output[0] if isinstance(output, tuple) else output.loss
-            if items is not None:
-                share = (labels[:, 1:] != -100).sum() / items
-                penalty = penalty * share.to(penalty.device)
-            loss = loss + penalty.to(loss.device)
+            loss = loss + self.sparsity.loss_terms(routings, share).total.to(loss.device)
             if isinstance(output, tuple):
                 return (loss, *output[1:])
             output.loss = loss
@@ -303,17 +288,19 @@ def replace_routers(model: PreTrainedModel, settings: dict) -> None:
     context = _Context()
     routers = mixture_routers(model)
     E, k = settings["num_experts"], settings["k"]
+    ours = []
     for layer, (name, router) in enumerate(routers.items()):
         parameter = next(router.parameters())
         d_model = parameter.shape[-1] if parameter.ndim == 2 else model.config.get_text_config().hidden_size
         with torch.device(parameter.device):
             new = RelufiedRouter(context, layer, d_model, E, k, settings["load_balance"])
             new.reset_parameters(_initial_std(model.config))
-        model.set_submodule(name, new.to(parameter.dtype))
+        ours.append(new.to(parameter.dtype))
+        model.set_submodule(name, new)
         block = model.get_submodule(name.rpartition(".")[0])
-        setattr(block.experts, experts_function.PAIRS_PER_TOKEN, k)
+        setattr(block.experts, experts_function.K, k)
     with torch.device(parameter.device):
-        model.sparsity = SparsityController(len(routers), E, k, **STEERING)
+        model.sparsity = SparsityController.of(ours, **STEERING)
     keep_statistics_local(model)
     model._routing_context = context
     recompute_with_masks(model, context)

@@ -40,7 +40,7 @@ def bench_decode(
     for backend in backends:
         name = "remoe" if backend == "auto" else f"remoe {backend}"
         factories[f"{name} relu"] = lambda b=backend: Output(relu_layer(case, b, case.k / case.E))
-        factories[f"{name} topk"] = lambda b=backend: Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=b))
+        factories[f"{name} topk"] = lambda b=backend: Output(MoE(case.D, case.F, case.E, case.k, "topk", backend=b))
     if peers:
         for peer in ("eager", "grouped_mm", "batched_mm"):
             factories[f"transformers {peer}"] = lambda p=peer: mixtral_layer(case, p)

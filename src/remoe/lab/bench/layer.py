@@ -81,7 +81,7 @@ def tokens(T: int, D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def relu_layer(case: Case, experts: str, density: float) -> MoE:
     """A ReLU-routed layer with a mean of `density` of its pairs active on `tokens(...)`, from 0 to E a token."""
-    layer = MoE(case.D, case.F, case.E, case.k, "relu", experts=experts)
+    layer = MoE(case.D, case.F, case.E, case.k, "relu", backend=experts)
     with torch.no_grad():
         # A logit is the constant column's weight plus a normal variable: the density is a quantile of the latter.
         scale = layer.router.weight[:, 1:].norm(dim=1)
@@ -114,7 +114,7 @@ def bench_layer(
         for backend in backends:
             name = "remoe" if backend == "auto" else f"remoe {backend}"
             layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
-            layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", experts=backend))
+            layers[f"{name} topk"] = Output(MoE(case.D, case.F, case.E, case.k, "topk", backend=backend))
         layers["remoe dense"] = Output(MoE(case.D, case.F, case.E, case.k, "dense"))
     x, dy = (tokens(case.T, case.D, device, dtype) for _ in range(2))
     relu = next(layer for layer in layers.values() if isinstance(layer, Output)).to(device, dtype)

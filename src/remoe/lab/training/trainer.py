@@ -30,11 +30,11 @@ from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Router
-from remoe.sparsity import DEAD_AFTER_STEPS
 from remoe.stages import stage
 
 logger = logging.getLogger(__name__)
 
+DEAD_AFTER_STEPS = 100
 LAMBDA_TOO_LARGE = 1e3  # of a loss in nats; no run of ours that went well came near
 VOCAB_MULTIPLE = 1024  # GPT-2's 50,257 becomes the paper's 51,200
 
@@ -156,11 +156,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        coefficient = self.model.regularizer_coefficient
-        if isinstance(coefficient, Tensor):
-            coefficient = coefficient.to(self.device)
-        else:  # made there: a copy would wait for the device
-            coefficient = torch.full((), coefficient, device=self.device)
+        coefficient = controller.coefficient
         lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.model.update_routing()
