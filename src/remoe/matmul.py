@@ -1,4 +1,4 @@
-"""Matrix products on the CPU by the faster of the two libraries that PyTorch carries.
+"""Matrix products: on the CPU by the faster of the two libraries that PyTorch carries, and in float32 of 16-bit tokens.
 
 PyTorch sends float32 products to MKL, which on processors that are not Intel's stays with AVX2 even where they have
 AVX-512. oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 its products run about twice as fast. The
@@ -88,3 +88,46 @@ def aligned(tensor: Tensor) -> Tensor:
     """Contiguous and from a multiple of 16 bytes on: GPUs read in such units, and a view may start anywhere."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def float32_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """x W^T + b, (T, E), in float32 (float64 for float64 input), whatever autocast says."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        bias_E = None if bias_E is None else bias_E.to(dtype)
+        if x_TD.dtype == dtype:
+            return F.linear(x_TD, weight_ED.to(dtype), bias_E)
+        y_TE = _Float32Product.apply(x_TD, weight_ED)
+        return y_TE if bias_E is None else y_TE + bias_E
+
+
+class _Float32Product(torch.autograd.Function):
+    """x W^T in float32 of 16-bit tokens, which are kept for the backward pass as they are, not as float32.
+
+    A GPU multiplies bfloat16 by bfloat16 exactly and sums in float32; the gradient of the logits, which has more
+    digits, goes through it as the sum of two bfloat16 numbers, which leaves out 1 part in 2^17.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        ctx.in_bfloat16 = x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16
+        if ctx.in_bfloat16:
+            return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+        return x_TD.float() @ weight_ED.float().t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        dx, dweight = ctx.needs_input_grad
+        if ctx.in_bfloat16:
+            high_TE = dlogits_TE.bfloat16()
+            parts_T2E = torch.cat((high_TE, (dlogits_TE - high_TE).bfloat16()), dim=1)
+            dx_TD = parts_T2E @ weight_ED.repeat(2, 1) if dx else None
+            if not dweight:
+                return dx_TD, None
+            dweight_2ED = torch.mm(parts_T2E.t(), x_TD, out_dtype=torch.float32).unflatten(0, (2, -1))
+            return dx_TD, dweight_2ED.sum(dim=0).bfloat16()
+        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype) if dx else None
+        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype) if dweight else None

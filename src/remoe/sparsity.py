@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError, check_choice
 from remoe.routing.assignment import Routing
-from remoe.routing.base import Router, keep_float32
+from remoe.routing.base import Float32State, Router
 
 if TYPE_CHECKING:
     from remoe.layer import MoE
@@ -33,7 +33,6 @@ FAST_START_PENALTY = 3e-3  # lambda * L_reg after the first update, in units of 
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30  # normal float32 numbers, from which lambda can come back
 AUX_LOSS_COEF = 0.01  # of the Switch loss (arXiv 2101.03961, section 2.2)
 UNKNOWN = -1.0
-SAVED = ("lam", "sparsity", "mean_error", "dead_steps_L")  # in the state dict
 
 
 def sparsity(pairs_LE: Tensor, tokens_L: Tensor) -> Tensor:
@@ -54,13 +53,10 @@ def official_rule(S: Tensor, target: float, alpha: float) -> Tensor:
 
 
 class LossTerms(NamedTuple):
-    """What a training loss has besides the task's loss, each 0-dim float32; `total` is differentiable.
+    """What a loss has besides the task's, 0-dim float32 each: `total` = coefficient * regularizer + extra.
 
-    Attributes:
-        regularizer: L_reg over all layers, without its coefficient.
-        coefficient: lambda, or the constant coefficient of routers that lambda does not steer.
-        extra: what routers add with a weight of their own, averaged over layers.
-        total: coefficient * regularizer + extra; the loss is the task's loss + total.
+    `coefficient` is lambda, or the constant of routers that lambda does not steer; `regularizer` is L_reg over all
+    layers; `extra` is what routers add with a weight of their own, averaged over layers.
     """
 
     regularizer: Tensor
@@ -69,7 +65,7 @@ class LossTerms(NamedTuple):
     total: Tensor
 
 
-class SparsityController(nn.Module):
+class SparsityController(Float32State):
     """Holds lambda and moves it so that the sparsity S (Eq. 8) reaches 1 - k/E; `of` makes one for layers.
 
     Add `loss_terms(routings).total` to the loss, call `observe` with the routings of each micro-batch, and `update`
@@ -90,16 +86,14 @@ class SparsityController(nn.Module):
         layers: see `of`.
 
     Attributes:
-        lam: 0-dim float32 buffer, lambda.
-        sparsity: 0-dim float32, S of the last update, -1 before the first.
+        lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
-        load_LE: (L, E) float32, share of the tokens routed to each expert at the last update.
-        statistic_LE: (L, E) float32, mean of the routings' `statistic_E` at the last update.
+        load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean
+            of the routings' `statistic_E`.
         penalised: True once `loss_terms` was called in training mode since the last update.
 
     Raises:
-        ConfigError: for unknown names, no layers, k not in 1..E, lambda_init <= 0, alpha <= 1, or layers of several
-            kinds.
+        ConfigError: for unknown names, no layers, k not in 1..E, lambda_init <= 0 or alpha <= 1.
     """
 
     def __init__(
@@ -135,32 +129,22 @@ class SparsityController(nn.Module):
         self.sum_layers = regularizer_normalization == "official" or not self.steered
         self.router_aux_loss_coef = router_aux_loss_coef
         self.penalised = False
-
-        def buffer(name: str, *shape: int, value: float = 0, dtype: torch.dtype = torch.float32) -> None:
+        L, LE = (num_layers,), (num_layers, num_experts)
+        saved = {"lam": (), "sparsity": (), "mean_error": (), "dead_steps_L": L}
+        last = {"load_LE": LE, "statistic_LE": LE}
+        sums = {"_statistic_LE": LE, "_pairs_LE": LE, "_tokens_L": L, "_regularizer_sum": (), "_passes": ()}
+        for name, shape in (saved | last | sums).items():
+            value = {"lam": self.lambda_init, "sparsity": UNKNOWN}.get(name, 0)
             # The dtype is given, because transformers builds a model under its own default dtype.
-            self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=name in SAVED)
-
-        L, E = num_layers, num_experts
-        buffer("lam", value=self.lambda_init)
-        buffer("sparsity", value=UNKNOWN)
-        buffer("mean_error")
-        buffer("dead_steps_L", L)
-        buffer("load_LE", L, E)
-        buffer("statistic_LE", L, E)
-        # Sums since the last update.
-        buffer("_statistic_LE", L, E)
-        buffer("_pairs_LE", L, E, dtype=torch.int64)
-        buffer("_tokens_L", L, dtype=torch.int64)
-        buffer("_regularizer_sum")
-        buffer("_passes", dtype=torch.int64)
+            dtype = torch.int64 if name in ("_pairs_LE", "_tokens_L", "_passes") else torch.float32
+            self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=name in saved)
 
     @classmethod
     def of(cls, layers: "Sequence[MoE | Router]", **options: object) -> "SparsityController":
-        """The controller of a model's layers, which know their sizes, k, granularity and whether lambda steers them.
+        """The controller of all layers of one model, in the order of their routings.
 
-        Args:
-            layers: all `MoE` layers (or their routers) of one model, in the order of their routings.
-            options: keyword arguments of the class, such as `rule`.
+        The layers (or their routers) know sizes, k, granularity and steering. `options` are those of the class. Layers
+        of several kinds raise a ConfigError.
         """
         routers = [_router_of(layer) for layer in layers]
         kinds = {(type(router), router.num_experts, router.k) for router in routers}
@@ -208,9 +192,7 @@ class SparsityController(nn.Module):
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Adds the statistics of one forward pass, one routing per layer.
-
-        A forward pass that recomputes activations inside a backward pass is not counted again.
+        """Adds the statistics of one forward pass, one routing per layer; recomputed passes are not counted again.
 
         Raises:
             ConfigError: for another number of layers or experts.
@@ -230,12 +212,10 @@ class SparsityController(nn.Module):
 
     @torch.no_grad()
     def update(self, group: dist.ProcessGroup | None = None) -> None:
-        """Moves lambda, and the state of every router, by the statistics since the last call; no host sync.
+        """Moves lambda, and every router's own state, by the statistics since the last call; no host sync.
 
-        Without any token since the last call nothing changes.
-
-        Args:
-            group: ranks to sum the statistics over if torch.distributed is initialised; all of them by default.
+        Without any token since then nothing changes. If torch.distributed is initialised, statistics are summed over
+        the ranks of `group`, by default all.
         """
         self.penalised = False
         sums = [getattr(self, name) for name in self.statistics()]
@@ -298,13 +278,6 @@ class SparsityController(nn.Module):
         nn.init.zeros_(self.dead_steps_L)
         for name in self._non_persistent_buffers_set:
             setattr(self, name, torch.zeros_like(getattr(self, name), device=self.lam.device))
-
-    def _apply(self, fn, recurse: bool = True) -> "SparsityController":
-        """Moves to devices as any module, but keeps the state in float32 with its full value."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        keep_float32(self, before)
-        return self
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, target={self.target:.4g}"

@@ -6,7 +6,7 @@ from remoe.routing.base import Router
 from remoe.routing.dense import DenseRouter, DenseWideRouter
 from remoe.routing.expert_choice import ExpertChoiceRouter
 from remoe.routing.hash import HashRouter
-from remoe.routing.lory import LoryRouter
+from remoe.routing.lory import LoryRouter, MergedRouting
 from remoe.routing.options import check_options, router_options
 from remoe.routing.relu import ReLURouter
 from remoe.routing.relu_norm import ReLUNormRouter
@@ -34,7 +34,7 @@ ROUTERS: dict[str, type[Router]] = {
 __all__ = [
     "ROUTERS",
     "Assignment",
-    "DenseRouter",
+    "MergedRouting",
     "ReLURouter",
     "Router",
     "Routing",

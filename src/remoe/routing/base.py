@@ -4,13 +4,14 @@ Legend: T tokens, D model width, E experts.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from remoe.errors import ConfigError
+from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 
 
@@ -20,7 +21,20 @@ def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int)
     return E * G, d_ffn // G, k * G  # Eq. 12 and 13: E G experts of width d_ffn / G, k G of them active
 
 
-class Router(nn.Module, ABC):
+class Float32State(nn.Module):
+    """A module whose own buffers keep dtype and value when it is cast: state that moves in small steps."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class Router(Float32State, ABC):
     """Turns tokens into a `Routing`. What the rest of the package must know of a router are attributes of its class.
 
     Args:
@@ -111,13 +125,6 @@ class Router(nn.Module, ABC):
         for buffer, old in zip(self.buffers(), before, strict=True):
             buffer.copy_(torch.where(seen, buffer, old))
 
-    def _apply(self, fn, recurse: bool = True) -> "Router":
-        """Moves to devices as any module, but keeps steered state in float32: its steps are small."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        keep_float32(self, before)
-        return self
-
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, k={self.k}"
 
@@ -132,59 +139,13 @@ class LinearRouter(Router):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) router logits, float32 (float64 for float64 input), whatever autocast says."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            bias_E = None if self.bias is None else self.bias.to(dtype)
-            if x_TD.dtype == dtype:
-                return F.linear(x_TD, self.weight.to(dtype), bias_E)
-            logits_TE = _Float32Product.apply(x_TD, self.weight)
-            return logits_TE if bias_E is None else logits_TE + bias_E
+        return float32_linear(x_TD, self.weight, self.bias)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-
-class _Float32Product(torch.autograd.Function):
-    """x W^T in float32 of 16-bit tokens, which are kept for the backward pass as they are, not as float32.
-
-    A GPU multiplies bfloat16 by bfloat16 exactly and sums in float32; the gradient of the logits, which has more
-    digits, goes through it as the sum of two bfloat16 numbers, which leaves out 1 part in 2^17.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        ctx.in_bfloat16 = x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16
-        if ctx.in_bfloat16:
-            return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
-        return x_TD.float() @ weight_ED.float().t()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
-        dx, dweight = ctx.needs_input_grad
-        if ctx.in_bfloat16:
-            high_TE = dlogits_TE.bfloat16()
-            parts_T2E = torch.cat((high_TE, (dlogits_TE - high_TE).bfloat16()), dim=1)
-            dx_TD = parts_T2E @ weight_ED.repeat(2, 1) if dx else None
-            if not dweight:
-                return dx_TD, None
-            dweight_2ED = torch.mm(parts_T2E.t(), x_TD, out_dtype=torch.float32).unflatten(0, (2, -1))
-            return dx_TD, dweight_2ED.sum(dim=0).bfloat16()
-        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype) if dx else None
-        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype) if dweight else None
-
-
-def keep_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
-    """Undoes what a cast did to a module's own buffers: their values as they were, on the device they are on now."""
-    for name, buffer in before.items():
-        moved = getattr(module, name)
-        if moved.dtype != buffer.dtype:
-            setattr(module, name, buffer.to(moved.device))
 
 
 def largest(score_TE: Tensor, k: int) -> Tensor:
@@ -199,11 +160,7 @@ def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 
 
 def check_gate_scale(gate_scale: float) -> float:
-    """A constant factor on the gates, checked.
-
-    Raises:
-        ConfigError: when it is not positive.
-    """
+    """Returns it; raises ConfigError when it is not positive."""
     if not gate_scale > 0:
         raise ConfigError(f"gate_scale must be above zero, but is {gate_scale}")
     return gate_scale
