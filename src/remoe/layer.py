@@ -95,8 +95,8 @@ class MoE(nn.Module):
             token_ids: (...) int64 without D, for a router that needs them ("hash").
 
         Returns:
-            y: like x; zero for tokens without an expert (they keep the residual connection only) but for a shared
-                expert's output. Rows of padding mean nothing.
+            y: like x. Tokens without an expert get zero, or the output of a shared expert alone. Rows of padding are
+                undefined.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 
         Raises:

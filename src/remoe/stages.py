@@ -12,7 +12,7 @@ def stage(sparsity: float, target: float) -> str:
     """The stage of training (arXiv 2412.14711, section 3.4) that a sparsity S belongs to.
 
     "dense" while more than 45 % of the pairs are active (random weights activate a half), "sparse" once they are
-    at most 1.5 times the wanted number, "sparsifying" in between.
+    at most 1.5 times the target number, "sparsifying" in between.
     """
     density = 1 - sparsity
     if target == 0:
@@ -25,8 +25,8 @@ def stage(sparsity: float, target: float) -> str:
 def settled_within(target: float) -> float:
     """How far S may be from its target to count as settled.
 
-    0.01, and 8 % of the wanted density where that is less, as at k = 1 from E = 16 on: at E = 128 a model whose experts
-    are all closed would else be near.
+    0.01, or 8 % of the target density if that is less, as it is for k = 1 from E = 16 on. Otherwise a model with
+    E = 128 and all experts closed would count as near its target.
     """
     return SETTLED_WITHIN if SETTLED_OF_DENSITY * (1 - target) >= SETTLED_WITHIN else SETTLED_OF_DENSITY * (1 - target)
 

@@ -1,8 +1,8 @@
-"""`upcycle`: a dense LLaMA-like model made a ReMoE model that computes the same function.
+"""`upcycle`: turns a dense LLaMA-like model into a ReMoE model that computes the same function.
 
-The dense layer stays as the shared expert that every token goes through, and the routed experts, copies of (slices of)
-it but for a down projection of zero, add to it what they learn. Their gates start at the wanted sparsity, on sample
-text where some is given.
+The dense layer stays as a shared expert that every token goes through. The routed experts are copies of it (or of its
+slices) with a down projection of zero, and add to it as they learn. Their gates start at the target sparsity, measured
+on sample text if some is given.
 
 Without `keep_dense` every expert is a copy, and its gate starts at 1/E for every token, so that the gated sum over the
 E copies is the dense layer. What makes the copies differ cancels in that sum. With copies c = 1 .. E,
@@ -176,7 +176,7 @@ def _orthogonal_directions(E: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def _fill_router(router: nn.Module, a_CI: Tensor, G: int, norm_D: Tensor, generator: torch.Generator) -> None:
-    """Gates 1/E + a w x, of which no one falls below LOWEST_GATE / E for any x = norm * n with |n|^2 = D."""
+    """Gates 1/E + a w x, none of which falls below LOWEST_GATE / E for any x = norm * n with |n|^2 = D."""
     E, D = len(a_CI), len(norm_D)
     scale_D = norm_D.double().cpu()
     weight_CD = a_CI @ torch.randn(a_CI.shape[1], D, generator=generator, dtype=torch.float64)

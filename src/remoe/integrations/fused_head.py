@@ -58,7 +58,7 @@ class PenalisedFusedHead:
         model.forward = forward
 
     def remove(self) -> None:
-        """Restores the forward pass of before."""
+        """Restores the patched forward pass."""
         self._model.forward = self._patched
 
 

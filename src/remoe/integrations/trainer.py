@@ -18,18 +18,17 @@ NEEDED = "remoe.RemoeForCausalLM, or a model that remoe.relufy converted"
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """Moves lambda and what else routers steer, once per optimiser step, and logs how they route.
+    """Moves lambda and the routers' own state once per optimiser step, and logs how they route.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[remoe.SparsityCallback()])
 
     The Trainer's log gets `sparsity` (S, Eq. 8), `lambda` and `load_max_over_mean` (tokens of a layer's busiest expert
-    over those of its mean expert, averaged over layers). They are in `trainer.state.log_history` and in all that
-    reports after this callback. TensorBoard and others that `report_to` names come before the callbacks of a user:
-    `SparsityCallback.attach(trainer)` goes first in line, so that they see it too.
+    divided by its mean load, averaged over layers). They are in `trainer.state.log_history` and reach every callback
+    after this one. TensorBoard and other `report_to` callbacks run before those of a user; use
+    `SparsityCallback.attach(trainer)` to run first, so that they report these figures too.
 
-    The model may be wrapped (PEFT, DDP, accelerate, `torch.compile`). lambda and the other steered state are in a full
-    model's weights; an adapter's checkpoint lacks them, so `trainer_state.json` carries them and a resumed run starts
-    with what it had.
+    The model may be wrapped (PEFT, DDP, accelerate, `torch.compile`). lambda and the routers' state are part of a full
+    model's weights. An adapter's checkpoint lacks them, so they are stored in `trainer_state.json` as well.
 
     A loop of one's own needs no callback:
 
@@ -41,10 +40,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
             routed_module(model).update_routing()
 
     Raises:
-        ConfigError: when training begins, for a model without routers to steer; after its first step, when a trainer
-            computes the loss without the model's, so that the penalty is not in it. A `compute_loss` of one's own
-            around a `RemoeForCausalLM` adds `routed_module(model).sparsity.loss_terms(output.routings).total`, and
-            divides the sum by the micro-batches of a step. Outputs of relufied models have no routings.
+        ConfigError: when training begins, for a model without routers to steer; after the first step, if the loss of
+            the trainer does not contain the penalty. A `compute_loss` of your own around a `RemoeForCausalLM` must add
+            `routed_module(model).sparsity.loss_terms(output.routings).total` and divide the sum by the micro-batches of
+            a step. Outputs of relufied models have no routings.
     """
 
     def __init__(self) -> None:

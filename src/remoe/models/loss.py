@@ -47,7 +47,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor)
 def _forward(
     hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, hidden_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, and its gradients by hidden, (T, D), and by the transposed weight, (D, V); empty where not wanted."""
+    """The sum, and its gradients by hidden, (T, D), and by the transposed weight, (D, V); empty unless asked for."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     dtype = _accumulation_dtype(hidden_TD)
     total = hidden_TD.new_zeros((), dtype=dtype)
@@ -61,9 +61,9 @@ def _forward(
         index_t1 = target_t[:, None].where(counts_t1, 0)
         logits_tV = product(hidden_tD, weight_DV).to(dtype)
         # log sum exp = max - log(largest probability): one pass of exponentials gives loss and gradient.
-        largest_t1, wanted_t1 = logits_tV.amax(dim=1, keepdim=True), logits_tV.gather(1, index_t1)
+        largest_t1, target_logit_t1 = logits_tV.amax(dim=1, keepdim=True), logits_tV.gather(1, index_t1)
         prob_tV = logits_tV.softmax(dim=1)
-        nats_t1 = largest_t1 - prob_tV.amax(dim=1, keepdim=True).log() - wanted_t1
+        nats_t1 = largest_t1 - prob_tV.amax(dim=1, keepdim=True).log() - target_logit_t1
         total += nats_t1.where(counts_t1, 0).sum()
         if not (hidden_grad or weight_grad):
             continue
@@ -89,7 +89,7 @@ def _(hidden_TD, weight_VD, target_T, hidden_grad, weight_grad):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.dtype = inputs[1].dtype
-    ctx.wanted = inputs[3:]
+    ctx.needed = inputs[3:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros of the size of both gradients
@@ -101,7 +101,7 @@ def _differentiate(ctx, scale, *_):
     if scale is None:
         return (None,) * 5
     dhidden_TD, dweight_DV = ctx.saved_tensors
-    hidden_grad, weight_grad = ctx.wanted
+    hidden_grad, weight_grad = ctx.needed
     # Not in 16 bits: rounded to them, 1 / targets would scale every gradient wrongly.
     dhidden_TD = dhidden_TD.to(scale.dtype, copy=True).mul_(scale).to(dhidden_TD.dtype) if hidden_grad else None
     dweight_VD = (dweight_DV * scale).t().to(ctx.dtype, memory_format=torch.contiguous_format) if weight_grad else None

@@ -291,7 +291,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
                 load-balanced penalty only as far as the loads agree: see `load_balanced_l1_loss`).
             num_tokens_in_batch: non-padding tokens in all those micro-batches, where their ratio to targets varies;
                 by default the regulariser's share is the micro-batch's share of the targets.
-            return_logits: whether to return logits; by default always, but for a loss in training mode.
+            return_logits: whether to return logits; by default always except with a loss in training mode.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(

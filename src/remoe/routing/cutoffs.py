@@ -1,4 +1,4 @@
-"""Routing by what an expert wants: the tokens with its largest scores, or all above a cutoff learned from them.
+"""Routing by expert: each takes the tokens with its largest scores, or all above a cutoff learned from them.
 
 Legend: T tokens, D model width, E experts.
 """
@@ -17,7 +17,7 @@ def choose_tokens(score_TE: Tensor, mask_T: Tensor | None, k: int) -> tuple[Tens
     Args:
         score_TE: (T, E).
         mask_T: (T,) bool, false for padding, which is not chosen and not part of T.
-        k: wanted mean of active experts per token.
+        k: target experts per token, a mean.
 
     Returns:
         active_TE: (T, E) bool.
@@ -46,7 +46,7 @@ class CutoffRouter(LinearRouter):
     Args:
         d_model: D.
         num_experts: E.
-        k: wanted mean of active experts per token.
+        k: target experts per token, a mean.
         decay: of the moving average, per step, from 0 to below 1.
 
     Raises:
@@ -70,7 +70,7 @@ class CutoffRouter(LinearRouter):
             x_TD, mask_T: as in `forward`.
             logits_TE: (T, E).
             score_TE: (T, E), what is compared and, for active pairs, the gate.
-            by_choice: the experts choose among these tokens; else tokens above the cutoffs are active.
+            by_choice: the experts choose among these tokens; otherwise tokens above the cutoffs are active.
         """
         num_tokens, known_E = count_tokens(x_TD, mask_T), self.cutoff_E
         # With k = E no score is the largest that was not chosen: every token is active.

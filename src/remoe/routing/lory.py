@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check_choice
 from remoe.routing.assignment import Routing
 from remoe.routing.base import LinearRouter
 from remoe.routing.dense import one_expert
@@ -25,7 +25,7 @@ class MergedRouting(Routing):
 
     Attributes:
         merge_BME: (B, M, E) float32, weights of the experts in each segment's network.
-        segment: tokens of a segment; a sequence's last one may be shorter.
+        segment: tokens of a segment; the last one of a sequence may be shorter.
         seq_len: S, tokens of a sequence.
         order_T: (T,) int64, the order of the rows in which the segments follow each other; None for the given one.
     """
@@ -47,10 +47,9 @@ class LoryRouter(LinearRouter):
         num_experts: E.
         k: must be 1: the merged expert has the size of one.
         segment: tokens of a segment; the paper's 256.
-        first_segment: what the first segment is routed by. "uniform": equal weights. "own": its own mean, without
-            gradient, as in the paper; its first tokens then know something of its later ones, so it is not causal,
-            and its loss not comparable. (At inference the paper routes a prompt once, by its own mean: "own", with
-            the prompt as the first segment. We merge segment by segment there too.)
+        first_segment: how the first segment is routed. "uniform": equal weights. "own": by its own mean, without
+            gradient, as in the paper. Its first tokens then see its later ones: routing is not causal and losses do not
+            compare. At inference the paper routes a whole prompt by its own mean; we merge segment by segment.
 
     Raises:
         ConfigError: when k is not 1, segment < 1, or for an unknown first_segment.
@@ -68,8 +67,7 @@ class LoryRouter(LinearRouter):
             raise ConfigError(f"lory merges its experts into one: k (times granularity) must be 1, but is {k}")
         if segment < 1:
             raise ConfigError(f"segment must be at least 1, but is {segment}")
-        if first_segment not in FIRST_SEGMENTS:
-            raise ConfigError(f"unknown first_segment {first_segment!r}; choose one of: {', '.join(FIRST_SEGMENTS)}")
+        check_choice("first_segment", first_segment, FIRST_SEGMENTS)
         self.segment, self.first_segment = segment, first_segment
         self.causal = first_segment == "uniform"
         self.looks_ahead = not self.causal

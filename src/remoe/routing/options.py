@@ -1,4 +1,4 @@
-"""The options of a router: what its class takes beside D, E and k, read off its constructor."""
+"""The options of a router: the arguments of its constructor besides D, E and k."""
 
 import inspect
 import math
@@ -39,12 +39,12 @@ def check_options(name: str, router: type[Router], options: dict[str, object]) -
             names = f"it has: {', '.join(known)}" if known else "it has none"
             raise ConfigError(f"router {name!r} has no option {option!r}; {names}")
         annotation = known[option].annotation
-        wanted = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        if not WORDS.keys() >= set(wanted):  # a class of the user's own, with types of its own
+        allowed = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        if not WORDS.keys() >= set(allowed):  # the class of a user, with types of its own
             continue
-        fits = type(value) in wanted or (float in wanted and type(value) is int)
+        fits = type(value) in allowed or (float in allowed and type(value) is int)
         if not fits:
-            words = " or ".join(WORDS[kind] for kind in wanted if kind is not types.NoneType)
+            words = " or ".join(WORDS[kind] for kind in allowed if kind is not types.NoneType)
             raise ConfigError(f"router {name!r}: option {option} must be {words}, but is {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"router {name!r}: option {option} must be finite, but is {value}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check_choice
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, locality_loss
 from remoe.routing.base import LinearRouter
@@ -25,7 +25,7 @@ class ReLUNormRouter(LinearRouter):
     Args:
         d_model: D.
         num_experts: E.
-        k: wanted mean of active experts per token. The paper has no target: there the sparsity emerges.
+        k: target experts per token, a mean. The paper has no target; its sparsity emerges.
         penalty: what lambda multiplies. "l1": load-balanced L1 of the normalised gates without their weight, ours: it
             does not depend on the logits' scale, and is smallest with one expert per token. "chunk": the paper's, the
             share of the experts that `chunk` neighbouring tokens need.
@@ -54,8 +54,7 @@ class ReLUNormRouter(LinearRouter):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, num_experts, k)
-        if penalty not in PENALTIES:
-            raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        check_choice("penalty", penalty, PENALTIES)
         if chunk < 1 or not eps > 0 or not locality >= 0:
             raise ConfigError(f"need chunk >= 1, eps > 0 and locality >= 0, but they are {chunk}, {eps} and {locality}")
         self.penalty, self.chunk, self.locality, self.sharpness, self.eps = penalty, chunk, locality, sharpness, eps

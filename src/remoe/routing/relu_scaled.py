@@ -6,7 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check_choice
 from remoe.routing.auxiliary_losses import gate_entropy
 from remoe.routing.relu import ReLURouter
 
@@ -23,7 +23,7 @@ class ReLUScaledRouter(ReLURouter):
     Args:
         d_model: D.
         num_experts: E.
-        k: wanted mean of active experts per token.
+        k: target experts per token, a mean.
         penalty: what lambda multiplies. "entropy": the mean entropy of a token's gates, DECO's. "l1": the penalty of
             `ReLURouter` on ReLU(x W), without the scale.
         scale_init: every a_e at the start; DECO's 0.1.
@@ -44,8 +44,7 @@ class ReLUScaledRouter(ReLURouter):
         **options: object,
     ) -> None:
         super().__init__(d_model, num_experts, k, **options)
-        if penalty not in PENALTIES:
-            raise ConfigError(f"unknown penalty {penalty!r}; choose one of: {', '.join(PENALTIES)}")
+        check_choice("penalty", penalty, PENALTIES)
         if penalty == "entropy" and not (
             options.get("load_balance", True) and options.get("load_balance_power", 1) == 1
         ):

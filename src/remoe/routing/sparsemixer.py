@@ -16,8 +16,8 @@ class SparseMixerRouter(LinearRouter):
     """k experts, one draw after the other from a softmax over the experts that come near the largest logit.
 
     A draw masks experts with (max - z) / max(|z|, max) > 2 * jitter. In training it samples among the others (Gumbel);
-    at evaluation it takes the largest. Its gate is pi * m: pi the masked softmax of the drawn expert, m = 1 where the
-    sample is the largest or a coin with probability 1/4 says so, else 1/3 (Heun's third-order estimate). The gradient
+    at evaluation it takes the largest. Its gate is pi * m: pi the masked softmax of the drawn expert, m = 1 if the
+    sample is the largest or with probability 1/4, otherwise 1/3 (Heun's third-order estimate). The gradient
     is that of pi, as in the authors' code.
 
     Args:

@@ -57,7 +57,7 @@ class TopKRouter(LinearRouter):
         prob_TE = logits_TE.softmax(dim=1)
         active_TE, k = largest(prob_TE, self.k), self.k
         if self.warmup_k is not None:
-            warming = self.updates < self.warmup_steps  # on the device: nothing waits for it
+            warming = self.updates < self.warmup_steps  # stays on the device: no host sync
             active_TE = active_TE | (largest(prob_TE, self.warmup_k) & warming)
             k = torch.where(warming, self.warmup_k, self.k)
         active_TE = unmasked(active_TE, mask_T)

@@ -144,10 +144,10 @@ def _fill(model: RemoeForCausalLM, state: dict[str, Tensor]) -> None:
 
 
 def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, object]) -> RemoeConfig:
-    for name, wanted in REQUIRED.items():
-        value = getattr(args, name, wanted)
-        if value != wanted and not isinstance(value, Inert):
-            raise ConfigError(f"a Megatron model with {name} = {value!r} has no ReMoE counterpart (needs {wanted!r})")
+    for name, needed in REQUIRED.items():
+        value = getattr(args, name, needed)
+        if value != needed and not isinstance(value, Inert):
+            raise ConfigError(f"a Megatron model with {name} = {value!r} has no ReMoE counterpart (needs {needed!r})")
     heads = int(argument(args, "num_attention_heads"))
     grouped = argument(args, "group_query_attention", False)
     embedding = tensors.get("embedding.word_embeddings.weight")

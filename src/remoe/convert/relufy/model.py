@@ -75,7 +75,7 @@ class RelufiedRouter(ReLURouter):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = hidden_states.reshape(-1, self.d_model)
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        # Where a part of the model is called by itself, the mask is still that of the last whole forward pass.
+        # If a part of the model is called on its own, the mask is still that of the last whole forward pass.
         mask_BS = self.context.mask_BS if self.context.routings is not None or recomputed else None
         # Blocks that see other tokens than the batch's, as some multimodal ones do, are counted without a mask.
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
