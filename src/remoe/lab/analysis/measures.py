@@ -27,8 +27,8 @@ from torch import Tensor
 
 from remoe.errors import ConfigError
 
-# An expert with less than this share of the target load, k/E of the tokens, is inactive. For E = 8 and k = 1 that is the
-# paper's 1/64 of the tokens (Fig. 8).
+# An expert with less than this share of the target load, k/E of the tokens, is inactive. For E = 8 and k = 1 that is
+# the paper's 1/64 of the tokens (Fig. 8).
 INACTIVE_LOAD = 1 / 8
 
 
@@ -48,7 +48,7 @@ class TokenActivity:
 
     @property
     def frequency_correlation(self) -> float:
-        """Spearman correlation of active experts and frequency, negative if rare tokens get more experts (cf. Fig. 7)."""
+        """Spearman correlation of active experts and frequency; negative if rare tokens get more experts (Fig. 7)."""
         return rank_correlation(self.active_U, self.count_U)
 
 

@@ -84,10 +84,8 @@ def _short(gate: float) -> float | None:
 def texts_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """What each token adds to the text; a character that takes several tokens is with the last of them."""
     texts: list[str] = []
-    before, start = (
-        0,
-        0,
-    )  # decode each token after the previous piece: some decoders drop a space at the start of a text
+    # Each token is decoded after the piece before it, because some decoders drop a space at the start of a text.
+    before, start = 0, 0
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[before:start])
         text = tokenizer.decode(ids[before:end])[len(known) :]
