@@ -291,7 +291,7 @@ def test_a_corpus_that_changes_is_refused_and_reported_as_it_was(tmp_path, capsy
     assert compare("texts")[0] == 0
     for same in ("texts/", str(tmp_path / "texts")):
         assert compare(same)[0] == 0
-    advice = "delete that folder or use another --pool; runs on the old text do not compare with new ones"
+    advice = "delete that folder or use another --pool; runs on the old text are not comparable with new ones"
     prefix = "remoe: error: "
     error = f"{prefix}pool/data/texts-bpe300 was made from {tmp_path}/texts, not from {tmp_path}/other/texts: {advice}"
     assert compare("other/texts") == compare("other/texts", "--report-only") == (2, error)

@@ -1,11 +1,11 @@
 """Training visits every window once an epoch, whenever it is asked; validation predicts every token once."""
 
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from small_data import document_texts
 
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data import Dataset, TrainBatches, ValidationWindows
@@ -89,9 +89,7 @@ def test_validation_predicts_every_token_but_the_first_once(opened: Dataset, seq
         assert windows.num_predictions(domain) == len(targets)
 
 
-def test_validation_bytes_are_those_of_the_text(
-    opened: Dataset, document_texts: Callable[..., list[tuple[str, str]]]
-) -> None:
+def test_validation_bytes_are_those_of_the_text(opened: Dataset) -> None:
     texts = document_texts(opened, opened.train)
     windows = ValidationWindows(opened.train, SEQ_LEN)
     for domain in opened.domains:
@@ -99,9 +97,7 @@ def test_validation_bytes_are_those_of_the_text(
         assert windows.bytes(domain) == sum(len(text.encode()) for text in own)
 
 
-def test_limited_validation_takes_whole_documents(
-    opened: Dataset, document_texts: Callable[..., list[tuple[str, str]]]
-) -> None:
+def test_limited_validation_takes_whole_documents(opened: Dataset) -> None:
     windows = ValidationWindows(opened.train, SEQ_LEN)
     own = [text for name, text in document_texts(opened, opened.train) if name == "b"]
     lengths = np.diff([i for i, t in enumerate(domain_stream(opened, "b"), 1) if t == opened.eos_token_id], prepend=0)

@@ -1,23 +1,16 @@
 """`remoe data prepare` and `remoe data check` from their arguments to their tables."""
 
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_data import make_texts, write_jsonl
 
 from remoe.errors import ConfigError, DataError
 from remoe.lab.cli.data import check_command, prepare_command
 from remoe.lab.data import open_dataset
 
 
-def test_prepare_and_check(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    make_texts: Callable[..., list[str]],
-    write_jsonl: Callable[..., Path],
-) -> None:
+def test_prepare_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = [str(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(30, seed=i))) for i, name in enumerate("ab")]
     held = str(write_jsonl(tmp_path / "held.jsonl", make_texts(5, seed=9), domain="a"))
     out = tmp_path / "out"
@@ -47,7 +40,7 @@ def test_prepare_and_check(
         check_command([str(out)])
 
 
-def test_quiet_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str], write_jsonl: Callable[..., Path]) -> None:
+def test_quiet_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two", "three"])
     prepare_command([str(source), "--out", str(tmp_path / "out"), "--vocab-size", "260", "--quiet"])
     assert capsys.readouterr() == ("", "")
@@ -59,12 +52,3 @@ def test_bad_arguments_are_config_errors(tmp_path: Path) -> None:
             prepare_command(argv)
     with pytest.raises(ConfigError, match="--validation-fraction must lie between 0 and 1"):
         prepare_command(["x.txt", "--out", str(tmp_path), "--validation-fraction", "2"])
-
-
-def test_options_load_without_heavy_libraries() -> None:
-    code = (
-        "import sys; from remoe.lab.data import Document, PrepareOptions;"
-        "print({'torch', 'transformers', 'tokenizers', 'pyarrow', 'numpy'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"

@@ -1,47 +1,50 @@
-"""A preparation killed at any step, or stopped by a full disk, ends with the very same bytes."""
+"""A preparation killed at any step, or stopped by a full disk, ends with the same bytes as an uninterrupted one."""
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_data import files_of, make_texts, small_options, write_jsonl
 
-from remoe.lab.data import PrepareOptions, prepare
+from remoe.lab.data import prepare
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, SIGKILL and RLIMIT_FSIZE")
 
-# one process loads the libraries, and forks a child for each run that is to be stopped
-PREAMBLE = """
-import os, resource, signal, sys
+# One process loads the libraries, then forks a child for each run that is to be stopped.
+SCRIPT = """
+import json, os, resource, signal, sys
 from pathlib import Path
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import pyarrow.parquet
 import remoe.lab.data.preparation as preparation
-from remoe.lab.data import PrepareOptions
+from remoe.lab.data import PrepareOptions, load_tokenizer
 from remoe.errors import DataError
 
-source, held, out = sys.argv[1:4]
-options = PrepareOptions(sources=(source,), validation=(held,), out=Path(out), vocab_size=300,
-                         shard_tokens=2000, quiet=True)
+tokenizer, source, held, killed, full, limit = sys.argv[1:]
+load_tokenizer(tokenizer)  # all that is imported here need not be imported by each child
 
-def run(before):
+def run(out, before):
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        code, message = 0, ""
         try:
             before()
-            preparation.prepare(options)
+            preparation.prepare(PrepareOptions(sources=(source,), validation=(held,), out=Path(out), vocab_size=300,
+                                               shard_tokens=2000, quiet=True))
         except DataError as error:
-            print(error, flush=True)
-            os._exit(2)
+            code, message = 2, str(error)
         except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(3)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-"""
+            code, message = 3, repr(error)
+        os.write(writer, message.encode())
+        os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        message = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), message
 
-KILL_AT_EVERY_STEP = """
-replace = os.replace  # each step of the preparation becomes lasting by one of these
+replace = os.replace  # each step of the preparation takes effect by one of these
 
 def kill_at(moment):
     def wrapped(*arguments):
@@ -55,79 +58,76 @@ def kill_at(moment):
     wrapped.count = 0
     os.replace = wrapped
 
-kills = 0
+found = {"kills": 0}
 for moment in range(1, 1000):
-    code = run(lambda: kill_at(moment))
-    assert code in (0, -signal.SIGKILL), code
+    code, message = run(killed, lambda: kill_at(moment))
+    assert code in (0, -signal.SIGKILL), (code, message)
     if code == 0:
         break
-    kills += 1
-print(kills)
-"""
+    found["kills"] += 1
 
-FILL_THE_DISK = """
-def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
-
-code = run(limit)
-print(code, len(list(Path(out).glob("train-*.safetensors"))))
-print([path.name for path in Path(out).iterdir() if path.name.endswith(".tmp")])
-print(run(lambda: None))
+found["stopped"] = run(full, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit))))
+found["shards"] = len(list(Path(full).glob("train-*.safetensors")))
+found["leftovers"] = [path.name for path in Path(full).iterdir() if path.name.endswith(".tmp")]
+found["resumed"] = run(full, lambda: None)
+print(json.dumps(found))
 """
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "preparation.json"
-    }
+def dataset_files(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files_of(folder).items() if name != "preparation.json"}
 
 
-def run_script(script: str, *arguments: object) -> str:
-    command = [sys.executable, "-c", PREAMBLE + script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
-
-
-@pytest.fixture
-def sources(
-    tmp_path: Path, make_texts: Callable[..., list[str]], write_jsonl: Callable[..., Path]
-) -> tuple[Path, Path]:
-    texts = [
-        *make_texts(60, seed=1),
-        " ".join(make_texts(1, seed=2, words=20_000)),
-    ]  # the last one needs 60 kB
-    held = write_jsonl(tmp_path / "held.jsonl", make_texts(30, seed=3))
-    return write_jsonl(tmp_path / "source.jsonl", texts), held
-
-
-@pytest.fixture
-def uninterrupted(tmp_path: Path, sources: tuple[Path, Path], small_options: Callable[..., PrepareOptions]) -> Path:
-    source, held = sources
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Contains `uninterrupted`, a dataset, and two that were stopped and then finished: `killed` and `full`."""
+    folder = tmp_path_factory.mktemp("interruption")
+    long = " ".join(make_texts(1, seed=2, words=20_000))  # the last document, which needs 60 kB
+    source = write_jsonl(folder / "source.jsonl", [*make_texts(60, seed=1), long])
+    held = write_jsonl(folder / "held.jsonl", make_texts(30, seed=3))
     settings = {"validation": (str(held),), "validation_fraction": 0.02}
-    return prepare(small_options(tmp_path / "uninterrupted", source, **settings))
+    prepare(small_options(folder / "uninterrupted", source, **settings))
+    return folder
 
 
-def test_killed_at_every_step_and_resumed(tmp_path: Path, sources: tuple[Path, Path], uninterrupted: Path) -> None:
-    kills = int(run_script(KILL_AT_EVERY_STEP, *sources, tmp_path / "killed"))
+@pytest.fixture(scope="module")
+def limit(folder: Path) -> int:
+    """A size in bytes under which every file fits except the large last shard."""
+    sizes = train_sizes(folder)
+    limit = sizes[-1] - 1000
+    tokenizer = folder / "uninterrupted" / "tokenizer"
+    assert max(sizes[-2], *(path.stat().st_size for path in tokenizer.iterdir())) < limit
+    return limit
+
+
+def train_sizes(folder: Path) -> list[int]:
+    return sorted(path.stat().st_size for path in (folder / "uninterrupted").glob("train-*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, limit: int) -> dict:
+    """What the script saw of both datasets while it stopped and finished them."""
+    places = [folder / name for name in ("uninterrupted/tokenizer", "source.jsonl", "held.jsonl", "killed", "full")]
+    command = [sys.executable, "-c", SCRIPT, *map(str, places), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
+def test_killed_at_every_step_and_resumed(folder: Path, found: dict) -> None:
     # journal, tokenizer and journal, two for each of at least four shards, manifest and journal
-    assert kills > 10
-    assert files_of(tmp_path / "killed") == files_of(uninterrupted)
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+    assert found["kills"] > 10
+    assert dataset_files(folder / "killed") == dataset_files(folder / "uninterrupted")
+    assert not list((folder / "killed").glob("*.tmp"))
 
 
-def test_full_disk_is_one_line_and_loses_nothing(
-    tmp_path: Path, sources: tuple[Path, Path], uninterrupted: Path
-) -> None:
-    sizes = sorted(path.stat().st_size for path in uninterrupted.glob("train-*.safetensors"))
-    limit = sizes[-1] - 1000  # all but the large last shard fit
-    assert max(sizes[-2], *(path.stat().st_size for path in (uninterrupted / "tokenizer").iterdir())) < limit
-    message, state, leftovers, resumed = run_script(FILL_THE_DISK, *sources, tmp_path / "full", limit).splitlines()
+def test_full_disk_is_one_line_and_loses_nothing(folder: Path, found: dict) -> None:
+    code, message = found["stopped"]
+    assert code == 2
     assert "train-" in message
-    assert "cannot be written: File too large; what was finished is kept" in message
-    assert state == f"2 {len(sizes) - 1}"
-    assert leftovers == "[]"
-    assert resumed == "0"
-    assert files_of(tmp_path / "full") == files_of(uninterrupted)
+    assert "cannot be written: File too large; finished work is kept" in message
+    assert "\n" not in message
+    assert found["shards"] == len(train_sizes(folder)) - 1
+    assert found["leftovers"] == []
+    assert found["resumed"] == [0, ""]
+    assert dataset_files(folder / "full") == dataset_files(folder / "uninterrupted")

@@ -100,7 +100,7 @@ def test_running_library_has_modules_and_a_manual(tmp_path: Path) -> None:
 
 
 def test_python_without_sources_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="keeps no source files"):
+    with pytest.raises(DataError, match="has no source files"):
         list(StdlibSource(root=tmp_path).documents())
-    with pytest.raises(DataError, match="keeps no source files"):
+    with pytest.raises(DataError, match="has no source files"):
         list(StdlibSource(root=tmp_path / "python311.zip").documents())

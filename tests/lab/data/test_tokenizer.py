@@ -1,4 +1,4 @@
-"""Tokenizers keep every text exactly, are the same after saving, and are known by their fingerprint."""
+"""Tokenizers keep every text exactly, survive saving, and are identified by their fingerprint."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_training_is_the_same_every_time(tokenizer: PreTrainedTokenizerBase) -> 
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
 
 
-def test_fingerprint_survives_saving_use_and_other_processes(
+def test_fingerprint_is_the_same_after_saving_and_use_and_elsewhere(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -69,8 +69,9 @@ def test_fingerprint_survives_saving_use_and_other_processes(
     loaded("the router sends", truncation=True, max_length=2)
     assert tokenizer_fingerprint(loaded) == fingerprint
     code = (
-        "import sys; from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint;"
-        "print(tokenizer_fingerprint(load_tokenizer(sys.argv[1])))"
+        "import sys; from transformers import PreTrainedTokenizerFast;"
+        "from remoe.lab.data.tokenizer import tokenizer_fingerprint;"
+        "print(tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint

@@ -1,4 +1,4 @@
-"""The report shows what the model does, needs nothing beside itself, and says what it cannot show."""
+"""The report shows what the model does, needs no other file, and says what it cannot show."""
 
 import json
 import os
@@ -25,17 +25,18 @@ from remoe.lab.training.folder import load_run, newest_run
 
 
 class Page(HTMLParser):
-    """Headings, addresses that a browser would fetch, what the buttons of experts say, and scripts."""
+    """Title, ids of the sections, addresses that a browser would fetch, labels of the experts' buttons, and scripts."""
 
     def __init__(self, text):
         super().__init__()
-        self.headings, self.addresses, self.experts, self.scripts = [], [], [], []
+        self.title, self.sections, self.addresses, self.experts, self.scripts = "", [], [], [], []
         self._inside = self._expert = None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self._inside = tag
+        self.sections += [attributes["id"]] if tag == "section" else []
         self.addresses += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
         is_expert = "data-expert" in attributes
         self._expert = (int(attributes["data-layer"]), int(attributes["data-expert"])) if is_expert else None
@@ -45,8 +46,8 @@ class Page(HTMLParser):
             self.experts.append((*self._expert, data))
         elif self._inside == "script":
             self.scripts.append(data)
-        elif self._inside in ("h1", "h2") and data.strip():
-            self.headings.append(data)
+        elif self._inside == "h1":
+            self.title += data
 
     def handle_endtag(self, tag):
         self._inside = self._expert = None
@@ -92,8 +93,8 @@ def test_a_page_needs_no_other_file(run):
     assert page.addresses
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert not re.search(r"url\(|@import|//[a-z]", "".join(page.scripts[1:]) + text[: text.index("</style>")])
-    assert page.headings[0] == "Routing of A <run> & more"
-    assert {"What the experts do with a text", "Measures", "The course of training", "Flips"} <= set(page.headings)
+    assert page.title.endswith("A <run> & more")
+    assert {"text", "map", "measures", "picture-course", "picture-flips"} <= set(page.sections)
 
 
 def test_no_text_ends_the_script():
@@ -146,7 +147,7 @@ def test_generated_text_goes_on_where_the_prompt_ends(run, monkeypatch):
 
 
 def test_executed_pairs_are_shown_whatever_their_gate(run, monkeypatch):
-    """A softmax may round a gate to zero, and a learned scale may turn its sign."""
+    """A softmax may round a gate to zero, and a learned scale may flip its sign."""
     trained = open_trained(str(run), None)
     gates = {0: 0.0, 1: -0.25, 2: float("nan")}
 
@@ -172,21 +173,20 @@ def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):
     assert main(["train", "--data", str(corpus), "--out", str(run), "--steps", "4", "--router", "dense", *FLAGS]) == 0
     assert main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert "there is no routing of" in text
-    assert "wanted per token" not in text
-    assert Page(text).headings[1:] == ["Training loss"]
+    assert "target" not in text[: text.index("<script")]
+    assert Page(text).sections == ["unrouted", "picture-loss"]
 
 
 def test_a_models_folder_has_no_course(run, corpus, tmp_path, capsys):
     folder = tmp_path / "exported"
     assert main(["export", str(run), str(folder)]) == 0
     assert main(["report", str(folder)]) == 2
-    assert "names no data; give --data" in capsys.readouterr().err
+    assert "--data" in capsys.readouterr().err
     page = tmp_path / "page.html"
     assert main(["report", str(folder), "--data", str(corpus), "--out", str(page)]) == 0
     exported, trained = Page(page.read_text()), Page((run / "report.html").read_text())
     assert content_of(exported) == content_of(trained)
-    assert "The course of training" not in exported.headings
+    assert not {"picture-course", "picture-loss"} & set(exported.sections)
 
 
 def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
@@ -200,14 +200,14 @@ def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
     text = (run / "report-step-3.html").read_text()
     assert "3 steps of 128 tokens" in text
     assert "validation loss" not in text
-    assert "none but the shared one" in text
+    assert "the shared expert alone" in text
     assert [len(excerpt["tokens"]) for excerpt in content_of(Page(text))["excerpts"]] == [5, 5]
     assert not (run / "report.html").exists()
     early.rename(run / "checkpoints" / "best")
     (run / "summary.json").write_text("{")
     (run / "metrics.jsonl").unlink()
     assert main(["report", str(run / "checkpoints" / "best"), "--excerpt", "5"]) == 0
-    assert "Training loss" not in Page((run / "report-step-3.html").read_text()).headings
+    assert "picture-loss" not in Page((run / "report-step-3.html").read_text()).sections
     (run / "checkpoints" / "best" / "training.json").unlink()
     capsys.readouterr()
     assert main(["report", str(run / "checkpoints" / "best")]) == 2

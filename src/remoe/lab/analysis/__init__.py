@@ -1,1 +1,1 @@
-"""What the experts of a trained model do: routing collected, measured and drawn."""
+"""What the experts of a trained model do: collecting, measuring and plotting its routing."""

@@ -1,4 +1,4 @@
-"""Which experts a model uses on validation data: run once, measured often.
+"""Which experts a model uses on validation data, collected in one run for any number of measures.
 
 Legend: B sequences, S sequence length, L layers, T tokens without padding, E experts.
 """
@@ -16,17 +16,17 @@ from remoe.routing import Routing
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """The routing of a run of tokens, domain after domain; all on the CPU.
+    """The routing of many tokens, one domain after the other; all tensors are on the CPU.
 
-    A window's tokens are consecutive rows in the order of the text, so that a token's position is its distance from
-    its window's first row.
+    The tokens of a window are consecutive rows in the order of the text, so that a token's position is its distance
+    from the first row of its window.
 
     Attributes:
         active_LTE: (L, T, E) bool, the executed pairs.
         token_T: (T,) int64, token ids.
         domain_T: (T,) int64, index into `domains`.
-        sequence_T: (T,) int64, the window that the token belongs to, counted over all domains.
-        domains: their names.
+        sequence_T: (T,) int64, number of the window that the token belongs to, counted over all domains.
+        domains: names of the domains.
     """
 
     active_LTE: Tensor
@@ -45,12 +45,13 @@ def collect(
     *,
     autocast: torch.autocast | None = None,
 ) -> RoutingRecord:
-    """Runs the model over the windows and keeps how every layer routed every token.
+    """Runs the model over the windows, and records how every layer routed every token.
 
     Args:
-        model: put into eval mode for the time, then back.
+        model: runs in eval mode; its mode is restored at the end.
         windows: validation data; padding at the end of a domain is left out.
-        max_tokens: in all, about; each domain gives a prefix of whole documents by its share. None for everything.
+        max_tokens: approximate total, divided among the domains by size; each contributes a prefix of whole documents.
+            None means everything.
         batch_size: sequences per forward pass.
         autocast: context of the forward pass.
     """
@@ -81,12 +82,12 @@ def collect(
 def active_of(
     model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None = None
 ) -> Tensor:
-    """(L, T, E) bool, on the CPU: the pairs that are executed for some sequences' tokens.
+    """(L, T, E) bool, on the CPU: the pairs that the model executes for the tokens of some sequences.
 
     Args:
-        model: in the mode, training or evaluation, whose routing is wanted.
+        model: in the mode, training or evaluation, whose routing is to be returned.
         input_BS: (B, S) int64, token ids.
-        mask_BS: (B, S) bool, false for padding, which is left out.
+        mask_BS: (B, S) bool, false for padding, which is left out of T.
         autocast: context of the forward pass.
     """
     routings = _routings(model, input_BS, mask_BS, autocast)
@@ -96,7 +97,7 @@ def active_of(
 
 @torch.no_grad()
 def gates_of(model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """(L, T, E) float32, on the CPU: the gates, zero for pairs that are not executed; arguments as of `active_of`."""
+    """(L, T, E) float32, on the CPU: the gates, zero for pairs that are not executed; arguments as in `active_of`."""
     routings = _routings(model, input_BS, mask_BS, None)
     kept_T = mask_BS.flatten().to(routings[0].gate_TE.device)
     return torch.stack([routing.gate_TE for routing in routings])[:, kept_T].float().cpu()
@@ -107,13 +108,13 @@ def _routings(
 ) -> Sequence[Routing]:
     device = next(model.parameters()).device
     with autocast or torch.autocast(device.type, enabled=False):
-        # One position's logits, because there is no asking for none.
+        # Logits of one position, the fewest that the model can return.
         out = model(input_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False, logits_to_keep=1)
     return out.routings
 
 
 def _executed(routing: Routing) -> Tensor:
-    """(T, E) bool. Not the gates that differ from zero: a softmax may round one to zero."""
+    """(T, E) bool; not simply the nonzero gates, because a softmax may round a gate to zero."""
     pairs = routing.assignment
     if pairs.pair_TE is not None:
         return pairs.pair_TE >= 0

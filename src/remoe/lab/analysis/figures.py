@@ -1,7 +1,7 @@
-"""Figures of training and of comparisons: runs by name in, a matplotlib figure out.
+"""Figures of training and of comparisons: each function takes runs by name and returns a matplotlib figure.
 
-The figures named are those of ReMoE, arXiv 2412.14711. Every function takes `look`, the runs' colours and markers
-from `looks`, by default in the order of the runs. Figures of routing are in `routing_figures`.
+Figure numbers refer to ReMoE, arXiv 2412.14711. `look` gives the colours and markers of the runs, by default
+`looks(runs)`. Figures of routing are in `routing_figures`.
 """
 
 import math
@@ -34,8 +34,8 @@ from remoe.stages import SPARSE_STEPS
 
 __all__ = ["final_losses", "looks", "loss_against", "save", "training_course", "training_losses", "write_svg"]
 
-NAME_LENGTH = 24  # of a system, in letters, beside which there is room for its loss
-SETTLED_SHARE = 0.1  # the last part of a run over which sparsity per layer is averaged
+NAME_LENGTH = 24  # longest name, in letters, that leaves room for the loss
+SETTLED_SHARE = 0.1  # sparsity per layer is averaged over this last part of a run
 
 
 @mpl.rc_context(STYLE)
@@ -46,12 +46,12 @@ def training_course(
     log_steps: bool = False,
     look: Mapping[str, Look] | None = None,
 ) -> Figure:
-    """The course of sparsity S, lambda, both losses and the penalty over training (Fig. 3, 4).
+    """Sparsity S, lambda, both losses and the penalty during training (Fig. 3, 4).
 
     Args:
         runs: records of metrics.jsonl for each run.
-        target: the wanted sparsity, drawn as a line.
-        log_steps: whether steps are on a logarithmic axis, so that a long run's first stages are seen.
+        target: target sparsity, drawn as a line.
+        log_steps: whether the step axis is logarithmic, which shows the first stages of a long run.
     """
     look = look or looks(runs)
     fig = new_figure(8.2, 4.6)
@@ -96,12 +96,12 @@ def training_losses(
     window: int = 1,
     look: Mapping[str, Look] | None = None,
 ) -> Figure:
-    """Training loss of several systems: the whole course, and its last third from near.
+    """Training loss of several systems: the whole run, and an enlargement of its last third.
 
     Args:
         runs: steps, and the language model loss in nats per token at each.
-        window: records that the drawn line is a moving mean of, at most a third of the run's; on the left the
-            records are drawn too, faintly.
+        window: number of records in the moving mean that is drawn, at most a third of the run's; the left panel also
+            shows the records themselves, faintly.
     """
     look = look or looks(runs)
     fig = new_figure(7.2, 3.2)
@@ -120,7 +120,7 @@ def training_losses(
             ax.plot(mean_steps, means, color=look[name].color, ls=look[name].linestyle, label=plain(name))
     margin = 0.06 * (max(seen) - min(seen)) or 0.01
     axes[1].set(xlim=(late, end if end > late else last), ylim=(min(seen) - margin, max(seen) + margin))
-    label(axes[0], x="step", y="training loss (nats per token)", title="Whole course")
+    label(axes[0], x="step", y="training loss (nats per token)", title="Whole run")
     label(axes[1], x="step", title="Last third")
     handles, names = axes[1].get_legend_handles_labels()
     by_end = sorted(zip(handles, names, strict=True), key=lambda pair: -ends[pair[1]])
@@ -135,12 +135,12 @@ def loss_against(
     *,
     look: Mapping[str, Look] | None = None,
 ) -> Figure:
-    """Validation loss against the size of a model or the number or granularity of its experts (Fig. 6).
+    """Validation loss against the size of a model, or the number or granularity of its experts (Fig. 6).
 
     Args:
-        systems: for each system and value of the axis the losses of its seeds, nats per token. Points are means, bars
-            one standard deviation of the seeds, where there are several.
-        axis: what the values are, e.g. "experts E"; on a logarithmic scale where all are positive.
+        systems: for each system and value of the axis, the losses of its seeds in nats per token. Points are means;
+            bars are one standard deviation, if there are several seeds.
+        axis: label of the values, e.g. "experts E"; their scale is logarithmic if all are positive.
     """
     look = look or looks(systems)
     outside = len(systems) > MAX_LEGEND
@@ -171,21 +171,21 @@ def loss_against(
 
 @mpl.rc_context(STYLE)
 def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, Look] | None = None) -> Figure:
-    """Final validation loss of each system, the best on top: mean, one standard deviation, and the seeds.
+    """Final validation loss of each system, best first: mean, standard deviation, and each seed.
 
     Args:
-        systems: losses of a system's seeds, nats per token.
+        systems: for each system, the losses of its seeds in nats per token.
     """
     look = look or looks(systems)
     longest = max(map(len, systems))
     fig = new_figure(5.4 + 0.06 * max(0, longest - NAME_LENGTH), 0.9 + 0.3 * len(systems))
-    fig.get_layout_engine().set(rect=(0, 0, 0.96, 1))  # a text hangs over the right end
+    fig.get_layout_engine().set(rect=(0, 0, 0.96, 1))  # leaves room for text to the right of the axes
     ax = fig.subplots()
     order = sorted(systems, key=lambda name: fmean(systems[name]))
     for row, name in enumerate(order):
         losses, (color, marker, linestyle) = systems[name], look[name]
         mean, deviation = fmean(losses), _deviation(losses)
-        inside = color if linestyle == "-" else "white"  # the second time that the colours are gone through
+        inside = color if linestyle == "-" else "white"  # tells systems that share a colour apart
         ax.errorbar(mean, row, xerr=deviation, fmt=marker, color=color, mfc=inside, capsize=3, ms=6)
         ax.plot(losses, [row + 0.22] * len(losses), ls="", marker="|", ms=4.5, color=color, alpha=0.8)
         text = f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(losses) > 1 else "")
@@ -213,7 +213,7 @@ def _sparsity_per_layer(ax: Axes, runs: Mapping[str, Sequence[Mapping]], look: M
 
 
 def _start_of_sparse_stage(records: Sequence[Mapping]) -> int | None:
-    """The step at which stage III begins, as in `first_sparse_step`; None where the run has no other, or never does."""
+    """First step of the final sparse stage; None if the run is sparse from the start or at the end is not."""
     begin = None
     for record in records:
         if record["stage"] != "sparse":
@@ -239,5 +239,5 @@ def _moving_mean(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; NaN, which draws no bar, where there is one value."""
+    """Sample standard deviation; for a single value NaN, which draws no bar."""
     return stdev(values) if len(values) > 1 else math.nan

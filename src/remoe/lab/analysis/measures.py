@@ -1,8 +1,20 @@
 """Measures of routing, each a pure function of which experts were active.
 
-The figures and equations are those of ReMoE, arXiv 2412.14711, unless BlockFFN, arXiv 2507.08771, is named. Masks
-`mask_T` are false for padding, which then counts nowhere. What has nothing to count (a layer without routed pairs,
-a domain without tokens) is NaN.
+What they reproduce, from ReMoE (arXiv 2412.14711) unless BlockFFN (arXiv 2507.08771) is named:
+
+    flip_rate                              Fig. 10
+    active_by_token                        Fig. 7
+    routed_share, inactive_experts         Fig. 8
+    routed_share_by_domain                 Fig. 9 and 12
+    top_tokens                             Table 12
+    sparsity_per_layer                     Eq. 8; BlockFFN's token-level sparsity
+    chunk_sparsity                         BlockFFN's chunk-level sparsity
+    expert_reuse                           BlockFFN's reuse ratio
+    load_imbalance, specialisation,
+    rank_correlation                       in neither paper
+
+Masks `mask_T` are false for padding, which is then ignored. A result without anything to count, such as that of a
+layer without routed pairs or a domain without tokens, is NaN.
 
 Legend: L layers, T tokens, E experts, C domains, U distinct token ids, N chunks of tokens.
 """
@@ -15,8 +27,8 @@ from torch import Tensor
 
 from remoe.errors import ConfigError
 
-# An expert with less than this share of the wanted mean load, k/E of the tokens, is inactive. At the paper's E = 8 and
-# k = 1 that is its 1/64 of the tokens (Fig. 8).
+# An expert with less than this share of the target load, k/E of the tokens, is inactive. For E = 8 and k = 1 that is
+# the paper's 1/64 of the tokens (Fig. 8).
 INACTIVE_LOAD = 1 / 8
 
 
@@ -36,18 +48,18 @@ class TokenActivity:
 
     @property
     def frequency_correlation(self) -> float:
-        """Spearman correlation of active experts and log frequency: negative where rare tokens get more experts."""
+        """Spearman correlation of active experts and frequency; negative if rare tokens get more experts (Fig. 7)."""
         return rank_correlation(self.active_U, self.count_U)
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """What knowing the expert of a routed pair says about its domain.
+    """How much the expert of a routed pair reveals about its domain.
 
     Attributes:
         nats_L: (L,) float64, mutual information of expert and domain, in nats.
-        normalised_L: (L,) float64, the same over the entropy of the domain: 0 when experts ignore the domain, 1 when
-            the expert gives it away. NaN when all pairs are of one domain.
+        normalised_L: (L,) float64, the same divided by the entropy of the domain: 0 if experts ignore the domain, 1 if
+            the expert determines it. NaN if all pairs are of one domain.
     """
 
     nats_L: Tensor
@@ -55,7 +67,7 @@ class Specialisation:
 
 
 class TopToken(NamedTuple):
-    """A token id that an expert takes: P(expert active | id), and how often the id occurs."""
+    """A token id that an expert takes, with P(expert active | id) and the number of occurrences of the id."""
 
     token: int
     probability: float
@@ -63,11 +75,11 @@ class TopToken(NamedTuple):
 
 
 def flip_rate(before_LTE: Tensor, after_LTE: Tensor, mask_T: Tensor | None = None) -> float:
-    """Share of (layer, token, expert) triples whose routing changed between two states of a model (Fig. 10).
+    """Flip rate: share of (layer, token, expert) triples that changed between two states of a model (Fig. 10).
 
     Args:
         before_LTE: (L, T, E) bool, active pairs of the earlier state.
-        after_LTE: (L, T, E) bool, of the later state on the same tokens.
+        after_LTE: (L, T, E) bool, active pairs of the later state on the same tokens.
         mask_T: (T,) bool, tokens to count; all by default.
 
     Returns:
@@ -77,20 +89,15 @@ def flip_rate(before_LTE: Tensor, after_LTE: Tensor, mask_T: Tensor | None = Non
     return _ratio(changed_LTE.sum(), changed_LTE.numel())
 
 
-def flip_count(before_LTE: Tensor, after_LTE: Tensor, mask_T: Tensor | None = None) -> float:
-    """Experts that a token gained or lost per layer: E times `flip_rate`, with its arguments (Fig. 10)."""
-    return before_LTE.shape[2] * flip_rate(before_LTE, after_LTE, mask_T)
-
-
 def active_by_token(
     active_LTE: Tensor, token_T: Tensor, *, min_count: int = 1, mask_T: Tensor | None = None
 ) -> TokenActivity:
-    """Active experts of each token id, and how frequent the id is (Fig. 7).
+    """Active experts of each token id, and how often the id occurs (Fig. 7).
 
     Args:
         active_LTE: (L, T, E) bool.
         token_T: (T,) int64, token ids.
-        min_count: ids that occur less often are left out, because their means are noise.
+        min_count: ids with fewer occurrences are left out, because their means are noisy.
         mask_T: (T,) bool, tokens to count; all by default.
     """
     active_LTE, token_T = _keep(active_LTE, mask_T), token_T if mask_T is None else token_T[mask_T]
@@ -104,7 +111,7 @@ def active_by_token(
 def rank_correlation(x_N: Tensor, y_N: Tensor) -> float:
     """Spearman's rank correlation of two (N,) tensors, in -1..1; equal values share the mean of their ranks.
 
-    NaN where one of them is constant, as it is for fewer than two values.
+    NaN if one of them is constant, which includes tensors of fewer than two values.
     """
     x_N, y_N = _ranks(x_N), _ranks(y_N)
     x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
@@ -119,7 +126,7 @@ def routed_share(active_LTE: Tensor, mask_T: Tensor | None = None) -> Tensor:
         mask_T: (T,) bool, tokens to count; all by default.
 
     Returns:
-        (L, E) float64, in 0..1. Its sums over experts are the mean active experts per layer.
+        (L, E) float64, in 0..1. Its sum over experts is the mean number of active experts per layer.
     """
     active_LTE = _keep(active_LTE, mask_T)
     return active_LTE.sum(dim=1).double() / active_LTE.shape[1]
@@ -137,29 +144,24 @@ def routed_share_by_domain(
         mask_T: (T,) bool, tokens to count; all by default.
 
     Returns:
-        (C, L, E) float64, in 0..1. Its sums over experts are the mean active experts per domain and layer.
+        (C, L, E) float64, in 0..1. Its sum over experts is the mean number of active experts per domain and layer.
     """
     keep_T = torch.ones_like(domain_T, dtype=torch.bool) if mask_T is None else mask_T
     return torch.stack([routed_share(active_LTE, keep_T & (domain_T == domain)) for domain in range(num_domains)])
 
 
 def inactive_below(num_experts: int, k: float) -> float:
-    """The share of the tokens under which an expert is inactive: k / (8 E), 1/64 in Fig. 8."""
+    """The share of the tokens below which an expert counts as inactive: k / (8 E), which is 1/64 in Fig. 8."""
     return INACTIVE_LOAD * k / num_experts
 
 
 def inactive_experts(share_LE: Tensor, k: float) -> Tensor:
-    """Experts with less than an eighth of the wanted mean load: bool, of the shape of the shares (..., E)."""
+    """Experts with less than an eighth of the target load, marked in Fig. 8: shares (..., E) to bool (..., E)."""
     return share_LE < inactive_below(share_LE.shape[-1], k)
 
 
-def mean_active_experts(share_LE: Tensor) -> Tensor:
-    """Mean active experts per token (Fig. 9, 12): shares (..., L, E) to float64 (..., L)."""
-    return share_LE.sum(dim=-1)
-
-
 def sparsity_per_layer(active_LTE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Each layer's share of the sparsity S (Eq. 8), which is BlockFFN's token-level sparsity (TLS) of the layer.
+    """Sparsity S of each layer (Eq. 8), which is BlockFFN's token-level sparsity (TLS) of the layer.
 
     Args:
         active_LTE: (L, T, E) bool.
@@ -172,7 +174,7 @@ def sparsity_per_layer(active_LTE: Tensor, mask_T: Tensor | None = None) -> Tens
 
 
 def load_imbalance(active_LTE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Load of the busiest expert over the mean load, per layer.
+    """Load of the busiest expert divided by the mean load, per layer.
 
     Args:
         active_LTE: (L, T, E) bool.
@@ -190,9 +192,9 @@ def specialisation(
 ) -> Specialisation:
     """Mutual information of expert and domain over the routed pairs of each layer.
 
-    The joint distribution is that of a pair drawn from all of the layer's pairs. Estimates from few pairs are too
-    high, by about (C - 1)(E - 1) / (2 pairs) for independent tokens and by more for those of few documents: a layer
-    that is almost closed seems to specialise. A mean over layers must weight them by their pairs.
+    The joint distribution is that of a pair drawn uniformly from the layer's pairs. Estimates from few pairs are too
+    high, by about (C - 1)(E - 1) / (2 pairs) for independent tokens and by more for tokens of few documents, so that
+    a layer with few active pairs appears specialised. A mean over layers must therefore weight them by their pairs.
 
     Args:
         active_LTE: (L, T, E) bool.
@@ -205,7 +207,7 @@ def specialisation(
     pairs_LCE = torch.stack(of_domain, dim=1).double()
     joint_LCE = pairs_LCE / pairs_LCE.sum(dim=(1, 2), keepdim=True)
     domain_entropy_L = _entropy(joint_LCE.sum(dim=2))
-    # I = H(domain) + H(expert) - H(both), and rounding must not make it negative.
+    # I = H(domain) + H(expert) - H(both), clamped because rounding could make it negative.
     nats_L = domain_entropy_L + _entropy(joint_LCE.sum(dim=1)) - _entropy(joint_LCE.flatten(1))
     nats_L = nats_L.clamp(min=0).minimum(domain_entropy_L)
     several_L = (pairs_LCE.sum(dim=2) > 0).sum(dim=1) > 1
@@ -215,28 +217,28 @@ def specialisation(
 def top_tokens(
     active_TE: Tensor, token_T: Tensor, limit: int, *, min_count: int = 1, mask_T: Tensor | None = None
 ) -> list[list[TopToken]]:
-    """The token ids that each expert of one layer takes most surely (Table 12).
+    """The token ids that are most likely to activate each expert of one layer (Table 12).
 
     Args:
         active_TE: (T, E) bool, active pairs of the layer.
         token_T: (T,) int64, token ids.
-        limit: ids per expert, at most.
-        min_count: ids that occur less often are left out.
+        limit: maximum number of ids per expert.
+        min_count: ids with fewer occurrences are left out.
         mask_T: (T,) bool, tokens to count; all by default.
 
     Returns:
-        For each expert, ids by falling P(expert active | id), then falling count, then rising id. Ids that the
-        expert never takes are left out.
+        For each expert, the ids that it takes at least once, by decreasing P(expert active | id), then decreasing
+        count, then increasing id.
     """
     if mask_T is not None:
         active_TE, token_T = active_TE[mask_T], token_T[mask_T]
     token_U, index_T, count_U = token_T.unique(return_inverse=True, return_counts=True)
-    # int32 holds any count, and takes half of the memory that int64 would for T E pairs.
+    # int32 is enough for any count, and needs half as much memory as int64.
     taken_UE = torch.zeros(len(token_U), active_TE.shape[1], dtype=torch.int32, device=active_TE.device)
     taken_UE.index_add_(0, index_T, active_TE.int())
     frequent_U = count_U >= min_count
     token_U, count_U, taken_UE = token_U[frequent_U], count_U[frequent_U], taken_UE[frequent_U]
-    # Stable sorts, the least important key first; the ids are ascending already.
+    # Stable sorts, the least significant key first; the ids are already ascending.
     order_U = count_U.argsort(descending=True, stable=True)
     token_U, count_U = token_U[order_U], count_U[order_U]
     probability_UE = taken_UE[order_U].double() / count_U[:, None]
@@ -252,22 +254,22 @@ def top_tokens(
 
 
 def chunk_sparsity(active_LTE: Tensor, sequence_T: Tensor, chunk: int, mask_T: Tensor | None = None) -> Tensor:
-    """Chunk-level sparsity CLS_n: experts that none of n consecutive tokens uses (BlockFFN, arXiv 2507.08771).
+    """Chunk-level sparsity CLS_n: share of experts that none of n consecutive tokens uses (BlockFFN).
 
-    A sequence is cut into chunks from its start; an incomplete one at its end is left out. CLS_1 is the token-level
-    sparsity.
+    Each sequence is cut into chunks from its start; an incomplete chunk at its end is left out. CLS_1 is the
+    token-level sparsity.
 
     Args:
         active_LTE: (L, T, E) bool.
         sequence_T: (T,) int64, sequence of each token; tokens of a sequence are consecutive rows, in order.
         chunk: n, tokens per chunk.
-        mask_T: (T,) bool, tokens to count; all by default. Tokens on both sides of a masked one become neighbours.
+        mask_T: (T,) bool, tokens to count; all by default. The tokens around a masked one become neighbours.
 
     Returns:
-        (L,) float64, in 0..1: the mean over chunks of 1 - |union of their experts| / E.
+        (L,) float64, in 0..1: the mean over chunks of 1 - |union of the tokens' experts| / E.
 
     Raises:
-        ConfigError: when `chunk` is not positive.
+        ConfigError: if `chunk` is not positive.
     """
     if chunk < 1:
         raise ConfigError(f"a chunk needs at least one token, not {chunk}")
@@ -284,16 +286,16 @@ def chunk_sparsity(active_LTE: Tensor, sequence_T: Tensor, chunk: int, mask_T: T
 
 
 def expert_reuse(active_LTE: Tensor, sequence_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """How many of a token's experts the next token of its sequence uses too (BlockFFN, arXiv 2507.08771).
+    """Share of a token's experts that the next token of its sequence also uses (BlockFFN).
 
     Args:
         active_LTE: (L, T, E) bool.
         sequence_T: (T,) int64, sequence of each token; tokens of a sequence are consecutive rows, in order.
-        mask_T: (T,) bool, tokens to count; all by default. Tokens on both sides of a masked one become neighbours.
+        mask_T: (T,) bool, tokens to count; all by default. The tokens around a masked one become neighbours.
 
     Returns:
-        (L,) float64, in 0..1: the mean of |S_i and S_{i+1}| / |S_i| over neighbours. Tokens without an active expert
-        are left out as i and count as i + 1.
+        (L,) float64, in 0..1: the mean of |S_i and S_{i+1}| / |S_i| over neighbours, where S_i is the set of active
+        experts of token i. Pairs whose first token has no active expert are left out.
     """
     active_LTE, sequence_T = _keep(active_LTE, mask_T), sequence_T if mask_T is None else sequence_T[mask_T]
     same_sequence_T = sequence_T[1:] == sequence_T[:-1]
@@ -313,7 +315,7 @@ def _ratio(part: Tensor, whole: int) -> float:
 
 
 def _entropy(probability_LN: Tensor) -> Tensor:
-    """(L,) entropies in nats, 0 log 0 = 0."""
+    """(L,) entropies in nats, where 0 log 0 = 0."""
     return -torch.xlogy(probability_LN, probability_LN).sum(dim=1)
 
 

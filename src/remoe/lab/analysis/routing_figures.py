@@ -1,7 +1,7 @@
-"""Figures of routing: what the experts of a trained model take, and how fast that changes.
+"""Figures of routing: which tokens the experts of a trained model take, and how fast that changes.
 
-The figures named are those of ReMoE, arXiv 2412.14711. Shares and activities come from `measures`; every function
-takes plain numbers, or arrays and tensors of them.
+Figure numbers refer to ReMoE, arXiv 2412.14711. Shares and activities come from `measures`; every function accepts
+lists, arrays or tensors of them.
 
 Legend: L layers, E experts, C domains, U distinct token ids.
 """
@@ -34,20 +34,20 @@ from remoe.lab.analysis.style import (
 )
 
 MAX_BARS_ACROSS = 100
-MAX_BARS, MAX_BAR_DOMAINS = 200, 10  # of a layer, and of a colour each
-MAX_DOMAIN_NAMES = 60  # beside a map
-MAX_COLUMNS = 400  # of a map over steps
+MAX_BARS, MAX_BAR_DOMAINS = 200, 10  # in the panel of a layer; domains have a colour each
+MAX_DOMAIN_NAMES = 60  # next to a map
+MAX_COLUMNS = 400  # in a map over steps
 
 
 @mpl.rc_context(STYLE)
 def active_against_frequency(
     runs: Mapping[str, tuple[ArrayLike, ArrayLike]], *, look: Mapping[str, Look] | None = None
 ) -> Figure:
-    """Mean active experts of each token id against how often the id occurs (Fig. 7), a panel a run.
+    """Mean active experts of each token id against the number of its occurrences (Fig. 7), one panel per run.
 
     Args:
-        runs: counts (U,) and mean active experts (U,) of the token ids, as `measures.active_by_token` gives them.
-            Dots are ids; the line is the mean over the ids of an octave of counts.
+        runs: counts (U,) and mean active experts (U,) of the token ids, as `measures.active_by_token` returns them.
+            Dots are ids; the line is the mean over ids whose counts are in the same octave.
     """
     look = look or looks(runs)
     fig = new_figure(0.6 + 2.9 * len(runs), 2.9)
@@ -73,11 +73,11 @@ def active_against_frequency(
 
 @mpl.rc_context(STYLE)
 def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Figure:
-    """Share of the tokens that each expert of each layer takes (Fig. 8), a map a run, with sparsity per layer.
+    """Share of the tokens that each expert of each layer takes (Fig. 8), one map per run, with sparsity per layer.
 
     Args:
         runs: (L, E) shares in 0..1; runs may differ in L and E.
-        k: wanted active experts per token of each run, from which follows which experts are inactive.
+        k: target number of active experts per token of each run, which determines the experts marked as inactive.
     """
     shares = {name: np.asarray(share_LE) for name, share_LE in runs.items()}
     experts = [share_LE.shape[1] for share_LE in shares.values()]
@@ -88,7 +88,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
     highest = max(share_LE.max() for share_LE in shares.values()) or 1
     for index, (name, share_LE) in enumerate(shares.items()):
         ax, side = axes[2 * index], axes[2 * index + 1]
-        # By square root: a few busy experts must not turn all others the same dark.
+        # A square root, so that a few busy experts do not make all others look equally dark.
         norm = PowerNorm(0.5, vmin=0, vmax=highest)
         image = ax.imshow(share_LE, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
         layer, expert = np.nonzero(share_LE < inactive_below(share_LE.shape[1], k[name]))
@@ -103,7 +103,7 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
         side.tick_params(axis="y", left=False, labelleft=False)
         label(side, x="sparsity")
     bar = fig.colorbar(image, ax=axes.tolist(), pad=0.01, aspect=15)
-    bar.set_label("share of tokens\n(×: under 1/8 of the wanted mean)")
+    bar.set_label("share of tokens\n(×: under 1/8 of the target)")
     return fig
 
 
@@ -111,15 +111,15 @@ def routed_share_maps(runs: Mapping[str, ArrayLike], k: Mapping[str, int]) -> Fi
 def routed_share_by_domain(
     share_CLE: ArrayLike, domains: Sequence[str], k: int, *, look: Mapping[str, Look] | None = None
 ) -> Figure:
-    """Share of each domain's tokens that each expert takes, a panel a layer, and active experts (Fig. 9, 12).
+    """Share of each domain's tokens that each expert takes, one panel per layer, and active experts (Fig. 9, 12).
 
-    Bars, or maps where there would be too many of them.
+    Draws bars, or maps if there would be too many bars.
 
     Args:
         share_CLE: (C, L, E) shares in 0..1.
-        domains: the C names.
-        k: wanted active experts per token, from which follows below which share an expert is inactive.
-        look: of the domains.
+        domains: (C,) names.
+        k: target number of active experts per token, which determines the share below which an expert is inactive.
+        look: colours and markers of the domains.
     """
     share_CLE = np.asarray(share_CLE)
     C, L, E = share_CLE.shape
@@ -142,7 +142,7 @@ def routed_share_by_domain(
         ax.set_xlim(-0.6, E - 0.4)
         label(ax, title=f"layer {layer}")
     _label_lowest(axes, L, "expert")
-    upper.supylabel("share of the domain's tokens\n(dotted: 1/8 of the wanted mean)", fontsize=8)
+    upper.supylabel("share of the domain's tokens\n(dotted: 1/8 of the target)", fontsize=8)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     upper.legend(handles=handles, loc="outside upper center", ncols=legend_columns(domains, fig.get_figwidth()))
     _active_by_domain(lower.subplots(), share_CLE.sum(axis=2), domains, look)
@@ -150,13 +150,13 @@ def routed_share_by_domain(
 
 
 def _grid(panels: int, across: int) -> tuple[int, int]:
-    """Rows and columns: at most three panels and `across` in a row, as many in each as it goes."""
+    """Rows and columns: at most three panels, and at most `across`, in a row; rows as even as possible."""
     rows = -(-panels // max(1, min(3, across)))
     return rows, -(-panels // rows)
 
 
 def _share_maps_by_domain(share_CLE: np.ndarray, domains: Sequence[str]) -> Figure:
-    """The same as maps, a row a domain; the last one is of active experts, a column a layer."""
+    """The same as maps with one row per domain; the last map shows active experts, one column per layer."""
     C, L, E = share_CLE.shape
     rows, columns = _grid(L, MAX_BARS_ACROSS // E)
     height = max(1.2, min(6.0, 0.4 + 0.12 * C))
@@ -186,13 +186,13 @@ def _share_maps_by_domain(share_CLE: np.ndarray, domains: Sequence[str]) -> Figu
 
 @mpl.rc_context(STYLE)
 def load_course(steps: Sequence[int], load_SLE: ArrayLike, k: int) -> Figure:
-    """How the load of each expert moves over training: a map a layer, a row an expert.
+    """Load of each expert during training: one map per layer, one row per expert.
 
     Args:
-        steps: S of them.
-        load_SLE: (S, L, E) share of the tokens that each expert takes at each of them. Columns are even in steps: the
-            mean of the records in it, or else the next record's.
-        k: wanted active experts per token: the colours end at four times the wanted mean load.
+        steps: (S,) steps of the records.
+        load_SLE: (S, L, E) share of the tokens that each expert takes at each step. All columns of a map span the same
+            number of steps; a column shows the mean of its records, or the next record if it has none.
+        k: target number of active experts per token; the colour scale ends at four times the target load.
     """
     load_SLE = np.asarray(load_SLE, dtype=float)
     S, L, E = load_SLE.shape
@@ -229,7 +229,7 @@ def flips(
     *,
     look: Mapping[str, Look] | None = None,
 ) -> Figure:
-    """How fast routing changes in training: flip rate over steps, and flip count per system (Fig. 10).
+    """How fast routing changes during training: flip rate by step, and flip count of each system (Fig. 10).
 
     Args:
         runs: steps, and the flip rate at each.
@@ -254,7 +254,7 @@ def flips(
             loc="outside upper center",
             ncols=legend_columns(runs, fig.get_figwidth()),
         )
-    label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes between two steps")
+    label(left, x="step", y="flip rate (share of pairs)", title="Routing that changes in one step")
     right.set_yticks(range(len(runs)), [*map(plain, runs)])
     right.invert_yaxis()
     right.margins(x=0.22)
@@ -265,7 +265,7 @@ def flips(
 
 
 def _label_lowest(axes: np.ndarray, panels: int, x: str) -> None:
-    """Names the horizontal axis at each column's last panel, and hides those behind the last."""
+    """Labels the horizontal axis of the lowest panel of each column, and hides unused axes."""
     for ax in axes.flat[panels:]:
         ax.set_visible(False)
     for column in axes.T:
@@ -285,7 +285,7 @@ def _active_by_domain(ax: Axes, active_CL: np.ndarray, domains: Sequence[str], l
 
 
 def _octave_means(count_U: np.ndarray, active_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For the ids whose counts share an octave: the geometric mean of their counts, and their mean active experts."""
+    """For each octave of counts: the geometric mean of the ids' counts, and their mean active experts."""
     octave_U = np.floor(np.log2(count_U))
     groups = [octave_U == octave for octave in np.unique(octave_U)]
     counts = np.array([np.exp(np.log(count_U[group]).mean()) for group in groups])

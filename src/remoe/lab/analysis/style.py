@@ -1,4 +1,4 @@
-"""How every figure looks, and how it is written: one style, colours that the colour-blind can tell apart."""
+"""The style of every figure, with colours that colour-blind readers can tell apart, and how figures are saved."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-DIGITS = 9  # of a position, as a share of its figure
+DIGITS = 9  # kept of a position, as a share of its figure
 STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that files agree between machines
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that files are the same on every machine
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
@@ -39,10 +39,10 @@ STYLE = {
     "svg.hashsalt": "remoe",
 }
 GREY = "#777777"
-MAX_LEGEND = 4  # entries of a legend within the axes; more stand outside
+MAX_LEGEND = 4  # most entries of a legend inside the axes; longer legends go outside
 
-# Okabe and Ito's palette without its yellow, which white paper swallows, and three more that differ from it in
-# lightness too. Markers and dashes say the same once more.
+# Okabe and Ito's palette without its yellow, which is hard to see on white, and three more colours that also differ in
+# lightness. Markers and dashes carry the same information a second time.
 _COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A3E00", "#A6A6A6", "#5E3C99",
 )  # fmt: skip
@@ -51,7 +51,7 @@ _DASHES = ("-", "--", ":")
 
 
 class Look(NamedTuple):
-    """What tells one run from the others."""
+    """Colour, marker and line style that distinguish one run from the others."""
 
     color: str
     marker: str
@@ -59,7 +59,7 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look for each name, by its place; give the same dict to all figures of a report to keep them alike."""
+    """A look for each name, by position; pass the same dict to all figures of a report to keep them consistent."""
     return {
         name: Look(_COLORS[i % 10], _MARKERS[i % 10], _DASHES[i // 10 % len(_DASHES)])
         for i, name in enumerate(dict.fromkeys(names))
@@ -67,35 +67,35 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter, and in a legend: `$` begins no formula, `_` hides nothing."""
+    """A name escaped so that matplotlib prints it literally: `$` starts no formula, `_` hides no legend entry."""
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def legend_columns(names: Iterable[str], width: float) -> int:
-    """How many entries of a legend fit beside each other, at most six.
+    """Number of legend entries that fit side by side, at most six.
 
     Args:
-        names: its entries.
-        width: of the figure, inches.
+        names: the entries.
+        width: width of the figure in inches.
     """
     longest = max((len(name) for name in names), default=0)
-    return max(1, min(6, int(72 * width / (40 + 5 * longest))))  # points, of a letter and of what stands before it
+    return max(1, min(6, int(72 * width / (40 + 5 * longest))))  # points: 5 per letter, 40 for the line and the gaps
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+    """An empty figure; sizes are in inches."""
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
     return fig
 
 
 def label(ax: Axes, *, x: str = "", y: str = "", title: str = "") -> None:
-    """Names the axes; a unit belongs to the name."""
+    """Labels the axes; labels include units."""
     ax.set(xlabel=x, ylabel=y, title=title)
 
 
 def number_axis(ax: Axes, axis: str, count: int) -> None:
-    """Ticks for the layers or experts 0 .. count - 1, few enough to be read."""
+    """Ticks for the layers or experts 0 .. count - 1, few enough to be legible."""
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count / step <= 16 or step == 128)
     ticks = getattr(ax, f"{axis}axis")
     ticks.set_major_locator(FixedLocator(list(range(0, count, step))))
@@ -103,19 +103,19 @@ def number_axis(ax: Axes, axis: str, count: int) -> None:
 
 
 def quantity(value: float) -> str:
-    """A number of at most three digits where it is large: 16.1M."""
+    """A number in words; at least a million with three significant digits and a unit: 16.1M."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
-        if value >= 0.9995 * size:  # what three digits round to it
+        if value >= 0.9995 * size:  # rounds to it with three digits
             return f"{value / size:.3g}{letter}"
     return f"{value:g}"
 
 
 def save(fig: Figure, path: Path | str) -> None:
-    """Writes `path`.svg and `path`.png; the same figure gives the same bytes. Its layout is fixed from then on.
+    """Writes `path`.svg and `path`.png; the same figure gives the same bytes.
 
     Args:
-        fig: the figure.
-        path: without a suffix; its folder must be there.
+        fig: the figure, whose layout is frozen.
+        path: path without a suffix, in an existing folder.
     """
     write_svg(fig, f"{path}.svg")
     with mpl.rc_context(STYLE):
@@ -123,10 +123,10 @@ def save(fig: Figure, path: Path | str) -> None:
 
 
 def write_svg(fig: Figure, file: BinaryIO | str) -> None:
-    """Writes the figure as SVG, as `save` does."""
-    # Ticks are made when drawn, so the style must hold here too.
+    """Writes the figure as SVG as `save` does."""
+    # Ticks are created when drawn, so the style must apply here too.
     with mpl.rc_context(STYLE):
-        # Each run of the layout moves the axes by rounding, and the SVG's ids hash their positions: one run is enough.
+        # Run the layout only once: each run moves the axes by a rounding error, and the ids in the SVG hash positions.
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
         _round_positions(fig)
@@ -134,7 +134,7 @@ def write_svg(fig: Figure, file: BinaryIO | str) -> None:
 
 
 def _round_positions(fig: Figure | SubFigure) -> None:
-    """Takes away the last digits of the layout: now and then its solver finds others."""
+    """Rounds away the last digits of the layout, which its solver does not always reproduce."""
     for panel in fig.subfigs:
         panel.bbox_relative.p0, panel.bbox_relative.p1 = panel.bbox_relative.get_points().round(DIGITS)
         _round_positions(panel)

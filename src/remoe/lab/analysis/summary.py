@@ -1,4 +1,4 @@
-"""How a model routes, in numbers that tables and figures are made of.
+"""Summary of a model's routing: the numbers for tables and figures.
 
 Legend: L layers, E experts, C domains, U distinct token ids.
 """
@@ -16,25 +16,25 @@ from remoe.lab.analysis import measures
 from remoe.lab.analysis.collect import RoutingRecord
 
 CHUNK = 8
-MIN_COUNT = 10  # occurrences of a token id from which its mean active experts are looked at
-TOP, TOP_MIN_COUNT = 8, 50  # tokens shown of an expert, and the occurrences from which one is
+MIN_COUNT = 10  # fewest occurrences of a token id whose mean active experts are reported
+TOP, TOP_MIN_COUNT = 8, 50  # tokens shown per expert, and the fewest occurrences of such a token
 DIGITS = 4
 
 
 @dataclass(frozen=True)
 class RoutingFigures:
-    """Measures of one run; a layer has None where it has nothing to measure, as without any routed pair.
+    """Measures of one run; the value of a layer is None if it has nothing to measure, such as any routed pair.
 
     Attributes:
-        inactive_experts: experts of all layers with less than an eighth of the wanted mean load.
-        frequency_correlation: Spearman's, of a token id's active experts and its frequency; None where all ids have
-            the same number.
-        sparsity_per_layer: (L,).
-        load_imbalance_per_layer: (L,), load of the busiest expert over the mean load.
-        specialisation_per_layer: (L,), mutual information of expert and domain over the entropy of the domain.
-        chunk_sparsity_per_layer: (L,), experts that none of 8 neighbouring tokens uses.
-        expert_reuse_per_layer: (L,), share of a token's experts that the next token uses too. None, as the one above,
-            in records of before they were kept by layer.
+        inactive_experts: number of experts, over all layers, with less than an eighth of the target load (Fig. 8).
+        frequency_correlation: Spearman's correlation of a token id's active experts and its frequency (cf. Fig. 7);
+            None if all ids have the same number of experts.
+        sparsity_per_layer: (L,), Eq. 8.
+        load_imbalance_per_layer: (L,), load of the busiest expert divided by the mean load.
+        specialisation_per_layer: (L,), mutual information of expert and domain divided by the entropy of the domain.
+        chunk_sparsity_per_layer: (L,), share of experts that none of 8 consecutive tokens uses (BlockFFN).
+        expert_reuse_per_layer: (L,), share of a token's experts that the next token also uses (BlockFFN). This and
+            chunk_sparsity_per_layer are None in old records, which did not have them per layer.
     """
 
     inactive_experts: int
@@ -47,14 +47,14 @@ class RoutingFigures:
 
     @property
     def mean_chunk_sparsity(self) -> float | None:
-        """The mean over all layers, as of S."""
+        """Mean over the layers, unweighted as in S."""
         known = [value for value in self.chunk_sparsity_per_layer or [] if value is not None]
         return statistics.mean(known) if known else None
 
     def over_pairs(self, measure: str) -> float | None:
-        """The mean of NAME_per_layer, each layer weighted by its routed pairs; None where no layer has a value.
+        """Mean of `{measure}_per_layer`, weighted by the layers' routed pairs; None if no layer has a value.
 
-        Without weights a layer that is almost closed would count as much as one that does all the work.
+        Without weights, a layer with almost no active pairs would count as much as one that does all the work.
         """
         values = getattr(self, f"{measure}_per_layer") or []
         known = [
@@ -69,17 +69,19 @@ class RoutingFigures:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """How a trained model routes about 200,000 validation tokens.
+    """How a trained model routes validation tokens, usually about 200,000 of them.
+
+    The figures and tables are those of ReMoE, arXiv 2412.14711.
 
     Attributes:
-        figures: its measures.
-        share_LE: share of the tokens that each expert takes.
-        share_CLE: the same of each domain's tokens.
-        domains: names of those that have tokens, (C,).
-        count_U: how often each token id occurs.
-        active_U: its mean active experts.
-        top_tokens: of each layer's experts, the text of the tokens that it takes most surely (Table 12); empty in
-            records of before they were kept.
+        figures: measures of the routing.
+        share_LE: (L, E), share of the tokens that each expert takes (Fig. 8).
+        share_CLE: (C, L, E), share of each domain's tokens that each expert takes (Fig. 9, 12).
+        domains: (C,), names of the domains that have tokens.
+        count_U: (U,), how often each token id occurs (Fig. 7).
+        active_U: (U,), mean active experts of each token id (Fig. 7).
+        top_tokens: for each layer and expert, the texts of the tokens most likely to activate it (Table 12); empty in
+            old records, which did not have them.
     """
 
     figures: RoutingFigures
@@ -92,12 +94,12 @@ class RoutingSummary:
 
 
 def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> RoutingSummary:
-    """The measures of a model's routing, and what is shown of it.
+    """Summarises the routing of a model.
 
     Args:
         record: the routing.
-        k: wanted active experts per token.
-        text_of: the text of a token id.
+        k: target number of active experts per token.
+        text_of: returns the text of a token id.
     """
     active_LTE = record.active_LTE
     by_token = measures.active_by_token(active_LTE, record.token_T, min_count=MIN_COUNT)
@@ -134,12 +136,12 @@ def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> 
 
 
 def rounded(value: Any) -> Any:
-    """A number, or numbers in lists, with four digits."""
+    """A number, or nested lists of numbers, rounded to four significant digits."""
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _known_numbers(value_L: Tensor) -> list[float | None]:
-    """JSON has no NaN: None."""
+    """Rounded values, with None for NaN, which JSON does not have."""
     return [None if math.isnan(value) else rounded(value) for value in value_L.tolist()]

@@ -1,6 +1,6 @@
 """Data: from text to token shards (`prepare`), and from shards to batches (`open_dataset`).
 
-Names load when first used, so that options and documents come without torch or transformers.
+Names load on first use, so that options and documents do not import torch or transformers.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Batches of tokens: shuffled windows for training, each domain once and in order for validation.
+"""Batches of tokens: shuffled windows for training; for validation, each domain once and in order.
 
 Shape suffixes: B batch, S sequence, N windows, T tokens.
 """
@@ -11,15 +11,15 @@ import torch
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data.dataset import Split
 
-IGNORED_TARGET = -100  # what torch's cross entropy leaves out
+IGNORED_TARGET = -100  # which torch's cross entropy ignores
 
 
 class TrainBatches:
-    """Shuffled training windows: `batch(step)` depends on the seed and the step alone.
+    """Shuffled training windows; `batch(step)` depends on the seed and the step alone.
 
-    A window is `seq_len` + 1 successive tokens of one shard, so that it gives `seq_len` predictions;
-    windows start every `seq_len` tokens. Each epoch visits every window once, in an order of its own;
-    batches run on over the end of an epoch. Raises DataError if the split has not one window.
+    A window is `seq_len` + 1 consecutive tokens of one shard, for `seq_len` predictions; windows start every
+    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs.
+    Raises DataError if the split is too small for one window.
     """
 
     def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int) -> None:
@@ -40,11 +40,11 @@ class TrainBatches:
 
     @property
     def windows_per_epoch(self) -> int:
-        """Windows that one epoch visits."""
+        """Number of windows in an epoch."""
         return int(self._first_window[-1])
 
     def batch(self, step: int) -> torch.Tensor:
-        """The batch of a step counted from 0: int64 (B, S + 1), inputs and, shifted by one, targets."""
+        """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one."""
         tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
         first = step * self.batch_size
         for row in range(self.batch_size):
@@ -56,7 +56,7 @@ class TrainBatches:
         return torch.from_numpy(tokens_BS)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        # only a cache: the order is a pure function of seed and epoch
+        # a cache; the order is a pure function of seed and epoch
         if self._order[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._order = (epoch, generator.permutation(self.windows_per_epoch))
@@ -64,9 +64,9 @@ class TrainBatches:
 
 
 class ValidationWindows:
-    """Each domain of a split, its documents joined in order and cut into windows of `seq_len` inputs.
+    """Validation windows: the documents of each domain, joined in order and cut into windows of `seq_len` inputs.
 
-    Every token of a domain but its first is predicted exactly once; the last window is padded.
+    Every token of a domain except its first is predicted exactly once. The last window is padded.
     """
 
     def __init__(self, split: Split, seq_len: int) -> None:
@@ -81,21 +81,21 @@ class ValidationWindows:
         return tuple(self.split.record.domains)
 
     def num_predictions(self, domain: str, max_tokens: int | None = None) -> int:
-        """Tokens of the domain that `batches` has as targets."""
+        """Number of targets in `batches` with the same arguments."""
         return sum(len(run) for run in self._runs(domain, max_tokens)) - 1
 
     def shares(self, max_tokens: int | None) -> dict[str, int | None]:
-        """About `max_tokens` shared out over the domains by their size; None for everything."""
+        """About `max_tokens` divided among the domains in proportion to their sizes; None means everything."""
         if max_tokens is None:
             return dict.fromkeys(self.domains)
         size = {domain: self.num_predictions(domain) for domain in self.domains}
         return {domain: max(1, max_tokens * size[domain] // sum(size.values())) for domain in self.domains}
 
     def bytes(self, domain: str, max_tokens: int | None = None) -> int:
-        """UTF-8 bytes of the documents that `batches` goes through with the same `max_tokens`.
+        """UTF-8 bytes of the documents that `batches` reads with the same `max_tokens`.
 
-        Bits per byte is the summed loss of those targets in bits, divided by this. The domain's first
-        token has no prediction but its few bytes count.
+        Bits per byte is the summed loss of those targets, in bits, divided by this. The domain's first token is
+        not predicted, but its few bytes are counted.
         """
         spans = self._document_spans(domain, max_tokens)
         return sum(int(self.split.shards[shard].document_bytes[documents].sum()) for shard, documents in spans)
@@ -105,9 +105,9 @@ class ValidationWindows:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield inputs int64 (N, S), targets int64 (N, S) and mask bool (N, S), N at most `batch_size`.
 
-        Where the mask is False the input is padding (0) and the target -100. With `max_tokens`, only the
-        first whole documents of that many tokens together, and at least one. Raises DataError for a
-        domain that the split lacks.
+        Where the mask is False, the input is padding (0) and the target is -100. With `max_tokens`, only the first
+        whole documents that together have at most that many tokens, but at least one document. Raises DataError
+        for a domain that the split does not have.
         """
         size = batch_size * self.seq_len
         pending = np.empty(0, np.int64)
@@ -135,7 +135,7 @@ class ValidationWindows:
         return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
 
     def _runs(self, domain: str, max_tokens: int | None) -> Iterator[np.ndarray]:
-        """The domain's tokens in order, as slices of the memory maps: one for neighbouring documents."""
+        """The domain's tokens in order, as slices of the memory maps; neighbouring documents share a slice."""
         for number, documents in self._document_spans(domain, max_tokens):
             shard = self.split.shards[number]
             starts, ends = shard.document_offsets[documents], shard.document_offsets[documents + 1]

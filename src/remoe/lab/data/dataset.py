@@ -1,12 +1,21 @@
-"""Opening a prepared dataset, and checking that nothing in it is missing, foreign or damaged."""
+"""Opening a prepared dataset, with checks that no file is missing, foreign or damaged."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remoe.errors import DataError
-from remoe.lab.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, SplitName, SplitRecord, read_manifest
-from remoe.lab.data.shards import Shard, array_sha256, read_shard
+from remoe.lab.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    ShardRecord,
+    SplitName,
+    SplitRecord,
+    array_sha256,
+    read_manifest,
+    read_shard,
+)
 from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -15,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its shards in order, and its sizes."""
+    """One split of a dataset: its shards, in order, and its size."""
 
     name: SplitName
     path: Path
@@ -25,7 +34,7 @@ class Split:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the split, the EOS token of each document included."""
+        """Tokens of the split, including the EOS token of each document."""
         return self.record.tokens
 
     @property
@@ -37,10 +46,6 @@ class Split:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the split's text."""
         return self.record.bytes
-
-    def domain_tokens(self) -> dict[str, int]:
-        """Tokens of each domain that the split has."""
-        return {name: counts.tokens for name, counts in self.record.domains.items()}
 
 
 @dataclass(frozen=True)
@@ -74,41 +79,41 @@ class Dataset:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains, in the order that shards count them."""
+        """Names of the domains, in the order of their numbers in shards."""
         return tuple(self.manifest.domains)
 
     @property
     def tokenizer_path(self) -> Path:
-        """The folder of the tokenizer, which transformers can load."""
+        """Folder of the tokenizer, which transformers can load."""
         return self.path / "tokenizer"
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase", whose: str) -> None:
-        """Raise DataError if the shards were made with another tokenizer than this one, `whose` it is."""
+        """Raise DataError unless the shards were made with this tokenizer; `whose` names its owner in the message."""
         if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
-            raise DataError(f"{self.path} was prepared with another tokenizer than that of {whose}")
+            raise DataError(f"{self.path} was prepared with a tokenizer different from that of {whose}")
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Load the tokenizer; raises DataError if it is gone or not the one the shards were made with."""
+        """Load the tokenizer; raises DataError if it is missing or not the one that made the shards."""
         if not self.tokenizer_path.is_dir():
             raise DataError(f"{self.tokenizer_path}: the dataset's tokenizer is missing")
         tokenizer = load_tokenizer(self.tokenizer_path)
         if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
-            raise DataError(f"{self.tokenizer_path}: not the tokenizer that the shards were made with")
+            raise DataError(f"{self.tokenizer_path}: not the tokenizer that made the shards")
         return tokenizer
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open what `prepare` made, checking all that can be checked without reading the tokens.
+    """Open a dataset that `prepare` made, with every check that does not read the tokens.
 
-    Raises DataError for a missing or unfinished dataset, and names any shard that is missing, truncated,
-    of another tokenizer or split, or not the one that dataset.json lists.
+    Raises DataError for a missing or unfinished dataset, and for a shard that is missing, truncated, made with
+    another tokenizer, of another split, or different from the one that dataset.json lists.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such dataset folder; `remoe data prepare` makes one")
     if not (folder / MANIFEST_NAME).exists():
         if (folder / "preparation.json").exists():
-            raise DataError(f"{folder}: unfinished; run the same `remoe data prepare` again to finish it")
+            raise DataError(f"{folder}: unfinished; run the same `remoe data prepare` command again to finish it")
         raise DataError(f"{folder}: not a dataset: it has no {MANIFEST_NAME}")
     manifest = read_manifest(folder)
     return Dataset(
@@ -117,7 +122,7 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 def verify_hashes(dataset: Dataset) -> None:
-    """Read every shard and compare it with its sha256; raises DataError naming all that differ."""
+    """Read every shard and compare it with its sha256; raises DataError naming every shard that differs."""
     damaged = []
     for split in (dataset.train, dataset.validation):
         for shard, record in zip(split.shards, split.record.shards, strict=True):
@@ -125,7 +130,7 @@ def verify_hashes(dataset: Dataset) -> None:
             if found != (record.sha256, record.index_sha256):
                 damaged.append(record.file)
     if damaged:
-        raise DataError(f"{dataset.path}: damaged, as the sha256 shows: {', '.join(damaged)}")
+        raise DataError(f"{dataset.path}: damaged (sha256 differs): {', '.join(damaged)}")
 
 
 def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
@@ -139,12 +144,12 @@ def _open_shard(folder: Path, manifest: Manifest, split: SplitName, number: int,
     shard = read_shard(path)
     header = shard.header
     if header.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(f"{path}: foreign shard: made with another tokenizer than this dataset's")
+        raise DataError(f"{path}: foreign shard: made with another tokenizer")
     if (header.split, header.index) != (split, number):
         raise DataError(f"{path}: foreign shard: it is number {header.index} of a {header.split} split")
     sizes = (shard.num_tokens, shard.num_documents, header.sha256, header.index_sha256)
     if sizes != (record.tokens, record.documents, record.sha256, record.index_sha256):
-        raise DataError(f"{path}: foreign shard: its content is not the one that {MANIFEST_NAME} lists")
+        raise DataError(f"{path}: foreign shard: its content differs from the record in {MANIFEST_NAME}")
     if shard.layout["tokens"][0] != {"uint16": "<u2", "uint32": "<u4"}[manifest.token_dtype]:
         raise DataError(f"{path}: foreign shard: its tokens are not {manifest.token_dtype}")
     return shard

@@ -1,10 +1,19 @@
-"""Documents, and the checks that every row passes on its way to becoming one."""
+"""Documents, and the readers that make them from text files, JSON lines, Parquet and Arrow tables."""
 
+import io
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remoe.errors import DataError
 
+if TYPE_CHECKING:  # the functions that read with it import pyarrow, so that documents alone come without it
+    import pyarrow as pa
+
 TOTAL = "all"  # in tables and files, the row of all domains together
+ROWS_PER_BATCH = 256  # documents are often tens of kilobytes, so a batch takes a few MB of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +48,26 @@ class Columns:
 
 
 def utf8_length(text: str) -> int:
-    """Length of `text` in UTF-8 bytes.
-
-    Raises UnicodeEncodeError for lone surrogates, which no UTF-8 text can hold.
-    """
+    """Length of `text` in UTF-8 bytes; raises UnicodeEncodeError for a lone surrogate, which UTF-8 cannot hold."""
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to learn from `text`: it is empty or all white space."""
+    """Whether `text` is empty or all white space, so that there is nothing to learn from it."""
     return not text or text.isspace()
 
 
 def make_document(text: object, domain: object, group: object, place: str) -> Document | None:
     """Check one row and make it a document, or None if its text is blank.
 
-    `place` names the row in errors. Raises DataError for a value that is not text, or not Unicode.
+    `place` names the row in errors. Raises DataError for a value that is not text or not valid Unicode.
     """
     if not isinstance(text, str):
         raise DataError(f"{place}: the text is {_describe(text)}, not a string")
     if not isinstance(domain, str) or not domain:
         raise DataError(f"{place}: the domain is {_describe(domain)}, not a name")
     if domain == TOTAL:
-        raise DataError(f"{place}: {TOTAL!r} cannot be a domain's name: it stands for all of them; rename it")
+        raise DataError(f"{place}: {TOTAL!r} cannot be a domain's name, because it stands for all domains; rename it")
     if is_blank(text):
         return None
     group = None if group is None else str(group)
@@ -69,7 +75,7 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
         try:
             utf8_length(value)
         except UnicodeEncodeError:
-            raise DataError(f"{place}: the {what} holds a lone surrogate, so it is not valid Unicode") from None
+            raise DataError(f"{place}: the {what} contains a lone surrogate, which is not valid Unicode") from None
     return Document(text, domain, group)
 
 
@@ -77,3 +83,148 @@ def _describe(value: object) -> str:
     if value is None:
         return "missing (null)"
     return "empty" if value == "" else f"of type {type(value).__name__}"
+
+
+def read_text(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
+    """Read a `.txt` file as one document of the given domain.
+
+    Raises DataError for a file that cannot be read or is not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start} cannot be decoded)") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    document = make_document(text, domain, None, str(path))
+    if document is not None:
+        yield document
+
+
+def read_jsonl(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
+    """Read a file of one JSON object per line, plain or compressed with gzip or zstd.
+
+    A line without the key `domain` gets the given domain. Raises DataError naming the file and the line.
+    """
+    import pyarrow as pa
+
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    try:
+        # unlike zstandard's streams, pyarrow's report a compressed file that was truncated
+        with pa.input_stream(str(path), compression=compression) as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
+                if not line.isspace():
+                    document = _json_document(line, columns, domain, f"{path}: line {number}")
+                    if document is not None:
+                        yield document
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def _json_document(line: bytes, columns: Columns, domain: str, place: str) -> Document | None:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        raise DataError(f"{place}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        raise DataError(f"{place}: JSON that cannot be read ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not a JSON object")
+    check_columns(columns, list(row), place)
+    group = None if columns.group is None else row[columns.group]
+    return make_document(row[columns.text], row.get(columns.domain, domain), group, place)
+
+
+def read_parquet(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
+    """Read a Parquet file batch by batch; without a domain column, rows get the given domain.
+
+    Raises DataError naming the file and, for a faulty row, its number from 0.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = columns_to_read(columns, file.schema_arrow, str(path))
+            batches = file.iter_batches(ROWS_PER_BATCH, columns=names)
+            yield from arrow_documents(batches, columns, domain, str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def check_columns(columns: Columns, present: list[str], place: str) -> None:
+    """Raise DataError if a required column is missing; the message lists those present."""
+    required = [columns.text]
+    required += [columns.domain] if columns.domain_required else []
+    required += [] if columns.group is None else [columns.group]
+    for name in required:
+        if name not in present:
+            raise DataError(f"{place}: no column {name!r} (columns present: {', '.join(present) or 'none'})")
+
+
+def columns_to_read(columns: Columns, schema: "pa.Schema", place: str) -> list[str]:
+    """Names of the columns to read from a table of this schema.
+
+    Raises DataError as `check_columns` does, and for a text or domain column of another type.
+    """
+    check_columns(columns, schema.names, place)
+    for name in (columns.text, columns.domain):
+        if name in schema.names and not _is_text(schema.field(name).type):
+            raise DataError(f"{place}: column {name!r} has type {schema.field(name).type}, not text")
+    names = dict.fromkeys((columns.text, columns.domain, columns.group))  # the same column may serve as two of them
+    return [name for name in names if name in schema.names]
+
+
+def arrow_documents(
+    batches: "Iterator[pa.RecordBatch] | Iterator[pa.Table]", columns: Columns, domain: str, place: str
+) -> Iterator[Document]:
+    """Turn Arrow tables into documents; `place` names the source in errors."""
+    row = 0
+    for batch in batches:
+        count = batch.num_rows
+        try:
+            texts = batch.column(columns.text).to_pylist()
+        except UnicodeDecodeError:
+            raise DataError(f"{place}: not UTF-8 text in rows {row} to {row + count - 1}") from None
+        has_domain = columns.domain in batch.schema.names
+        domains = batch.column(columns.domain).to_pylist() if has_domain else [domain] * count
+        groups = [None] * count if columns.group is None else batch.column(columns.group).to_pylist()
+        for offset in range(count):
+            at = f"{place}: row {row + offset}"
+            document = make_document(texts[offset], domains[offset], groups[offset], at)
+            if document is not None:
+                yield document
+        row += count
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    # a column of nulls alone has no type; the check of its first row gives the better message
+    strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(is_kind(kind) for is_kind in strings)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+Reader = Callable[[Path, Columns, str], Iterator[Document]]
+
+# the longest suffix first, so that all of `.jsonl.gz` is removed from a name
+READERS: dict[str, Reader] = {
+    ".jsonl.gz": read_jsonl,
+    ".jsonl.zst": read_jsonl,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+}
+
+
+def known_suffix(path: Path) -> str | None:
+    """The suffix that selects the reader of `path`, or None if there is no reader for it."""
+    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)

@@ -1,17 +1,24 @@
-"""`preparation.json`: how far a preparation has come, so that a killed one goes on where it stopped."""
+"""`preparation.json`: the steps that a preparation has finished, so that it can resume after a kill."""
 
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 from remoe.errors import DataError
-from remoe.lab.data.holdout import Holdout
 from remoe.lab.data.manifest import FORMAT as DATASET_FORMAT
-from remoe.lab.data.manifest import MANIFEST_NAME, SPLITS, ShardRecord, SplitName, Strict, read_record
+from remoe.lab.data.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    ShardRecord,
+    SplitName,
+    Strict,
+    read_record,
+    read_shard,
+    shard_name,
+)
 from remoe.lab.data.options import PrepareOptions
-from remoe.lab.data.shards import read_shard, shard_name
-from remoe.lab.data.sources import Signature
-from remoe.lab.files import TEMPORARY, atomic_write, remove, temporary_name
+from remoe.lab.data.scan import Scan
+from remoe.lab.files import TEMPORARY, Signature, atomic_write, remove, temporary_name
 
 JOURNAL_NAME = "preparation.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -20,21 +27,11 @@ VERSION = 1
 
 
 class ChangedError(DataError):
-    """The text or the arguments are others than those that a folder's preparation was begun with."""
-
-
-class Scan(Strict):
-    """What the first pass over the sources found: sizes in UTF-8 bytes, and the rule for the split."""
-
-    documents: int
-    bytes: int
-    train_bytes: int  # of the training sources, what is held out of them included
-    domains: list[str]
-    holdout: Holdout | None  # None with validation sources
+    """The text or the arguments have changed since the preparation in a folder began."""
 
 
 class Journal(Strict):
-    """The request that this folder answers, and what of it is done."""
+    """The request that a folder fulfils, and how much of the work is done."""
 
     format: Literal["remoe-preparation"] = FORMAT
     version: Literal[1] = VERSION
@@ -47,16 +44,16 @@ class Journal(Strict):
     finished: bool = False
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's journal by this one, atomically."""
+        """Replace the folder's journal with this one, atomically."""
         content = json.dumps(self.model_dump(mode="json"))
         atomic_write(folder / JOURNAL_NAME, content.encode())
 
     def with_shard(self, split: SplitName, record: ShardRecord) -> "Journal":
-        """This journal with one more finished shard."""
+        """A copy of this journal with one more finished shard."""
         return self.model_copy(update={"shards": {**self.shards, split: [*self.shards[split], record]}})
 
     def with_split(self, split: SplitName) -> "Journal":
-        """This journal with one more finished split."""
+        """A copy of this journal with one more finished split."""
         return self.model_copy(update={"finished_splits": (*self.finished_splits, split)})
 
 
@@ -83,38 +80,38 @@ def describe_request(options: PrepareOptions) -> dict[str, Any]:
 def find_journal(folder: Path) -> Journal | None:
     """The journal of an earlier preparation in `folder`, or None if the folder is empty.
 
-    Raises DataError if the folder holds something else.
+    Raises DataError if the folder contains anything else.
     """
     if (folder / JOURNAL_NAME).exists():
         return read_record(folder / JOURNAL_NAME, Journal, FORMAT, VERSION)
     if (folder / MANIFEST_NAME).exists():
-        raise DataError(f"{folder}: holds a dataset whose {JOURNAL_NAME} is gone; --overwrite makes a new one")
-    # a kill while the very first journal was written leaves only its temporary file
+        raise DataError(f"{folder}: contains a dataset whose {JOURNAL_NAME} is missing; --overwrite makes a new one")
+    # a kill during the first write of the journal leaves only its temporary file
     foreign = sorted(path.name for path in folder.iterdir() if path.name != temporary_name(JOURNAL_NAME))
     if foreign:
-        raise DataError(f"{folder}: not empty and not made by `remoe data prepare` (it holds {foreign[0]})")
+        raise DataError(f"{folder}: not empty and not made by `remoe data prepare` (it contains {foreign[0]})")
     return None
 
 
 def check_same(folder: Path, journal: Journal, request: dict[str, Any], inputs: dict[str, Signature]) -> None:
-    """Raise ChangedError unless the journal answers this request on unchanged sources."""
+    """Raise ChangedError unless the journal is of this request and its sources are unchanged."""
     state = "finished" if journal.finished else "unfinished"
     advice = "use --overwrite to replace it, or another --out"
     for name in {**request, **journal.request}:
         old, new = journal.request.get(name), request.get(name)
         if old != new:
             raise ChangedError(
-                f"{folder}: holds a{'n' * (state[0] == 'u')} {state} preparation with other arguments"
+                f"{folder}: contains a{'n' * (state[0] == 'u')} {state} preparation with different arguments"
                 f" ({name}: {old!r} then, {new!r} now); {advice}"
             )
     for name in inputs:
         if inputs[name] != journal.inputs.get(name):
             changed = _first_difference(journal.inputs.get(name, []), inputs[name])
-            raise ChangedError(f"{folder}: its source {name} has changed since ({changed}); {advice}")
+            raise ChangedError(f"{folder}: its source {name} has changed since then ({changed}); {advice}")
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise DataError unless `folder` is empty or holds what a preparation of this package wrote."""
+    """Raise DataError unless `folder` is empty or was written by `prepare`."""
     ours = [(folder / JOURNAL_NAME, FORMAT), (folder / MANIFEST_NAME, DATASET_FORMAT)]
     present = [(path, kind) for path, kind in ours if path.exists()]
     if not present:
@@ -125,7 +122,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def clean(folder: Path, journal: Journal) -> None:
-    """Remove the files of preparations that the journal does not vouch for, and nothing else."""
+    """Remove files of a preparation that the journal does not list, and nothing else."""
     kept = {JOURNAL_NAME, *(shard.file for shards in journal.shards.values() for shard in shards)}
     if journal.tokenizer_fingerprint is not None:
         kept.add(TOKENIZER_FOLDER)
@@ -135,15 +132,15 @@ def clean(folder: Path, journal: Journal) -> None:
 
 
 def check_shards(folder: Path, journal: Journal) -> None:
-    """Raise DataError if a shard that the journal calls finished is missing or damaged."""
+    """Raise DataError if a shard that the journal lists as finished is missing or damaged."""
     for shards in journal.shards.values():
         for record in shards:
             try:
                 shard = read_shard(folder / record.file)
             except DataError as error:
-                raise DataError(f"{error}; use --overwrite to start again") from None
+                raise DataError(f"{error}; use --overwrite to start over") from None
             if shard.header.sha256 != record.sha256:
-                raise DataError(f"{shard.path}: was replaced; use --overwrite to start again")
+                raise DataError(f"{shard.path}: was replaced; use --overwrite to start over")
 
 
 def is_own(name: str) -> bool:
@@ -170,4 +167,4 @@ def _first_difference(old: Signature, new: Signature) -> str:
     name = next(path for path in sorted({*before, *now}) if before.get(path) != now.get(path))
     if name not in before:
         return f"{name} is new"
-    return f"{name} is gone" if name not in now else f"{name} is another version"
+    return f"{name} is gone" if name not in now else f"{name} was modified"

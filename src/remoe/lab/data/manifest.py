@@ -1,10 +1,22 @@
-"""`dataset.json`: what a prepared dataset is made of, and the fingerprint that names it."""
+"""The files of a prepared dataset: `dataset.json`, which describes it, and shards, which hold its tokens.
+
+A shard is a safetensors file of tokens with an index of their documents, read by memory map. Its tensors, for
+T tokens in N documents (each ends with the EOS token):
+  tokens            uint16 or uint32 (T)
+  document_offsets  int64 (N + 1)   document i is tokens[offsets[i]:offsets[i + 1]]
+  document_domain   int32 (N)       index into the domains of dataset.json
+  document_bytes    int64 (N)       UTF-8 bytes of the document's text
+"""
 
 import hashlib
 import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remoe.errors import DataError
@@ -16,9 +28,14 @@ VERSION = 1
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
+INDEX_TENSORS = ("document_offsets", "document_domain", "document_bytes")
+METADATA_KEY = "remoe"  # a single key, because safetensors writes several in an order that changes between runs
+_DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
+_HASH_BYTES = 1 << 24
+
 
 class Strict(BaseModel):
-    """Base of the files' records: unknown keys are errors, values never change."""
+    """Base of the records in files: unknown keys are errors, and values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,7 +44,7 @@ RecordT = TypeVar("RecordT", bound=Strict)
 
 
 class Counts(Strict):
-    """Size of some text: documents, tokens (end-of-text tokens included) and UTF-8 bytes."""
+    """Size of some text: documents, tokens (including end-of-text tokens) and UTF-8 bytes."""
 
     documents: int = 0
     tokens: int = 0
@@ -51,14 +68,14 @@ class ShardRecord(Counts):
 
 
 class SplitRecord(Counts):
-    """All shards of one split, and their sums."""
+    """All shards of one split, with their totals."""
 
     shards: list[ShardRecord]
     domains: dict[str, Counts]
 
 
 class Manifest(Strict):
-    """Content of `dataset.json`; `fingerprint` covers all that determines the tokens and their order."""
+    """Content of `dataset.json`; `fingerprint` covers everything that determines the tokens and their order."""
 
     format: Literal["remoe-dataset"] = FORMAT
     version: Literal[1] = VERSION
@@ -75,18 +92,18 @@ class Manifest(Strict):
     splits: dict[SplitName, SplitRecord]
 
     def content_fingerprint(self) -> str:
-        """Sha256 (hex) over the content that determines the data; where it came from is left out."""
+        """Sha256 (hex) over the content that determines the data, which excludes where it came from."""
         provenance = {"fingerprint", "sources", "validation", "validation_fraction", "seed"}
         content = self.model_dump(exclude=provenance)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The file's content, the same bytes for the same manifest."""
+        """The file's content; equal manifests give equal bytes."""
         return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def summarise(shards: list[ShardRecord]) -> SplitRecord:
-    """Add the records of a split's shards up."""
+    """The record of a split: its shards' records and their totals."""
     total = Counts()
     domains: dict[str, Counts] = {}
     for shard in shards:
@@ -101,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     manifest = read_record(path, Manifest, FORMAT, VERSION)
     if manifest.content_fingerprint() != manifest.fingerprint:
-        raise DataError(f"{path}: does not agree with its own fingerprint: it was changed by hand or damaged")
+        raise DataError(f"{path}: does not match its own fingerprint: it was edited or damaged")
     return manifest
 
 
@@ -123,3 +140,116 @@ def read_record(path: Path, kind: type[RecordT], name: str, version: int) -> Rec
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: damaged: {place}: {first['msg']}") from None
+
+
+class ShardHeader(Strict):
+    """What a shard's metadata says about it."""
+
+    format: Literal["remoe-shard"] = "remoe-shard"
+    version: Literal[1] = 1
+    tokenizer_fingerprint: str
+    split: SplitName
+    index: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard; its arrays are memory maps, created when first used."""
+
+    path: Path
+    header: ShardHeader
+    layout: dict[str, tuple[str, int, int]]  # tensor -> dtype, first byte in the file, length in elements
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Token ids, uint16 or uint32 (T)."""
+        return self._map("tokens")
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """First token of each document, then the number of tokens, int64 (N + 1)."""
+        return self._map("document_offsets")
+
+    @cached_property
+    def document_domain(self) -> np.ndarray:
+        """Domain of each document, int32 (N)."""
+        return self._map("document_domain")
+
+    @cached_property
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each document's text, int64 (N)."""
+        return self._map("document_bytes")
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, from the header alone."""
+        return self.layout["tokens"][2]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents, from the header alone."""
+        return self.layout["document_domain"][2]
+
+    def index_sha256(self) -> str:
+        """Sha256 (hex) of the document index as it now is in the file."""
+        return array_sha256(*(self._map(name) for name in INDEX_TENSORS))
+
+    def _map(self, name: str) -> np.ndarray:
+        dtype, start, length = self.layout[name]
+        if length == 0:
+            return np.empty(0, dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=start, shape=(length,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickling a memory map would copy its whole content
+        return {"path": self.path, "header": self.header, "layout": self.layout}
+
+
+def shard_name(split: SplitName, index: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{index:05d}.safetensors"
+
+
+def array_sha256(*arrays: np.ndarray) -> str:
+    """Sha256 (hex) over the bytes of contiguous arrays, one after the other, read piece by piece."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        content = memoryview(array).cast("B") if array.size else b""
+        for start in range(0, len(content), _HASH_BYTES):
+            digest.update(content[start : start + _HASH_BYTES])
+    return digest.hexdigest()
+
+
+def read_shard(path: Path) -> Shard:
+    """Open a shard by its header, without reading the tokens.
+
+    Raises DataError if the file is missing, truncated, damaged or not a shard of this version.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("header cut short")
+            content = json.loads(file.read(length))
+        header = ShardHeader.model_validate_json(content.pop("__metadata__")[METADATA_KEY])
+        layout = {name: _place(entry, 8 + length) for name, entry in content.items()}
+        if set(layout) != {"tokens", *INDEX_TENSORS}:
+            raise ValueError("tensors missing")
+        ends = [start + count * np.dtype(dtype).itemsize for dtype, start, count in layout.values()]
+    except FileNotFoundError:
+        raise DataError(f"{path}: shard missing") from None
+    except OSError as error:
+        raise DataError(f"{path}: shard cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, struct.error, AttributeError, ValidationError):
+        raise DataError(f"{path}: not a remoe shard, or its header is damaged") from None
+    if max(ends) != size:
+        raise DataError(f"{path}: shard truncated or damaged: {size} bytes instead of {max(ends)}")
+    return Shard(path, header, layout)
+
+
+def _place(entry: dict[str, Any], base: int) -> tuple[str, int, int]:
+    (length,) = entry["shape"]
+    return _DTYPES[entry["dtype"]], base + entry["data_offsets"][0], length

@@ -1,4 +1,4 @@
-"""What `prepare` is asked to do: plain data, importable without torch or transformers."""
+"""Options of `prepare`: plain data, importable without torch or transformers."""
 
 import math
 from dataclasses import dataclass
@@ -6,50 +6,50 @@ from pathlib import Path
 
 from remoe.errors import ConfigError
 
-BYTE_ALPHABET = 256  # a byte-level vocabulary holds every byte, so that any text can be written in it
+BYTE_ALPHABET = 256  # a byte-level vocabulary contains every byte, so that it can encode any text
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What to prepare, from what, and where; `remoe data prepare` shows the texts below as its help."""
+    """Options of a preparation; `remoe data prepare` shows the descriptions below as its help."""
 
     sources: tuple[str, ...] = ("stdlib",)
     """Where the text comes from: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them,
     `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset, a folder that `datasets` wrote with save_to_disk,
-    or `stdlib`: the running Python's own standard library, which needs no network."""
+    or `stdlib`, the standard library of the running Python, which needs no network."""
     out: Path
-    """Folder to write: shards, tokenizer and dataset.json. A new or empty one, or one that this same
-    command began: then the work goes on where it stopped."""
+    """Folder for the shards, the tokenizer and dataset.json. It must be new or empty, or contain an unfinished
+    preparation with the same arguments, which is then resumed."""
     validation: tuple[str, ...] = ()
-    """Sources held out for validation, given like the others. Without any, whole documents (whole files,
-    for stdlib) are held out of the training sources."""
+    """Sources for validation, named like the training sources. Without any, whole documents (for stdlib, whole
+    files) of the training sources are held out."""
     validation_fraction: float = 0.02
-    """Share of the source items to hold out, when no validation sources are given; each domain with two
-    or more items gives at least one."""
+    """Share of the source items to hold out if there are no validation sources; each domain with two or more
+    items holds out at least one."""
     tokenizer: str | None = None
-    """A tokenizer that transformers can load: a folder, or a name on the hub. Without it, a byte-level
-    BPE is trained on the training text."""
+    """A tokenizer that transformers can load: a folder or a name on the hub. By default a byte-level BPE is
+    trained on the training text."""
     vocab_size: int = 4096
-    """Entries of the BPE to train, the 256 bytes and <|endoftext|> included. Not used with --tokenizer."""
+    """Vocabulary size of the BPE to train, including the 256 bytes and <|endoftext|>. Ignored with --tokenizer."""
     tokenizer_sample_mb: float = 64.0
-    """At most so many MB of training text, spread evenly over it, teach the BPE."""
+    """Maximum amount of training text, in MB, to train the BPE on, sampled evenly."""
     text_column: str = "text"
-    """Column of a table, or key of a JSON line, that holds the text."""
+    """Column of a table, or key of a JSON line, that contains the text."""
     domain_column: str = "domain"
-    """Column that holds the domain (code, books, ...). Where the data has no column `domain`, the domain
-    is the file's or folder's name."""
+    """Column that contains the domain (code, books, ...). If the data has no column `domain`, the domain is the
+    name of the file or folder."""
     group_column: str | None = None
-    """Column that names the source item a row was cut from (a book, a site): rows that share it are never
-    divided between training and validation. Without it, every distinct text is an item of its own."""
+    """Column that names the source item of a row (a book, a site). Rows of one item are never divided between
+    training and validation. By default every distinct text is an item of its own."""
     shard_tokens: int = 50_000_000
-    """Tokens in a shard, at most; a single document that is longer has a shard to itself."""
+    """Maximum number of tokens in a shard; a longer document gets a shard to itself."""
     seed: int = 0
-    """Decides which items are held out."""
+    """Seed that determines which items are held out."""
     overwrite: bool = False
-    """Throw away what an earlier preparation left in the folder, finished or not, and start from the
-    beginning; leave it out to go on with an unfinished one. Files of others in the folder stay."""
+    """Discard an earlier preparation in the folder, finished or not, and start from the beginning. Other files in
+    the folder are kept. Without this option an unfinished preparation is resumed."""
     quiet: bool = False
-    """Show no progress."""
+    """Print nothing."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -63,4 +63,4 @@ class PrepareOptions:
         if self.shard_tokens < 1:
             raise ConfigError(f"--shard-tokens must be positive, not {self.shard_tokens}")
         if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"--seed must be a number of 64 bits, not {self.seed}")
+            raise ConfigError(f"--seed must be a 64-bit integer, not {self.seed}")

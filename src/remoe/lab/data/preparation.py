@@ -1,7 +1,7 @@
-"""`prepare`: sources to a dataset folder of shards, resumable at every moment.
+"""`prepare`: from sources to a dataset folder of shards, resumable after a kill at any moment.
 
-The steps: scan all documents (errors show now; sizes, domains, the split), train or load the tokenizer,
-write the shards of each split, write `dataset.json` last. The journal records each finished step.
+The steps: scan all documents (which finds errors, sizes, domains and the split), train or load the tokenizer,
+write the shards of each split, and finally write `dataset.json`. The journal records each finished step.
 """
 
 import time
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from remoe.errors import DataError
+from remoe.lab.console import MEGABYTE, Reporter
 from remoe.lab.data.dataset import open_dataset
 from remoe.lab.data.journal import (
     TOKENIZER_FOLDER,
     ChangedError,
     Journal,
-    Scan,
     check_replaceable,
     check_same,
     check_shards,
@@ -29,10 +29,8 @@ from remoe.lab.data.journal import (
 )
 from remoe.lab.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, summarise
 from remoe.lab.data.options import PrepareOptions
-from remoe.lab.data.pipeline import encode_documents
-from remoe.lab.data.progress import MEGABYTE, Reporter
-from remoe.lab.data.scan import Inputs, check_apart, scan
-from remoe.lab.data.sources import FileSource, Signature
+from remoe.lab.data.scan import Inputs, Scan, check_apart, scan
+from remoe.lab.data.sources import FileSource
 from remoe.lab.data.tokenizer import (
     Encoder,
     load_tokenizer,
@@ -41,23 +39,22 @@ from remoe.lab.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from remoe.lab.data.writer import ShardWriter
-from remoe.lab.files import atomic_write, disk_errors, locked, replacing
-
-SHOWN_KINDS = 5
+from remoe.lab.data.writer import ShardWriter, encode_documents
+from remoe.lab.files import Signature, atomic_write, disk_errors, locked, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SHOWN_KINDS = 5
 UINT16_VOCABULARY = 1 << 16
 
 
 def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
-    """Make the dataset that `options` asks for, and return its folder.
+    """Make the dataset that `options` describes, and return its folder.
 
-    Goes on where an earlier call with the same options was stopped, with the same result to the byte;
-    returns at once if that one had finished. While another process prepares the same folder, `wait` for it or raise
-    DataError. Raises DataError and ConfigError for what a user can mend.
+    Resumes an earlier call with the same options that was interrupted, with a byte-identical result, and returns
+    at once if that call had finished. While another process prepares the same folder, waits for it if `wait`,
+    otherwise raises DataError. Raises DataError and ConfigError for problems that the user can fix.
     """
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
@@ -66,7 +63,7 @@ def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
     inputs = Inputs.resolve(options)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, None if wait else DataError(f"{folder}: another preparation is writing to this folder")):
+    with locked(folder, None if wait else DataError(f"{folder}: another process is preparing this folder")):
         _Preparation(options, folder, inputs).run()
     return folder
 
@@ -88,7 +85,7 @@ class _Preparation:
             return
         if journal is None:
             if self.options.tokenizer is not None:
-                load_tokenizer(self.options.tokenizer)  # now, so that a wrong name leaves nothing behind
+                load_tokenizer(self.options.tokenizer)  # checked first, so that a wrong name leaves nothing behind
             journal = Journal(
                 request=describe_request(self.options),
                 inputs=signatures,
@@ -101,11 +98,11 @@ class _Preparation:
         tokenizer = self._tokenizer()
         self._tokenise(tokenizer)
         if self.inputs.signatures() != signatures:
-            raise ChangedError(f"{self.folder}: a source changed while it was read; use --overwrite to start again")
+            raise ChangedError(f"{self.folder}: a source changed while it was read; use --overwrite to start over")
         self._finish(tokenizer)
 
     def _earlier(self, signatures: dict[str, Signature]) -> Journal | None:
-        """The journal to go on from, or None to begin anew."""
+        """The journal to resume from, or None to start from the beginning."""
         if self.options.overwrite:
             check_replaceable(self.folder)
             return None
@@ -126,11 +123,11 @@ class _Preparation:
         if left_out:
             kinds = sorted({path.suffix or path.name for path in left_out})
             more = " and others" if len(kinds) > SHOWN_KINDS else ""
-            self.reporter.line(f"left out {len(left_out)} files of other kinds: {', '.join(kinds[:SHOWN_KINDS])}{more}")
+            self.reporter.line(f"skipped {len(left_out)} files of other kinds: {', '.join(kinds[:SHOWN_KINDS])}{more}")
         return found
 
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer saved in the folder, made first if it is not there yet."""
+        """The tokenizer saved in the folder, which is made first if it is missing."""
         path = self.folder / TOKENIZER_FOLDER
         recorded = self.journal.tokenizer_fingerprint
         if recorded is None:
@@ -139,12 +136,12 @@ class _Preparation:
             made = self._train_tokenizer() if given is None else load_tokenizer(given)
             with replacing(path) as temporary:
                 made.save_pretrained(temporary)
-            deed = "trained a tokenizer" if given is None else f"took the tokenizer {given}"
+            deed = "trained a tokenizer" if given is None else f"loaded the tokenizer {given}"
             self.reporter.line(f"{deed} of {vocabulary_size(made)} tokens in {_since(begin)}")
-        tokenizer = load_tokenizer(path)  # the saved one, which is what any later run has
+        tokenizer = load_tokenizer(path)  # the saved one, as any later run will load it
         fingerprint = tokenizer_fingerprint(tokenizer)
         if recorded not in (None, fingerprint):
-            raise DataError(f"{path}: has changed since the preparation began; use --overwrite to start again")
+            raise DataError(f"{path}: has changed since the preparation began; use --overwrite to start over")
         self._record(self.journal.model_copy(update={"tokenizer_fingerprint": fingerprint}))
         return tokenizer
 
@@ -164,7 +161,7 @@ class _Preparation:
     def _tokenise(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         done = sum(shard.bytes for shards in self.journal.shards.values() for shard in shards)
         if done:
-            self.reporter.line(f"going on after {done / MEGABYTE:.1f} MB in finished shards")
+            self.reporter.line(f"resuming after {done / MEGABYTE:.1f} MB in finished shards")
         begin = time.monotonic()
         with self.reporter.task("tokenising", self.journal.scan.bytes, done) as advance:
             for split in SPLITS:
@@ -214,7 +211,9 @@ class _Preparation:
         )
         splits = manifest.splits
         if sum(split.documents for split in splits.values()) != self.journal.scan.documents:
-            raise ChangedError(f"{self.folder}: the sources changed while they were read; start again with --overwrite")
+            raise ChangedError(
+                f"{self.folder}: the sources changed while they were read; use --overwrite to start over"
+            )
         manifest = manifest.model_copy(update={"fingerprint": manifest.content_fingerprint()})
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_bytes())
         self._record(self.journal.model_copy(update={"finished": True}))
@@ -224,7 +223,7 @@ class _Preparation:
         self.reporter.line(
             f"{self.folder}: {sum(split.documents for split in splits.values())} documents,"
             f" {sum(split.tokens for split in splits.values())} tokens, {size:.1f} MB"
-            f" ({size / seconds:.1f} MB/s in all), {shards}"
+            f" ({size / seconds:.1f} MB/s overall), {shards}"
         )
 
     def _record(self, journal: Journal) -> None:

@@ -1,22 +1,146 @@
-"""The sources of a preparation, the first pass over them, and the stream of each split's documents."""
+"""The first pass over the sources: what they contain, and which items are held out for validation.
 
-from collections.abc import Iterator
+Whole source items are held out, chosen by a stable hash, some from every domain.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
+from remoe.lab.console import Reporter
 from remoe.lab.data.documents import Columns, Document
-from remoe.lab.data.holdout import Holdout, HoldoutBuilder
-from remoe.lab.data.journal import Scan
-from remoe.lab.data.manifest import SplitName
+from remoe.lab.data.manifest import SplitName, Strict
 from remoe.lab.data.options import PrepareOptions
-from remoe.lab.data.progress import Reporter
-from remoe.lab.data.sources import FileSource, Signature, Source, files_signature, resolve_source, walk_files
+from remoe.lab.data.sources import FileSource, Source, resolve_source
+from remoe.lab.files import Signature, files_signature, walk_files
+
+HASH_RANGE = 1 << 64
+ITEMS_REMEMBERED = 4096  # in a domain of more items the hash alone divides well enough
+OVERSHOOT = 1.5  # an item that would exceed this multiple of a domain's target share stays in training
+
+
+def item_hash(document: Document, seed: int) -> int:
+    """A 64-bit number that depends only on the seed and on the item that the document belongs to."""
+    # a document without a group is identified by its text, so that exact copies are on the same side
+    key = f"text:{document.text}" if document.group is None else f"group:{document.group}"
+    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8, salt=b"holdout", key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+class Holdout(Strict):
+    """The rule that decides, from the hash of its item alone, whether a document is held out.
+
+    Items whose hash is below `fraction` of the hash range are held out, plus those in `always`, minus those
+    in `never`.
+    """
+
+    seed: int
+    fraction: float
+    always: frozenset[int]
+    never: frozenset[int]
+
+    def holds_out(self, document: Document) -> bool:
+        """Whether the document belongs to the validation split."""
+        number = item_hash(document, self.seed)
+        if number in self.always:
+            return True
+        return number < self.fraction * HASH_RANGE and number not in self.never
+
+
+class HoldoutBuilder:
+    """Sees every document once, then makes a `Holdout` that leaves neither split empty.
+
+    With few items, a share of the items may hold almost none of the bytes, or miss a domain. Each domain with
+    two or more items therefore holds out its lowest hash that is not a huge item, and further ones until
+    `fraction` of its bytes are held out. It keeps its huge items for training, and its highest hash too unless
+    another domain must hold that one out.
+    """
+
+    def __init__(self, seed: int, fraction: float) -> None:
+        self.seed = seed
+        self.fraction = fraction
+        self._domains: dict[str, _DomainItems] = {}
+
+    def see(self, document: Document, num_bytes: int) -> None:
+        """Take a document of this many UTF-8 bytes into account."""
+        items = self._domains.setdefault(document.domain, _DomainItems())
+        items.add(item_hash(document, self.seed), num_bytes)
+
+    def build(self, sources: Iterable[str]) -> Holdout:
+        """Make the rule; raises DataError if all documents belong to one item."""
+        domains = self._domains.values()
+        lowest, highest = min(items.lowest for items in domains), max(items.highest for items in domains)
+        if lowest == highest:
+            raise DataError(
+                f"{', '.join(sources)}: a single source item cannot be divided into training and validation;"
+                " give a second file with --validation, or a folder of several files"
+            )
+        # no domain holds out its own highest hash, so the highest of all stays in training
+        always = {number for items in domains for number in items.choose(self.fraction)} or {lowest}
+        never = {number for items in domains for number in (items.highest, *items.huge(self.fraction))} - always
+        return Holdout(seed=self.seed, fraction=self.fraction, always=frozenset(always), never=frozenset(never))
+
+
+class _DomainItems:
+    """Sizes of the items with the lowest hashes of one domain, and the domain's highest hash."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.highest = -1
+        self._sizes: dict[int, int] = {}
+        self._heap: list[int] = []  # negated hashes, so that the largest comes first
+
+    @property
+    def lowest(self) -> int:
+        return min(self._sizes)
+
+    def add(self, number: int, num_bytes: int) -> None:
+        self.bytes += num_bytes
+        self.highest = max(self.highest, number)
+        if number in self._sizes:
+            self._sizes[number] += num_bytes
+        elif len(self._heap) < ITEMS_REMEMBERED:
+            self._sizes[number] = num_bytes
+            heapq.heappush(self._heap, -number)
+        elif number < -self._heap[0]:
+            self._sizes[number] = num_bytes
+            del self._sizes[-heapq.heappushpop(self._heap, -number)]
+
+    def huge(self, fraction: float) -> list[int]:
+        """Items that alone exceed what may be held out of the domain."""
+        return [number for number, size in self._sizes.items() if size > OVERSHOOT * fraction * self.bytes]
+
+    def choose(self, fraction: float) -> list[int]:
+        """The lowest hashes that fit, until `fraction` of the bytes is reached; the very lowest if none fits."""
+        target = fraction * self.bytes
+        chosen: list[int] = []
+        taken = 0
+        for number in sorted(self._sizes):
+            size = self._sizes[number]
+            if number == self.highest or (chosen and taken >= target):
+                break
+            if taken + size <= OVERSHOOT * target:
+                chosen.append(number)
+                taken += size
+        return chosen or [number for number in [self.lowest] if number != self.highest]
+
+
+class Scan(Strict):
+    """What the first pass over the sources found: sizes in UTF-8 bytes, and the rule for the split."""
+
+    documents: int
+    bytes: int
+    train_bytes: int  # of the training sources, including what is held out of them
+    domains: list[str]
+    holdout: Holdout | None  # None with validation sources
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a preparation reads: sources of each split, and the folder of a given tokenizer."""
+    """Everything that a preparation reads: the sources of each split, and the folder of a given tokenizer."""
 
     train: list[Source]
     validation: list[Source]
@@ -26,7 +150,7 @@ class Inputs:
     def resolve(cls, options: PrepareOptions) -> "Inputs":
         """Find the sources that the options name.
 
-        Raises DataError for one that is not there, or a file that would be in both splits.
+        Raises DataError for a source that does not exist, is named twice, or would be in both splits.
         """
         columns = Columns(options.text_column, options.domain_column, options.group_column)
         train = [resolve_source(name, columns) for name in options.sources]
@@ -42,14 +166,14 @@ class Inputs:
         return cls(train, validation, tokenizer if tokenizer is not None and tokenizer.is_dir() else None)
 
     def signatures(self) -> dict[str, Signature]:
-        """What tells whether any input has changed, by the names the user gave them."""
+        """Signatures of all inputs, which differ if one has changed, by the names that the user gave."""
         found = {source.name: source.signature() for source in [*self.train, *self.validation]}
         if self.tokenizer is not None:
             found["--tokenizer"] = files_signature(walk_files(self.tokenizer))
         return found
 
     def documents(self, split: SplitName, holdout: Holdout | None) -> Iterator[Document]:
-        """A new pass over the documents of one split; `holdout` divides the training sources, if given."""
+        """A new pass over the documents of one split; `holdout`, if given, divides the training sources."""
         if holdout is None:
             for source in self.validation if split == "validation" else self.train:
                 yield from source.documents()
@@ -60,28 +184,17 @@ class Inputs:
                     yield document
 
 
-def _places(sources: list[Source]) -> set[str]:
-    """What the sources read: files by their resolved paths, anything else by what tells one such source from others."""
-    places: set[str] = set()
-    for source in sources:
-        if isinstance(source, FileSource):
-            places |= {str(path.resolve()) for path, _ in source.files}
-        else:
-            places.add(str(Path(source.name).resolve()) if Path(source.name).exists() else source.name)
-    return places
-
-
 def check_apart(options: PrepareOptions) -> None:
-    """Raise ConfigError if the output folder lies in a source folder, which would then read it."""
+    """Raise ConfigError if the output folder is inside a source folder, which would then read it."""
     out = Path(options.out).resolve()
     for name in (*options.sources, *options.validation):
         path = Path(name)
         if path.is_dir() and out.is_relative_to(path.resolve()):
-            raise ConfigError(f"--out {options.out}: lies in the source {name}; write somewhere else")
+            raise ConfigError(f"--out {options.out}: is inside the source {name}; choose another folder")
 
 
 def scan(inputs: Inputs, options: PrepareOptions, reporter: Reporter) -> Scan:
-    """Read every document once, so that faulty rows show before any long work and sizes become known.
+    """Read every document once, to find faulty rows before any long work and to learn the sizes.
 
     Raises DataError for a faulty row, for sources without text, or with too few items to divide.
     """
@@ -124,3 +237,14 @@ def _scan_split(sources: list[Source], reporter: Reporter, builder: HoldoutBuild
             if note is not None:
                 reporter.line(note)
     return totals
+
+
+def _places(sources: list[Source]) -> set[str]:
+    """What the sources read: the resolved paths of files, otherwise a name that identifies the source."""
+    places: set[str] = set()
+    for source in sources:
+        if isinstance(source, FileSource):
+            places |= {str(path.resolve()) for path, _ in source.files}
+        else:
+            places.add(str(Path(source.name).resolve()) if Path(source.name).exists() else source.name)
+    return places

@@ -1,25 +1,34 @@
-"""From what the user names to streams of documents: files, folders, Hugging Face datasets, stdlib."""
+"""Sources of documents, by the names that users give: files, folders, Hugging Face datasets, stdlib."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from remoe.errors import DataError
-from remoe.lab.data.documents import Columns, Document
-from remoe.lab.data.readers import READERS, known_suffix
+from remoe.lab.data.documents import (
+    READERS,
+    ROWS_PER_BATCH,
+    Columns,
+    Document,
+    arrow_documents,
+    columns_to_read,
+    known_suffix,
+)
+from remoe.lab.data.stdlib import StdlibSource
+from remoe.lab.files import Signature, files_signature, walk_files
 
-Signature = list[list[str | int]]  # one entry a file: path, size in bytes, modification time in nanoseconds
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Source(Protocol):
-    """A named origin of documents that can be read as often as needed, in the same order each time."""
+    """A named origin of documents that can be read any number of times, always in the same order."""
 
     name: str
 
     def signature(self) -> Signature:
-        """What tells whether the source has changed since an earlier run."""
+        """A value that differs if the source has changed since an earlier run."""
         ...
 
     def documents(self) -> Iterator[Document]:
@@ -27,13 +36,13 @@ class Source(Protocol):
         ...
 
     def note(self) -> str | None:
-        """A remark about the last pass for the log, or None."""
+        """A remark for the log about the last pass, or None."""
         ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Text files, JSON lines and Parquet files, each with the domain its place gives it."""
+    """Text files, JSON lines and Parquet files, each with a default domain that depends on its place."""
 
     name: str
     files: tuple[tuple[Path, str], ...]
@@ -53,19 +62,37 @@ class FileSource:
         return None
 
 
+@dataclass(frozen=True)
+class DatasetSource:
+    """One split of a Hugging Face dataset, read from its memory-mapped Arrow files."""
+
+    name: str
+    dataset: "Dataset"
+    identity: Signature
+    domain: str
+    columns: Columns
+
+    def signature(self) -> Signature:
+        return self.identity
+
+    def documents(self) -> Iterator[Document]:
+        names = columns_to_read(self.columns, self.dataset.features.arrow_schema, self.name)
+        tables = self.dataset.select_columns(names).with_format("arrow").iter(ROWS_PER_BATCH)
+        return arrow_documents(tables, self.columns, self.domain, self.name)
+
+    def note(self) -> str | None:
+        return None
+
+
 def resolve_source(name: str, columns: Columns) -> Source:
-    """Find out what `name` stands for: `stdlib`, `hf:...`, a file or a folder.
+    """Find the source that `name` stands for: `stdlib`, `hf:...`, a file or a folder.
 
     Raises DataError for a path that does not exist, a file of unknown type or a folder without data.
     """
     if name == "stdlib":
-        from remoe.lab.data.stdlib import StdlibSource
-
         return StdlibSource()
     path = Path(name)
     if name.startswith("hf:") or is_saved_dataset(path):
-        from remoe.lab.data.huggingface import resolve_dataset
-
         return resolve_dataset(name, columns)
     if path.is_dir():
         return _folder_source(name, path, columns)
@@ -73,8 +100,32 @@ def resolve_source(name: str, columns: Columns) -> Source:
         raise DataError(f"{name}: no such file or folder")
     suffix = known_suffix(path)
     if suffix is None:
-        raise DataError(f"{name}: unknown type of file (known: {', '.join(sorted(READERS))})")
+        raise DataError(f"{name}: unknown file type (known: {', '.join(sorted(READERS))})")
     return FileSource(name, ((path, path.name[: -len(suffix)]),), columns)
+
+
+def resolve_dataset(name: str, columns: Columns) -> DatasetSource:
+    """Open `hf:NAME[:CONFIG[:SPLIT]]` (split `train` by default) or a folder written by save_to_disk.
+
+    NAME may be such a folder too. Raises DataError if `datasets` is not installed, the hub cannot be
+    reached, or it has no such dataset, configuration or split.
+    """
+    if name.startswith("hf:"):
+        target, _, rest = name.removeprefix("hf:").partition(":")
+        config, _, split = rest.partition(":")
+    else:
+        target, config, split = name, "", ""
+    if not target:
+        raise DataError(f"{name}: no dataset named; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise DataError(f"{name}: needs the package `datasets`: pip install 'remoe[datasets]'") from None
+    if is_saved_dataset(Path(target)):
+        return _saved_source(name, Path(target), config, split, columns)
+    if Path(target).exists():
+        raise DataError(f"{name}: {target} was not written by save_to_disk; name its files without `hf:`")
+    return _hub_source(name, target, config, split or "train", columns)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -82,46 +133,47 @@ def is_saved_dataset(path: Path) -> bool:
     return path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
 
 
-def files_signature(paths: list[Path]) -> Signature:
-    """Path, size (bytes) and time of change (ns) of each file; raises DataError if one is gone."""
-    entries: Signature = []
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-        entries.append([path.as_posix(), status.st_size, status.st_mtime_ns])
-    return entries
+def _saved_source(name: str, folder: Path, config: str, split: str, columns: Columns) -> DatasetSource:
+    from datasets import DatasetDict, load_from_disk
+
+    if config:
+        raise DataError(f"{name}: a saved dataset has no configurations; write hf:{folder}::SPLIT for a split")
+    try:
+        dataset = load_from_disk(str(folder))
+    except Exception as error:  # a damaged folder raises errors of Arrow, JSON or the file system
+        raise DataError(f"{name}: cannot be opened: {_reason(error)}") from error
+    if isinstance(dataset, DatasetDict):
+        chosen = split or "train"
+        if chosen not in dataset:
+            raise DataError(f"{name}: no split {chosen!r}; write hf:{folder}::SPLIT (has {', '.join(dataset)})")
+        dataset = dataset[chosen]
+    elif split:
+        raise DataError(f"{name}: {folder} holds a single split, so none can be chosen")
+    identity = files_signature(walk_files(folder))
+    return DatasetSource(name, dataset, identity, folder.resolve().name, columns)
 
 
-def walk_files(folder: Path) -> list[Path]:
-    """All files below `folder`, and in folders elsewhere that links lead to, in an order that depends on names only.
+def _hub_source(name: str, target: str, config: str, split: str, columns: Columns) -> DatasetSource:
+    from datasets import load_dataset
 
-    Hidden ones are left out, and a second link to the same.
-    """
-    found: list[Path] = []
-    top, walked = Path(os.path.realpath(folder)), set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
-        real = Path(os.path.realpath(root))
-        inside = real.is_relative_to(top) and Path(root) != folder
-        if real in walked or (inside and real != top / Path(root).relative_to(folder)):
-            folders.clear()
-            continue
-        walked.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+    try:
+        dataset = load_dataset(target, config or None, split=split)
+    except Exception as error:  # the hub, its client and the dataset's own files share no base class of errors
+        raise DataError(f"{name}: cannot be loaded from the Hugging Face hub: {_reason(error)}") from error
+    files = sorted(dataset.info.download_checksums or {})  # their addresses name the revision
+    identity: Signature = [[name, dataset.num_rows, 0], *([address, 0, 0] for address in files)]
+    return DatasetSource(name, dataset, identity, target.rstrip("/").rsplit("/", 1)[-1], columns)
 
 
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: {error.strerror}; make it readable, or name what is to be read") from error
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:
     found = walk_files(folder)
     files = tuple((path, _folder_domain(folder, path)) for path in found if known_suffix(path))
     if not files:
-        raise DataError(f"{name}: no files to read in this folder (known: {', '.join(sorted(READERS))})")
+        raise DataError(f"{name}: this folder has no files to read (known: {', '.join(sorted(READERS))})")
     return FileSource(name, files, columns, tuple(path for path in found if not known_suffix(path)))
 
 

@@ -1,4 +1,4 @@
-"""The built-in corpus: the running Python's standard library as code, docstrings and manual."""
+"""The built-in corpus: the running Python's standard library, divided into code, docstrings and manual."""
 
 import ast
 import inspect
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from remoe.errors import DataError
 from remoe.lab.data.documents import Document, is_blank
-from remoe.lab.data.sources import Signature, files_signature, walk_files
+from remoe.lab.files import Signature, files_signature, walk_files
 
-# Tests and other people's packages; `encodings`, which is mostly generated tables of characters, neither code that
-# anybody wrote nor prose; and `pydoc_data`, whose text is the domain `manual`.
+# Tests; installed packages; `encodings`, which is mostly generated character tables, neither written code nor prose;
+# and `pydoc_data`, whose text is the domain `manual`.
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
     | {"encodings", "pydoc_data"}
@@ -25,9 +25,9 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass
 class StdlibSource:
-    """Python's standard library: domains `code`, `docstrings` and `manual`, whose texts do not overlap.
+    """Python's standard library in the domains `code`, `docstrings` and `manual`, whose texts do not overlap.
 
-    The code and the docstrings of a file share a group. `root` is another folder of modules to read.
+    The code and the docstrings of a file share a group. `root` is the folder of modules to read.
     """
 
     name: str = "stdlib"
@@ -36,17 +36,17 @@ class StdlibSource:
 
     @cached_property
     def files(self) -> list[Path]:
-        """Modules to read; raises DataError where Python came without its sources."""
-        files = [path for path in walk_files(self.root) if self._is_wanted(path)] if self.root.is_dir() else []
+        """Modules to read; raises DataError if this Python was installed without its sources."""
+        files = [path for path in walk_files(self.root) if self._is_read(path)] if self.root.is_dir() else []
         if not files:
-            raise DataError(f"stdlib: this Python keeps no source files in {self.root}; name another source")
+            raise DataError(f"stdlib: this Python has no source files in {self.root}; name another source")
         return files
 
     def signature(self) -> Signature:
         return files_signature(self.files)
 
     def documents(self) -> Iterator[Document]:
-        # parsing takes seconds and the texts are some 12 MB, so later passes use the first one's
+        # parsing takes seconds and the texts only about 12 MB, so later passes reuse the first one's
         return iter(self._documents)
 
     def note(self) -> str | None:
@@ -70,8 +70,8 @@ class StdlibSource:
             ]
         return found + list(_manual())
 
-    def _is_wanted(self, path: Path) -> bool:
-        if path.suffix != ".py" or path.name.startswith("_sysconfigdata"):  # the latter records one build
+    def _is_read(self, path: Path) -> bool:
+        if path.suffix != ".py" or path.name.startswith("_sysconfigdata"):  # the latter describes one build
             return False
         return SKIPPED_FOLDERS.isdisjoint(path.relative_to(self.root).parts[:-1])
 
@@ -79,11 +79,11 @@ class StdlibSource:
 def separate_docstrings(source: str) -> tuple[str, str]:
     """Divide a module's text into its code without docstrings, and its docstrings, cleaned and joined.
 
-    Where a docstring cannot go without leaving a gap, as in a body of nothing else, `...` takes its place,
-    so that the code still parses. Raises SyntaxError.
+    A docstring that cannot simply be removed, such as a body's only statement, is replaced by `...`, so that the
+    code still parses. Raises SyntaxError.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd escapes in the modules read; nothing to do with the user
+        warnings.simplefilter("ignore")  # about invalid escapes in these modules, which do not concern the user
         tree = ast.parse(source)
     data = source.encode("utf-8")  # the tree counts columns in UTF-8 bytes
     line_starts = [0]
@@ -102,7 +102,7 @@ def separate_docstrings(source: str) -> tuple[str, str]:
 
 
 def _docstring_span(node: Documented, data: bytes, line_starts: list[int]) -> tuple[int, int, bytes]:
-    """First byte of what to cut out, the byte after it, and what to put in its place."""
+    """First byte to cut out, the byte after the last, and the replacement."""
     expression = node.body[0]
     assert expression.end_lineno is not None
     assert expression.end_col_offset is not None

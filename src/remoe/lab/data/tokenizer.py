@@ -1,4 +1,4 @@
-"""Tokenizers: training a byte-level BPE, loading any that transformers knows, and fingerprints."""
+"""Tokenizers: training a byte-level BPE, loading any that transformers supports, and fingerprints."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE_CHARACTERS = 65_536  # documents are sampled in pieces of this size, so that one huge one is as well
+SAMPLE_CHARACTERS = 65_536  # documents are sampled in pieces of this size, so that a huge one is sampled too
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "PreTrainedTokenizerBase":
-    """Train a byte-level BPE with all 256 bytes and `<|endoftext|>`, which ends and begins documents.
+    """Train a byte-level BPE with all 256 bytes and `<|endoftext|>`, the token that ends and begins documents.
 
-    The vocabulary is smaller than `vocab_size` if the text has too few different words.
+    The vocabulary is smaller than `vocab_size` if the text has too few distinct words.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def sample_evenly(texts: Iterator[str], total_bytes: int, limit_bytes: int) -> Iterator[str]:
-    """Yield pieces of `texts`, in order and spread evenly over `total_bytes`, of `limit_bytes` at most."""
+    """Yield pieces of `texts`, at most `limit_bytes` in total, in order and spread evenly over `total_bytes`."""
     characters = max(1, min(SAMPLE_CHARACTERS, limit_bytes // 16))
     seen = taken = 0
     for text in texts:
@@ -58,30 +58,30 @@ def sample_evenly(texts: Iterator[str], total_bytes: int, limit_bytes: int) -> I
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a folder or by its name on the hub, as transformers does.
 
-    Raises DataError if there is none, or if it has no end-of-text (EOS) token to end documents with.
+    Raises DataError if it cannot be loaded, or if it has no end-of-text (EOS) token to end documents with.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # transformers, the hub's client and tokenizers have no common base of errors
+    except Exception as error:  # transformers, the hub's client and tokenizers share no base class of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"tokenizer {name}: cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
-        raise DataError(f"tokenizer {name}: has no end-of-text (EOS) token, which must end every document")
+        raise DataError(f"tokenizer {name}: has no end-of-text (EOS) token, but every document must end with one")
     return tokenizer
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """One more than the largest token id, added tokens included."""
+    """One more than the largest token id, including added tokens."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Sha256 (hex) over a tokenizer's definition: the same after saving and loading, and in every process."""
+    """Sha256 (hex) of a tokenizer's definition, the same after saving and loading and in every process."""
     if tokenizer.is_fast:
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        for setting in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        for setting in ("truncation", "padding"):  # left by the last call; not part of the tokenizer
             definition.pop(setting, None)
     else:
         definition = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
@@ -89,10 +89,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 class Encoder:
-    """Texts to token ids, in batches, on all cores where the tokenizer has a Rust core.
+    """Encodes texts as token ids, in batches; a tokenizer with a Rust core uses all CPU cores.
 
-    Special tokens that are spelled out in a text are encoded as the text they are, so that no document
-    can end another one.
+    Special tokens that are spelled out in a text are encoded as plain text, so that no document can contain an
+    end of text.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -107,7 +107,7 @@ class Encoder:
             self._backend.encode_special_tokens = True
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Encode `texts`; nothing is added to or cut from them."""
+        """Encode `texts`, adding no special tokens and truncating nothing."""
         if self._backend is not None:
             return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(

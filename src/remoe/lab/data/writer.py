@@ -1,20 +1,109 @@
-"""Writing shards: whole documents, in order, each shard complete on the disk before the next begins."""
+"""From documents to shards: reading and encoding in threads, and writing whole documents in order."""
 
-from collections.abc import Callable
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from remoe.lab.data.manifest import Counts, ShardRecord, SplitName
-from remoe.lab.data.shards import METADATA_KEY, ShardHeader, array_sha256, shard_name
+from remoe.lab.data.documents import Document
+from remoe.lab.data.manifest import (
+    METADATA_KEY,
+    Counts,
+    ShardHeader,
+    ShardRecord,
+    SplitName,
+    array_sha256,
+    shard_name,
+)
 from remoe.lab.files import replacing
+
+ItemT = TypeVar("ItemT")
+BATCH_CHARACTERS = 1_000_000  # enough documents to keep all cores of the tokenizer busy
+AHEAD = 3  # batches queued between two stages
+_POLL_SECONDS = 0.1
+
+
+def prefetch(items: Iterable[ItemT], ahead: int = AHEAD) -> Iterator[ItemT]:
+    """Yield `items`, computed in a thread up to `ahead` of the reader; errors are raised in the reader."""
+    waiting: queue.Queue[tuple[bool, ItemT | BaseException | None]] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, ItemT | BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(entry, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            is_item, value = waiting.get()
+            if not is_item:
+                if value is not None:
+                    raise value
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Gather documents into lists of about BATCH_CHARACTERS characters."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_documents(
+    documents: Iterable[Document],
+    encode: Callable[[list[str]], list[list[int]]],
+    eos_id: int,
+    dtype: np.dtype,
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield each document, in order, with its tokens and the EOS token as an array (S) of `dtype`.
+
+    Reading and encoding each run in a thread of their own, a few batches ahead.
+    """
+    batches = prefetch(batch_documents(documents))
+    encoded = prefetch((batch, encode([item.text for item in batch])) for batch in batches)
+    for batch, ids in encoded:
+        for document, tokens in zip(batch, ids, strict=True):
+            tokens_S = np.empty(len(tokens) + 1, dtype)
+            tokens_S[:-1] = tokens
+            tokens_S[-1] = eos_id
+            yield document, tokens_S
 
 
 class ShardWriter:
-    """Collects the documents of one split and writes a shard whenever the next would make it too large.
+    """Collects the documents of one split, and writes a shard whenever the next one would make it too large.
 
-    `finished` is told of each shard once it is safely on the disk.
+    `finished` is called with the record of each shard once the shard is safely on disk; only then does the
+    next one begin.
     """
 
     def __init__(
@@ -39,7 +128,7 @@ class ShardWriter:
         self._clear()
 
     def add(self, tokens_S: np.ndarray, domain: str, num_bytes: int) -> None:
-        """Take one document: its tokens with the EOS token, uint16 or uint32 (S), and its UTF-8 bytes."""
+        """Add one document: its tokens including EOS, uint16 or uint32 (S), and its length in UTF-8 bytes."""
         if self._tokens and self._count + len(tokens_S) > self.shard_tokens:
             self.flush()
         self._tokens.append(tokens_S)
@@ -48,7 +137,7 @@ class ShardWriter:
         self._bytes.append(num_bytes)
 
     def flush(self) -> None:
-        """Write what is collected as a shard; raises DataError where the disk is full."""
+        """Write the collected documents as a shard; raises DataError if the disk is full."""
         if not self._tokens:
             return
         lengths = np.array([len(part) for part in self._tokens], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A page in which one sees how a trained model routes: `write_report`."""
+"""`write_report`: a page that shows how a trained model routes."""
 
 from remoe.lab.report.page import write_report
 

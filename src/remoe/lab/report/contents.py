@@ -1,4 +1,4 @@
-"""What a report is made of: texts with their routing, facts, and the records of training.
+"""Contents of a report: texts with their routing, facts, and the records of training.
 
 Legend: L layers, T tokens, E experts.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GATE_DIGITS = 3
-REPLACEMENT = "\ufffd"  # what a decoder has for bytes that are no character
-CHARACTER_TOKENS = 8  # a character has four bytes at most
+REPLACEMENT = "\ufffd"  # decoded from bytes that are not a character
+CHARACTER_TOKENS = 8  # more than enough for a character, which has at most four bytes
 POINTS = 600
 
 
@@ -32,10 +32,10 @@ class Excerpt:
     """The beginning of a domain's validation text, and how it was routed.
 
     Attributes:
-        domain: its name.
+        domain: name of the domain.
         tokens: the text, token by token.
-        gates: of each layer and token the experts that it was given to: expert, gate, expert, gate, ... A gate that is
-            not finite is None.
+        gates: for each layer and token, its experts and their gates: expert, gate, expert, gate, ... A gate that is not
+            finite is None.
     """
 
     domain: str
@@ -43,23 +43,23 @@ class Excerpt:
     gates: list[list[list[float | None]]]
 
 
-def experts_of(config: RemoeConfig) -> int:
-    """Experts of a layer, each as narrow as the granularity makes it."""
+def experts_per_layer(config: RemoeConfig) -> int:
+    """E G: the experts of a layer, counting the smaller ones that granularity G makes."""
     return config.num_experts * config.granularity
 
 
-def wanted_of(config: RemoeConfig) -> int:
-    """How many of them a token is wanted to have."""
+def active_per_token(config: RemoeConfig) -> int:
+    """k G: the target number of active experts per token and layer."""
     return config.num_experts_per_tok * config.granularity
 
 
 def excerpts(trained: Trained, windows: ValidationWindows, length: int) -> list[Excerpt]:
-    """The first `length` tokens of each domain, or as many as the domain or a window has."""
+    """The first `length` tokens of each domain, or fewer if the domain or a window is shorter."""
     found = []
     for domain in windows.domains:
         input_BS, _, mask_BS = next(windows.batches(domain, 1))
         input_BS, mask_BS = input_BS[:1, :length], mask_BS[:1, :length]
-        # Both, because the gate of an executed pair may be rounded to zero, or be negative.
+        # Needs both, because the gate of an executed pair may be rounded to zero, or be negative.
         active_LTE = active_of(trained.model, input_BS, mask_BS)
         gate_LTE = gates_of(trained.model, input_BS, mask_BS)
         gates = [
@@ -82,9 +82,10 @@ def _short(gate: float) -> float | None:
 
 
 def texts_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens stands at the last of them."""
+    """What each token adds to the text; a character that takes several tokens is with the last of them."""
     texts: list[str] = []
-    before, start = 0, 0  # a token is decoded behind the piece before it: some decoders drop what begins a text
+    # Each token is decoded after the piece before it, because some decoders drop a space at the start of a text.
+    before, start = 0, 0
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[before:start])
         text = tokenizer.decode(ids[before:end])[len(known) :]
@@ -97,15 +98,19 @@ def texts_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[s
 
 
 def facts(trained: Trained, step: int | None) -> dict[str, str]:
-    """What the model is and how it did, by name; `step` is that of a run's checkpoint."""
+    """Facts about the model and its training, by name; `step` is the step of a run's checkpoint."""
     c = trained.model.config
     found = {"router": c.router}
     if c.routes_pairs:
-        found["experts"] = f"{experts_of(c)} in each layer ({c.num_hidden_layers}), {wanted_of(c)} wanted per token"
+        found["experts"] = (
+            f"{c.num_hidden_layers} layers of {experts_per_layer(c)}; target: {active_per_token(c)} per token"
+        )
     if c.shared_expert_size:
-        found["shared expert"] = f"width {c.shared_expert_size}, for every token"
+        found["shared expert"] = f"width {c.shared_expert_size}, used by every token"
     total, active = map(quantity, parameters(c))
-    found["parameters"] = total if total == active else f"{total}, {active} of them for a token at the wanted sparsity"
+    found["parameters"] = (
+        total if total == active else f"{total}, of which a token uses {active} at the target sparsity"
+    )
     if trained.run is not None:
         config, summary = trained.run.load_config(), trained.run.load_summary()
         found["trained"] = f"{step:,} steps of {config.batch_size * config.seq_len:,} tokens"
@@ -113,21 +118,21 @@ def facts(trained: Trained, step: int | None) -> dict[str, str]:
             everything = summary["validation"]["all"]
             found["validation loss"] = f"{everything['loss']:.4f} nats per token"
             if c.routes_pairs:
-                found["sparsity in validation"] = (
-                    f"{everything['sparsity']:.4f}, wanted {1 - wanted_of(c) / experts_of(c):.4g}"
+                found["validation sparsity"] = (
+                    f"{everything['sparsity']:.4f} (target: {1 - active_per_token(c) / experts_per_layer(c):.4g})"
                 )
     return found
 
 
 def training_records(trained: Trained, step: int | None) -> list[dict]:
-    """Those of the run's metrics.jsonl up to the checkpoint's step; none for a model in a folder of its own."""
+    """Records of the run's metrics.jsonl up to the checkpoint's step; none for a model that is not part of a run."""
     if trained.run is None or not trained.run.metrics.is_file():
         return []
     return [record for record in read_metrics(trained.run.metrics) if record["step"] <= step]
 
 
 def thinned(records: list[dict]) -> list[dict]:
-    """At most about 2 POINTS of them, evenly and, for logarithmic steps, by even ratios: a figure shows no more."""
+    """At most about 2 POINTS records, spaced evenly and, for log scales, geometrically: a figure shows no more."""
     if len(records) <= 2 * POINTS:
         return records
     even = np.linspace(0, len(records) - 1, POINTS)

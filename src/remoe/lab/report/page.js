@@ -1,5 +1,5 @@
 "use strict";
-// Colours the text by the number of a token's experts, or by the gate of one chosen expert.
+// Colours the text by the number of experts of each token, or by the gate of one selected expert.
 (() => {
   const content = JSON.parse(document.getElementById("content").textContent);
   if (!content.excerpts) return;
@@ -21,7 +21,7 @@
     return Array.from({ length: flat.length / 2 }, (_, i) => [flat[2 * i], flat[2 * i + 1]]);
   }
 
-  // What a token is coloured by: the size of the chosen expert's gate, null where it has not that expert; else a number
+  // The value that colours each token: its number of experts, or the size of the selected expert's gate (null if inactive)
   function values(excerpt) {
     if (state.chosen) {
       const { layer, expert } = state.chosen;
@@ -39,7 +39,7 @@
     return (100 * share).toFixed(digits);
   }
 
-  // White space as signs, a long run of one as its length
+  // White space as visible signs; a long run becomes one sign and a count
   function visible(text) {
     const signs = { "\n": "⏎", "\t": "⇥", " ": "␣" };
     return text.replace(/([\n\t ])\1*/g, (run) => {
@@ -73,14 +73,14 @@
     }));
     if (state.chosen) {
       const taken = found.filter((value) => value !== null).length;
-      const most = taken ? `; the strongest colour is a gate of ${highest} in size` : "";
-      $("scale").textContent = `Coloured by the gate of expert ${state.chosen.expert} of layer ${state.chosen.layer}: ` +
-        `it takes ${taken} of these ${found.length} tokens${most}.`;
+      const most = taken ? ` The strongest colour is a gate of size ${highest}.` : "";
+      $("scale").textContent = `Colour: gate of expert ${state.chosen.expert} in layer ${state.chosen.layer}, ` +
+        `which takes ${taken} of these ${found.length} tokens.${most}`;
     } else {
-      const where = state.layer === ALL ? "all layers together" : `layer ${state.layer}`;
+      const where = state.layer === ALL ? "summed over all layers" : `in layer ${state.layer}`;
       const mean = found.reduce((a, b) => a + b, 0) / found.length;
-      $("scale").textContent = `Experts of a token in ${where}: ${mean.toFixed(2)} in the mean, ` +
-        `from ${Math.min(...found)} to ${highest} (the strongest colour).`;
+      $("scale").textContent = `Colour: number of experts per token ${where}, ` +
+        `${mean.toFixed(2)} on average, from ${Math.min(...found)} to ${highest} (strongest colour).`;
     }
   }
 
@@ -117,15 +117,15 @@
       button.setAttribute("aria-pressed", String(+button.dataset.layer === layer && +button.dataset.expert === expert));
     }
     if (!state.chosen) {
-      panel.replaceChildren(element("span", "Choose an expert in the map."));
+      panel.replaceChildren(element("span", "Select an expert in the map."));
       return;
     }
     const { layer, expert } = state.chosen;
-    const parts = [element("strong", `Layer ${layer}, expert ${expert}`), element("p", "Share of each domain's tokens:")];
+    const parts = [element("strong", `Layer ${layer}, expert ${expert}`), element("p", "Share of each domain's tokens that it takes:")];
     const shares = content.domainShare.map((share) => share[layer][expert]);
     content.domains.forEach((domain, i) => parts.push(bar(domain, shares[i], Math.max(...shares))));
     const tops = (content.top[layer] || [])[expert] || [];
-    parts.push(element("p", tops.length ? "Tokens that it takes most surely:" : "There is no frequent token that it takes."));
+    parts.push(element("p", tops.length ? "Tokens most likely to be sent to it:" : "It takes none of the frequent tokens."));
     const list = element("ul");
     const item = element("li");
     for (const text of tops) item.append(element("code", visible(text)), " ");
@@ -133,7 +133,7 @@
     panel.replaceChildren(...parts, list);
   }
 
-  // What is shown before the reader points at anything: the first token often is an empty line.
+  // The token shown before the reader points at one: the first would often be an empty line.
   function busiest(domain) {
     const excerpt = content.excerpts[domain];
     const counts = excerpt.tokens.map((_, token) => {

@@ -1,7 +1,7 @@
-"""The report of a trained model: one HTML file that needs nothing else, to be opened, sent or kept.
+"""The report of a trained model: a single HTML file that needs no other file and no network.
 
-`page.html`, `page.css` and `page.js` beside this file are put together with the numbers of one model. Text is coloured,
-and experts are chosen, in the browser; what it needs for that lies in the page as JSON.
+It combines `page.html`, `page.css` and `page.js` from this folder with the numbers of one model. The script colours the
+text and shows the experts that the reader selects, from JSON in the page.
 """
 
 import base64
@@ -22,43 +22,53 @@ from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.summary import CHUNK, RoutingSummary, routing_of
 from remoe.lab.evaluation.trained import Trained, open_trained
 from remoe.lab.files import atomic_write
-from remoe.lab.report.contents import Excerpt, excerpts, experts_of, facts, thinned, training_records, wanted_of
+from remoe.lab.report.contents import (
+    Excerpt,
+    active_per_token,
+    excerpts,
+    experts_per_layer,
+    facts,
+    thinned,
+    training_records,
+)
 from remoe.lab.training.checkpoint import saved_step
 
 BATCH_TOKENS = 8192
-LOSS_WINDOW = 20  # records of a moving mean
+LOSS_WINDOW = 20  # records in the moving mean
 
 
 def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: int, excerpt_tokens: int) -> Path:
     """Runs a trained model over validation text, and writes a page about its routing.
 
     Args:
-        path: a run's folder, one of its checkpoints, or the folder of a saved or exported model of ours.
-        data: prepared data; None for the data that the run was trained with.
-        out: the file; by default report.html in that folder, report-step-N.html in its run's for a checkpoint.
-        max_tokens: validation tokens that the numbers are taken over, shared out over the domains.
-        excerpt_tokens: tokens of each domain that are shown as text; at most the model's window.
+        path: a run's folder, one of its checkpoints, or the folder of a saved or exported remoe model.
+        data: folder of prepared data; None for the data that the run was trained on.
+        out: the file to write; by default report.html in the folder of the run or model, and for a checkpoint
+            report-step-N.html in the folder of its run.
+        max_tokens: approximate number of validation tokens to measure on, divided among the domains by size.
+        excerpt_tokens: number of tokens of each domain to show as text; at most the model's window.
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: when there is no usable model, or its data is not known.
-        DataError: when the data was made with another tokenizer, or the page cannot be written.
+        CheckpointError: if there is no usable model, or its data is unknown.
+        DataError: if the data was made with another tokenizer, or the page cannot be written.
     """
     trained = open_trained(path, data)
-    # At once: a run that goes on soon throws the checkpoint away.
+    # Read first, because a run that is still training soon deletes the checkpoint.
     step = saved_step(trained.checkpoint) if trained.run else None
     out = out or _place(trained, Path(path), step)
-    if not os.access(out.parent, os.W_OK):  # found out before the work, not after it
+    if not os.access(out.parent, os.W_OK):  # checked before the work, not after it
         raise DataError(f"{out.parent} cannot be written: choose a file with --out")
     windows = trained.windows("validation")
     routing, texts = None, []
     if trained.model.config.routes_pairs:
         batch_size = max(1, BATCH_TOKENS // windows.seq_len)
         record = collect(trained.model, windows, max_tokens, batch_size)
-        wanted = wanted_of(trained.model.config)
-        routing = routing_of(record, wanted, lambda token: trained.tokenizer.decode([token]))
+        routing = routing_of(
+            record, active_per_token(trained.model.config), lambda token: trained.tokenizer.decode([token])
+        )
         texts = excerpts(trained, windows, excerpt_tokens)
     atomic_write(out, _page(trained, step, routing, texts).encode())
     return out
@@ -83,18 +93,18 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
         facts=facts(trained, step),
         config=c,
         steered=c.steered and c.sparsity_rule != "none",
-        experts=experts_of(c),
-        wanted=wanted_of(c),
+        experts=experts_per_layer(c),
+        target=active_per_token(c),
         chunk=CHUNK,
         routing=routing,
-        little=inactive_below(experts_of(c), wanted_of(c)),
+        inactive_below=inactive_below(experts_per_layer(c), active_per_token(c)),
         pictures=_pictures(trained, step, routing),
         content=_json(_content(routing, texts)),
     )
 
 
 def _percent(share: float) -> str:
-    """Two digits, or three of 100."""
+    """A share in percent with two significant digits; 100 for everything."""
     percent = 100 * share
     return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}" if percent >= 0.995 else f"{percent:.2f}"
 
@@ -111,32 +121,32 @@ def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, 
 
 
 def _json(content: dict[str, Any]) -> Markup:
-    """JSON that ends no script element, whatever the text in it."""
+    """JSON that cannot end the script element, whatever texts it contains."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))
 
 
 def _pictures(trained: Trained, step: int | None, routing: RoutingSummary | None) -> dict[str, str]:
-    """Figures as addresses of images, by name; those that the run and the model allow."""
+    """Those figures that the run and the model have data for, as data URLs, by name."""
     c = trained.model.config
-    experts, wanted = experts_of(c), wanted_of(c)
+    experts, active = experts_per_layer(c), active_per_token(c)
     drawn: dict[str, Figure] = {}
     if routing is not None:
         if routing.figures.frequency_correlation is not None:
             points = {c.router: (routing.count_U, routing.active_U)}
             drawn["frequency"] = routing_figures.active_against_frequency(points)
-        drawn["domains"] = routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, wanted)
+        drawn["domains"] = routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, active)
     if records := training_records(trained, step):
         few = thinned(records)
         losses = ([record["step"] for record in few], [record["lm_loss"] for record in few])
         drawn["loss"] = figures.training_losses({c.router: losses}, window=LOSS_WINDOW)
         if c.steered:
-            target = 1 - wanted / experts
+            target = 1 - active / experts
             drawn["course"] = figures.training_course({c.router: few}, target)
             drawn["course-log"] = figures.training_course({c.router: few}, target, log_steps=True)
         if c.routes_pairs:
             steps, loads = zip(*((record["step"], record["load_per_expert"]) for record in records), strict=True)
-            drawn["load"] = routing_figures.load_course(steps, loads, wanted)
+            drawn["load"] = routing_figures.load_course(steps, loads, active)
         if flips := [(record["step"], record["flip_rate"]) for record in records if "flip_rate" in record]:
             drawn["flips"] = routing_figures.flips({c.router: tuple(zip(*flips, strict=True))}, {c.router: experts})
     return {name: _image(figure) for name, figure in drawn.items()}

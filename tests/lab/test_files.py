@@ -1,11 +1,12 @@
-"""Folders are written whole, with what is in them, or not at all."""
+"""Files and folders are written whole or not at all; locks keep other processes out."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from remoe.errors import ConfigError, DataError
-from remoe.lab.files import check_new_folder, new_folder
+from remoe.errors import CheckpointError, ConfigError, DataError
+from remoe.lab.files import atomic_write, check_new_folder, new_folder, remove_whole, temporary_name, try_lock
 
 
 def test_a_folder_within_a_folder_can_be_entered(tmp_path: Path) -> None:
@@ -53,8 +54,33 @@ def test_what_cannot_be_replaced_is_found_before_the_work(tmp_path: Path, monkey
         check_new_folder(tmp_path / "link")
     check_new_folder(tmp_path / "real")
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ConfigError, match="no permission to write in"):
+    with pytest.raises(ConfigError, match="no write permission in"):
         check_new_folder(tmp_path / "new" / "deep")
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "real")
     with pytest.raises(ConfigError, match="is a mount point"):
         check_new_folder(tmp_path / "real")
+
+
+def test_an_error_has_the_type_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="out: cannot be written: Not a directory"):
+        atomic_write(tmp_path / "file" / "out", b"content", error=CheckpointError)
+
+
+def test_a_file_is_removed_with_what_a_kill_left_of_it(tmp_path: Path) -> None:
+    for name in ("step-1", temporary_name("step-1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+    remove_whole(tmp_path / "step-1")
+    assert list(tmp_path.iterdir()) == []
+    remove_whole(tmp_path / "step-1")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are locked on POSIX systems only")
+def test_a_file_is_locked_until_it_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("ab") as first, path.open("ab") as second:
+        assert try_lock(first)
+        assert not try_lock(second)
+        first.close()
+        assert try_lock(second)

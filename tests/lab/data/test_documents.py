@@ -1,16 +1,13 @@
-"""Files of every kind become the same documents, and faulty ones are named to the row."""
+"""Files of every kind become the same documents, and errors name the faulty row."""
 
-import errno
 import gzip
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from small_data import write_rows
 
 from remoe.errors import DataError
 from remoe.lab.data.documents import Columns, Document
@@ -26,24 +23,6 @@ def read(path: Path, **columns: str) -> list[Document]:
 
 def pairs(documents: list[Document]) -> list[tuple[str, str]]:
     return [(document.text, document.domain) for document in documents]
-
-
-def json_lines(rows: list[tuple[str, str]]) -> bytes:
-    return b"".join(json.dumps({"text": text, "domain": domain}).encode() + b"\n" for text, domain in rows)
-
-
-def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
-    content = json_lines(rows)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": [r[0] for r in rows], "domain": [r[1] for r in rows]}), path)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(content))
-    elif path.suffix == ".zst":
-        half = len(content) // 2  # two frames, as appending compressors write them
-        path.write_bytes(zstandard.compress(content[:half]) + zstandard.compress(content[half:]))
-    else:
-        path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
@@ -72,43 +51,6 @@ def test_text_file_is_one_document_and_keeps_its_line_ends(tmp_path: Path) -> No
     assert pairs(read(tmp_path / "my.notes.txt")) == [("one\r\ntwo\n", "my.notes")]
 
 
-def test_domain_is_the_first_component_below_the_folder(tmp_path: Path) -> None:
-    root = tmp_path / "corpus"
-    for folder in ("", "v1.2/deep", "a", ".hidden"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        (root / folder / "z.txt").write_text(f"in {folder}")
-    for name in ("books.jsonl.zst", "web.parquet"):
-        write_rows(root / name, ROWS[:1])
-    write_rows(root / "a" / "nested.jsonl", [("nested", "own")])
-    (root / "README.md").write_text("not data")
-    documents = pairs(read(root, domain="domain"))
-    assert documents == [
-        ("nested", "own"),
-        ("in a", "a"),
-        ("first", "x"),
-        ("in v1.2/deep", "v1.2"),
-        ("first", "x"),
-        ("in ", "corpus"),
-    ]
-    for name in ("books.jsonl.zst", "web.parquet"):
-        (root / name).unlink()
-    (root / "books.jsonl").write_text('{"text": "no domain"}\n')
-    pq.write_table(pa.table({"text": ["no domain"]}), root / "web.v2.parquet")
-    domains = [document.domain for document in read(root) if document.text == "no domain"]
-    assert domains == ["books", "web.v2"]
-
-
-def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
-    for name in ("corpus/real", "elsewhere"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "a.txt").write_text(f"in {name}")
-    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "corpus" / "real" / "up").symlink_to(tmp_path / "corpus")
-    (tmp_path / "corpus" / "a link to the first").symlink_to(tmp_path / "corpus" / "real")
-    (tmp_path / "corpus" / "same").symlink_to(tmp_path / "elsewhere")
-    assert pairs(read(tmp_path / "corpus")) == [("in elsewhere", "linked"), ("in corpus/real", "real")]
-
-
 @pytest.mark.parametrize("suffix", [".JSONL", ".Jsonl.GZ"])
 def test_suffixes_of_any_case(tmp_path: Path, suffix: str) -> None:
     content = b'{"text": "a"}\n'
@@ -119,7 +61,7 @@ def test_suffixes_of_any_case(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("what", ["domain", "group"])
 def test_names_that_are_not_unicode_are_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a", "domain": "d", "group": "g"} | {what: "a\ud800"}) + "\n")
-    with pytest.raises(DataError, match=f"line 1: the {what} holds a lone surrogate"):
+    with pytest.raises(DataError, match=f"line 1: the {what} .* lone surrogate"):
         read(tmp_path / "d.jsonl", domain="domain", group="group")
 
 
@@ -138,7 +80,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         (b'{"body": "a", "n": 1}\n', r"line 1: no column 'text' \(columns present: body, n\)"),
         (b"[1]\n", "line 1: not a JSON object"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
-        (b'{"text": "\\ud800"}\n', "line 1: the text holds a lone surrogate"),
+        (b'{"text": "\\ud800"}\n', "line 1: the text .* lone surrogate"),
         (b'{"text": "a", "domain": null}\n', "line 1: the domain is missing"),
         (b'{"text": "a", "domain": "all"}\n', "line 1: 'all' cannot be a domain's name"),
     ],
@@ -170,7 +112,7 @@ def test_missing_column_names_those_present(tmp_path: Path) -> None:
 
 def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match=r"d\.parquet: column 'text' holds int64, not text"):
+    with pytest.raises(DataError, match=r"d\.parquet: column 'text' .*int64, not text"):
         read(tmp_path / "d.parquet")
 
 
@@ -180,29 +122,5 @@ def test_text_of_another_encoding_is_named(tmp_path: Path) -> None:
         read(tmp_path / "latin.txt")
 
 
-def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("x")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "b.md").write_text("x")
-    with pytest.raises(DataError, match=r"a\.md: unknown type of file"):
-        read(tmp_path / "a.md")
-    with pytest.raises(DataError, match="empty: no files to read"):
-        read(tmp_path / "empty")
-    with pytest.raises(DataError, match=r"gone\.txt: no such file or folder"):
-        read(tmp_path / "gone.txt")
-
-
-def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("open", "closed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text("x")
-    scandir = os.scandir
-
-    def guarded(path: str) -> Iterator[os.DirEntry]:
-        if Path(path).name == "closed":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", guarded)
-    with pytest.raises(DataError, match="closed: Permission denied"):
-        read(tmp_path)
+def test_document_sizes_are_utf8_bytes() -> None:
+    assert Document("aé🙂", "d").num_bytes == 1 + 2 + 4

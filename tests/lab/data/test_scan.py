@@ -1,12 +1,15 @@
-"""What is held out is stable, whole, and never all or nothing."""
+"""The split is stable, keeps items whole and leaves neither side empty; sources cannot overlap."""
 
 import random
+from pathlib import Path
 
 import pytest
+from small_data import small_options, write_jsonl
 
-from remoe.errors import DataError
+from remoe.errors import ConfigError, DataError
+from remoe.lab.data import prepare
 from remoe.lab.data.documents import Document
-from remoe.lab.data.holdout import Holdout, HoldoutBuilder
+from remoe.lab.data.scan import Holdout, HoldoutBuilder
 
 
 def build(documents: list[Document], fraction: float = 0.02, seed: int = 0) -> Holdout:
@@ -43,9 +46,7 @@ def test_domains_of_one_item_each_still_give_both_splits() -> None:
     documents = [Document("one", "a"), Document("two", "b")]
     assert sorted(build(documents).holds_out(item) for item in documents) == [False, True]
     documents = [Document("same", "a"), Document("same", "b")]
-    with pytest.raises(
-        DataError, match=r"source: a single source item cannot be divided .* a second file by --validation, or a folder"
-    ):
+    with pytest.raises(DataError, match=r"source: a single source item cannot be divided .*--validation"):
         build(documents)
 
 
@@ -70,3 +71,40 @@ def test_few_items_give_their_share_of_bytes_without_a_huge_one() -> None:
             total = sum(item.num_bytes for item in documents if item.domain == domain)
             held = sum(item.num_bytes for item in documents if item.domain == domain and holdout.holds_out(item))
             assert 0.04 * total < held < 0.15 * total
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": "  "}\n'], ids=["nothing", "blank"])
+def test_empty_corpus_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"d\.jsonl: no text found"):
+        prepare(small_options(tmp_path / "out", tmp_path / "d.jsonl"))
+    full = write_jsonl(tmp_path / "full.jsonl", ["some text"])
+    with pytest.raises(DataError, match=r"d\.jsonl: no text found"):
+        prepare(small_options(tmp_path / "out", full, validation=(str(tmp_path / "d.jsonl"),)))
+
+
+def test_the_same_text_in_both_splits_or_twice_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
+    for source in (str(saved), "stdlib"):
+        with pytest.raises(DataError, match="is both a training and a validation source"):
+            prepare(small_options(tmp_path / "out", source, validation=(source,)))
+        with pytest.raises(DataError, match="is named twice"):
+            prepare(small_options(tmp_path / "out", source, source))
+
+
+def test_file_in_both_splits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "held").mkdir(parents=True)
+    write_jsonl(tmp_path / "corpus" / "d.jsonl", ["one", "two"])
+    write_jsonl(tmp_path / "corpus" / "held" / "e.jsonl", ["three"])
+    held = (str(tmp_path / "corpus" / "held"),)
+    with pytest.raises(DataError, match=r"e\.jsonl: is both a training and a validation source"):
+        prepare(small_options(tmp_path / "out", tmp_path / "corpus", validation=held))
+
+
+def test_out_inside_a_source_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ["one", "two"])
+    with pytest.raises(ConfigError, match="is inside the source"):
+        prepare(small_options(tmp_path / "out", tmp_path))

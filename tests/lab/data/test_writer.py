@@ -1,4 +1,4 @@
-"""The pipeline's threads keep order, pass errors on and end when nobody reads any more."""
+"""The threads that read and encode keep order, pass errors on, and end when their reader stops."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from remoe.lab.data.documents import Document
-from remoe.lab.data.pipeline import encode_documents, prefetch
+from remoe.lab.data.writer import encode_documents, prefetch
 
 
 def test_prefetch_keeps_order_and_passes_errors_on() -> None:
