@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import ConfigError
-from remoe.experts import Experts
+from remoe.experts import Experts, MergedExperts
 from remoe.routing import DenseRouter, Routing, build_router
+from remoe.routing.lory import LoryRouter
 
 
 class MoE(nn.Module):
@@ -71,7 +72,8 @@ class MoE(nn.Module):
             width = d_ffn * (num_experts if router == "dense_wide" else k)
             self.experts = Experts(1, d_model, width, experts, 1)
         else:
-            self.experts = Experts(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
+            kind = MergedExperts if isinstance(self.router, LoryRouter) else Experts
+            self.experts = kind(num_experts * granularity, d_model, d_ffn // granularity, experts, k * granularity)
         self.shared_expert = Experts(1, d_model, shared_expert_size, experts, 1) if shared_expert_size else None
         self.d_model = d_model
         self.gate_threshold: float = 0.0
@@ -128,6 +130,6 @@ class MoE(nn.Module):
         return y_TD.view(x.shape), routing
 
     def _run_merged(self, x_TD: Tensor, routing: Routing, seq_len: int) -> Tensor:
-        order_T, options = routing.order_T, {"seq_len": seq_len, "segment": self.router.segment}
-        y_TD = self.experts(x_TD if order_T is None else x_TD[order_T], merge_BME=routing.merge_BME, **options)
+        order_T, merging = routing.order_T, (routing.merge_BME, seq_len, self.router.segment)
+        y_TD = self.experts(x_TD if order_T is None else x_TD[order_T], *merging)
         return y_TD if order_T is None else torch.zeros_like(y_TD).index_copy(0, order_T, y_TD)

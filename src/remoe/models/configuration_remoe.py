@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from remoe.errors import ConfigError
-from remoe.experts import BACKENDS
+from remoe.experts import check_backend
 from remoe.routing import ROUTERS
 from remoe.sparsity import RULES
 
@@ -117,10 +117,10 @@ class RemoeConfig(PreTrainedConfig):
             ("router", self.router, ROUTERS),
             ("sparsity rule", self.sparsity_rule, RULES),
             ("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS),
-            ("experts backend", self.experts_backend, ("auto", *BACKENDS)),
         ):
             if value not in choices:
                 raise ConfigError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+        check_backend(self.experts_backend)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"k must be between 1 and the number of experts, but k = {self.num_experts_per_tok} "

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import remoe
-from remoe.experts.backends import BACKENDS
+from remoe.experts import BACKENDS
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
 from remoe.lab.export.card import _what

@@ -127,7 +127,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     _start(arguments)
     import torch
 
-    from remoe.experts.backends import check_backend
+    from remoe.experts import check_backend
     from remoe.lab.bench import decode, layer
     from remoe.lab.bench.roofline import measure_roofline
     from remoe.lab.machine import machine
