@@ -17,6 +17,7 @@ import remoe
 from remoe.experts import BACKENDS
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
+from remoe.lab.export.bundle import relocated
 from remoe.lab.export.card import _what
 from remoe.lab.training.folder import RunFolder
 from remoe.routing import ROUTERS
@@ -176,6 +177,56 @@ def test_code_imports_only_what_transformers_brings(exported):
         absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         needed = {name.split(".")[0] for name in absolute} - sys.stdlib_module_names
         assert needed <= {"torch", "transformers", "huggingface_hub"}, path.name
+
+
+def test_only_the_names_of_imported_modules_change():
+    source = """'''Says `from remoe.layer import MoE`, naïvely.'''
+
+import remoedex
+from remoe.models.modeling_remoe import RemoeModel  # ends a line
+from remoe.routing import (
+    ROUTERS,
+)
+
+
+def late():
+    "né"; from remoe.experts.cpu.backend import forward as first
+
+    return "from remoe.layer import MoE", first, remoedex, ROUTERS, RemoeModel
+"""
+    changed = relocated(source.encode()).decode()
+    expected = source.replace("from remoe.models.modeling_remoe", "from .modeling_remoe")
+    expected = expected.replace("from remoe.routing", "from .remoe_routing")
+    assert changed == expected.replace("from remoe.experts.cpu.backend", "from .remoe_experts_cpu_backend")
+    assert changed.count("from remoe.layer import MoE") == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import remoe.layer",
+        "from remoe.experts import naive",
+        "from .layer import MoE",
+        "from  remoe.layer import MoE",
+    ],
+)
+def test_imports_that_the_folder_cannot_have_are_refused(line):
+    with pytest.raises(ValueError, match="line 1: "):
+        relocated(line.encode())
+
+
+def test_folder_has_the_backends_that_need_torch_alone(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cls = get_class_from_dynamic_module("modeling_remoe.RemoeForCausalLM", str(folder))
+    package = cls.__module__.rpartition(".")[0]
+    dispatch, pairs = (sys.modules[f"{package}.{name}"] for name in ("remoe_experts_dispatch", "remoe_routing_pairs"))
+    assert dispatch.BACKENDS == ("naive", "cpu")
+    assert dispatch.check_backend("loop") == "cpu"
+    assert not pairs.AVAILABLE
+    operators = (dispatch.operators("cpu").forward, dispatch.TRACED.backward, pairs._list_pairs)
+    assert not any(operator._qualname.startswith("remoe::") for operator in operators)
 
 
 def test_card_says_what_the_model_is(exported):
