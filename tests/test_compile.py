@@ -101,7 +101,7 @@ def test_layer_exports_with_gradients_and_any_number_of_tokens(tokens):
 
 
 def test_operators_follow_their_contract():
-    from remoe.experts.dispatch import TRACED, operators
+    from remoe.experts.dispatch import OPERATORS, TRACED
 
     T, D, F, E = 9, 6, 4, 3
     count_E = torch.tensor([2, 0, 3])
@@ -110,12 +110,12 @@ def test_operators_follow_their_contract():
     leaves = [t.requires_grad_() for t in tensors]
     # Stored pairs end with an expert: rows of one that fits in part only are not written, and compare as noise.
     problem = (2, *leaves, token_N, count_E, None)
-    torch.library.opcheck(operators("cpu").forward, problem)
+    torch.library.opcheck(OPERATORS["cpu"].forward, problem)
     torch.library.opcheck(TRACED.forward, ("cpu", *problem))
 
 
 def test_operators_and_layer_take_other_strides():
-    from remoe.experts.dispatch import TRACED, operators
+    from remoe.experts.dispatch import OPERATORS, TRACED
 
     torch.compiler.reset()
     layer = remoe.MoE(16, 24, 3, 1, init_std=0.5)
@@ -126,5 +126,5 @@ def test_operators_and_layer_take_other_strides():
     tensors = [torch.randn(6, 9).t(), torch.randn(3, 6, 8).mT, torch.randn(3, 4, 6).mT, torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
     problem = (2, *leaves, token_N, count_E, None)
-    torch.library.opcheck(operators("cpu").forward, problem)
+    torch.library.opcheck(OPERATORS["cpu"].forward, problem)
     torch.library.opcheck(TRACED.forward, ("cpu", *problem))

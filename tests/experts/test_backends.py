@@ -17,7 +17,7 @@ from packaging import version
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, resolve_backend, run_experts
 from remoe.experts.contract import Problem
-from remoe.experts.dispatch import operators
+from remoe.experts.dispatch import OPERATORS
 from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
 from remoe.routing.assignment import Assignment
 
@@ -122,9 +122,9 @@ def test_frozen_experts_get_no_gradients_and_the_rest_is_the_same(backend, store
     (x, gate_up, down, gates), active = problem(63, 60, 36, 5, 0.4)
     assignment, dy = Assignment.from_gates(gates.detach(), active), torch.randn(63, 60)
     lists = (assignment.gate_N, assignment.token_N, assignment.count_E, assignment.pair_TE)
-    ours, problem_ = operators(backend.keywords["backend"]), Problem(x, gate_up, down, *lists)
-    _, pre = ours.forward(stored, *problem_)
-    trained, frozen = (ours.backward(weights, dy, pre, *problem_) for weights in (True, False))
+    ours, pairs = OPERATORS[backend.keywords["backend"]], Problem(x, gate_up, down, *lists)
+    _, pre = ours.forward(stored, *pairs)
+    trained, frozen = (ours.backward(weights, dy, pre, *pairs) for weights in (True, False))
     assert [gradient.numel() for gradient in frozen[1:3]] == [0, 0]
     assert all(torch.equal(trained[i], frozen[i]) for i in (0, 3))
     for wanted in ([x], [gates], [x, gate_up]):  # of one weight alone: as of both

@@ -33,9 +33,10 @@ class Problem(NamedTuple):
     count_E: Tensor
     pair_TE: Tensor | None
 
-    def contiguous(self) -> "Problem":
-        """The same with contiguous tensors."""
-        return Problem(*(tensor if tensor is None else tensor.contiguous() for tensor in self))
+    @classmethod
+    def contiguous(cls, *problem: Tensor | None) -> "Problem":
+        """The problem of these arguments, with contiguous tensors."""
+        return cls._make([tensor if tensor is None else tensor.contiguous() for tensor in problem])
 
     def new_stored(self, stored: int) -> Tensor:
         """(C, 2F), uninitialised: the pre-activations of the first C = min(N, stored) pairs."""

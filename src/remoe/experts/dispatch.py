@@ -26,18 +26,22 @@ from remoe.experts.cpu.backend import BACKEND as CPU
 from remoe.experts.naive import BACKEND as NAIVE
 from remoe.operators import operator_name
 
-_EVERYWHERE = {"naive": NAIVE, "cpu": CPU}
-# Modules, relative to this one, that are imported on first use; an exported model's folder does not have them.
+# Modules beside this one that an exported model's folder does not have.
 _OPTIONAL = {"grouped": "grouped", "triton": "triton.backend", "sonic": "sonic"}
-# "remoe.experts." in the package; "....remoe_experts_" in the flat folder of an exported model.
-_PREFIX = __name__.removesuffix("dispatch")
 
 
-def _module_name(name: str) -> str:
-    return _PREFIX + _OPTIONAL[name].replace(".", _PREFIX[-1])
+def _backends() -> dict[str, Backend]:
+    found = {"naive": NAIVE, "cpu": CPU}
+    # "remoe.experts." in the package; "....remoe_experts_" in the flat folder of an exported model.
+    prefix = __name__.removesuffix("dispatch")
+    for name, path in _OPTIONAL.items():
+        module = prefix + path.replace(".", prefix[-1])
+        if find_spec(module) is not None:
+            found[name] = import_module(module).BACKEND
+    return found
 
 
-BACKENDS = (*_EVERYWHERE, *(name for name in _OPTIONAL if find_spec(_module_name(name)) is not None))
+BACKENDS = _backends()
 ALIASES = {"loop": "cpu"}  # of version 0.1.0
 _AUTO = {"cuda": ("triton", "grouped", "cpu")}  # in the order of preference; elsewhere "cpu"
 
@@ -69,7 +73,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: in
     for candidate in candidates:
         if candidate not in BACKENDS:
             continue
-        reason = backend(candidate).obstacle(torch.device(device_type), dtype, d_model, d_ffn)
+        reason = BACKENDS[candidate].obstacle(torch.device(device_type), dtype, d_model, d_ffn)
         if reason is None:
             break
         if name != "auto":
@@ -80,33 +84,11 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: in
     return candidate
 
 
-@cache
-def backend(name: str) -> Backend:
-    """A backend by its name in BACKENDS."""
-    return _EVERYWHERE[name] if name in _EVERYWHERE else import_module(_module_name(name)).BACKEND
-
-
-def backend_function(name: str) -> Callable[..., Tensor]:
-    """The differentiable function of a backend that has no passes."""
-    function = backend(name).function
-    assert function is not None, f"{name} has passes"
-    return function
-
-
 class Operators(NamedTuple):
-    """A backend's passes as custom operators; autograd knows the second as the derivative of the first."""
+    """The two passes of a `Backend`, with its arguments; autograd knows the second as the derivative of the first."""
 
     forward: CustomOpDef
     backward: CustomOpDef
-
-
-@cache
-def operators(name: str) -> Operators:
-    """The operators of a backend, `forward` and `backward` with the arguments of `Backend`."""
-    chosen = backend(name)
-    assert chosen.forward is not None, f"{name} has no passes"
-    assert chosen.backward is not None, f"{name} has no passes"
-    return _register(f"experts_{name}", chosen.forward, chosen.backward)
 
 
 def _register(name: str, forward: Callable, backward: Callable, first: str = "") -> Operators:
@@ -155,18 +137,27 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+OPERATORS = {
+    name: _register(f"experts_{name}", backend.forward, backend.backward)
+    for name, backend in BACKENDS.items()
+    if backend.forward is not None and backend.backward is not None
+}
+
+
 def _forward(name: str, stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _resolved(name, problem).forward(stored, *problem)
+    return _chosen(name, problem).forward(stored, *problem)
 
 
-def _backward(name: str, weights: bool, dy_TD: Tensor, pre_C2F: Tensor, *problem: Tensor | None):
-    return _resolved(name, problem).backward(weights, dy_TD, pre_C2F, *problem)
+def _backward(
+    name: str, weights: bool, dy_TD: Tensor, pre_C2F: Tensor, *problem: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _chosen(name, problem).backward(weights, dy_TD, pre_C2F, *problem)
 
 
-def _resolved(name: str, problem: tuple[Tensor | None, ...]) -> Backend:
+def _chosen(name: str, problem: tuple[Tensor | None, ...]) -> Operators:
     p = Problem._make(problem)
-    return backend(resolve_backend(name, p.x_TD.device.type, p.x_TD.dtype, *p.down_EDF.shape[1:]))
+    return OPERATORS[resolve_backend(name, p.x_TD.device.type, p.x_TD.dtype, *p.down_EDF.shape[1:])]
 
 
-# With the name of a backend, or "auto", before the other arguments.
+# For graphs: the name of a backend, or "auto", comes before the other arguments.
 TRACED = _register("experts", _forward, _backward, first="str backend, ")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from remoe.errors import ConfigError
 from remoe.experts.contract import Problem
-from remoe.experts.dispatch import TRACED, backend_function, check_backend, operators, resolve_backend
+from remoe.experts.dispatch import BACKENDS, OPERATORS, TRACED, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.windows import MIN_STORED_WINDOW, STORED_MULTIPLE
 from remoe.matmul import linear
@@ -132,17 +132,18 @@ def run_experts(
         return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
     where = x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:]
     if backend == "sonic":
-        return backend_function(resolve_backend(backend, *where))(x_TD, gate_up_E2FD, down_EDF, assignment)
-    a = assignment
-    problem = Problem(x_TD, gate_up_E2FD, down_EDF, a.gate_N, a.token_N, a.count_E, a.pair_TE)
+        function = BACKENDS[resolve_backend(backend, *where)].function
+        assert function is not None
+        return function(x_TD, gate_up_E2FD, down_EDF, assignment)
+    a, gate_N = assignment, assignment.gate_N.to(torch.promote_types(x_TD.dtype, torch.float32))
+    problem = Problem(x_TD, gate_up_E2FD, down_EDF, gate_N, a.token_N, a.count_E, a.pair_TE)
     _check(problem)
-    problem = problem._replace(gate_N=a.gate_N.to(torch.promote_types(x_TD.dtype, torch.float32)))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:4])):
         stored = 0
     stored = a.token_N.shape[0] if stored is None else stored
     if torch.compiler.is_compiling():  # a graph chooses the backend when it runs
         return TRACED.forward(backend, stored, *problem)[0]
-    return operators(resolve_backend(backend, *where)).forward(stored, *problem)[0]
+    return OPERATORS[resolve_backend(backend, *where)].forward(stored, *problem)[0]
 
 
 def _check(p: Problem) -> None:

@@ -33,7 +33,7 @@ FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 8}
 
 def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `Backend`."""
-    p = Problem._make(problem).contiguous()
+    p = Problem.contiguous(*problem)
     count, kernels = p.count_E.tolist(), _kernels(p.x_TD)
     D, F_ = p.down_EDF.shape[1:]
     y_TD, pre_C2F = _accumulator(p.x_TD), p.new_stored(stored)
@@ -54,7 +54,7 @@ def backward(
     weights: bool, dy_TD: Tensor, pre_C2F: Tensor, *problem: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `Backend`."""
-    p, dy_TD = Problem._make(problem).contiguous(), dy_TD.contiguous()
+    p, dy_TD = Problem.contiguous(*problem), dy_TD.contiguous()
     count = p.count_E.tolist()
     dx_TD, dgate_N = _accumulator(p.x_TD), torch.zeros_like(p.gate_N)
     dweights = p.new_weight_gradients(weights)  # without memory unless `weights`: null pointers

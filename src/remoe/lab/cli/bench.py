@@ -42,7 +42,7 @@ class LayerArguments(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     backends: tuple[str, ...] = ("auto",)
-    """Expert backends of our layer: auto, naive, loop, grouped, triton, sonic."""
+    """Expert backends of our layer: auto, naive, cpu, grouped, triton, sonic."""
     peers: bool = True
     """Measure other implementations too, those that are installed."""
     repetitions: int = 15
