@@ -203,6 +203,15 @@ def test_unknown_backend():
         Experts(4, 8, 8, backend="cuda")
 
 
+def test_the_old_name_of_the_cpu_backend_is_accepted():
+    assert Experts(4, 8, 8, backend="loop").backend == "cpu"
+    assert resolve_backend("loop", "cpu", torch.float32, 8, 8) == "cpu"
+    leaves, active = problem(9, 8, 6, 3, 0.5)
+    x, gate_up, down, gate_TE = leaves
+    pairs = Assignment.from_gates(gate_TE, active)
+    assert torch.equal(*(run_experts(x, gate_up, down, pairs, name) for name in ("loop", "cpu")))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_gates_of_another_dtype_are_converted(dtype):
     leaves, active = problem(63, 60, 36, 5, 0.5)

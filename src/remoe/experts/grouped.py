@@ -1,10 +1,9 @@
 """Experts in `torch.nn.functional.grouped_mm`, with plain torch operations between the products.
 
-The offsets of the experts' rows stay on the device; torch asks for them itself where it has no kernel and loops over
-the experts, as it does for float32. Everything else works on whole windows (`remoe.experts.windows`), whether their
-rows are pairs or lie behind them: that is the price of needing nothing but torch. Windows without any pairs would cost
-as much, so before the second one the host waits until the device has counted them, while it works on the first. What
-stands in rows behind the pairs reaches no result.
+The offsets of the experts' rows stay on the device, except where torch has no kernel and loops over the experts, as in
+float32. All other operations work on whole windows (`remoe.experts.windows`), including the rows behind the last pair:
+the price of needing nothing but torch. Windows without pairs would cost as much, so before the second window the host
+waits until the device, busy with the first, has counted the pairs. Rows behind the last pair reach no result.
 
 The combine is the gradient of an embedding lookup: a segment sum that is deterministic on every device and sums in
 float32 on GPUs.

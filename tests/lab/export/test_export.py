@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
-from remoe.lab.export.bundle import relocated
+from remoe.lab.export.bundle import PACKAGE, flat_name, relocated, write_bundle
 from remoe.lab.export.card import _what
 from remoe.lab.training.folder import RunFolder
 from remoe.routing import ROUTERS
@@ -198,6 +198,21 @@ def late():
     expected = expected.replace("from remoe.routing", "from .remoe_routing")
     assert changed == expected.replace("from remoe.experts.cpu.backend", "from .remoe_experts_cpu_backend")
     assert changed.count("from remoe.layer import MoE") == 2
+
+
+def test_folder_has_our_sources_but_for_the_names_in_imports(tmp_path):
+    names = set(write_bundle(tmp_path))
+    assert names == {path.stem for path in tmp_path.iterdir()}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("remoe", *path.relative_to(PACKAGE).with_suffix("").parts)
+        name = flat_name(".".join(parts).removesuffix(".__init__"))
+        if name in names:
+            names.remove(name)
+            pairs = zip(path.read_text().split("\n"), (tmp_path / f"{name}.py").read_text().split("\n"), strict=True)
+            changed = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+            assert all(a.lstrip().startswith("from remoe.") and b.lstrip().startswith("from .") for a, b in changed)
+    assert not names
+    assert not [path for path in tmp_path.iterdir() if "_lab_" in path.name or "convert" in path.name]
 
 
 @pytest.mark.parametrize(

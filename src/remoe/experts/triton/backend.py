@@ -6,11 +6,11 @@ weight gradients, each with its gather; gradient of the rows; combine.
 
 The combine adds a token's rows in the order of the experts, so there are no atomics, and two runs agree bit for bit.
 
-The pairs are worked off in windows (`remoe.experts.windows`) that share their scratch memory. Thus memory is bounded
-by the pairs that are wanted and not by those that are possible, but for the lists of pairs, and F / block numbers for
-the gradient of each listed pair's gate. Only the device knows which windows have pairs: the kernels of the others end
-at once, and the host does not launch them where the device has told it in time, but it never waits. What several
-windows contribute to is rounded to the tensors' dtype once in each.
+The pairs are processed in windows (`remoe.experts.windows`) that share their scratch memory. The target number of
+pairs thus bounds the memory, not the number of possible ones; exceptions are the lists of pairs, and F / block numbers
+for the gradient of each listed pair's gate. Only the device knows which windows have pairs: the kernels of empty
+windows end at once, and the host skips their launch if the device has reported the count in time, but never
+synchronises. A sum over several windows is rounded to the tensors' dtype once in each.
 
 On devices with bulk copies of tensors (the "large" tiles of `remoe.experts.triton.launch`) the products' operands are
 read by them, but for the tokens, which are gathered. An expert whose activations are not finite then also spoils the

@@ -139,7 +139,7 @@ def device_tiles(device: torch.device, dtype: torch.dtype, few: bool) -> tuple[T
 
 
 def _block(width: int, largest: int) -> int:
-    """The largest power of two up to `largest` that leaves at most an eighth of its columns unused, or else 16.
+    """The largest power of two up to `largest` that leaves at most an eighth of its columns unused, or 16.
 
     Half of it where that leaves none unused and is still wide.
     """
@@ -152,7 +152,7 @@ def _block(width: int, largest: int) -> int:
 def cut(width: int, block: int) -> tuple[int, int]:
     """Full blocks of a width, and the size of one that follows them: half, where half is enough for what remains.
 
-    Else none follows, and what remains takes one more full block.
+    Otherwise none follows, and what remains takes one more full block.
     """
     whole, rest = divmod(width, block)
     if rest and rest <= block // 2 and block >= NARROW:
