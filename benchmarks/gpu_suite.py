@@ -50,7 +50,7 @@ def able_backends() -> list[str]:
     asked = subprocess.run([sys.executable, "-c", ABLE], capture_output=True, text=True, timeout=60, check=True)
     lines = asked.stdout.split("\n")
     print(*(line for line in lines if line.startswith("#")), sep="\n")
-    return [name for name in lines if name and name[0] != "#" and name not in ("naive", "loop")]
+    return [name for name in lines if name and name[0] != "#" and name not in ("naive", "cpu")]
 
 
 def parts(out: Path) -> list[tuple[str, list[str], int]]:

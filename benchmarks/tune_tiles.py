@@ -21,7 +21,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from remoe.experts.triton.launch import Launcher, Tile, interpreted
+from remoe.experts.contract import Problem
+from remoe.experts.triton.backend import Launcher
+from remoe.experts.triton.launch import Tile, interpreted
 from remoe.lab.bench.layer import CASES, Case
 from remoe.lab.bench.timing import median_seconds
 from remoe.lab.machine import machine
@@ -78,10 +80,8 @@ class Products:
         W = self.rows = int(pairs.count_E.sum())
         self.x, self.dy, self.gate_up, self.down = draw(T, D), draw(T, D), draw(E, 2 * F, D), draw(E, D, F)
         self.pre, self.hidden = draw(W, 2 * F), draw(W, F)
-        slices = [range(W)]
-        self.launch = Launcher(
-            self.x, self.down, pairs.gate_N[:W].detach(), pairs.token_N[:W], pairs.count_E, None, slices
-        )
+        lists = pairs.gate_N[:W].detach(), pairs.token_N[:W], pairs.count_E, None
+        self.launch = Launcher(Problem(self.x, self.gate_up, self.down, *lists), [range(W)])
 
     def run(self, product: str, tile: Tile) -> list[Tensor]:
         """Runs one product by one tile; returns what it wrote."""

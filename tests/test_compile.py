@@ -101,7 +101,7 @@ def test_layer_exports_with_gradients_and_any_number_of_tokens(tokens):
 
 
 def test_operators_follow_their_contract():
-    from remoe.experts.ops import _forward
+    from remoe.experts.dispatch import OPERATORS, TRACED
 
     T, D, F, E = 9, 6, 4, 3
     count_E = torch.tensor([2, 0, 3])
@@ -109,11 +109,13 @@ def test_operators_follow_their_contract():
     tensors = [torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F), torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
     # Stored pairs end with an expert: rows of one that fits in part only are not written, and compare as noise.
-    torch.library.opcheck(_forward, (*leaves, token_N, count_E, None, 2, "loop"))
+    problem = (2, *leaves, token_N, count_E, None)
+    torch.library.opcheck(OPERATORS["cpu"].forward, problem)
+    torch.library.opcheck(TRACED.forward, ("cpu", *problem))
 
 
 def test_operators_and_layer_take_other_strides():
-    from remoe.experts.ops import _forward
+    from remoe.experts.dispatch import OPERATORS, TRACED
 
     torch.compiler.reset()
     layer = remoe.MoE(16, 24, 3, 1, init_std=0.5)
@@ -123,4 +125,6 @@ def test_operators_and_layer_take_other_strides():
     count_E, token_N = torch.tensor([2, 0, 3]), torch.tensor([0, 5, 1, 5, 8])
     tensors = [torch.randn(6, 9).t(), torch.randn(3, 6, 8).mT, torch.randn(3, 4, 6).mT, torch.rand(5)]
     leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(_forward, (*leaves, token_N, count_E, None, 2, "loop"))
+    problem = (2, *leaves, token_N, count_E, None)
+    torch.library.opcheck(OPERATORS["cpu"].forward, problem)
+    torch.library.opcheck(TRACED.forward, ("cpu", *problem))

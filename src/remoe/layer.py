@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import ConfigError
-from remoe.experts import Experts
-from remoe.experts.merged import MergedExperts
+from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
 

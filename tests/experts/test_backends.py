@@ -15,12 +15,13 @@ from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, ru
 from packaging import version
 
 from remoe.errors import ConfigError
-from remoe.experts import Experts, naive_experts, ops, run_experts
-from remoe.experts.backends import resolve_backend
+from remoe.experts import Experts, naive_experts, resolve_backend, run_experts
+from remoe.experts.contract import Problem
+from remoe.experts.dispatch import OPERATORS
 from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
 from remoe.routing.assignment import Assignment
 
-EVERYWHERE = ["loop", "loop without passes", "loop without kernels"]
+EVERYWHERE = ["cpu", "cpu without passes", "cpu without kernels"]
 # Triton decides on its first import whether to interpret its kernels, so its tests run in a process of their own, which
 # `test_triton_in_its_interpreter` starts. tests/gpu runs the compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,9 +37,9 @@ def backend(request, monkeypatch):
     """A backend as a function."""
     name, _, variant = request.param.partition(" ")
     if variant:
-        monkeypatch.setattr(f"remoe.experts.{name}.ragged_kernels", lambda dtype: None)
+        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_passes", lambda dtype: None)
     if variant == "without kernels":
-        monkeypatch.setattr(f"remoe.experts.{name}.compiled_kernels", lambda dtype: None)
+        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_kernels", lambda dtype: None)
     return functools.partial(run_experts, backend=name)
 
 
@@ -121,9 +122,9 @@ def test_frozen_experts_get_no_gradients_and_the_rest_is_the_same(backend, store
     (x, gate_up, down, gates), active = problem(63, 60, 36, 5, 0.4)
     assignment, dy = Assignment.from_gates(gates.detach(), active), torch.randn(63, 60)
     lists = (assignment.gate_N, assignment.token_N, assignment.count_E, assignment.pair_TE)
-    name = backend.keywords["backend"]
-    _, pre = ops._forward(x, gate_up, down, *lists, stored, name)
-    trained, frozen = (ops._backward(dy, x, gate_up, down, *lists, pre, name, w) for w in (True, False))
+    ours, pairs = OPERATORS[backend.keywords["backend"]], Problem(x, gate_up, down, *lists)
+    _, pre = ours.forward(stored, *pairs)
+    trained, frozen = (ours.backward(weights, dy, pre, *pairs) for weights in (True, False))
     assert [gradient.numel() for gradient in frozen[1:3]] == [0, 0]
     assert all(torch.equal(trained[i], frozen[i]) for i in (0, 3))
     for wanted in ([x], [gates], [x, gate_up]):  # of one weight alone: as of both
@@ -202,13 +203,22 @@ def test_unknown_backend():
         Experts(4, 8, 8, backend="cuda")
 
 
+def test_the_old_name_of_the_cpu_backend_is_accepted():
+    assert Experts(4, 8, 8, backend="loop").backend == "cpu"
+    assert resolve_backend("loop", "cpu", torch.float32, 8, 8) == "cpu"
+    leaves, active = problem(9, 8, 6, 3, 0.5)
+    x, gate_up, down, gate_TE = leaves
+    pairs = Assignment.from_gates(gate_TE, active)
+    assert torch.equal(*(run_experts(x, gate_up, down, pairs, name) for name in ("loop", "cpu")))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_gates_of_another_dtype_are_converted(dtype):
     leaves, active = problem(63, 60, 36, 5, 0.5)
     x, gate_up, down, gate_TE = (leaf.detach() for leaf in leaves)
     pairs = Assignment.from_gates(gate_TE.to(dtype), active)
     same = Assignment.from_gates(gate_TE.to(dtype).float(), active)
-    y, expected = (run_experts(x, gate_up, down, p, backend="loop") for p in (pairs, same))
+    y, expected = (run_experts(x, gate_up, down, p, backend="cpu") for p in (pairs, same))
     assert torch.equal(y, expected)
 
 
@@ -219,7 +229,7 @@ def test_another_number_of_threads_in_the_backward_pass():
     found = []
     for forward, back in ((1, 1), (1, 2)):
         torch.set_num_threads(forward)
-        y = run_experts(x, gate_up, down, Assignment.from_gates(gate_TE, active), backend="loop", stored=700)
+        y = run_experts(x, gate_up, down, Assignment.from_gates(gate_TE, active), backend="cpu", stored=700)
         torch.set_num_threads(back)
         found.append(torch.autograd.grad(y, leaves, dy))
     torch.set_num_threads(threads)

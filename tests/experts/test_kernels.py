@@ -15,7 +15,7 @@ from remoe.routing.assignment import Assignment
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No library loaded yet, and an empty cache."""
-    caches = (kernels._library, kernels.compiled_kernels, kernels.ragged_kernels)
+    caches = (kernels._library, kernels.compiled_kernels, kernels.compiled_passes)
     for function in caches:
         function.cache_clear()
     monkeypatch.setenv("REMOE_CACHE", str(tmp_path))
@@ -28,7 +28,7 @@ def output():
     torch.manual_seed(0)
     active = torch.rand(9, 3) < 0.5
     assignment = Assignment.from_gates(torch.rand(9, 3), active)
-    return run_experts(torch.randn(9, 6), torch.randn(3, 8, 6), torch.randn(3, 6, 4), assignment, "loop")
+    return run_experts(torch.randn(9, 6), torch.randn(3, 8, 6), torch.randn(3, 6, 4), assignment, "cpu")
 
 
 def test_built_once_and_found_again(fresh):
@@ -45,14 +45,14 @@ def test_built_once_and_found_again(fresh):
 def test_switched_off(fresh, monkeypatch):
     monkeypatch.setenv("REMOE_KERNELS", "0")
     assert kernels.compiled_kernels(torch.float32) is None
-    assert kernels.ragged_kernels(torch.float32) is None
+    assert kernels.compiled_passes(torch.float32) is None
     assert not list(fresh.iterdir())
 
 
 @pytest.mark.parametrize("trouble", ["none", "fails"])
 def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, tmp_path, caplog, trouble):
     expected = output()
-    for function in (kernels._library, kernels.compiled_kernels, kernels.ragged_kernels):
+    for function in (kernels._library, kernels.compiled_kernels, kernels.compiled_passes):
         function.cache_clear()
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho no such processor >&2\nexit 1\n")

@@ -19,14 +19,14 @@ def test_dense_stage_needs_at_most_half_more_memory(case, variant, monkeypatch):
     if variant == "kernels of 32 threads":
         torch.set_num_threads(32)
     elif variant in ("no kernels", "steps only"):
-        monkeypatch.setattr("remoe.experts.cpu.backend.ragged_kernels", lambda dtype: None)
+        monkeypatch.setattr("remoe.experts.cpu.backend.compiled_passes", lambda dtype: None)
     if variant == "no kernels":
         monkeypatch.setattr("remoe.experts.cpu.backend.compiled_kernels", lambda dtype: None)
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     x, dy = (tokens(case.T, case.D, CPU, dtype) for _ in range(2))
     peaks = []
     for density in (case.k / case.E, 1):
-        layer = Output(relu_layer(case, "loop", density)).to(dtype)
+        layer = Output(relu_layer(case, "cpu", density)).to(dtype)
         assert layer.layer(x)[1].count_E.sum() == pytest.approx(density * case.T * case.E, rel=0.1)
         step = Step(layer, x, dy)
         step()
@@ -45,7 +45,7 @@ def test_recomputed_pre_activations_change_nothing(stored, dtype):
     for limit in (None, stored):
         copies = [leaf.clone().requires_grad_() for leaf in leaves]
         assignment = Assignment.from_gates(copies[3], active_TE)
-        y = run_experts(*copies[:3], assignment, "loop", stored=limit)
+        y = run_experts(*copies[:3], assignment, "cpu", stored=limit)
         y.square().sum().backward()
         results.append([y, *(copy.grad for copy in copies)])
     for whole, recomputed in zip(*results, strict=True):

@@ -14,10 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from remoe.experts.contract import Problem
+from remoe.experts.triton import backend, launch
 from remoe.experts.triton import kernels as triton_kernels
-from remoe.experts.triton import launch as triton_launch
 from remoe.experts.triton import plan as triton_plan
-from remoe.experts.triton.backend import backend
 
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
@@ -49,13 +49,14 @@ def launches(tiles, T, D, F, E, monkeypatch):
     x_TD, gate_up_E2FD, down_EDF = (t.to(dtype) for t in (x_TD, gate_up_E2FD, down_EDF))
     token_N, gate_N = torch.arange(T).repeat(E), torch.zeros(E * T)
     count_E, pre_C2F = torch.full((E,), T), x_TD.new_zeros(T, 2 * F)
-    monkeypatch.setattr(triton_launch, "_device", lambda *_: (triton_launch.TILES[tiles], 132))
+    monkeypatch.setattr(backend, "device_tiles", lambda *_: (launch.TILES[tiles], 132))
     recorder = Recorder()
-    for module in ("triton_kernels", "triton_plan"):
-        monkeypatch.setattr(f"remoe.experts.{module}", recorder, raising=False)
+    for module in ("kernels", "plan"):
+        monkeypatch.setattr(f"remoe.experts.triton.{module}", recorder)
     monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", T)  # the second window is computed again
-    backend.forward(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, T)
-    backend.backward(x_TD, x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None, pre_C2F, True)
+    problem = Problem(x_TD, gate_up_E2FD, down_EDF, gate_N, token_N, count_E, None)
+    backend.forward(T, *problem)
+    backend.backward(True, x_TD, pre_C2F, *problem)
     return recorder.launches
 
 

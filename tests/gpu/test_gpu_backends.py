@@ -9,8 +9,7 @@ from experts.cases import SHAPES, check_equals_naive, check_repeats, no_waiting,
 
 import remoe
 from remoe.errors import ConfigError
-from remoe.experts import Experts, run_experts
-from remoe.experts.backends import resolve_backend
+from remoe.experts import Experts, resolve_backend, run_experts
 from remoe.routing.assignment import Assignment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -20,7 +19,7 @@ LARGE = {
     "odd and large": (777, 260, 196, 6, 0.5),
     "ragged": (2048, 512, 704, 16, 0.1),
 }
-every_backend = pytest.mark.parametrize("name", ["triton", "grouped", "loop", "sonic"])
+every_backend = pytest.mark.parametrize("name", ["triton", "grouped", "cpu", "sonic"])
 with_windows = pytest.mark.parametrize("name", ["triton", "grouped"])
 
 
@@ -29,7 +28,7 @@ def backend(name, leaves, **options):
     try:
         resolve_backend(name, "cuda", x.dtype, *down.shape[1:])
     except ConfigError as error:
-        if name in ("triton", "loop"):  # these are ours and must run wherever there is CUDA
+        if name in ("triton", "cpu"):  # these are ours and must run wherever there is CUDA
             raise
         pytest.skip(str(error))
     return functools.partial(run_experts, backend=name, **options)
@@ -76,10 +75,10 @@ def test_one_expert_takes_everything(name, dtype):
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE.values()], ids=[*SHAPES, *LARGE])
 def test_triton_programs_with_several_tiles(shape, monkeypatch):
     """What a full machine does: a program goes on to its next tile while others still write theirs."""
-    from remoe.experts.triton import launch as triton_launch
+    from remoe.experts.triton import backend as triton_backend
 
-    few = triton_launch._device
-    monkeypatch.setattr(triton_launch, "_device", lambda *given: (few(*given)[0], 3))
+    tiles = triton_backend.device_tiles
+    monkeypatch.setattr(triton_backend, "device_tiles", lambda *given: (tiles(*given)[0], 3))
     leaves, active = problem(*shape, torch.bfloat16, device="cuda")
     check_equals_naive(backend("triton", leaves), leaves, active, 1e-2)
 
@@ -220,7 +219,7 @@ def test_triton_in_a_cuda_graph():
 
 
 def test_windows_without_pairs_change_nothing_when_the_host_leaves_them_out(monkeypatch):
-    from remoe.experts.triton.launch import Launcher
+    from remoe.experts.triton.backend import Launcher
 
     T, E, stored = 4096, 16, 4104
     leaves, active = problem(T, 256, 128, E, 0.05, torch.bfloat16, device="cuda")
@@ -250,7 +249,7 @@ def test_windows_without_pairs_change_nothing_when_the_host_leaves_them_out(monk
 
 def test_dense_stage_needs_at_most_half_more_memory():
     T, D, F, E, k = 8192, 512, 256, 32, 4
-    layer = Experts(E, D, F, "triton", pairs_per_token=k).to("cuda", torch.bfloat16)
+    layer = Experts(E, D, F, "triton", k=k).to("cuda", torch.bfloat16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=1 / math.sqrt(D))
     x = torch.randn(T, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)

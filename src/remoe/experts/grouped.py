@@ -1,10 +1,9 @@
 """Experts in `torch.nn.functional.grouped_mm`, with plain torch operations between the products.
 
-The offsets of the experts' rows stay on the device; torch asks for them itself where it has no kernel and loops over
-the experts, as it does for float32. Everything else works on whole windows (`remoe.experts.windows`), whether their
-rows are pairs or lie behind them: that is the price of needing nothing but torch. Windows without any pairs would cost
-as much, so before the second one the host waits until the device has counted them, while it works on the first. What
-stands in rows behind the pairs reaches no result.
+The offsets of the experts' rows stay on the device, except where torch has no kernel and loops over the experts, as in
+float32. All other operations work on whole windows (`remoe.experts.windows`), including the rows behind the last pair:
+the price of needing nothing but torch. Windows without pairs would cost as much, so before the second window the host
+waits until the device, busy with the first, has counted the pairs. Rows behind the last pair reach no result.
 
 The combine is the gradient of an embedding lookup: a segment sum that is deterministic on every device and sums in
 float32 on GPUs.
@@ -19,38 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.experts.ops import empty_gradients
+from remoe.experts.contract import Backend, Problem
 from remoe.experts.windows import PairCount, windows
 from remoe.matmul import aligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_ffn: int) -> str | None:
     """Why it cannot run there, or None when it can."""
     if dtype not in DTYPES:
         return f"grouped_mm does not take {dtype}"
-    if d_model * dtype.itemsize % 16 or d_expert * dtype.itemsize % 16:
-        return f"rows of {d_model} and {d_expert} numbers in {dtype} are not multiples of 16 bytes"
+    if d_model * dtype.itemsize % 16 or d_ffn * dtype.itemsize % 16:
+        return f"rows of {d_model} and {d_ffn} numbers in {dtype} are not multiples of 16 bytes"
     return None
 
 
-def forward(
-    x_TD: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    gate_N: Tensor,
-    token_N: Tensor,
-    count_E: Tensor,
-    pair_TE: Tensor | None,
-    stored: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and stored pre-activations; see `remoe.experts.ops`."""
-    gate_up_ED2F, down_EFD = aligned(gate_up_E2FD).transpose(1, 2), aligned(down_EDF).transpose(1, 2)
-    y_TD = torch.zeros_like(x_TD)
-    pre_C2F = x_TD.new_empty(min(token_N.shape[0], stored), gate_up_E2FD.shape[1])
-    for window in _windows(token_N, gate_N, count_E, pre_C2F.shape[0], *x_TD.shape, down_EDF.shape[2]):
-        pre_m2F = F.grouped_mm(window.gather(x_TD), gate_up_ED2F, offs=window.end_E)
+def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `Backend`."""
+    p = Problem._make(problem)
+    gate_up_ED2F, down_EFD = aligned(p.gate_up_E2FD).transpose(1, 2), aligned(p.down_EDF).transpose(1, 2)
+    y_TD, pre_C2F = torch.zeros_like(p.x_TD), p.new_stored(stored)
+    for window in _windows(p, pre_C2F.shape[0]):
+        pre_m2F = F.grouped_mm(window.gather(p.x_TD), gate_up_ED2F, offs=window.end_E)
         kept = pre_C2F[window.first : window.first + window.size]
         kept.copy_(pre_m2F[: kept.shape[0]])
         a_mF, b_mF = pre_m2F.chunk(2, dim=1)
@@ -60,25 +50,17 @@ def forward(
 
 
 def backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    gate_N: Tensor,
-    token_N: Tensor,
-    count_E: Tensor,
-    pair_TE: Tensor | None,
-    pre_C2F: Tensor,
-    weights: bool,
+    weights: bool, dy_TD: Tensor, pre_C2F: Tensor, *problem: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate_up, down and gate; see `remoe.experts.ops`."""
-    gate_up_E2FD, down_EDF = aligned(gate_up_E2FD), aligned(down_EDF)
+    """Gradients of x, gate_up, down and gate; see `Backend`."""
+    p = Problem._make(problem)
+    gate_up_E2FD, down_EDF = aligned(p.gate_up_E2FD), aligned(p.down_EDF)
     C = pre_C2F.shape[0]
-    dx_TD, dgate_N = torch.zeros_like(x_TD), torch.zeros_like(gate_N)
+    dx_TD, dgate_N = torch.zeros_like(p.x_TD), torch.zeros_like(p.gate_N)
     dgate_up_E2FD = ddown_EDF = None
-    for window in _windows(token_N, gate_N, count_E, C, *x_TD.shape, down_EDF.shape[2]):
+    for window in _windows(p, C):
         end = window.first + window.size
-        x_mD, dy_mD = window.gather(x_TD), window.gather(dy_TD)
+        x_mD, dy_mD = window.gather(p.x_TD), window.gather(dy_TD)
         if end <= C:
             pre_m2F = pre_C2F[window.first : end]
         else:
@@ -90,8 +72,8 @@ def backward(
             ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
             dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
         window.combine(F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E), dx_TD)
-    if ddown_EDF is None:
-        dgate_up_E2FD, ddown_EDF = (t.zero_() for t in empty_gradients(gate_up_E2FD, down_EDF, weights))
+    if dgate_up_E2FD is None or ddown_EDF is None:
+        dgate_up_E2FD, ddown_EDF = (t.zero_() for t in p.new_weight_gradients(weights))
     return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
 
 
@@ -148,22 +130,23 @@ class _Window:
         return product_EIJ if sum_EIJ is None else sum_EIJ.add_(product_EIJ)
 
 
-def _windows(
-    token_N: Tensor, gate_N: Tensor, count_E: Tensor, stored: int, tokens: int, d_model: int, d_expert: int
-) -> Iterator[_Window]:
-    end_E = count_E.cumsum(0)
-    slices = windows(token_N.shape[0], stored, tokens, d_model, d_expert)
-    count = PairCount(count_E, len(slices))
+def _windows(p: Problem, stored: int) -> Iterator[_Window]:
+    T, end_E = p.x_TD.shape[0], p.count_E.cumsum(0)
+    slices = windows(p.token_N.shape[0], stored, T, *p.down_EDF.shape[1:])
+    count = PairCount(p.count_E, len(slices))
     for pairs in slices:
         if count.end_before(pairs, wait=True):
             break
-        row_m = torch.arange(pairs.start, pairs.stop, device=token_N.device)
+        row_m = torch.arange(pairs.start, pairs.stop, device=p.token_N.device)
         behind_m = row_m >= end_E[-1]
         yield _Window(
             first=pairs.start,
             size=len(pairs),
             end_E=(end_E - pairs.start).clamp(0, len(pairs)).to(torch.int32),
-            token_m=token_N[pairs.start : pairs.stop].masked_fill(behind_m, tokens),
+            token_m=p.token_N[pairs.start : pairs.stop].masked_fill(behind_m, T),
             behind_m=behind_m,
-            gate_m1=gate_N[pairs.start : pairs.stop, None],
+            gate_m1=p.gate_N[pairs.start : pairs.stop, None],
         )
+
+
+BACKEND = Backend(obstacle, forward, backward)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.experts import Experts, autocast_tensors
+from remoe.experts.module import Experts, autocast_tensors
 from remoe.routing.lory import MergedRouting
 
 
 class MergedExperts(Experts):
     """E networks of which each segment runs through one: theta = sum_e w_e theta_e, w from its `MergedRouting`."""
 
-    def forward(self, x_TD: Tensor, routing: MergedRouting) -> Tensor:
-        """(T, D): every token through its segment's network."""
+    def forward(self, x_TD: Tensor, routing: MergedRouting) -> Tensor:  # type: ignore[override]
+        """(T, D): every token through the network of its segment, in the autocast dtype under autocast."""
         order_T = routing.order_T
         if order_T is None:
             return self._run(x_TD, routing)

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from remoe.experts.contract import Backend
 from remoe.experts.naive import naive_experts
 from remoe.routing.assignment import Assignment
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_ffn: int) -> str | None:
     """Why it cannot run there, or None when it can."""
     if device.type != "cuda":
         return "needs CUDA"
@@ -27,8 +28,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: i
         return f"no kernels for {dtype}"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return "needs compute capability 9.0 or 10.0"
-    if d_model * dtype.itemsize % 16 or d_expert * dtype.itemsize % 16:
-        return f"rows of {d_model} and {d_expert} numbers in {dtype} are not multiples of 16 bytes"
+    if d_model * dtype.itemsize % 16 or d_ffn * dtype.itemsize % 16:
+        return f"rows of {d_model} and {d_ffn} numbers in {dtype} are not multiples of 16 bytes"
     if find_spec("sonicmoe") is None:
         return "sonicmoe is not installed (pip install sonic-moe)"
     try:
@@ -76,3 +77,6 @@ def sonic_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignme
         concat_layout=True,
     )
     return y_TD
+
+
+BACKEND = Backend(obstacle, function=sonic_experts)

@@ -19,7 +19,7 @@ MIN_WINDOW = 8192
 MIN_STORED_WINDOW = 4096  # shorter ones would be too many over the whole list
 
 
-def windows(pairs: int, stored: int, tokens: int, d_model: int, d_expert: int) -> list[range]:
+def windows(pairs: int, stored: int, tokens: int, d_model: int, d_ffn: int) -> list[range]:
     """Slices of the list of pairs, so short that scratch memory is no more than what is stored, as far as the stored
     pairs may be divided: into STORED_WINDOWS at most, of MIN_WINDOW rows at least, and without remainder.
 
@@ -31,7 +31,7 @@ def windows(pairs: int, stored: int, tokens: int, d_model: int, d_expert: int) -
     if stored < MIN_STORED_WINDOW:
         rows = max(0 if stored else 4 * tokens, 2 * MIN_WINDOW)
     else:
-        scratch = -(-(2 * d_expert + max(d_model, d_expert)) // (2 * d_expert))
+        scratch = -(-(2 * d_ffn + max(d_model, d_ffn)) // (2 * d_ffn))
         count = min(scratch, STORED_WINDOWS, max(1, stored // MIN_WINDOW))
         while stored < pairs and stored % count:
             count -= 1

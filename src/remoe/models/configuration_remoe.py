@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from remoe.errors import ConfigError, check_choice
-from remoe.experts import BACKENDS
+from remoe.experts import check_backend
 from remoe.routing import ROUTERS, Router, router_options
 from remoe.sparsity import NORMALIZATIONS, RULES
 
@@ -132,7 +132,7 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(f"experts are SwiGLU: hidden_act must be 'silu', not {self.hidden_act!r}")
         check_choice("router", self.router, ROUTERS)
         check_choice("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS)
-        check_choice("experts backend", self.backend, ("auto", *BACKENDS, "loop"))
+        check_backend(self.backend)
         check_choice("sparsity rule", self.sparsity["rule"], RULES)
         if unknown := self.sparsity.keys() - SPARSITY.keys():
             raise ConfigError(f"sparsity has no {', '.join(sorted(unknown))}; it has: {', '.join(SPARSITY)}")

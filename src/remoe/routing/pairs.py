@@ -10,15 +10,22 @@ import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from remoe.operators import operator_name
+
 FILL = 1024  # entries of a program
 CHUNK = 4096
-KERNELS = "remoe.routing.pair_kernels"  # by its name: exported models, which lack it, look for imports
+KERNELS = "remoe.routing.pair_kernels"  # imported on first use; an exported model's folder does not have it
 MOST_ENTRIES = 8192  # of a block of tokens and all experts
-AVAILABLE = find_spec("triton") is not None and os.environ.get("REMOE_KERNELS") != "0"
+AVAILABLE = (
+    find_spec("triton") is not None
+    and Path(__file__).with_name("pair_kernels.py").is_file()
+    and os.environ.get("REMOE_KERNELS") != "0"
+)
 
 
 def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -36,7 +43,7 @@ def list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, T
     return _list_pairs(gate_TE, active_TE, size)
 
 
-@torch.library.custom_op("remoe::list_pairs", mutates_args=())
+@torch.library.custom_op(operator_name("list_pairs"), mutates_args=())
 def _list_pairs(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _kernels_run_on(gate_TE.device):
         return _list_plainly(gate_TE, active_TE, size)
@@ -86,7 +93,7 @@ def _(gate_TE, active_TE, size):
     return index_N, torch.empty_like(index_N), gate_TE.new_empty(size), count_E, pair_TE
 
 
-@torch.library.custom_op("remoe::list_pairs_backward", mutates_args=())
+@torch.library.custom_op(operator_name("list_pairs_backward"), mutates_args=())
 def _gate_gradient(dgate_N: Tensor, pair_TE: Tensor) -> Tensor:
     if not _kernels_run_on(dgate_N.device):
         return torch.cat((dgate_N, dgate_N.new_zeros(1)))[pair_TE.long()]  # place -1 is the zero

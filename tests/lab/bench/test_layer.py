@@ -37,7 +37,7 @@ def test_layer(peers):
 
 def test_a_peer_computes_the_ragged_load_that_it_is_given():
     case = Case(48, 16, 32, 6, 2)
-    ours, x = relu_layer(case, "loop", 0.4), tokens(48, 16, CPU, FLOAT32)
+    ours, x = relu_layer(case, "cpu", 0.4), tokens(48, 16, CPU, FLOAT32)
     y, routing = ours(x)
     active_T = (routing.gate_TE > 0).sum(dim=1)
     assert active_T.min() < active_T.max()

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import remoe
-from remoe.experts.backends import BACKENDS
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
+from remoe.lab.export.bundle import PACKAGE, flat_name, relocated, write_bundle
 from remoe.lab.export.card import _what
 from remoe.lab.training.folder import RunFolder
 from remoe.routing import ROUTERS
@@ -149,7 +149,7 @@ def test_other_routers_load_without_this_package(router, tmp_path, monkeypatch):
     assert router in ROUTERS
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router=router, experts_backend=BACKENDS[0])).eval()
+    model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router=router, experts_backend="naive")).eval()
     folder = tmp_path / router
     folder.mkdir()
     export_model(model, folder)
@@ -176,6 +176,71 @@ def test_code_imports_only_what_transformers_brings(exported):
         absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         needed = {name.split(".")[0] for name in absolute} - sys.stdlib_module_names
         assert needed <= {"torch", "transformers", "huggingface_hub"}, path.name
+
+
+def test_only_the_names_of_imported_modules_change():
+    source = """'''Says `from remoe.layer import MoE`, naïvely.'''
+
+import remoedex
+from remoe.models.modeling_remoe import RemoeModel  # ends a line
+from remoe.routing import (
+    ROUTERS,
+)
+
+
+def late():
+    "né"; from remoe.experts.cpu.backend import forward as first
+
+    return "from remoe.layer import MoE", first, remoedex, ROUTERS, RemoeModel
+"""
+    changed = relocated(source.encode()).decode()
+    expected = source.replace("from remoe.models.modeling_remoe", "from .modeling_remoe")
+    expected = expected.replace("from remoe.routing", "from .remoe_routing")
+    assert changed == expected.replace("from remoe.experts.cpu.backend", "from .remoe_experts_cpu_backend")
+    assert changed.count("from remoe.layer import MoE") == 2
+
+
+def test_folder_has_our_sources_but_for_the_names_in_imports(tmp_path):
+    names = set(write_bundle(tmp_path))
+    assert names == {path.stem for path in tmp_path.iterdir()}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("remoe", *path.relative_to(PACKAGE).with_suffix("").parts)
+        name = flat_name(".".join(parts).removesuffix(".__init__"))
+        if name in names:
+            names.remove(name)
+            pairs = zip(path.read_text().split("\n"), (tmp_path / f"{name}.py").read_text().split("\n"), strict=True)
+            changed = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+            assert all(a.lstrip().startswith("from remoe.") and b.lstrip().startswith("from .") for a, b in changed)
+    assert not names
+    assert not [path for path in tmp_path.iterdir() if "_lab_" in path.name or "convert" in path.name]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import remoe.layer",
+        "from remoe.experts import naive",
+        "from .layer import MoE",
+        "from  remoe.layer import MoE",
+    ],
+)
+def test_imports_that_the_folder_cannot_have_are_refused(line):
+    with pytest.raises(ValueError, match="line 1: "):
+        relocated(line.encode())
+
+
+def test_folder_has_the_backends_that_need_torch_alone(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cls = get_class_from_dynamic_module("modeling_remoe.RemoeForCausalLM", str(folder))
+    package = cls.__module__.rpartition(".")[0]
+    dispatch, pairs = (sys.modules[f"{package}.{name}"] for name in ("remoe_experts_dispatch", "remoe_routing_pairs"))
+    assert list(dispatch.BACKENDS) == ["naive", "cpu"]
+    assert dispatch.check_backend("loop") == "cpu"
+    assert not pairs.AVAILABLE
+    operators = (dispatch.OPERATORS["cpu"].forward, dispatch.TRACED.backward, pairs._list_pairs)
+    assert not any(operator._qualname.startswith("remoe::") for operator in operators)
 
 
 def test_card_says_what_the_model_is(exported):

@@ -1,4 +1,4 @@
-"""The compiled kernels of the loop backend on a CPU: built once with the machine's C++ compiler, if it has one.
+"""The compiled kernels of the cpu backend: built once with the machine's C++ compiler, if it has one.
 
 The shared library is kept under the user's cache folder (`REMOE_CACHE`, else `$XDG_CACHE_HOME/remoe`), named by a
 hash of its source, compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off.
@@ -34,7 +34,7 @@ _ARGUMENTS = {
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
 }
 Sizes = _I * 9  # the struct of that name in passes.cpp
-_RAGGED_ARGUMENTS = {
+_PASS_ARGUMENTS = {
     "forward_scratch": (Sizes,),
     "backward_scratch": (Sizes,),
     "experts_forward": (_P,) * 6 + (Sizes,) + (_P,) * 3,
@@ -53,23 +53,23 @@ class Kernels:
             setattr(self, name, function)
 
 
-class RaggedKernels:
+class Passes:
     """The functions of passes.cpp, whole passes, for one dtype."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
-        for name, arguments in _RAGGED_ARGUMENTS.items():
+        for name, arguments in _PASS_ARGUMENTS.items():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, _I if name.endswith("scratch") else None
             setattr(self, name, function)
 
 
 @cache
-def ragged_kernels(dtype: torch.dtype) -> RaggedKernels | None:
-    """Whole passes for `dtype`, or None: the machine cannot build them, or other products of that dtype are faster."""
+def compiled_passes(dtype: torch.dtype) -> Passes | None:
+    """Whole passes for `dtype`, or None: the machine cannot build them, or other products of this dtype are faster."""
     library = _library() if dtype in _SUFFIXES else None
     if library is None or not hasattr(library, f"experts_forward_{_SUFFIXES[dtype]}"):
         return None
-    return RaggedKernels(library, _SUFFIXES[dtype])
+    return Passes(library, _SUFFIXES[dtype])
 
 
 @cache

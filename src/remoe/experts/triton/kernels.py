@@ -1,7 +1,7 @@
 """Triton kernels of ragged experts: the pairs are read where they lie, nothing is padded, nothing waits for the host.
 
 Only the device knows how many pairs there are, so every grid is as large as the machine, not as the load: its programs
-share the tiles that exist and end at once when there are none. `triton_plan.py` finds out which tiles exist.
+share the tiles that exist and end at once when there are none. `plan.py` finds out which tiles exist.
 
 Sums are float32, each in one program and in a fixed order: two runs agree bit for bit.
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from remoe.experts.triton.plan import ADD, ENTRY, HEAD, SKIP, tile_at
 
-# As in `triton_plan.py`.
+# As in `plan.py`.
 VARYING = ("window", "window_rows", "max_tiles", "pre_first", "pre_end", "T", "E", "listed")
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that find out which tiles of pairs exist, for the products in `triton_kernels.py`.
+"""Triton kernels that find out which tiles of pairs exist, for the products in `kernels.py`.
 
 Legend: T tokens, E experts. A window is a slice of the list of pairs. A tile is at most ROWS pairs of one expert,
 inside one window.

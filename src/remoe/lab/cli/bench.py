@@ -42,7 +42,7 @@ class LayerArguments(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     backends: tuple[str, ...] = ("auto",)
-    """Expert backends of our layer: auto, naive, loop, grouped, triton, sonic."""
+    """Expert backends of our layer: auto, naive, cpu, grouped, triton, sonic."""
     peers: bool = True
     """Measure other implementations too, those that are installed."""
     repetitions: int = 15
@@ -127,7 +127,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     _start(arguments)
     import torch
 
-    from remoe.experts.backends import check_backend
+    from remoe.experts import check_backend
     from remoe.lab.bench import decode, layer
     from remoe.lab.bench.roofline import measure_roofline
     from remoe.lab.machine import machine

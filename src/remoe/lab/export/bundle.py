@@ -1,12 +1,14 @@
 """Our own sources as a flat folder of modules, which transformers' `trust_remote_code` can load.
 
 transformers copies the modules that a module imports as `from .name import ...` and nothing else, from one folder. So
-each source becomes one file, named by its path, its imports rewritten. Left out are the backends of the experts, and
-the kernels of the router, that need more than torch.
+each source becomes one file, named by its path, and in its statements `from remoe.a.b import c` the module's name
+becomes `.remoe_a_b`: the syntax tree says where it stands. No other character changes; what differs in such a folder,
+the code finds out when it runs: the optional backends and kernels are absent (`remoe.experts.dispatch`,
+`remoe.routing.pairs`), and custom operators are named by the folder (`remoe.operators`).
 """
 
 import ast
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
@@ -21,89 +23,70 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
     "AutoModelForSequenceClassification": "classification_remoe.RemoeForSequenceClassification",
 }
-BACKENDS = ("naive", "loop")
-# What the bundle has instead of some lines of a source.
-_CHANGES = {
-    "remoe.experts.backends": {
-        r"^BACKENDS = \(.*\)$": f"BACKENDS = {BACKENDS!r}",
-        r"^_AUTO = \{.*\}$": '_AUTO = {"cpu": ("loop",), "cuda": ("loop",)}',
-    },
-    "remoe.routing.pairs": {r"^AVAILABLE = .*$": "AVAILABLE = False"},
-}
-_EVERYWHERE = {
-    'import_module(f"remoe.experts.{name}")': 'import_module(f".remoe_experts_{name}", __package__)',
-    # Operators are known by name in a whole process: each folder's get a name of their own.
-    'custom_op("remoe::': 'custom_op("remoe_" + __name__.encode().hex() + "::',
-}
+FROM = b"from "
 
 
 def write_bundle(out: Path) -> list[str]:
-    """Writes the modules into a folder; returns their names."""
+    """Writes the modules into a folder; returns their names, without ".py"."""
     sources = _closure()
-    for module, path in sources.items():
-        (out / f"{_flat(module)}.py").write_text(_rewritten(module, path.read_text(), sources))
-    # Modules that are imported by a name made at run time: the function is for transformers' search for imports.
-    late = "".join(f"    from .{_flat(f'remoe.experts.{name}')} import __doc__  # noqa: F401\n" for name in BACKENDS)
-    with (out / "modeling_remoe.py").open("a") as file:
-        file.write(f"\n\ndef _also_needed() -> None:\n{late}")
-    return [_flat(module) for module in sources]
+    for module, source in sources.items():
+        (out / f"{flat_name(module)}.py").write_bytes(relocated(source))
+    return [flat_name(module) for module in sources]
 
 
-def _closure() -> dict[str, Path]:
-    """Every module of ours that the entries need, with its file."""
-    found: dict[str, Path] = {}
-    waiting = [*ENTRIES, *(f"remoe.experts.{name}" for name in BACKENDS)]
+def flat_name(module: str) -> str:
+    """What a module of ours is called in the folder: "remoe.a.b" is "remoe_a_b", but for the entries."""
+    return ENTRIES.get(module, module.replace(".", "_"))
+
+
+def relocated(source: bytes) -> bytes:
+    """A source whose imports of our modules are relative ones, of the names that these have in the folder.
+
+    Raises:
+        ValueError: for an import that cannot be written so: `import remoe.a` or `from remoe import a`.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in _our_imports(source):
+        assert node.module is not None
+        line, start = lines[node.lineno - 1], node.col_offset + len(FROM)
+        end = start + len(node.module)
+        if line[node.col_offset : end] != FROM + node.module.encode():
+            raise ValueError(f"line {node.lineno}: an import of {node.module} is not written as `from {node.module}`")
+        lines[node.lineno - 1] = line[:start] + f".{flat_name(node.module)}".encode() + line[end:]
+    return b"".join(lines)
+
+
+def _closure() -> dict[str, bytes]:
+    """Sources of all modules of ours that the entries need."""
+    found: dict[str, bytes] = {}
+    waiting = [*ENTRIES]
     while waiting:
         module = waiting.pop()
         if module not in found:
-            found[module] = _file(module)
-            waiting += _imported(found[module].read_text())
+            found[module] = _file(module).read_bytes()
+            waiting += [node.module for node in _our_imports(found[module]) if node.module is not None]
     return found
 
 
-def _imported(source: str) -> list[str]:
-    """The modules of ours that a source imports, at whatever level."""
-    modules = []
+def _our_imports(source: bytes) -> Iterator[ast.ImportFrom]:
+    """The statements `from remoe.a.b import ...`, at whatever level."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "remoe":
-            parts = [f"{node.module}.{alias.name}" for alias in node.names]
-            modules += [part for part in parts if _is_module(part)] or [node.module]
-        elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "remoe" for alias in node.names):
-            raise AssertionError("our modules import each other as `from remoe.x import y`")
-    return modules
+        if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
+            raise ValueError(f"line {node.lineno}: modules must be imported as `from remoe.a import b`")
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise ValueError(f"line {node.lineno}: modules must be imported by their whole names")
+        if isinstance(node, ast.ImportFrom) and node.module is not None and _is_ours(node.module):
+            for alias in node.names:
+                # `from .remoe_a import b` would look for b inside that file.
+                if _file(f"{node.module}.{alias.name}").is_file():
+                    raise ValueError(f"line {node.lineno}: {alias.name} is a module: import names from it instead")
+            yield node
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == PACKAGE.name
 
 
 def _file(module: str) -> Path:
     path = PACKAGE.joinpath(*module.split(".")[1:])
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def _is_module(name: str) -> bool:
-    return _file(name).is_file()
-
-
-def _flat(module: str) -> str:
-    return ENTRIES.get(module, module.replace(".", "_"))
-
-
-def _rewritten(module: str, source: str, sources: dict[str, Path]) -> str:
-    for pattern, replacement in _CHANGES.get(module, {}).items():
-        source, count = re.subn(pattern, replacement, source, flags=re.MULTILINE)
-        assert count == 1, f"{module} has no line {pattern}"
-
-    def import_line(match: re.Match) -> str:
-        indent, package, names = match.groups()
-        parts = [name.strip() for name in names.split(",")]
-        if all(f"{package}.{name}" in sources for name in parts):  # `from remoe.experts import compiled`
-            lines = [f"{indent}from .{_flat(f'{package}.{name}')} import __name__ as _{name}_name" for name in parts]
-            lines += [f"{indent}import sys"]
-            lines += [f"{indent}{name} = sys.modules[_{name}_name]" for name in parts]
-            return "\n".join(lines)
-        return f"{indent}from .{_flat(package)} import {names}"
-
-    source = re.sub(r"^( *)from (remoe[\w.]*) import ([^\n(]+)$", import_line, source, flags=re.MULTILINE)
-    several = r"^( *)from (remoe[\w.]*) import \("
-    source = re.sub(several, lambda m: f"{m[1]}from .{_flat(m[2])} import (", source, flags=re.MULTILINE)
-    for old, new in _EVERYWHERE.items():
-        source = source.replace(old, new)
-    return source

@@ -132,7 +132,7 @@ def _print_header(trainer: Trainer) -> None:
 def _experts(trainer: Trainer) -> str:
     """The backend, and on a CPU whether it has compiled kernels; compiles them where that is still to be done."""
     name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
-    if name != "loop" or trainer.device.type != "cpu":
+    if name != "cpu" or trainer.device.type != "cpu":
         return name
     if kernels.to_be_built():
         print("compiling the experts' kernels for this machine, once: some seconds", flush=True)
