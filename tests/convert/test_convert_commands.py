@@ -11,7 +11,7 @@ import remoe
 from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.cli.main import main
 from remoe.lab.data import TrainBatches, open_dataset
-from remoe.lab.training.folder import load_model, load_run
+from remoe.lab.training.load import load_model, load_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(40).view(2, 20)

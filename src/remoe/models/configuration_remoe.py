@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from remoe.errors import ConfigError
 from remoe.experts import BACKENDS
-from remoe.routing import ROUTERS
+from remoe.routing import ROUTERS, Router
 from remoe.sparsity import RULES
 
 NORMALIZATIONS = ("paper", "official")
@@ -142,6 +142,21 @@ class RemoeConfig(PreTrainedConfig):
     def router_arguments(self) -> dict[str, object]:
         """Keyword arguments for the router's class."""
         return arguments_of_router(self.router, self.router_options, self.load_balance, self.max_experts_per_token)
+
+    @property
+    def router_class(self) -> type[Router]:
+        """The class of the routers."""
+        return ROUTERS[self.router]
+
+    @property
+    def experts_per_layer(self) -> int:
+        """E G: experts of a layer, after the split by granularity."""
+        return self.num_experts * self.granularity
+
+    @property
+    def active_per_token(self) -> int:
+        """k G: target number of a token's active experts in a layer, after the split by granularity."""
+        return self.num_experts_per_tok * self.granularity
 
     @property
     def steered(self) -> bool:

@@ -26,6 +26,7 @@ class Router(nn.Module, ABC):
         steered: lambda of the sparsity controller multiplies the regulariser; else it has a constant coefficient.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
+        merges: experts are merged into one network instead of routing tokens to some of them.
 
     Raises:
         ConfigError: when k is not in 1..E.
@@ -34,6 +35,7 @@ class Router(nn.Module, ABC):
     steered = False
     causal = True
     looks_ahead = False
+    merges = False
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()

@@ -38,6 +38,8 @@ class LoryRouter(LinearRouter):
         ConfigError: when k is not 1, segment < 1, or for an unknown first_segment.
     """
 
+    merges = True
+
     def __init__(
         self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "uniform"
     ) -> None:

@@ -17,7 +17,7 @@ from tiny_run import FLAGS
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.data import PrepareOptions, prepare
-from remoe.lab.files import locked
+from remoe.lab.files import TEMPORARY, locked, temporary_name
 from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
 from remoe.lab.training.folder import RunFolder, run_of
 
@@ -170,9 +170,10 @@ def test_a_run_is_never_overwritten(corpus, uninterrupted, capsys):
 
 def test_a_half_started_run_can_be_started_again(corpus, tmp_path):
     out = tmp_path / "half"
-    (tmp_path / ".half.partial" / "tokenizer").mkdir(parents=True)  # as a kill while the folder is made leaves it
+    left = tmp_path / temporary_name("half")
+    (left / "half" / "tokenizer").mkdir(parents=True)  # as a kill while the folder is made leaves it
     assert train(corpus, out) == 0
-    assert not (tmp_path / ".half.partial").exists()
+    assert not left.exists()
 
 
 def test_resume_takes_no_configuration_file(corpus, uninterrupted, capsys):

@@ -14,12 +14,14 @@ from remoe.lab.cli.main import main
 from remoe.lab.cli.parsing import parse
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.training.checkpoint import list_checkpoints
-from remoe.lab.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml, to_yaml
-from remoe.lab.training.folder import RunFolder, load_run
+from remoe.lab.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import read_metrics
 from remoe.lab.training.optimizer import learning_rate
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.trainer import Trainer
+from remoe.lab.training.yaml_files import to_yaml
 
 REQUIRED = {
     "step", "lm_loss", "reg_loss", "loss", "lambda", "sparsity", "sparsity_per_layer", "load_per_expert",

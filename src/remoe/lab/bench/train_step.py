@@ -23,10 +23,11 @@ import torch
 
 from remoe.errors import ConfigError, RemoeError
 from remoe.lab.data import Dataset, TrainBatches, open_dataset
+from remoe.lab.machine import keep_freed_memory, pick_device
+from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
-from remoe.lab.training.memory import keep_freed_memory
 from remoe.lab.training.train import default_dataset
-from remoe.lab.training.trainer import Trainer, model_config, pick_device, wants_bfloat16
+from remoe.lab.training.trainer import Trainer
 
 REMOE, MIXTRAL = "remoe", "mixtral"
 # Name in the table: (whose, its router or its implementation of the experts, whether the C library keeps memory).
@@ -91,7 +92,9 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
         dataset = default_dataset(Path("runs"), config.vocab_size)
     else:
         dataset = open_dataset(Path(options.data))
-    model = model_config(config, dataset)  # before any process starts: it may have something to say
+    model = model_config(
+        config, dataset.vocab_size, dataset.eos_token_id
+    )  # before any process starts: it may have something to say
     config.data = str(dataset.path.resolve())
     config.steps = max(config.steps, options.settle + options.rounds * options.steps + 1)
     names = [name for name in CONTESTANTS if name in (*options.contestants, REFERENCE)]
@@ -239,7 +242,7 @@ def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: 
     from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
     from transformers import Trainer as TransformersTrainer
 
-    ours = model_config(config, dataset)
+    ours = model_config(config, dataset.vocab_size, dataset.eos_token_id)
     shared = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",

@@ -95,8 +95,7 @@ def train_step_command(argv: list[str]) -> int:
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
     from remoe.lab.bench.train_step import TrainStepOptions, train_step
-    from remoe.lab.machine import machine
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import machine, pick_device
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
@@ -130,9 +129,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     from remoe.experts.backends import check_backend
     from remoe.lab.bench import decode, layer
     from remoe.lab.bench.roofline import measure_roofline
-    from remoe.lab.machine import machine
-    from remoe.lab.training.memory import keep_freed_memory
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import keep_freed_memory, machine, pick_device
 
     for backend in arguments.backends:
         check_backend(backend)

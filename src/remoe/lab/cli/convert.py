@@ -120,7 +120,7 @@ def megatron_command(argv: list[str]) -> int:
     out = _new_folder(options.out)
 
     import remoe
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.data import load_tokenizer
     from remoe.lab.data.tokenizer import vocabulary_size
 
@@ -156,8 +156,8 @@ def _dataset(data: str, count: int) -> "Dataset":
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A model and its tokenizer; what is no folder is a name on the hub."""
-    from remoe.lab.cli.quiet import quiet_transformers
-    from remoe.lab.training.folder import load_model
+    from remoe.lab.cli.parsing import quiet_transformers
+    from remoe.lab.training.load import load_model
 
     quiet_transformers()
     if not Path(source).exists():

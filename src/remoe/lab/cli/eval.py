@@ -11,7 +11,7 @@ from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
 
 if TYPE_CHECKING:
-    from remoe.lab.evaluation.trained import SweepPoint
+    from remoe.lab.evaluation.sweep import SweepPoint
     from remoe.lab.evaluation.zeroshot import TaskResult
 
 PROG = "remoe eval"
@@ -82,7 +82,7 @@ def eval_command(argv: list[str]) -> int:
 
 
 def _evaluate_domains(options: EvalOptions) -> int:
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.evaluation.trained import evaluate_run
 
     quiet_transformers()
@@ -120,8 +120,8 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
                 f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
             ) from None
 
-    from remoe.lab.cli.quiet import quiet_transformers
-    from remoe.lab.evaluation.trained import sweep_run
+    from remoe.lab.cli.parsing import quiet_transformers
+    from remoe.lab.evaluation.sweep import sweep_run
 
     quiet_transformers()
     checkpoint, dataset, points = sweep_run(
@@ -142,10 +142,9 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
 
 
 def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
-    from remoe.lab.training.memory import keep_freed_memory
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import keep_freed_memory, pick_device
 
     quiet_transformers()
     loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))

@@ -24,7 +24,7 @@ def export_command(argv: list[str]) -> int:
     """Writes the folder and says how to load it."""
     options = parse(ExportOptions, argv, prog=PROG)
 
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.export import export_run
 
     quiet_transformers()

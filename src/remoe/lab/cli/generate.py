@@ -28,9 +28,9 @@ def generate_command(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog=PROG)
     options.sampling.check()
 
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.generation import generate_text
-    from remoe.lab.training.folder import load_model
+    from remoe.lab.training.load import load_model
 
     quiet_transformers()
     model, tokenizer, _ = load_model(options.run)

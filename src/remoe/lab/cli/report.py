@@ -42,7 +42,7 @@ def report_command(argv: list[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):  # found out before the work, not after it
         raise ConfigError(f"--out {out} is a folder" if out.is_dir() else f"--out {out}: {out.parent} is not a folder")
 
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.report import write_report
 
     quiet_transformers()

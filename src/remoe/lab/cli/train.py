@@ -39,7 +39,7 @@ def train_command(argv: list[str]) -> int:
             print(f"{earlier} is there already (--out {earlier} --resume goes on with it): this run goes to {run.path}")
     config.out = str(run.path)
 
-    from remoe.lab.cli.quiet import quiet_transformers
+    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.training.train import run_training
 
     quiet_transformers()

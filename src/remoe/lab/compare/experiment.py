@@ -19,7 +19,8 @@ from typing import Any
 import pydantic
 
 from remoe.errors import ConfigError
-from remoe.lab.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge, read_yaml
+from remoe.lab.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge
+from remoe.lab.training.yaml_files import read_yaml
 from remoe.routing import ROUTERS, router_options
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis

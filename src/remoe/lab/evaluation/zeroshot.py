@@ -264,7 +264,7 @@ def evaluate_model(
     Raises:
         CheckpointError, DataError: as `load_model`.
     """
-    from remoe.lab.training.folder import load_model
+    from remoe.lab.training.load import load_model
 
     model, tokenizer, checkpoint = load_model(path)
     causal = is_causal(model)
