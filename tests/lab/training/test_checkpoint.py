@@ -17,7 +17,7 @@ from tiny_run import FLAGS
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.data import PrepareOptions, prepare
-from remoe.lab.files import TEMPORARY, locked, temporary_name
+from remoe.lab.files import locked, temporary_name
 from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
 from remoe.lab.training.folder import RunFolder, run_of
 

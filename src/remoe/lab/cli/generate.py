@@ -13,18 +13,18 @@ PROG = "remoe generate"
 
 @dataclass
 class GenerateOptions:
-    """Write text with a trained model; the same seed writes the same text."""
+    """Generate text with a trained model. The same seed gives the same text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used), one of its checkpoints, or the folder of any transformers
+    """Folder of a run (its newest checkpoint is used), one of its checkpoints, or the folder of any transformers
     language model with its tokenizer."""
     prompt: str = ""
-    """Text to go on from; empty for a new document."""
+    """Text to continue; an empty prompt starts a new document."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
 
 def generate_command(argv: list[str]) -> int:
-    """Prints the prompt and what the model writes after it."""
+    """Prints the prompt and the model's continuation."""
     options = parse(GenerateOptions, argv, prog=PROG)
     options.sampling.check()
 
