@@ -309,7 +309,7 @@ def test_without_the_harness_the_command_names_the_extra(run, capsys, monkeypatc
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    one_line(["eval", str(run), "--tasks", "piqa"], "pip install -e '.[eval]' in this project's folder", capsys)
+    one_line(["eval", str(run), "--tasks", "piqa"], "--tasks needs lm_eval: pip install 'remoe[eval]'", capsys)
 
 
 def one_line(arguments, words, capsys):

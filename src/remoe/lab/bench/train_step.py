@@ -1,9 +1,9 @@
 """Throughput of whole training steps: `remoe train` against transformers' Mixtral in transformers' Trainer.
 
-All contestants have the same width, layers, heads, experts, vocabulary, batch, sequences, optimiser, schedule and number
-of threads. Each runs its own training loop with all that the loop does by default (batches, clipping, statistics,
-records) except validation and saving. Each has its own process, so that allocator settings and caches are separate. The
-processes take turns of a few steps, one at a time, so that a slow moment of the machine affects all of them.
+All contestants have the same width, layers, heads, experts, vocabulary, batch, sequences, optimiser, schedule and
+number of threads. Each runs its own training loop with all that the loop does by default (batches, clipping,
+statistics, records) except validation and saving. Each has its own process, so that allocator settings and caches are
+separate. The processes take turns of a few steps, so that a slow moment of the machine affects all of them.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """`remoe bench layer | decode | train-step`: tables of measurements, and JSON files that also describe the machine."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     _start(arguments)
     import torch
 
+    from remoe.experts import resolve_backend
     from remoe.experts.backends import check_backend
     from remoe.lab.bench import decode, layer
     from remoe.lab.bench.roofline import measure_roofline
@@ -142,6 +144,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
     cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
     cases = decode.CASES if kind == "decode" else cases
+    for backend, case in itertools.product(arguments.backends, cases):  # checked before the work, not after it
+        resolve_backend(backend, device.type, dtype, case.D, case.F)
     console, rows = Console(), []
     roofline = measure_roofline(device, dtype)
     facts = machine(device)

@@ -56,8 +56,8 @@ class RelufyOptions:
     source: Source
     """The mixture of experts: a folder, a name on the Hugging Face hub, or a run of `remoe train`."""
     out: Out
-    """New or empty folder to write to; `remoe.load_relufied` loads it. For a model of this package, the folder is like that
-    of `remoe export`."""
+    """New or empty folder to write to; `remoe.load_relufied` loads it. For a model of this package it is a folder like
+    that of `remoe export`."""
     data: str
     """Folder written by `remoe data prepare --tokenizer SOURCE` (for a run: --tokenizer RUN/tokenizer) from text like
     that which the model reads."""
