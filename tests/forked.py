@@ -5,7 +5,16 @@ import os
 import sys
 from pathlib import Path
 
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PRELOADED = ["remoe.lab.cli.train", "remoe.lab.training.train", "torch.utils.tensorboard"]
+
+
+def context() -> multiprocessing.context.BaseContext:
+    """Makes processes; where the system cannot fork, slowly."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOADED)
+    return found
 
 
 def start(argv: list[str], output: Path, errors: Path, largest_file: int | None = None) -> multiprocessing.Process:
@@ -17,10 +26,7 @@ def start(argv: list[str], output: Path, errors: Path, largest_file: int | None 
         errors: file for its standard error.
         largest_file: in bytes; the system lets no file grow beyond it. No limit by default.
     """
-    context = multiprocessing.get_context(METHOD)
-    if METHOD == "forkserver":
-        context.set_forkserver_preload(["remoe.lab.cli.train", "remoe.lab.training.train", "torch.utils.tensorboard"])
-    process = context.Process(target=_run, args=(argv, output, errors, largest_file))
+    process = context().Process(target=_run, args=(argv, output, errors, largest_file))
     process.start()
     return process
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import forked
 import pytest
 
 from remoe.errors import ConfigError, ExtraError
@@ -20,8 +21,10 @@ SMALL = {
 }
 
 
-def test_rows_of_ours_and_of_the_reference(corpus):
+def test_rows_of_ours_and_of_the_reference(corpus, monkeypatch):
     pytest.importorskip("accelerate")
+    context = forked.context()
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda method: context)  # three imports of torch less
     ours = ("remoe relu", "remoe topk")
     options = TrainStepOptions("tiny", str(corpus), settle=3, rounds=2, steps=2, contestants=ours, config=SMALL)
     result = train_step(options)

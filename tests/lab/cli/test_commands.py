@@ -106,6 +106,15 @@ def test_eval_of_quantised_weights(run, tmp_path, capsys):
     assert f"loss {before['loss']:.4f} before int8, {after['loss']:.4f} after" in capsys.readouterr().out
 
 
+def test_without_torchao_the_command_names_the_extra(run, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert main(["eval", str(run), "--quantize", "int8"]) == 2
+    expected = "remoe: error: quantisation needs torchao: pip install 'remoe[quantize]'\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     "flags", [["--sweep-threshold", "a,b"], ["--sweep-threshold", "-1"], ["--max-experts", "0"], ["--quantize", "int3"]]
 )
@@ -384,13 +393,13 @@ def test_every_command_has_help_that_starts_without_torch():
     code = (
         "import sys; from remoe.lab.cli.main import COMMANDS, main\n"
         "for name in COMMANDS:\n"
-        "    print('command', name)\n"
+        "    print('===')\n"
         "    try: main([*name.split(), '--help'])\n"
         "    except SystemExit as stop: assert not stop.code, name\n"
         "    assert 'torch' not in sys.modules, f'the help of {name} imports torch'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    _, *helps = done.stdout.split("command ")
+    _, *helps = done.stdout.split("===\n")
     assert len(helps) == len(COMMANDS)
     assert all("usage" in text.lower() for text in helps)

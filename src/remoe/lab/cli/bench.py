@@ -43,7 +43,7 @@ class LayerArguments(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is float32 on a CPU and bfloat16 on a GPU."""
     backends: tuple[str, ...] = ("auto",)
-    """Implementations of our experts to measure: auto, naive, loop, grouped, triton, sonic."""
+    """Implementations of our experts to measure: auto, naive, cpu, grouped, triton, sonic."""
     peers: bool = True
     """Also measure the other implementations that are installed."""
     repetitions: int = 15

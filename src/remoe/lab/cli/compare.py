@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.training.config import NamedValues
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def compare_command(argv: list[str]) -> int:
 
     experiment = load_experiment(options.experiment, options.base)
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.compare.live import Live
     from remoe.lab.compare.output import write
     from remoe.lab.compare.pool import Pool

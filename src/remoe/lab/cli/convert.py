@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,6 @@ def megatron_command(argv: list[str]) -> int:
     out = _new_folder(options.out)
 
     import remoe
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.data import load_tokenizer
     from remoe.lab.data.tokenizer import vocabulary_size
 
@@ -157,7 +156,6 @@ def _dataset(data: str, count: int) -> "Dataset":
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A model and its tokenizer; a source that does not exist here is a name on the Hugging Face hub."""
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.training.load import load_model
 
     quiet_transformers()

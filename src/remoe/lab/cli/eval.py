@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 if TYPE_CHECKING:
     from remoe.lab.evaluation.sweep import SweepPoint
@@ -81,7 +81,6 @@ def eval_command(argv: list[str]) -> int:
 
 
 def _evaluate_domains(options: EvalOptions) -> int:
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.evaluation.trained import evaluate_run
 
     quiet_transformers()
@@ -119,7 +118,6 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
                 f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
             ) from None
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.evaluation.sweep import sweep_run
 
     quiet_transformers()
@@ -141,7 +139,6 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
 
 
 def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
     from remoe.lab.machine import keep_freed_memory, pick_device
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 PROG = "remoe export"
 
@@ -24,7 +24,6 @@ def export_command(argv: list[str]) -> int:
     """Writes the folder and prints how to load it."""
     options = parse(ExportOptions, argv, prog=PROG)
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.export import export_run
 
     quiet_transformers()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.generation import SamplingOptions
 
 PROG = "remoe generate"
@@ -28,7 +28,6 @@ def generate_command(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog=PROG)
     options.sampling.check()
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.generation import generate_text
     from remoe.lab.training.load import load_model
 

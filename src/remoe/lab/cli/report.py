@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 PROG = "remoe report"
 
@@ -43,7 +43,6 @@ def report_command(argv: list[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):  # checked before the work, not after it
         raise ConfigError(f"--out {out} is a folder" if out.is_dir() else f"--out {out}: {out.parent} is not a folder")
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.report import write_report
 
     quiet_transformers()

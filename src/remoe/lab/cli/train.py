@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 
 PROG = "remoe train"
@@ -37,7 +37,6 @@ def train_command(argv: list[str]) -> int:
             print(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
     config.out = str(run.path)
 
-    from remoe.lab.cli.parsing import quiet_transformers
     from remoe.lab.training.train import run_training
 
     quiet_transformers()

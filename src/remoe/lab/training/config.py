@@ -43,7 +43,7 @@ class ModelOptions:
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balance loss of routers that lambda does not control (topk, sparsemixer)."""
     backend: str = "auto"
-    """Implementation that runs the experts: auto; loop or grouped (any device); triton or sonic (CUDA); naive (the slow
+    """Implementation that runs the experts: auto; cpu or grouped (any device); triton or sonic (CUDA); naive (the slow
     reference)."""
 
 

@@ -138,7 +138,7 @@ def _print_header(trainer: Trainer) -> None:
 def _experts(trainer: Trainer) -> str:
     """The backend; on a CPU also whether its kernels are compiled, and if not, compiles them first."""
     name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
-    if name != "loop" or trainer.device.type != "cpu":
+    if name not in ("cpu", "loop") or trainer.device.type != "cpu":
         return name
     if kernels.to_be_built():
         print("compiling the experts' kernels for this machine; this happens once and takes seconds", flush=True)
