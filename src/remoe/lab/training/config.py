@@ -275,7 +275,7 @@ class TrainConfig:
 
 
 # Options of the model in 0.1.0 that have another name or place today, with their defaults.
-_RENAMED = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}
+RENAMED = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}
 # Options that have no influence on the trained weights.
 _FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
@@ -332,10 +332,10 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     with what is laid over it first. An option under its new name takes precedence.
     """
     model = values.get("model")
-    if not isinstance(model, dict) or not model.keys() & _RENAMED.keys():
+    if not isinstance(model, dict) or not model.keys() & RENAMED.keys():
         return values
-    old = {name: model[name] for name in _RENAMED if name in model and model[name] != _RENAMED[name]}
-    model = {name: value for name, value in model.items() if name not in _RENAMED}
+    old = {name: value for name, value in model.items() if value != RENAMED.get(name, value)}
+    model = {name: value for name, value in model.items() if name not in RENAMED}
     if "experts_backend" in old:
         model.setdefault("backend", old.pop("experts_backend"))
     if "load_balance" in old and not _has_option(str(values.get("router", "relu")), "load_balance"):
