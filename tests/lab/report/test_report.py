@@ -182,7 +182,7 @@ def test_a_models_folder_has_no_course(run, corpus, tmp_path, capsys):
     folder = tmp_path / "exported"
     assert main(["export", str(run), str(folder)]) == 0
     assert main(["report", str(folder)]) == 2
-    assert "names no data; give --data" in capsys.readouterr().err
+    assert "name a folder with --data" in capsys.readouterr().err
     page = tmp_path / "page.html"
     assert main(["report", str(folder), "--data", str(corpus), "--out", str(page)]) == 0
     exported, trained = Page(page.read_text()), Page((run / "report.html").read_text())
