@@ -14,8 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from remoe.lab.machine import machine
-from remoe.lab.training.trainer import pick_device
+from remoe.lab.machine import machine, pick_device
 
 
 @dataclass

@@ -19,7 +19,7 @@ import remoe
 from remoe.lab.data import open_dataset
 from remoe.lab.data.batches import TrainBatches, ValidationWindows
 from remoe.lab.machine import machine
-from remoe.lab.training.folder import load_run
+from remoe.lab.training.load import load_run
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""The errors that a user can cause: each is one clear line, and exit code 2 at the command line."""
+"""The errors that a user can cause. The command line prints each of them in one line and exits with code 2."""
 
+import sys
 from collections.abc import Iterable
 
 
 class RemoeError(Exception):
-    """Base of every error caused by input rather than by a defect of this package."""
+    """Base of every error that is caused by input rather than by a defect of this package."""
 
 
 class ConfigError(RemoeError, ValueError):
@@ -12,7 +13,7 @@ class ConfigError(RemoeError, ValueError):
 
 
 class DataError(RemoeError):
-    """A missing, empty, truncated or foreign source or shard."""
+    """A source or shard of data that is missing, empty, truncated or of another format."""
 
 
 class CheckpointError(RemoeError):
@@ -20,12 +21,29 @@ class CheckpointError(RemoeError):
 
 
 class ExtraError(RemoeError, ImportError):
-    """A package that an extra of this one installs is missing."""
+    """A package is missing that one of this package's extras installs."""
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str, what: str) -> ExtraError:
-    """The error for a missing package: one line that names the extra."""
-    return ExtraError(f"{what} needs {error.name}: pip install 'remoe[{extra}]'")
+    """The error for a package that is not installed, in one line that names the extra.
+
+        try:
+            import lm_eval
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, "eval", "remoe eval --tasks") from error
+
+    Args:
+        error: raised by the import.
+        extra: name in `pip install 'remoe[extra]'`.
+        what: what needs the package, the subject of the message.
+
+    Raises:
+        ModuleNotFoundError: `error` itself, when the module is one of ours or of Python's: no extra would help.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "remoe") or package in sys.stdlib_module_names:
+        raise error
+    return ExtraError(f"{what} needs {package}: pip install 'remoe[{extra}]'", name=error.name)
 
 
 def check_choice(what: str, value: object, choices: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import remoe
 from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.cli.main import main
 from remoe.lab.data import TrainBatches, open_dataset
-from remoe.lab.training.folder import load_model, load_run
+from remoe.lab.training.load import load_model, load_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(40).view(2, 20)
@@ -44,7 +44,7 @@ def test_upcycle(dense, corpus, tmp_path, capsys):
     source, out, figures = (str(tmp_path / name) for name in ("dense", "out", "figures.json"))
     flags = ["--num-experts", "4", "--granularity", "2", "--data", str(corpus), "--sample-tokens", "2048"]
     assert main(["convert", "upcycle", source, out, *flags]) == 0
-    assert "with the logits that they had" in capsys.readouterr().out
+    assert "the logits are unchanged" in capsys.readouterr().out
     model = remoe.RemoeForCausalLM.from_pretrained(out).eval()
     assert (model.config.num_experts, model.config.granularity) == (4, 2)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def test_relufy(mixture, corpus, tmp_path, capsys):
     torch.testing.assert_close(logits(model), logits(mixture), rtol=1e-4, atol=1e-5)  # the same fit, in float32
     assert main(["generate", out, "--prompt", "cow", "--max-new-tokens", "3"]) == 0
     assert main(["eval", out, "--data", str(corpus)]) == 2
-    assert "not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
+    assert "not a model of this package: it can only be evaluated with --tasks" in capsys.readouterr().err
 
 
 def test_relufy_of_a_run(corpus, tmp_path):

@@ -167,7 +167,7 @@ def test_balanced_penalty_of_micro_batches_differs_from_the_batch_and_statistics
 
 @pytest.mark.parametrize("router", ["relu", "topk"])
 def test_recomputation_gives_the_same_gradients_and_counts_once(router):
-    from remoe.lab.training.trainer import enable_recomputation
+    from remoe.lab.training.build import enable_recomputation
 
     model = small(router=router, sparsity={"lambda_init": 0.3})
     ids = tokens()

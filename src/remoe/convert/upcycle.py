@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remoe.convert.relufy.fit import Batch, as_batch, evaluation
+from remoe.convert.relufy.fit import Batch, as_batch
 from remoe.errors import ConfigError
 from remoe.models.configuration_remoe import RemoeConfig, check_fields
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.modes import evaluating
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # No gate starts below this part of 1/E.
@@ -200,7 +201,7 @@ def _calibrate(model: RemoeForCausalLM, batches: list[dict[str, Tensor]], sparsi
     logits: list[list[Tensor]] = [[] for _ in routers]
     for router in routers:
         router.bias.zero_()
-    with evaluation(model):
+    with evaluating(model):
         for batch in batches:
             mask = batch.get("attention_mask")
             kept = slice(None) if mask is None else mask.flatten().bool()

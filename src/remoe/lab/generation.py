@@ -19,32 +19,32 @@ class SamplingOptions:
     """How the next token is chosen."""
 
     max_new_tokens: int = 120
-    """Tokens to write at the most; fewer when the model ends its text."""
+    """The most tokens to write; there are fewer when the model ends its text."""
     temperature: float = 0.8
-    """Sharpness: 0 always takes the likeliest token, 1 samples from the model as it is."""
+    """0 always takes the most likely token, 1 samples from the model's own distribution."""
     top_k: int = 50
-    """Sample from the k likeliest tokens only; 0 for all."""
+    """Sample only from the k most likely tokens; 0 for all tokens."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability; 1 for all tokens."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens already written become less likely."""
+    """Values above 1 make tokens that were already written less likely."""
     seed: int = 0
-    """Seed of the random numbers: the same seed writes the same text."""
+    """Random seed: the same seed gives the same text."""
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
         if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf) or not 0 < self.top_p <= 1:
-            raise ConfigError("need temperature 0 or from 0.001, and 0 < top-p <= 1")
+            raise ConfigError("--temperature must be 0 or at least 0.001, and --top-p above 0 and at most 1")
         if self.top_k < 0 or not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError("need top-k >= 0 and repetition-penalty > 0")
+            raise ConfigError("--top-k must be at least 0, and --repetition-penalty above 0")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed must be from 0 to 2**63 - 1, but is {self.seed}")
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ConfigError for a prompt that is not valid Unicode, as broken bytes on a command line give."""
+    """Raises ConfigError for a prompt that is not valid Unicode, as broken bytes on a command line are."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -54,38 +54,39 @@ def check_prompt(prompt: str) -> None:
 def generate_text(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, options: SamplingOptions
 ) -> str:
-    """The text that the model writes after `prompt`, with its KV cache.
+    """The text that the model writes after `prompt`.
 
     Args:
-        model: used in eval mode.
+        model: put into evaluation mode, and afterwards into the mode that it was in.
         tokenizer: the model's own.
-        prompt: where to start; the empty prompt starts a new document.
+        prompt: the start of the text; an empty prompt starts a new document.
         options: sampling.
 
     Returns:
         The continuation, without the prompt.
 
     Raises:
-        ConfigError: for sampling options out of range, a prompt that is not text, or more of both than a model of
-            others takes.
+        ConfigError: for sampling options out of range, a prompt that is not valid Unicode, or, for a model that is not
+            ours, more tokens than its longest sequence.
     """
-    import torch  # here, so that the command line can show the options' help at once
+    import torch  # not at the top: the command line's help must not wait for it
 
     from remoe.models.modeling_remoe import RemoeForCausalLM
+    from remoe.models.modes import evaluating
 
     options.check()
     check_prompt(prompt)
-    # Our training data has no tokens that a tokenizer puts around a text; models of others may need them.
+    # Our training data has none of the special tokens that a tokenizer puts around a text; other models may need them.
     special = not isinstance(model, RemoeForCausalLM)
     ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
     if context is not None and len(ids) + options.max_new_tokens > context:
-        if not isinstance(model, RemoeForCausalLM):  # its positions may end there
+        if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
             raise ConfigError(
-                f"prompt and text may pass {context} tokens, the longest sequence of this model: lower --max-new-tokens"
+                f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
             )
-        logger.warning("prompt and text may pass %d tokens, the longest sequence the model was trained on", context)
+        logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
     sampling = {"do_sample": False}
     if options.temperature > 0:
         sampling = {
@@ -94,10 +95,9 @@ def generate_text(
             "top_k": options.top_k,
             "top_p": options.top_p,
         }
-    was_training = model.training
-    model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # a sample must not disturb a training run's random numbers
+    # A sample must not disturb the random numbers of a training run.
+    with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(options.seed)
         output_ids = model.generate(
             input_ids,
@@ -108,7 +108,6 @@ def generate_text(
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )
-    model.train(was_training)
     written = output_ids[0].tolist()
     whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (written, ids))
     if whole.startswith(start):  # some decoders drop a space that begins a text

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, missing_extra
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 INT4_GROUP = 32
@@ -26,7 +26,8 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
 
     Raises:
         ConfigError: for an unknown scheme, int4 without CUDA, a model that is quantised already or merges its experts,
-            a missing torchao, or a scheme that torchao cannot do here.
+            or a scheme that torchao cannot do here.
+        ExtraError: when torchao is not installed.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"unknown quantisation {scheme!r}; choose one of: {', '.join(SCHEMES)}")
@@ -36,9 +37,8 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         raise ConfigError(f"router {model.config.router!r} merges its experts' weights, which must not be quantised")
     try:
         from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        install = "pip install -e '.[quantize]' in this project's folder"
-        raise ConfigError(f"quantisation needs torchao: {install} ({error})") from error
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "quantize", "quantisation") from error
     names = _quantised_names(model)
     if any(hasattr(model.get_parameter(name), "qdata") for name in names):
         raise ConfigError("the model is quantised already")

@@ -58,12 +58,12 @@ class Router(Float32State, ABC):
 
     steered = False
     routes_pairs = True
-    merges = False
     has_logits = True
     needs_ids = False
     supports_cache = True
     causal = True
     looks_ahead = False
+    merges = False
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
 """The benchmark of a training step runs, and says what it needs. No time is tested."""
 
-import importlib.util
 import json
+import sys
 
+import forked
 import pytest
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, ExtraError
 from remoe.lab.bench import train_step as module
 from remoe.lab.bench.train_step import REFERENCE, TrainStepOptions, TrainStepResult, train_step
 from remoe.lab.cli.main import main
@@ -20,8 +21,10 @@ SMALL = {
 }
 
 
-def test_rows_of_ours_and_of_the_reference(corpus):
+def test_rows_of_ours_and_of_the_reference(corpus, monkeypatch):
     pytest.importorskip("accelerate")
+    context = forked.context()
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda method: context)  # three imports of torch less
     ours = ("remoe relu", "remoe topk")
     options = TrainStepOptions("tiny", str(corpus), settle=3, rounds=2, steps=2, contestants=ours, config=SMALL)
     result = train_step(options)
@@ -64,8 +67,8 @@ def test_bad_options_are_named(corpus, options, words):
 
 
 def test_missing_accelerate_is_named(corpus, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs accelerate: pip install -e '.\[bench\]'"):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ExtraError, match=r"needs accelerate: pip install 'remoe\[bench\]'"):
         train_step(TrainStepOptions(data=str(corpus)))
 
 

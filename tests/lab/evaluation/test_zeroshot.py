@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_run import FLAGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -255,8 +256,10 @@ def test_a_folder_without_a_model_is_one_line(damage, model, tokenizer, data, tm
     one_line(["eval", str(folder), "--tasks", "piqa", "--task-data", str(data)], str(folder), capsys)
 
 
-def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd):
+def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd, monkeypatch):
     """Table 2 of the paper with one command; what is finished is asked for no task twice."""
+    for draw in ("savefig", "draw_without_rendering"):  # half of the time, for figures that this test does not look at
+        monkeypatch.setattr(Figure, draw, lambda *_, **__: None)
     experiment = {
         "title": "Trial",
         "base": {"steps": 4, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4}
@@ -309,7 +312,7 @@ def test_without_the_harness_the_command_names_the_extra(run, capsys, monkeypatc
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    one_line(["eval", str(run), "--tasks", "piqa"], "pip install -e '.[eval]' in this project's folder", capsys)
+    one_line(["eval", str(run), "--tasks", "piqa"], "--tasks needs lm_eval: pip install 'remoe[eval]'", capsys)
 
 
 def one_line(arguments, words, capsys):

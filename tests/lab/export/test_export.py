@@ -114,7 +114,7 @@ def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):
     written = capsys.readouterr().out
     assert written[: len(written) // 2] == written[len(written) // 2 :]
     assert main(["eval", str(folder)]) == 2
-    assert "names no data; give --data" in capsys.readouterr().err
+    assert "name a folder with --data" in capsys.readouterr().err
 
 
 def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "llama"), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("def ")
     assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
-    assert "is a LlamaForCausalLM, and not a model of ours: only remoe eval --tasks takes it" in capsys.readouterr().err
+    assert "is a LlamaForCausalLM, not a model of this package" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_unfinished_run_has_a_card_without_results(tmp_path):
     assert main(["export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 of 4" in card
-    assert "not the end of its run" in card
+    assert "not the last of its run" in card
 
 
 def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):

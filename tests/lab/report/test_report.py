@@ -21,7 +21,8 @@ from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.report.contents import POINTS, excerpts, texts_of, thinned
 from remoe.lab.report.page import _json, _percent
-from remoe.lab.training.folder import load_run, newest_run
+from remoe.lab.training.folder import newest_run
+from remoe.lab.training.load import load_run
 
 
 class Page(HTMLParser):

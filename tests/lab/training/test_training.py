@@ -9,13 +9,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import FLAGS
 
-from remoe.errors import ConfigError
 from remoe.lab.cli.main import main
-from remoe.lab.cli.parsing import parse
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.training.checkpoint import list_checkpoints
-from remoe.lab.training.config import OptimOptions, TrainConfig, config_from_dict, config_from_yaml, to_yaml
-from remoe.lab.training.folder import RunFolder, load_run
+from remoe.lab.training.config import OptimOptions, config_from_dict
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import read_metrics
 from remoe.lab.training.optimizer import learning_rate
 from remoe.lab.training.progress import ProgressLine
@@ -27,8 +26,8 @@ REQUIRED = {
 }  # fmt: skip
 
 
-def train(corpus, out, *flags):
-    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", "40", *FLAGS, *flags])
+def train(corpus, out, *flags, steps=40):
+    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", str(steps), *FLAGS, *flags])
 
 
 @pytest.mark.parametrize("router", ["relu", "topk", "dense"])
@@ -74,31 +73,31 @@ def test_lambda_of_a_run_follows_equation_7(corpus, tmp_path):
 
 def test_flips_are_those_of_the_weights_before_and_after_a_step(corpus, tmp_path):
     out = tmp_path / "run"
-    flags = ["--validate.flips-every", "20", "--checkpoint.every", "1", "--checkpoint.keep", "40"]
-    assert train(corpus, out, *flags) == 0
+    flags = ["--validate.flips-every", "6", "--checkpoint.every", "1", "--checkpoint.keep", "12"]
+    assert train(corpus, out, *flags, steps=12) == 0
     records = read_metrics(out / "metrics.jsonl")
-    assert [record["step"] for record in records if "flip_rate" in record] == [20, 40]
+    assert [record["step"] for record in records if "flip_rate" in record] == [6, 12]
     windows = ValidationWindows(open_dataset(corpus).validation, 32)
     firsts = [next(windows.batches(domain, 64)) for domain in windows.domains]  # 4096 tokens of 32 * 2 domains
     masks = []
-    for step in (19, 20):
+    for step in (5, 6):
         model = load_run(out / "checkpoints" / f"step-{step:08}")[0]
         gates = [[r.gate_TE for r in model(first[0], attention_mask=first[2]).routings] for first in firsts]
         kept = torch.cat([first[2].flatten() for first in firsts])
         masks.append(torch.stack([torch.cat(layer)[kept] > 0 for layer in zip(*gates, strict=True)]))
     rate = (masks[0] != masks[1]).double().mean().item()
-    assert records[19]["flip_rate"] == pytest.approx(rate, abs=1e-9)
+    assert records[5]["flip_rate"] == pytest.approx(rate, abs=1e-9)
     assert rate > 0
 
     quiet = tmp_path / "quiet"
-    assert train(corpus, quiet) == 0  # measuring changes nothing
+    assert train(corpus, quiet, steps=12) == 0  # measuring changes nothing
     assert [r["lm_loss"] for r in records] == [r["lm_loss"] for r in read_metrics(quiet / "metrics.jsonl")]
 
 
 def test_same_seed_same_run_other_seed_other_run(corpus, tmp_path):
     losses = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(corpus, tmp_path / name, "--seed", str(seed))
+        train(corpus, tmp_path / name, "--seed", str(seed), steps=8)
         losses.append([record["lm_loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1] != losses[2]
 
@@ -137,7 +136,7 @@ def test_settling_does_not_depend_on_how_often_records_are_written(corpus, tmp_p
     summaries = []
     for every in ("1", "7"):
         out = tmp_path / every
-        assert train(corpus, out, "--log-every", every) == 0
+        assert train(corpus, out, "--log-every", every, steps=20) == 0
         summaries.append(json.loads((out / "summary.json").read_text()))
     for key in ("final_sparsity", "settling_step", "sparsity_mean", "validation_loss"):
         assert summaries[0][key] == summaries[1][key]
@@ -148,8 +147,9 @@ def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):
     grads = []
     for micro in (4, 1):
         options = {"seq_len": 32, "batch_size": 4, "micro_batch_size": micro, "device": "cpu"}
-        model = {"hidden_size": 32, "num_hidden_layers": 2, "load_balance": False}
-        config = config_from_dict({**options, "num_experts": 4, "model": model}, "test")
+        model = {"hidden_size": 32, "num_hidden_layers": 2}
+        options |= {"num_experts": 4, "router_options": {"load_balance": False}}
+        config = config_from_dict({**options, "model": model}, "test")
         trainer = Trainer(config, dataset, RunFolder(tmp_path))
         losses = trainer._backward(trainer.batches.batch(0))
         grads.append(([loss.item() for loss in losses], [p.grad for p in trainer.model.parameters()]))
@@ -158,7 +158,9 @@ def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("flags", [["--recompute"], ["--dtype", "bfloat16"], ["--model.max-experts-per-token", "2"]])
+@pytest.mark.parametrize(
+    "flags", [["--recompute"], ["--dtype", "bfloat16"], ["--router-options", "max_experts_per_token", "2"]]
+)
 def test_options_that_change_the_computation_still_learn(corpus, tmp_path, flags):
     out = tmp_path / "run"
     assert train(corpus, out, *flags) == 0
@@ -190,7 +192,7 @@ def test_a_lambda_that_runs_away_is_reported_once(corpus, tmp_path, caplog):
         trainer._train_step(progress)
     (message,) = [message for message in caplog.messages if "lambda" in message]
     assert message.startswith("step 2: lambda is 1.1e+03 and S ")
-    assert message.endswith(", for a target of 1: the penalty has no hold on the experts that are still on")
+    assert message.endswith(", for a target of 1: the penalty no longer controls the experts that are still active")
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
@@ -236,24 +238,3 @@ def test_names_in_brackets_are_text(tmp_path, capsys):
     written = "".join(capsys.readouterr())
     for name in (str(data), str(out), "C [/c]", "[en] :smile:"):
         assert name in written
-
-
-def test_words_and_numbers_of_a_configuration_are_what_they_mean(tmp_path):
-    path = tmp_path / "x.yaml"
-    path.write_text("router: relu_norm\nrouter_options: {locality: 1e-3}\n")
-    assert config_from_yaml(path).router_options == {"locality": 1e-3}
-    path.write_text("router_options: {max_experts_per_token: null}\n")
-    assert config_from_yaml(path).router_options == {"max_experts_per_token": None}
-    path.write_text("router_options: {gate_scale: [1, 2]}\n")
-    with pytest.raises(ConfigError, match=r"router_options.gate_scale: must be true or false, a number, a word"):
-        config_from_yaml(path)
-    for word in ("12e5", "1e-3", "true", "3", "plain"):  # a folder's name, for instance
-        path.write_text(to_yaml(TrainConfig(out=word).to_dict()))
-        assert config_from_yaml(path).out == word
-    path.write_text("router: topk\nrouter: relu\n")
-    with pytest.raises(ConfigError, match="given twice"):
-        config_from_yaml(path)
-    for word, value in (("no", False), ("Off", False), ("yes", True), ("1e2", 100.0), ("3", 3), ("l1", "l1")):
-        found = parse(TrainConfig, ["--router-options", "x", word], prog="x").router_options["x"]
-        assert found == value
-        assert type(found) is type(value)

@@ -4,8 +4,7 @@ Legend: T tokens, D model width, E experts, K experts per token.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from remoe.errors import ConfigError
 from remoe.models.loss import IGNORED_TARGET, padding_mask, shifted_targets
+from remoe.models.modes import evaluating
 from remoe.routing import Routing
 
 STEPS = 400
@@ -21,18 +21,6 @@ BATCH_TOKENS = 2048
 STEP_SIZE = 0.05
 
 Batch = Tensor | Mapping[str, Tensor]
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients, and as before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def as_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -50,7 +38,7 @@ def as_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def language_model_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     """Mean cross-entropy of the sample's tokens in nats, of a model that returns logits (B, S, V)."""
     nats = count = 0.0
-    with evaluation(model):
+    with evaluating(model):
         for batch in batches:
             logits_BSV = model(**batch, use_cache=False).logits.float()
             mask = padding_mask(batch.get("attention_mask"), None)
@@ -84,7 +72,7 @@ class GateRecorder:
         """
         hooks = [router.register_forward_hook(self._hook(name)) for name, router in self.routers.items()]
         try:
-            with evaluation(model):
+            with evaluating(model):
                 for batch in batches:
                     mask = batch.get("attention_mask")
                     self.mask_T = None if mask is None else mask.flatten().bool()

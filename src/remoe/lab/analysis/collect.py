@@ -11,6 +11,7 @@ from torch import Tensor
 
 from remoe.lab.data import ValidationWindows
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.modes import evaluating
 from remoe.routing import Routing
 
 
@@ -36,7 +37,6 @@ class RoutingRecord:
     domains: tuple[str, ...]
 
 
-@torch.no_grad()
 def collect(
     model: RemoeForCausalLM,
     windows: ValidationWindows,
@@ -55,20 +55,18 @@ def collect(
         batch_size: sequences per forward pass.
         autocast: context of the forward pass.
     """
-    was_training = model.training
-    model.eval()
     columns: dict[str, list[Tensor]] = {"active": [], "token": [], "domain": [], "sequence": []}
     num_sequences = 0
-    for index, (domain, limit) in enumerate(windows.shares(max_tokens).items()):
-        for input_BS, _, mask_BS in windows.batches(domain, batch_size, limit):
-            kept_T = mask_BS.flatten()
-            columns["active"].append(active_of(model, input_BS, mask_BS, autocast))
-            columns["token"].append(input_BS.flatten()[kept_T])
-            columns["domain"].append(torch.full_like(columns["token"][-1], index))
-            sequence_B1 = torch.arange(num_sequences, num_sequences + len(input_BS))[:, None]
-            columns["sequence"].append(sequence_B1.expand_as(input_BS).flatten()[kept_T])
-            num_sequences += len(input_BS)
-    model.train(was_training)
+    with evaluating(model):
+        for index, (domain, limit) in enumerate(windows.shares(max_tokens).items()):
+            for input_BS, _, mask_BS in windows.batches(domain, batch_size, limit):
+                kept_T = mask_BS.flatten()
+                columns["active"].append(active_of(model, input_BS, mask_BS, autocast))
+                columns["token"].append(input_BS.flatten()[kept_T])
+                columns["domain"].append(torch.full_like(columns["token"][-1], index))
+                sequence_B1 = torch.arange(num_sequences, num_sequences + len(input_BS))[:, None]
+                columns["sequence"].append(sequence_B1.expand_as(input_BS).flatten()[kept_T])
+                num_sequences += len(input_BS)
     return RoutingRecord(
         torch.cat(columns["active"], dim=1),
         torch.cat(columns["token"]),

@@ -1,1 +1,1 @@
-"""Benchmarks behind `remoe bench`: one layer, decoding, a training step; with other implementations beside ours."""
+"""The benchmarks of `remoe bench`: one layer, decoding and training steps, of our and other implementations."""

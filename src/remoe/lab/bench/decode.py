@@ -1,6 +1,6 @@
-"""Forward pass of one layer for a few tokens, as in generation: what it takes to read the weights.
+"""The forward pass of one layer on a few tokens, as in generation, whose time is that of reading the weights.
 
-Each implementation has several layers, more than the caches hold, and they take turns: weights come from memory, as in
+Each implementation has several layers, more than the caches hold, which take turns: the weights come from memory, as in
 a model with many layers.
 
 Legend: T tokens, D model width, F expert width, E experts, k experts per token.
@@ -19,7 +19,7 @@ from remoe.lab.bench.timing import median_seconds
 from remoe.layer import MoE
 
 CASES = (Case(1, 768, 3072, 8, 1), Case(16, 768, 768, 32, 4))
-RESIDENT_BYTES = 2**28  # active weights of one implementation's layers together
+RESIDENT_BYTES = 2**28  # of the active weights in all layers of one implementation
 
 
 @torch.inference_mode()
@@ -32,7 +32,12 @@ def bench_decode(
     repetitions: int,
     roofline: Roofline,
 ) -> dict[str, object]:
-    """The same for a forward pass of few tokens; arguments as of `bench_layer`."""
+    """Times the forward pass of each implementation on a few tokens; arguments as for `bench_layer`.
+
+    Returns:
+        The case, and by implementation: milliseconds, their ratios to the dense layer and to the time of reading the
+        active weights, and the mean number of experts with at least one token.
+    """
     torch.manual_seed(0)
     expert_bytes = 3 * case.D * case.F * dtype.itemsize
     layers = max(2, -(-RESIDENT_BYTES // (expert_bytes * min(case.E, case.T * case.k))))
@@ -67,7 +72,7 @@ def bench_decode(
 
 
 def _input(layer: nn.Module, case: Case, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(T, D) tokens; for a ReLU router drawn until they have exactly k T pairs."""
+    """(T, D) tokens; for our layers drawn until they have exactly k T pairs."""
     while True:
         x_TD = tokens(case.T, case.D, device, dtype)
         if not isinstance(layer, Output) or layer(x_TD, routing=True).count_E.sum() == case.k * case.T:

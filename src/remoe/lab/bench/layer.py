@@ -1,6 +1,6 @@
-"""Forward and backward pass of one layer, router included, against a dense layer of the same active size and others.
+"""The forward and backward pass of one layer with its router, against a dense layer of equal active size and others.
 
-Legend: T tokens, D model width, F expert width, E experts, k wanted experts per token.
+Legend: T tokens, D model width, F expert width, E experts, k target number of active experts per token.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from remoe.routing import Routing
 
 @dataclass(frozen=True)
 class Case:
-    """One size of the layer; see the legend."""
+    """The sizes of a layer and its input; see the legend."""
 
     T: int
     D: int
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the experts, forward and backward, at k experts per token."""
+        """FLOPs of the experts, forward and backward, at k experts per token."""
         return 18 * self.T * self.k * self.D * self.F
 
 
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 
 
 class DenseLayer(nn.Module):
-    """The SwiGLU feed-forward layer of LLaMA, width k F: the same active FLOPs without routing."""
+    """The SwiGLU feed-forward layer of LLaMA: with width k F the same active FLOPs, without routing."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class DenseLayer(nn.Module):
 
 
 class Output(nn.Module):
-    """Our layer with its first output only, or with its second."""
+    """Our layer with only its first output, or with `routing=True` only its second."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class Output(nn.Module):
 
 
 def tokens(T: int, D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(T, D) normal, with a constant first column that gives routers a bias."""
+    """(T, D) normally distributed, with a constant first column that serves routers as a bias."""
     x_TD = torch.randn(T, D, device=device, dtype=dtype)
     x_TD[:, 0] = 1
     return x_TD
 
 
 def relu_layer(case: Case, experts: str, density: float) -> MoE:
-    """A ReLU-routed layer with a mean of `density` of its pairs active on `tokens(...)`, from 0 to E a token."""
+    """A ReLU-routed layer that activates, on average, a fraction `density` of its pairs on `tokens(...)`."""
     layer = MoE(case.D, case.F, case.E, case.k, "relu", backend=experts)
     with torch.no_grad():
         # A logit is the constant column's weight plus a normal variable: the density is a quantile of the latter.
@@ -98,15 +98,20 @@ def bench_layer(
     repetitions: int,
     roofline: Roofline,
 ) -> dict[str, object]:
-    """Milliseconds of each implementation, and as multiples of the dense layer's; memory and rates beside them.
+    """Times each implementation, and measures its memory.
 
     Args:
         case: sizes.
-        device, dtype: where and in what.
-        backends: backends of our layer to run, "auto" among them.
-        peers: whether to run the other implementations that are installed.
-        repetitions: timed rounds.
+        device: where the layers run.
+        dtype: of weights and tokens.
+        backends: backends of our layer to measure.
+        peers: whether to measure the other implementations that are installed.
+        repetitions: number of timed rounds.
         roofline: of the same device and dtype.
+
+    Returns:
+        The case, statistics of the pairs, and by implementation: milliseconds, ratios to the dense layer, fractions of
+        the roofline, and megabytes.
     """
     torch.manual_seed(0)
     with device:  # drawing so many weights on the host would take longer than all measurements
@@ -143,7 +148,7 @@ def bench_layer(
 
 
 def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]:
-    """Peak memory of our layer with every expert active, weight gradients included."""
+    """Peak megabytes of our layer with every expert active, including the gradients of the weights."""
     peaks = {}
     for backend in backends:
         with device:
@@ -155,14 +160,14 @@ def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]
 
 
 class Step:
-    """A forward and a backward pass that writes all gradients anew, that of x too."""
+    """A forward and a backward pass that writes new gradients of x and of all weights."""
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients of all weights."""
+        """Bytes of the gradients of all weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.layer.parameters())
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Other implementations of a mixture-of-experts layer, as modules from (T, D) to (T, D); only those that are installed.
+"""Other implementations of a mixture-of-experts layer, as modules from (T, D) to (T, D), if they are installed.
 
 Legend: T tokens, D model width, F expert width, E experts, k experts per token.
 """
@@ -34,17 +34,17 @@ class _Sequence(nn.Module):
 
 
 def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int) -> dict[str, nn.Module]:
-    """Layers of others, by name, their router included.
+    """The layers of other implementations with their routers, by name.
 
     Args:
         size: D, F, E, k.
         device: where they will run.
-        relu: a ReLU router, whose ragged load they are given too; they take the same number of experts for every token.
-        slots: the most experts that it gives a token.
+        relu: a ReLU router. Each implementation also runs its load, although it needs equally many experts per token.
+        slots: the most experts that the ReLU router gives a token.
     """
     layers = {f"transformers {name}": mixtral_layer(size, name) for name in ("eager", "grouped_mm")}
     experts, absent = mixtral_layer(size, "grouped_mm").block.experts, None
-    if hasattr(experts, "_is_expert_parallel"):  # then it knows pairs of experts that it does not have, and skips them
+    if hasattr(experts, "_is_expert_parallel"):  # then it can skip pairs with an expert that it does not have
         experts._is_expert_parallel, absent = True, size.E
     layers["grouped_mm, relu load"] = _Padded(relu, slots, experts, absent)
     others = {"scattermoe": _scattermoe_experts}
@@ -58,14 +58,14 @@ def peer_layers(size: Size, device: torch.device, relu: LinearRouter, slots: int
 
 
 class _Padded(nn.Module):
-    """The load of a ReLU router on experts that take exactly so many for every token.
+    """The load of a ReLU router on experts that need equally many of them for every token.
 
     Args:
-        router: the ReLU router, copied.
-        slots: experts that a token is given, those that it does not have with gate zero.
-        experts: called with (T, D), (T, slots) experts and (T, slots) gates.
-        absent: the expert of slots without one, where the experts know a number for that; by default it is some expert
-            that the token does not have, and its product with the gate zero.
+        router: the ReLU router, which is copied.
+        slots: number of experts per token; unused slots have gate zero.
+        experts: called with (T, D) tokens, (T, slots) experts and (T, slots) gates.
+        absent: number of the expert in unused slots, if `experts` has one that stands for none. By default it is an
+            expert that the token does not have, computed and multiplied by zero.
     """
 
     def __init__(self, router: LinearRouter, slots: int, experts: nn.Module, absent: int | None = None) -> None:
@@ -80,7 +80,7 @@ class _Padded(nn.Module):
 
 
 class _TopK(nn.Module):
-    """A softmax router before experts that take exactly k for every token, called as those of `_Padded`."""
+    """A softmax router with experts that need exactly k of them for every token, called as those of `_Padded`."""
 
     def __init__(self, size: Size, experts: nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _scattermoe_experts(size: Size, k: int) -> nn.Module:
 
 
 def _megablocks_experts(size: Size, k: int) -> nn.Module:
-    # Grouped products; its block-sparse ones do not run with triton 3.2 and newer.
+    # Its grouped products: the block-sparse ones do not run with triton 3.2 and newer.
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
 

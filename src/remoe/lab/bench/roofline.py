@@ -1,4 +1,4 @@
-"""The rates of a machine that bound every figure."""
+"""The rates of a machine that bound the speed of every implementation."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from remoe.matmul import product
 
 @dataclass(frozen=True)
 class Roofline:
-    """Rates of this machine, measured in the same run as the figures.
+    """Rates of this machine, measured in the same run as the implementations.
 
     Attributes:
         gemm_flops: of a large square matrix product in the benchmark's dtype, in FLOP/s, by the faster of the
-            libraries that PyTorch carries.
+            libraries that PyTorch contains.
         default_gemm_flops: the same by `torch.mm`.
-        read_bytes: of a sum over memory that no cache holds, in bytes/s.
+        read_bytes: of a sum over an array larger than the caches, in bytes/s.
     """
 
     gemm_flops: float

@@ -1,4 +1,4 @@
-"""Timing of functions against each other: interleaved, so that a slow moment of the machine meets all of them."""
+"""Timing of functions that take turns, so that a slow moment of the machine affects all of them."""
 
 import statistics
 import time
@@ -16,12 +16,12 @@ def median_seconds(
     """Median time of each function over `repetitions` rounds; in every round each one runs once.
 
     Args:
-        functions: what to time, by name.
+        functions: by name.
         device: where they run.
-        repetitions: rounds after the first ones, which warm up.
-        ahead: on CUDA, whether the host gets ten milliseconds' start, as in the middle of a model whose kernels take
-            longer than their launches: the device then waits only in functions that wait for it themselves. Without
-            it a function of small kernels takes as long as the host, whose time `host_seconds` tells.
+        repetitions: number of rounds, after the WARM_UP rounds that are not counted.
+        ahead: on CUDA, whether the host gets a head start of ten milliseconds, as in a model whose kernels take longer
+            than their launches; only functions with a host sync then wait for the host. Without it, a function of small
+            kernels takes as long as the host needs to launch them, which `host_seconds` measures.
     """
     if device.type == "cuda":
         return _median_seconds_cuda(functions, repetitions, ahead)
@@ -41,7 +41,7 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead
     for round_ in range(WARM_UP + repetitions):
         for name, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()  # none gains or loses by who ran before
+            torch.cuda.synchronize()  # so that no function depends on the one before it
             flush.zero_()
             if ahead:
                 torch.cuda._sleep(HEAD_START)
@@ -55,7 +55,7 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead
 
 
 def host_seconds(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:
-    """Median time until each function returns on CUDA: of its launches, and of waiting for the device where it does."""
+    """Median time until each function returns on CUDA: that of its launches and host syncs."""
     medians = {}
     for name, function in functions.items():
         times = []
@@ -70,10 +70,10 @@ def host_seconds(functions: dict[str, Callable], repetitions: int) -> dict[str, 
 
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
-    """Most memory that `function` holds at once, beyond what it had not yet freed of older blocks.
+    """Peak bytes that `function` allocates, without those of blocks that existed before.
 
     Args:
-        function: run once; its `clear()`, if it has one, frees what an earlier run has left.
+        function: called once, on CUDA twice; its method `clear`, if any, frees what an earlier call has left.
         device: where it runs.
     """
     if device.type == "cuda":

@@ -1,14 +1,12 @@
-"""Tokens/s of a training step, end to end: `remoe train` against transformers' Mixtral in transformers' Trainer.
+"""Throughput of whole training steps: `remoe train` against transformers' Mixtral in transformers' Trainer.
 
-Same width, layers, heads, experts, vocabulary, batch, windows of the same prepared data, optimiser, schedule and number
-of threads. Each contestant runs its own training loop with everything the loop does by default (batches, clipping,
-statistics, records) but for validation and saving, in a process of its own: allocator settings and caches of one do
-not touch another. Only one process works at a time; they take turns of a few steps, so that a slow moment of the
-machine meets all of them.
+All contestants have the same width, layers, heads, experts, vocabulary, batch, sequences, optimiser, schedule and
+number of threads. Each runs its own training loop with all that the loop does by default (batches, clipping,
+statistics, records) except validation and saving. Each has its own process, so that allocator settings and caches are
+separate. The processes take turns of a few steps, so that a slow moment of the machine affects all of them.
 """
 
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -21,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-from remoe.errors import ConfigError, RemoeError
+from remoe.errors import ConfigError, RemoeError, missing_extra
 from remoe.lab.data import Dataset, TrainBatches, open_dataset
+from remoe.lab.machine import keep_freed_memory, pick_device
+from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
-from remoe.lab.training.memory import keep_freed_memory
 from remoe.lab.training.train import default_dataset
-from remoe.lab.training.trainer import Trainer, model_config, pick_device, wants_bfloat16
+from remoe.lab.training.trainer import Trainer
 
 REMOE, MIXTRAL = "remoe", "mixtral"
-# Name in the table: (whose, its router or its implementation of the experts, whether the C library keeps memory).
-# `remoe train` tells the allocator so; transformers does not, and the row with it shows what the rest is worth.
+# Name in the table: (package, its router or implementation of the experts, whether the C library keeps freed memory).
+# `remoe train` makes that setting and transformers does not; the row of Mixtral with it separates its effect.
 CONTESTANTS = {
     "remoe relu": (REMOE, "relu", True),
     "remoe topk": (REMOE, "topk", True),
@@ -45,27 +44,27 @@ WARM_UP = 5
 
 @dataclass
 class TrainStepOptions:
-    """Compare a whole training step with transformers' Mixtral classes in transformers' Trainer."""
+    """Options of `train_step`."""
 
     preset: str = "mini"
-    """Model size, batch and schedule of every contestant."""
+    """Model size, batch size and schedule of every contestant."""
     data: str | None = None
-    """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
+    """Folder written by `remoe data prepare`. By default the standard library is prepared in runs/data."""
     settle: int = 120
-    """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
+    """Training steps before ReLU routing is measured: it starts with half of its experts active."""
     rounds: int = 7
-    """Turns of each contestant; the table has the median."""
+    """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
-    """Steps of a turn."""
+    """Steps per turn."""
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
-    """What to measure; "mixtral grouped_mm" is the reference, and always measured."""
+    """Contestants to measure; "mixtral grouped_mm" is the reference and always measured."""
     config: dict = field(default_factory=dict)
-    """Further options of `remoe train`, nested, over those of the preset."""
+    """Further options of `remoe train`, nested; they take precedence over the preset."""
 
 
 @dataclass
 class TrainStepResult:
-    """Rows of the table, and what they were measured on.
+    """The measurements, with all that is needed to interpret them.
 
     Attributes:
         rows: name, tokens_per_second, ms_per_step, ratio_to_reference (of tokens/s), sparsity S at the end (None for
@@ -78,11 +77,11 @@ class TrainStepResult:
 
 
 def train_step(options: TrainStepOptions) -> TrainStepResult:
-    """Runs the contestants in turns; about four minutes on two cores with the default options.
+    """Measures the contestants in turns; takes about four minutes on two cores with the default options.
 
     Raises:
-        ConfigError: for an unknown preset or contestant, or when `accelerate`, which transformers' Trainer needs, is
-            not installed.
+        ConfigError: for an unknown preset or contestant.
+        ExtraError: when `accelerate`, which transformers' Trainer needs, is not installed.
         DataError: when the data cannot be read.
     """
     _check(options)
@@ -91,7 +90,9 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
         dataset = default_dataset(Path("runs"), config.vocab_size)
     else:
         dataset = open_dataset(Path(options.data))
-    model = model_config(config, dataset)  # before any process starts: it may have something to say
+    model = model_config(
+        config, dataset.vocab_size, dataset.eos_token_id
+    )  # raises its errors before any process starts
     config.data = str(dataset.path.resolve())
     config.steps = max(config.steps, options.settle + options.rounds * options.steps + 1)
     names = [name for name in CONTESTANTS if name in (*options.contestants, REFERENCE)]
@@ -99,7 +100,7 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
     last: dict[str, dict] = {}
     processes: list[_Contestant] = []
     try:
-        for name in names:  # one after the other: each has the machine for itself while it warms up
+        for name in names:  # one after the other, so that each warms up alone
             processes.append(_Contestant(name, config, options))
         for _ in range(options.rounds):
             for process in processes:
@@ -139,12 +140,14 @@ def _check(options: TrainStepOptions) -> None:
     for name in ("settle", "rounds", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, but is {getattr(options, name)}")
-    if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("transformers' Trainer needs accelerate: pip install -e '.[bench]' in this project's folder")
+    try:
+        import accelerate  # noqa: F401 - for transformers' Trainer
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "bench", "remoe bench train-step") from error
 
 
 class _Contestant:
-    """A process that trains when it is told to."""
+    """A process that trains on command."""
 
     def __init__(self, name: str, config: TrainConfig, options: TrainStepOptions) -> None:
         self.name = name
@@ -158,7 +161,7 @@ class _Contestant:
 
     def turn(self) -> dict:
         """Seconds of one turn, and the loss and sparsity at its end."""
-        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `_receive` reports
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, as `_receive` reports
             self._pipe.send("go")
         return self._receive()
 
@@ -171,7 +174,7 @@ class _Contestant:
         try:
             answer = self._pipe.recv()
         except EOFError:
-            raise RemoeError(f"{self.name}: the process ended before its time; see above") from None
+            raise RemoeError(f"{self.name}: the process ended unexpectedly; see above") from None
         if isinstance(answer, RemoeError):
             raise answer
         return answer
@@ -198,8 +201,8 @@ class _Pace:
 def _work(
     pipe: Connection, what: tuple[str, str, bool], config: TrainConfig, options: TrainStepOptions, threads: int
 ) -> None:
-    """The life of a contestant's process."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - progress is part of the work but nobody looks
+    """What the process of a contestant runs."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - printing progress is part of the work
     torch.set_num_threads(threads)
     whose, variant, keep_memory = what
     if keep_memory:
@@ -214,7 +217,7 @@ def _work(
             train(variant, config, dataset, Path(folder), pace)
     except RemoeError as error:
         pipe.send(error)
-    except EOFError:  # no turn is wanted any more
+    except EOFError:  # the last turn is over
         pass
 
 
@@ -226,7 +229,7 @@ def _train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Pat
 
     class Paced(Trainer):
         def _train_step(self, progress):
-            if self.step:  # so that writing the last step's records lies inside its turn
+            if self.step:  # so that a turn includes writing the records of its last step
                 pace(self.last["lm_loss"], self.last["sparsity"])
             self.last = super()._train_step(progress)
             return self.last
@@ -239,7 +242,7 @@ def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: 
     from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
     from transformers import Trainer as TransformersTrainer
 
-    ours = model_config(config, dataset)
+    ours = model_config(config, dataset.vocab_size, dataset.eos_token_id)
     shared = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
@@ -251,7 +254,7 @@ def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: 
         MixtralConfig(
             **model_options,
             num_local_experts=ours.num_experts,
-            output_router_logits=True,  # which switches the auxiliary loss on
+            output_router_logits=True,  # enables the auxiliary loss
             use_cache=False,
             experts_implementation=experts,
         )
@@ -263,7 +266,7 @@ def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: 
             pace(None, None)
 
     class Sequential(TransformersTrainer):
-        def _get_train_sampler(self, train_dataset=None):  # the windows are shuffled already
+        def _get_train_sampler(self, train_dataset=None):  # the sequences are already shuffled
             return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
     device, optim = pick_device(config.device), config.optim
@@ -293,7 +296,7 @@ def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: 
 
 
 class _Windows(torch.utils.data.Dataset):
-    """The windows of `TrainBatches` in their order, one by one."""
+    """The sequences of `TrainBatches` in their order, one by one."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         self._batches = TrainBatches(dataset.train, config.seq_len, 1, config.seed)

@@ -1,1 +1,1 @@
-"""The command line: the only door for people."""
+"""The command line: one module for each command, `main` to run them."""

@@ -1,5 +1,6 @@
-"""`remoe bench layer | decode | train-step`: tables of measured figures, and JSON with what they were measured on."""
+"""`remoe bench layer | decode | train-step`: tables of measurements, and JSON files that also describe the machine."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,86 +18,85 @@ from remoe.lab.console import Console
 
 @dataclass(frozen=True)
 class Common:
-    """What every benchmark has."""
+    """Options of every benchmark."""
 
     out: Path | None = None
-    """JSON file for the figures, with machine, versions and threads."""
+    """JSON file to write the measurements to, with the machine, versions and threads."""
     threads: int | None = None
-    """CPU threads; by default PyTorch's."""
+    """Number of CPU threads; PyTorch's default otherwise."""
 
 
 @dataclass(frozen=True)
 class LayerArguments(Common):
-    """Forward and backward pass of one layer, router included, as multiples of a dense SwiGLU layer's time.
+    """Time the forward and backward pass of one layer, including its router, against a dense SwiGLU layer.
 
-    The dense layer has the same active FLOPs. Implementations take turns; figures are medians. "/ dense" is the time
-    as a multiple of the dense layer's, "/ GEMM" the experts' FLOPs per second as a share of a large matrix
-    product's, "peak" the most memory at once in MB, "act." that without the weights' gradients, "all on" the peak with
-    every expert active; on a GPU, "host" is the time in ms until the host has launched it all.
+    The dense layer has the same active FLOPs. Implementations take turns, and the table shows medians. Columns: "ms"
+    time; "/ dense" time divided by the dense layer's; "/ GEMM" FLOP/s of the experts as a fraction of those of a large
+    matrix product; "peak" peak memory in MB; "act." peak memory without the gradients of the weights; "all on" peak
+    memory with every expert active; "host" (GPU only) time until the host has launched all kernels, in ms.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
-    """Sizes: those for the device, or "experts": E from 8 to 128 at the same active size."""
+    """Sizes to measure: those for the device (auto), for a CPU, for a GPU, or 8 to 128 experts at equal active size."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    """auto is float32 on a CPU and bfloat16 on a GPU."""
     backends: tuple[str, ...] = ("auto",)
-    """Expert backends of our layer: auto, naive, cpu, grouped, triton, sonic."""
+    """Implementations of our experts to measure: auto, naive, cpu, grouped, triton, sonic."""
     peers: bool = True
-    """Measure other implementations too, those that are installed."""
+    """Also measure the other implementations that are installed."""
     repetitions: int = 15
-    """Timed rounds."""
+    """Number of timed rounds."""
 
 
 @dataclass(frozen=True)
 class DecodeArguments(LayerArguments):
-    """Forward pass of one layer for a few tokens, as in generation.
+    """Time the forward pass of one layer on a few tokens, as in generation.
 
-    Time is bound by reading the weights of the active experts: "/ reading" is the time as a multiple of that, at the
-    memory bandwidth measured in the same run.
+    The lower bound is the time to read the weights of the active experts, at the memory bandwidth measured in the same
+    run. Column "/ reading" is the time divided by that bound.
     """
 
     cases: Literal["auto"] = "auto"
-    """There is one set of sizes."""
+    """Sizes to measure; there is one set."""
 
 
 @dataclass(frozen=True)
 class TrainStepArguments(Common):
-    """Whole training steps through `remoe train`'s loop, against transformers' Mixtral classes in its Trainer.
+    """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
 
-    Same shape, batch, data and optimiser; the contestants take turns. Needs the extra "bench" (accelerate).
+    All contestants have the same shape, batch, data and optimiser, and take turns. Needs `pip install 'remoe[bench]'`.
     """
 
     preset: str = "mini"
-    """Model size, batch and schedule of every contestant."""
+    """Model size, batch size and schedule of every contestant."""
     data: str | None = None
-    """Folder written by `remoe data prepare`; by default the standard library, prepared in runs/data."""
+    """Folder written by `remoe data prepare`. By default the standard library is prepared in runs/data."""
     settle: int = 120
-    """Steps that ReLU routing trains before it is measured: it starts with half of its experts active."""
+    """Training steps before ReLU routing is measured: it starts with half of its experts active."""
     rounds: int = 7
-    """Turns of each contestant; the table has the median."""
+    """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
-    """Steps of a turn."""
+    """Steps per turn."""
 
 
 def layer_command(argv: list[str]) -> int:
-    """Run `remoe bench layer`; returns the exit code."""
+    """Runs `remoe bench layer`; returns the exit code."""
     return _layer_or_decode(parse(LayerArguments, argv, prog="remoe bench layer"), "layer")
 
 
 def decode_command(argv: list[str]) -> int:
-    """Run `remoe bench decode`; returns the exit code."""
+    """Runs `remoe bench decode`; returns the exit code."""
     return _layer_or_decode(parse(DecodeArguments, argv, prog="remoe bench decode"), "decode")
 
 
 def train_step_command(argv: list[str]) -> int:
-    """Run `remoe bench train-step`; returns the exit code, raises ConfigError or DataError for bad input."""
+    """Runs `remoe bench train-step`; returns the exit code."""
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
     from remoe.lab.bench.train_step import TrainStepOptions, train_step
-    from remoe.lab.machine import machine
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import machine, pick_device
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
@@ -127,12 +127,10 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     _start(arguments)
     import torch
 
-    from remoe.experts import check_backend
+    from remoe.experts import check_backend, resolve_backend
     from remoe.lab.bench import decode, layer
     from remoe.lab.bench.roofline import measure_roofline
-    from remoe.lab.machine import machine
-    from remoe.lab.training.memory import keep_freed_memory
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import keep_freed_memory, machine, pick_device
 
     for backend in arguments.backends:
         check_backend(backend)
@@ -145,6 +143,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
     cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
     cases = decode.CASES if kind == "decode" else cases
+    for backend, case in itertools.product(arguments.backends, cases):  # checked before the work, not after it
+        resolve_backend(backend, device.type, dtype, case.D, case.F)
     console, rows = Console(), []
     roofline = measure_roofline(device, dtype)
     facts = machine(device)
@@ -160,13 +160,15 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
         rows.append(row)
         console.print(_table(case, row))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
-        _write(arguments, {**measured, "repetitions": arguments.repetitions})  # now: the next may be cut off
+        _write(
+            arguments, {**measured, "repetitions": arguments.repetitions}
+        )  # after every case: a later one may be interrupted
     if arguments.out is not None:
         print(f"written: {arguments.out}")
     return 0
 
 
-# of a row: the heading of its column
+# Name in a row: heading of the column.
 _COLUMNS = {
     "milliseconds": "ms",
     "ratio_to_dense": "/ dense",
@@ -196,15 +198,15 @@ def _figure(value: float) -> str:
 
 
 def _start(arguments: Common) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler would print to stderr,
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and of memory that was there before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: otherwise its profiler prints,
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory allocated before it started
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ConfigError(f"--threads must be at least 1, but is {arguments.threads}")
         import torch
 
         torch.set_num_threads(arguments.threads)
-    if arguments.out is not None and arguments.out.is_dir():  # found out before the work, not after it
+    if arguments.out is not None and arguments.out.is_dir():  # checked before the work, not after it
         raise ConfigError(f"--out {arguments.out} is a folder; name a file")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.training.config import NamedValues
 
 if TYPE_CHECKING:
@@ -87,14 +87,13 @@ def compare_command(argv: list[str]) -> int:
 
     experiment = load_experiment(options.experiment, options.base)
 
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.compare.live import Live
     from remoe.lab.compare.output import write
     from remoe.lab.compare.pool import Pool
     from remoe.lab.compare.runner import check_device, check_models, train_missing, workers_on
+    from remoe.lab.machine import keep_freed_memory, pick_device
+    from remoe.lab.training.build import wants_bfloat16
     from remoe.lab.training.interrupt import exit_code
-    from remoe.lab.training.memory import keep_freed_memory
-    from remoe.lab.training.trainer import pick_device, wants_bfloat16
 
     quiet_transformers()
     keep_freed_memory()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,72 +16,73 @@ if TYPE_CHECKING:
 
     from remoe.lab.data import Dataset
 
-LONGEST_SAMPLE = 512  # tokens of a window
+LONGEST_SAMPLE = 512  # tokens of a sequence
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass
 class UpcycleOptions:
-    """Make a mixture with ReLU routing of a dense model: the same logits, and experts to be trained beside its layers.
+    """Convert a dense model into a ReLU-routed mixture of experts with the same logits.
 
-    Fine-tune it with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
+    Fine-tune the result with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
     """
 
     source: Source
-    """The dense model: a folder or a name on the hub, of type llama, mistral, qwen2 or qwen3."""
+    """The dense model: a folder or a name on the Hugging Face hub; llama, mistral, qwen2 or qwen3."""
     out: Out
-    """Folder to write, a new or empty one: weights, tokenizer, and the code by which plain transformers loads it."""
+    """New or empty folder to write to: weights, tokenizer, and the code with which transformers loads it."""
     num_experts: int = 8
-    """E, experts of each layer."""
+    """Number of experts E per layer, before the split by granularity."""
     k: int = 1
-    """Experts that a token shall have in the mean."""
+    """Target number of active experts per token, on average, before the split by granularity."""
     granularity: int = 1
-    """G: each expert is cut into G narrower ones."""
+    """Split each expert into this many narrower ones."""
     data: str | None = None
-    """Folder written by `remoe data prepare --tokenizer SOURCE`: with text of the kind that the model is for, the
-    routers start at the wanted sparsity; without, near it."""
+    """Folder written by `remoe data prepare --tokenizer SOURCE` from text like that which the model will read. With it
+    the routers start at the target sparsity, without it only near it."""
     sample_tokens: int = 16_384
-    """So many tokens of that text; without effect where there is none."""
+    """Tokens of --data to use."""
 
 
 @dataclass
 class RelufyOptions:
-    """Turn the TopK routers of a mixture into ReLU routers, fitted on sample text; all else stays as it is.
+    """Replace the top-k routers of a mixture of experts by ReLU routers, fitted to them on sample text.
 
-    Fine-tune it with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
+    All other weights stay unchanged. Fine-tune the result with transformers' Trainer and
+    `callbacks=[remoe.SparsityCallback()]`.
     """
 
     source: Source
-    """The mixture: a folder, a name on the hub, or a run of `remoe train`."""
+    """The mixture of experts: a folder, a name on the Hugging Face hub, or a run of `remoe train`."""
     out: Out
-    """Folder to write, a new or empty one. `remoe.load_relufied` loads it; where SOURCE is a model of ours, it is like
-    a folder of `remoe export`."""
+    """New or empty folder to write to; `remoe.load_relufied` loads it. For a model of this package it is a folder like
+    that of `remoe export`."""
     data: str
-    """Folder written by `remoe data prepare --tokenizer SOURCE` (RUN/tokenizer of a run): text of the kind that the
-    model is for."""
+    """Folder written by `remoe data prepare --tokenizer SOURCE` (for a run: --tokenizer RUN/tokenizer) from text like
+    that which the model reads."""
     sample_tokens: int = 16_384
-    """So many tokens of that text; the fit takes 16,384 at most, the loss all."""
+    """Tokens of --data to use. The fit uses at most 16,384 of them, the loss all."""
     max_loss_increase: float = 0.1
-    """By how much the loss of the sample may rise, nats per token; more is refused, and nothing written."""
+    """The most by which the loss on the sample may rise, in nats per token; beyond it nothing is written."""
 
 
 @dataclass
 class MegatronOptions:
-    """Read a checkpoint of the authors' code (thu-ml/ReMoE, a fork of Megatron-LM), without running anything in it."""
+    """Convert a checkpoint of the authors' code (thu-ml/ReMoE, a fork of Megatron-LM); no code in it is executed."""
 
     source: Source
-    """What their `--save` named, or an `iter_...` folder in it."""
+    """Folder that was given to Megatron's `--save`, or an `iter_...` folder in it."""
     out: Out
-    """Folder to write, a new or empty one: weights, and the code by which plain transformers loads them."""
+    """New or empty folder to write to: weights, and the code with which transformers loads them."""
     iteration: int | None = None
-    """Which one; the newest by default."""
+    """Iteration to convert; the newest by default."""
     tokenizer: str | None = None
-    """A tokenizer to put beside it: a folder or a name on the hub."""
+    """Tokenizer to copy into the folder: a folder or a name on the Hugging Face hub."""
 
 
 def upcycle_command(argv: list[str]) -> int:
-    """Writes the folder and says what is in it."""
+    """Writes the folder and prints what is in it."""
     options = parse(UpcycleOptions, argv, prog="remoe convert upcycle")
     out = _new_folder(options.out)
     dataset = _dataset(options.data, options.sample_tokens) if options.data else None
@@ -93,13 +94,13 @@ def upcycle_command(argv: list[str]) -> int:
     model = remoe.upcycle(dense, options.num_experts, options.k, options.granularity, samples=samples)
     _write(model, tokenizer, out)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, model))
-    print(f"{before / 1e6:,.1f}M parameters became {after / 1e6:,.1f}M, with the logits that they had")
+    print(f"{before / 1e6:,.1f}M parameters became {after / 1e6:,.1f}M; the logits are unchanged")
     _say(model, out, options.data)
     return 0
 
 
 def relufy_command(argv: list[str]) -> int:
-    """Writes the folder and says how near the new gates are to the old ones."""
+    """Writes the folder and prints how close the new gates are to the old ones."""
     options = parse(RelufyOptions, argv, prog="remoe convert relufy")
     out = _new_folder(options.out)
     dataset = _dataset(options.data, options.sample_tokens)
@@ -115,12 +116,11 @@ def relufy_command(argv: list[str]) -> int:
 
 
 def megatron_command(argv: list[str]) -> int:
-    """Writes the folder and says how to load it."""
+    """Writes the folder and prints how to use it."""
     options = parse(MegatronOptions, argv, prog="remoe convert megatron")
     out = _new_folder(options.out)
 
     import remoe
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.data import load_tokenizer
     from remoe.lab.data.tokenizer import vocabulary_size
 
@@ -132,7 +132,7 @@ def megatron_command(argv: list[str]) -> int:
         raise ConfigError(f"tokenizer {options.tokenizer} has {tokens:,} tokens, the model {known:,}")
     _write(model, tokenizer, out)
     if tokenizer is None:
-        print(f"wrote        {out}, without a tokenizer, which the other commands need")
+        print(f"wrote        {out}, without a tokenizer: other commands need one")
     else:
         _say(model, out, None)
     return 0
@@ -142,7 +142,7 @@ def _new_folder(name: str) -> Path:
     from remoe.lab.files import check_new_folder
 
     out = Path(name)
-    check_new_folder(out)  # before the work, not after it
+    check_new_folder(out)  # checked before the work, not after it
     return out
 
 
@@ -155,13 +155,12 @@ def _dataset(data: str, count: int) -> "Dataset":
 
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A model and its tokenizer; what is no folder is a name on the hub."""
-    from remoe.lab.cli.quiet import quiet_transformers
-    from remoe.lab.training.folder import load_model
+    """A model and its tokenizer; a source that does not exist here is a name on the Hugging Face hub."""
+    from remoe.lab.training.load import load_model
 
     quiet_transformers()
     if not Path(source).exists():
-        print(f"{source} is no folder here: asking the Hugging Face hub", flush=True)
+        print(f"{source} is not a folder here: looking on the Hugging Face hub", flush=True)
     model, tokenizer, _ = load_model(source, hub=True)
     return model, tokenizer
 
@@ -169,7 +168,7 @@ def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
 def _samples(
     dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", count: int, model: "PreTrainedModel", source: str
 ) -> list["Tensor"]:
-    """About `count` training tokens, as windows from all over the data."""
+    """About `count` training tokens, in sequences from all over the data."""
     from remoe.lab.data import TrainBatches
 
     dataset.check_tokenizer(tokenizer, source)

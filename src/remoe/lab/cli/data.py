@@ -1,4 +1,4 @@
-"""`remoe data prepare` turns text into token shards; `remoe data check` verifies and describes them."""
+"""`remoe data prepare` converts text into token shards; `remoe data check` verifies and describes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from remoe.lab.data.options import PrepareOptions
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments(PrepareOptions):
-    """Turn text into token shards that `remoe train --data DIR` reads.
+    """Convert text into token shards for `remoe train --data DIR`.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    If the command is stopped, give it again: it continues where it was.
     """
 
     sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE ...]")] = ("stdlib",)
@@ -24,10 +24,10 @@ class PrepareArguments(PrepareOptions):
 
 @dataclass(frozen=True)
 class CheckArguments:
-    """Verify every byte of a prepared dataset, and show what is in it."""
+    """Verify every byte of a prepared dataset, and show its contents."""
 
     path: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder that `remoe data prepare` wrote."""
+    """Folder written by `remoe data prepare`."""
 
 
 def prepare_command(argv: list[str]) -> int:
@@ -65,7 +65,7 @@ def check_command(argv: list[str]) -> int:
     console.print(table)
     console.print(
         f"vocabulary of {dataset.vocab_size}, {dataset.manifest.token_dtype}; fingerprint"
-        f" {dataset.fingerprint[:16]}; every shard and the tokenizer are as they were written",
+        f" {dataset.fingerprint[:16]}; all shards and the tokenizer are intact",
         highlight=False,
         soft_wrap=True,
     )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 if TYPE_CHECKING:
-    from remoe.lab.evaluation.trained import SweepPoint
+    from remoe.lab.evaluation.sweep import SweepPoint
     from remoe.lab.evaluation.zeroshot import TaskResult
 
 PROG = "remoe eval"
@@ -19,45 +19,44 @@ PROG = "remoe eval"
 
 @dataclass
 class EvalOptions:
-    """Loss, perplexity, bits per byte and sparsity of a trained model, overall and per domain.
+    """Evaluate a trained model: loss, perplexity, bits per byte and sparsity, overall and per domain.
 
-    With --tasks instead: zero-shot accuracy on these tasks, by the lm-eval harness (pip install -e '.[eval]' in this
-    project's folder).
+    With --tasks: zero-shot accuracy on tasks of the lm-eval harness instead. Needs `pip install 'remoe[eval]'`.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
-    as `remoe export` writes it; with --tasks any transformers language model's."""
+    """Folder of a run (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
+    as `remoe export` writes it. With --tasks also the folder of any transformers language model."""
     data: str | None = None
-    """Folder written by `remoe data prepare` with the same tokenizer; by default the run's own data, which a model's
-    folder does not have."""
+    """Folder written by `remoe data prepare` with the model's tokenizer. By default the data of the run; required for a
+    model's folder."""
     split: str = "validation"
-    """validation or train."""
+    """Part of the data: validation or train."""
     max_tokens: int | None = None
-    """About so many tokens in all, shared out over the domains by size; everything by default."""
+    """Tokens to evaluate (approximate), divided among the domains in proportion to their size; all by default."""
     max_experts: int | None = None
-    """Execute at most so many experts per token, those with the largest gates."""
+    """The most experts that a token may use: those with its largest gates. No limit by default."""
     quantize: str | None = None
-    """int8, or int4 on CUDA: quantise the weights of experts and attention first (pip install -e '.[quantize]' in this
-    project's folder); the loss before is shown too."""
+    """Quantise the weights of experts and attention to int8, or int4 (CUDA only), and show the loss before and after.
+    Needs `pip install 'remoe[quantize]'`."""
     sweep_threshold: str | None = None
-    """Instead of domains: loss, active experts and speed while experts with gates up to a threshold are left out.
-    Thresholds separated by commas, or "auto" for those that leave out a tenth to nine tenths of the pairs."""
+    """Show how loss, active experts and speed change as experts with small gates are left out. Give gate thresholds
+    separated by commas, or "auto" for thresholds that leave out 10% to 90% of the active pairs."""
     tasks: str | None = None
-    """Tasks, separated by commas: arc_easy, arc_challenge, boolq, hellaswag, lambada, piqa, race."""
+    """Tasks separated by commas: arc_easy, arc_challenge, boolq, hellaswag, lambada, piqa, race."""
     task_data: str | None = None
-    """Folder with a file TASK.parquet (columns context, choices, gold) for each task; by default the harness's own
-    tasks, from the Hugging Face hub."""
+    """Folder with a file TASK.parquet (columns context, choices, gold) for each task. By default the harness downloads
+    its own tasks from the Hugging Face hub."""
     limit: int | None = None
-    """At most so many rows of each task, evenly spaced over all of them; everything by default."""
+    """The most rows of each task, evenly spaced over the task; all by default."""
     batch_size: int = 32
     """Sequences per forward pass."""
     json: str | None = None
-    """Also write the figures to this file."""
+    """JSON file to write the figures to as well."""
 
 
 def eval_command(argv: list[str]) -> int:
-    """Prints a table, a row a domain or a row a task."""
+    """Prints a table with a row for each domain, threshold or task."""
     options = parse(EvalOptions, argv, prog=PROG)
     if options.split not in ("validation", "train"):
         raise ConfigError(f"unknown --split {options.split!r}; choose one of: validation, train")
@@ -72,7 +71,7 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--data, --max-tokens and --split do not go with --tasks; use --task-data and --limit")
     if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
         raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
-    if options.json and not Path(options.json).parent.is_dir():  # found out before the work, not after it
+    if options.json and not Path(options.json).parent.is_dir():  # checked before the work, not after it
         raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
     if options.json and Path(options.json).is_dir():
         raise ConfigError(f"--json {options.json} is a folder")
@@ -82,7 +81,6 @@ def eval_command(argv: list[str]) -> int:
 
 
 def _evaluate_domains(options: EvalOptions) -> int:
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.evaluation.trained import evaluate_run
 
     quiet_transformers()
@@ -120,8 +118,7 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
                 f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
             ) from None
 
-    from remoe.lab.cli.quiet import quiet_transformers
-    from remoe.lab.evaluation.trained import sweep_run
+    from remoe.lab.evaluation.sweep import sweep_run
 
     quiet_transformers()
     checkpoint, dataset, points = sweep_run(
@@ -142,10 +139,8 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
 
 
 def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
-    from remoe.lab.training.memory import keep_freed_memory
-    from remoe.lab.training.trainer import pick_device
+    from remoe.lab.machine import keep_freed_memory, pick_device
 
     quiet_transformers()
     loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))
@@ -154,7 +149,7 @@ def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
         options.run, loaded, limit=options.limit, batch_size=options.batch_size, device=pick_device("auto")
     )
     if not found.causal:
-        print("the router looks ahead: one sequence at a time, and figures not comparable with other models'")
+        print("the router looks ahead: sequences are evaluated one by one, and not comparable with other models")
     _print_tasks(f"zero-shot accuracy of {found.checkpoint}", found.tasks, found.mean_acc)
     if options.json:
         figures = {

@@ -5,30 +5,29 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 
 PROG = "remoe export"
 
 
 @dataclass
 class ExportOptions:
-    """Write a trained model to a folder that plain transformers loads with trust_remote_code=True."""
+    """Write a trained model to a folder that transformers loads without remoe, with trust_remote_code=True."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used) or one of its checkpoints."""
+    """Folder of a run (its newest checkpoint is exported), or one of its checkpoints."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """Folder to write: weights, tokenizer, code, and a model card with plots. A new or empty one."""
+    """New or empty folder to write to: weights, tokenizer, code, and a model card with plots."""
 
 
 def export_command(argv: list[str]) -> int:
-    """Writes the folder and says how to load it."""
+    """Writes the folder and prints how to load it."""
     options = parse(ExportOptions, argv, prog=PROG)
 
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.export import export_run
 
     quiet_transformers()
     out = export_run(options.run, options.out)
-    print(f"wrote {out}; without remoe it loads by")
+    print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
     return 0

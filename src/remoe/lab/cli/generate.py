@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.generation import SamplingOptions
 
 PROG = "remoe generate"
@@ -13,24 +13,23 @@ PROG = "remoe generate"
 
 @dataclass
 class GenerateOptions:
-    """Write text with a trained model; the same seed writes the same text."""
+    """Generate text with a trained model. The same seed gives the same text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run's folder (its newest checkpoint is used), one of its checkpoints, or the folder of any transformers
+    """Folder of a run (its newest checkpoint is used), one of its checkpoints, or the folder of any transformers
     language model with its tokenizer."""
     prompt: str = ""
-    """Text to go on from; empty for a new document."""
+    """Text to continue; an empty prompt starts a new document."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
 
 def generate_command(argv: list[str]) -> int:
-    """Prints the prompt and what the model writes after it."""
+    """Prints the prompt and the model's continuation."""
     options = parse(GenerateOptions, argv, prog=PROG)
     options.sampling.check()
 
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.generation import generate_text
-    from remoe.lab.training.folder import load_model
+    from remoe.lab.training.load import load_model
 
     quiet_transformers()
     model, tokenizer, _ = load_model(options.run)

@@ -1,4 +1,7 @@
-"""`remoe COMMAND ...`: finds the command, and turns a user's mistake into one line and exit code 2."""
+"""`remoe COMMAND ...`: runs a command, and reports a user's mistake in one line with exit code 2.
+
+Imports nothing but Python's own modules, so that it can say which package is missing.
+"""
 
 import logging
 import os
@@ -11,82 +14,82 @@ from importlib import import_module
 from types import FrameType
 
 import remoe
-from remoe.errors import ConfigError, RemoeError
+from remoe.errors import ConfigError, RemoeError, missing_extra
 from remoe.lab.training.interrupt import SIGPIPE, discard_output, exit_code
 
-# name: (module, function, what it does)
+# name: (module, function, help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "train": (
-        "remoe.lab.cli.train",
-        "train_command",
-        "train a language model; without flags a small one, at once",
-    ),
-    "generate": ("remoe.lab.cli.generate", "generate_command", "write text with a trained model"),
+    "train": ("remoe.lab.cli.train", "train_command", "train a language model; without flags a small one, in minutes"),
+    "generate": ("remoe.lab.cli.generate", "generate_command", "generate text with a trained model"),
     "eval": (
         "remoe.lab.cli.eval",
         "eval_command",
-        "loss, perplexity, bits per byte and sparsity per domain; with --tasks zero-shot accuracy",
+        "loss, perplexity, bits per byte and sparsity per domain; with --tasks, zero-shot accuracy",
     ),
-    "report": (
-        "remoe.lab.cli.report",
-        "report_command",
-        "write a page in which one sees how a trained model routes",
-    ),
+    "report": ("remoe.lab.cli.report", "report_command", "write an HTML page that shows how a trained model routes"),
     "export": (
         "remoe.lab.cli.export",
         "export_command",
-        "write a model that plain transformers loads, with its code and a model card",
+        "write a model that transformers loads without remoe, with its code and a model card",
     ),
     "convert upcycle": (
         "remoe.lab.cli.convert",
         "upcycle_command",
-        "make a mixture with ReLU routing of a dense model",
+        "convert a dense model into a ReLU-routed mixture of experts",
     ),
-    "convert relufy": ("remoe.lab.cli.convert", "relufy_command", "turn a mixture's TopK routers into ReLU routers"),
-    "convert megatron": ("remoe.lab.cli.convert", "megatron_command", "read a checkpoint of the ReMoE authors' code"),
+    "convert relufy": (
+        "remoe.lab.cli.convert",
+        "relufy_command",
+        "replace the top-k routers of a mixture of experts by ReLU routers",
+    ),
+    "convert megatron": (
+        "remoe.lab.cli.convert",
+        "megatron_command",
+        "convert a checkpoint of the ReMoE authors' code",
+    ),
     "compare": (
         "remoe.lab.cli.compare",
         "compare_command",
-        "train routers, seeds, sizes side by side from one file: tables and figures",
+        "train and compare routers, seeds and sizes, described in one file: tables and figures",
     ),
-    "plan": (
-        "remoe.lab.cli.plan",
-        "plan_command",
-        "parameters, FLOPs and memory of a model, before it is trained",
-    ),
+    "plan": ("remoe.lab.cli.plan", "plan_command", "parameters, FLOPs and memory of a model, before training it"),
     "bench layer": (
         "remoe.lab.cli.bench",
         "layer_command",
-        "time one layer against dense and other implementations",
+        "time one layer against a dense layer and other implementations",
     ),
-    "bench decode": ("remoe.lab.cli.bench", "decode_command", "the same for a few tokens, as in generation"),
+    "bench decode": ("remoe.lab.cli.bench", "decode_command", "time one layer on a few tokens, as in generation"),
     "bench train-step": (
         "remoe.lab.cli.bench",
         "train_step_command",
-        "time whole training steps against transformers'",
+        "time training steps against transformers' Mixtral",
     ),
-    "data prepare": ("remoe.lab.cli.data", "prepare_command", "turn text into token shards"),
-    "data check": ("remoe.lab.cli.data", "check_command", "verify prepared data and show what is in it"),
+    "data prepare": ("remoe.lab.cli.data", "prepare_command", "convert text into token shards"),
+    "data check": ("remoe.lab.cli.data", "check_command", "verify prepared data and show its contents"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
-    with _imports_end_at_an_interrupt():
-        from remoe.lab.cli.parsing import fail
+    """Runs a command; returns its exit code.
 
+    Args:
+        argv: arguments; those of the process by default.
+    """
+    with _imports_end_at_an_interrupt():
         code = 0
         try:
             code = _run(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()  # else Python does when it ends, and complains where nobody reads any more
+            sys.stdout.flush()  # otherwise Python does so at exit, with a traceback when the reader is gone
             return code
         except RemoeError as error:
-            return fail(str(error))
+            return _fail(str(error))
+        except ModuleNotFoundError as error:
+            return _fail(str(missing_extra(error, "lab", "this command")))
         except BrokenPipeError:  # `remoe ... | head`
             discard_output()
             return code or exit_code(SIGPIPE)
-        except OSError as error:  # a missing folder, no permission, a full disk: the user's to mend
-            return fail(" ".join(str(error).split()))
+        except OSError as error:  # a missing folder, no permission, a full disk: the user can fix it
+            return _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return exit_code(signal.SIGINT)
@@ -107,12 +110,12 @@ def _run(argv: list[str]) -> int:
             return 0 if len(argv) > 1 else 2
         raise ConfigError(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
-    # How often GNU OpenMP's threads look whether the others are done before they sleep. With its own 300,000 a training
-    # step becomes ten times slower as soon as another program wants one of the cores; read when torch is imported.
+    # How often GNU OpenMP's threads poll for the others before they sleep; read when torch is imported. With OpenMP's
+    # default of 300,000 a training step becomes ten times slower as soon as another program uses one of the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+    for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao when it is installed
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if files := os.environ.get("REMOE_ROUTERS"):
         import_module("remoe.routing.plugins").load_own_routers(files)
@@ -122,9 +125,9 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _imports_end_at_an_interrupt() -> Iterator[None]:
-    """Context in which SIGINT ends the process at once while a module is imported; else Python's own way stays.
+    """Context in which SIGINT during an import ends the process at once; at other times it raises KeyboardInterrupt.
 
-    Some modules, SciPy's among them, turn a KeyboardInterrupt while they are imported into an ImportError.
+    Some modules, SciPy's among them, turn a KeyboardInterrupt during their import into an ImportError.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -147,12 +150,18 @@ def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
+def _fail(message: str) -> int:
+    """Prints one line of error; returns exit code 2."""
+    print(f"remoe: error: {message}", file=sys.stderr)
+    return 2
+
+
 def _help(group: str = "") -> str:
-    """What there is, of one group of commands or of all."""
+    """The list of commands: of one group, or of all."""
     lines = [
         "remoe: mixture-of-experts with ReLU routing (arXiv 2412.14711)",
         "",
-        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains each option",
+        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains every option",
         "",
     ]
     lines += [f"  {name:<18}{text}" for name, (_, _, text) in COMMANDS.items() if name.startswith(group)]

@@ -1,10 +1,9 @@
-"""One way to parse options for every command: tyro, with each mistake reported in one line."""
+"""What every command shares: options parsed by tyro, with each mistake reported in one line, and quiet libraries."""
 
 import contextlib
 import io
 import itertools
 import re
-import sys
 from typing import TypeVar
 
 import tyro
@@ -12,20 +11,20 @@ import tyro
 from remoe.errors import ConfigError
 
 T = TypeVar("T")
-FRAME = " │╭╰╮╯─-|+"  # what boxes and rules are drawn with
+FRAME = " │╭╰╮╯─-|+"  # the characters of boxes and rules
 
 
 def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
     """Parses flags into a dataclass.
 
     Args:
-        cls: dataclass whose fields are the flags, with their docstrings as help.
+        cls: dataclass whose fields are the flags; their docstrings are the help texts.
         argv: arguments after the command's name.
-        prog: what `--help` calls the command.
+        prog: the command's name in `--help`.
         default: values of flags that are not given; `cls()` by default.
 
     Raises:
-        ConfigError: for unknown flags and bad values.
+        ConfigError: for unknown flags and invalid values.
         SystemExit: with code 0 after `--help`.
     """
     complaint = io.StringIO()
@@ -40,7 +39,7 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
 
 
 def _first_sentence(box: str) -> str:
-    """tyro draws a title, outside a terminal a rule, the message, a rule, and then perhaps a guess."""
+    """tyro prints a title, outside a terminal a rule, the message, a rule, and then perhaps a guess."""
     lines = [line.strip(" │|") if line.strip(FRAME) else "" for line in box.splitlines()[1:]]
     lines = list(itertools.dropwhile(lambda line: not line, lines))
     message = list(itertools.takewhile(bool, lines))
@@ -56,7 +55,8 @@ def _first_sentence(box: str) -> str:
     return said
 
 
-def fail(message: str) -> int:
-    """Prints one line of error; returns exit code 2."""
-    print(f"remoe: error: {message}", file=sys.stderr)
-    return 2
+def quiet_transformers() -> None:
+    """Turns off the progress bars that transformers shows for every file that it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -15,22 +15,22 @@ DENSE_STAGE = "  while half of the experts are active"
 
 @dataclass
 class PlanOptions:
-    """Parameters, FLOPs and memory of a model; nothing is allocated."""
+    """Show the parameters, FLOPs and memory of a model without building it, next to those of its dense counterpart."""
 
     preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
-    """tiny, mini, 182m, 469m or 978m."""
+    """Model size: tiny, mini, 182m, 469m or 978m."""
     router: str = "relu"
-    """A name that `remoe train --router` takes."""
+    """Name of a router, as in `remoe train --router`."""
     num_experts: int = 8
-    """Experts E per layer, before the split by granularity."""
+    """Number of experts E per layer, before the split by granularity."""
     k: int = 1
-    """Wanted active experts per token."""
+    """Target number of active experts per token, before the split by granularity."""
     granularity: int = 1
-    """Split each expert into this many narrower ones."""
+    """Split each expert into this many narrower ones, and activate this many times as many."""
     intermediate_size: int | None = None
-    """Width of an expert before the split by granularity; the preset's by default."""
+    """Width of one expert before the split by granularity; the preset's by default."""
     shared_expert_size: int = 0
-    """Width of an expert that every token goes through, beside the routed ones."""
+    """Width of a shared expert, which every token uses in addition to the routed ones; 0 for none."""
     seq_len: int | None = None
     """Tokens per sequence; the preset's by default."""
     micro_batch_size: int | None = None
@@ -64,9 +64,7 @@ def plan_command(argv: list[str]) -> int:
         )
         return plan(config, seq_len, micro_batch_size)
 
-    columns = {options.router: planned(options.router)}
-    if options.router != "dense":
-        columns["dense"] = planned("dense")
+    columns = {router: planned(router) for router in dict.fromkeys((options.router, "dense"))}
     title = (
         f"{options.preset}, E {options.num_experts}, k {options.k}, G {options.granularity}: "
         f"vocabulary {settings['vocab_size']:,}, sequence {seq_len}, micro-batch {micro_batch_size}"
@@ -91,9 +89,11 @@ def _print_table(title: str, columns: dict) -> None:
         ("weights, gradients, AdamW (float32)", lambda p: gib(p.state_bytes)),
         ("activations of a micro-batch (float32)", lambda p: gib(p.activation_bytes)),
         (DENSE_STAGE, lambda p: gib(p.dense_stage_activation_bytes)),
-        ("training memory at the most", lambda p: gib(p.state_bytes + p.dense_stage_activation_bytes)),
+        ("training memory, at most", lambda p: gib(p.state_bytes + p.dense_stage_activation_bytes)),
     ]
-    if all(p.dense_stage_flops_per_sequence == p.flops_per_sequence for p in columns.values()):  # none has one
+    if all(
+        p.dense_stage_flops_per_sequence == p.flops_per_sequence for p in columns.values()
+    ):  # no column has a dense stage
         rows = [(label, value) for label, value in rows if label != DENSE_STAGE]
     table = Table("", title=title, title_justify="left")
     for name in columns:

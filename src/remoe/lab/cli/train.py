@@ -3,23 +3,23 @@
 from pathlib import Path
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 
 PROG = "remoe train"
 
 
 def train_command(argv: list[str]) -> int:
-    """Trains, or continues, a run; 128 and the signal's number when a signal stopped it."""
-    given = parse(TrainConfig, argv, prog=PROG)  # which preset, file or run the other flags are laid over
+    """Trains or continues a run; returns 128 plus the signal's number when a signal stopped it."""
+    given = parse(TrainConfig, argv, prog=PROG)  # only to find the preset, file or run that the flags are laid over
 
     from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
-        raise ConfigError("--resume takes the run's own options: leave --config out")
+        raise ConfigError("--resume uses the options of the run: leave --config out")
     saved = None
     flags = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
-    # Defaults of other options follow from these.
+    # The defaults of other options depend on these.
     deciding = {name: getattr(given, name) for name in ("preset", "batch_size") if name in flags}
     if given.resume:
         run = RunFolder(given.out or newest_run())
@@ -27,19 +27,16 @@ def train_command(argv: list[str]) -> int:
     elif given.config:
         base = config_from_yaml(given.config, **deciding)
         if base.resume:
-            raise ConfigError(
-                f"{given.config}: resume is not for a file; remoe train --out RUN --resume continues a run"
-            )
+            raise ConfigError(f"{given.config}: a file cannot resume a run; use remoe train --out RUN --resume")
     else:
         base = config_from_dict(deciding, "flags")
     config = parse(TrainConfig, argv, prog=PROG, default=base)
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:
-            print(f"{earlier} is there already (--out {earlier} --resume goes on with it): this run goes to {run.path}")
+            print(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
     config.out = str(run.path)
 
-    from remoe.lab.cli.quiet import quiet_transformers
     from remoe.lab.training.train import run_training
 
     quiet_transformers()

@@ -19,7 +19,8 @@ from typing import Any
 import pydantic
 
 from remoe.errors import ConfigError
-from remoe.lab.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge, read_yaml
+from remoe.lab.training.config import RENAMED, TrainConfig, changes_result, config_from_dict, flatten, merge, renamed
+from remoe.lab.training.yaml_files import read_yaml
 from remoe.routing import ROUTERS, router_options
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
@@ -257,9 +258,9 @@ def _check_options(options: dict[str, Any], source: str) -> None:
         group, _, last = str(name).partition(".")
         if last:
             raise ConfigError(f"{source}: unknown option {name!r}; perhaps {group}: {{{last}: ...}}")
-    known = {*_names(TrainConfig().to_dict())}
+    known, old = {*_names(TrainConfig().to_dict())}, {f"model.{name}" for name in RENAMED}
     for name in _names(options):
-        if name not in known:
+        if name not in known | old:
             raise ConfigError(f"{source}: unknown option {name!r}{_perhaps(name, known - RESERVED.keys())}")
 
 
@@ -322,6 +323,7 @@ def key_of(config: TrainConfig) -> str:
 def _label(config: TrainConfig, own: dict[str, Any]) -> str:
     """Preset, router, the options that are not the same in the whole experiment, seed."""
     values = dict(flatten(config.to_dict()))
+    own = renamed({**own, "router": config.router})
     names = [name for name, _ in flatten(own) if name not in ("preset", "router")]
     parts = [config.preset, config.router, *(_word(name.rpartition(".")[2], values[name]) for name in names)]
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join(parts))

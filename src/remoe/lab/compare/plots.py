@@ -10,7 +10,7 @@ from remoe.lab.compare.experiment import Experiment, Run
 from remoe.lab.compare.record import RunRecord
 from remoe.lab.compare.results import Results, Row
 from remoe.lab.compare.tables import row_name
-from remoe.lab.training.trainer import router_of
+from remoe.lab.training.build import router_of
 from remoe.routing import ROUTERS
 
 LOSS_WINDOW = 50  # steps of a moving mean

@@ -24,10 +24,10 @@ from remoe.errors import ConfigError
 from remoe.lab.compare.experiment import Run, key_of
 from remoe.lab.compare.record import RunRecord, ZeroShot, course_of, options_of, record_of
 from remoe.lab.data import Dataset
+from remoe.lab.machine import pick_device
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.metrics import fill_steps, iterate_metrics
-from remoe.lab.training.trainer import pick_device
 
 HASH_LENGTH = 8
 LIST_SECONDS = 1.0

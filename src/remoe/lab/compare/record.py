@@ -14,10 +14,12 @@ from remoe.lab.analysis.collect import RoutingRecord, collect
 from remoe.lab.analysis.summary import RoutingFigures, RoutingSummary, rounded, routing_of
 from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
 from remoe.lab.files import atomic_write
+from remoe.lab.machine import pick_device
+from remoe.lab.training.build import wants_bfloat16
 from remoe.lab.training.config import TrainConfig, changes_result, flatten
-from remoe.lab.training.folder import RunFolder, load_run
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import iterate_metrics
-from remoe.lab.training.trainer import pick_device, wants_bfloat16
 from remoe.routing import ROUTERS, router_options
 from remoe.stages import stage
 
@@ -109,10 +111,7 @@ def _known(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 def options_of(config: TrainConfig) -> dict[str, Any]:
     """The options that change the result, by dotted names; with all that the router is built with among them."""
     known = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
-    given = dict(config.router_options)
-    if config.router in ("relu", "relu_scaled"):
-        model = config.model
-        given = {"load_balance": model.load_balance, "max_experts_per_token": model.max_experts_per_token} | given
+    given = config.router_options
     router = {f"router_options.{name}": given.get(name, option.default) for name, option in known.items()}
     return router | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)}
 

@@ -12,7 +12,7 @@ from remoe.lab.compare.experiment import Experiment, Point, Run
 from remoe.lab.compare.pool import Pool
 from remoe.lab.compare.record import ZeroShot
 from remoe.lab.data import TOTAL
-from remoe.lab.training.trainer import router_of
+from remoe.lab.training.build import router_of
 from remoe.routing import ROUTERS
 from remoe.stages import SETTLED_WITHIN, first_sparse_step, settled_within, settling_time
 

@@ -21,9 +21,9 @@ from remoe.lab.compare.experiment import Experiment, Run
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
 from remoe.lab.data import Dataset
-from remoe.lab.training.config import to_yaml
+from remoe.lab.training.build import experts_backend, model_without_values
 from remoe.lab.training.interrupt import Interrupt
-from remoe.lab.training.trainer import experts_backend, model_without_values
+from remoe.lab.training.yaml_files import to_yaml
 
 POLL_SECONDS = 1.0
 

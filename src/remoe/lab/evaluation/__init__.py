@@ -1,0 +1,1 @@
+"""Evaluation of trained models: loss by domain, thresholds, and zero-shot tasks."""

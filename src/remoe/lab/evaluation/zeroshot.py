@@ -1,10 +1,10 @@
 """Zero-shot accuracy by EleutherAI's lm-eval harness, on its own tasks or on local Parquet files with the same rows.
 
-The harness asks for log-probabilities of continuations: of each answer for multiple choice (the likeliest is the
-model's answer), of the last word for LAMBADA (a hit is that word by greedy decoding). Nothing is put before a context,
-unless the tokenizer does so itself; what does not fit the model's window is cut off at the left.
+The harness scores continuations by their log-probability. Multiple choice: the most likely answer is the model's.
+LAMBADA: the last word counts when greedy decoding finds it. Nothing is put before a context, except by the tokenizer;
+a context that does not fit into the model's window is cut off at the left.
 
-Importing this module raises ConfigError where lm-eval is not installed.
+Importing this module raises ExtraError when lm-eval is not installed.
 """
 
 import logging
@@ -15,26 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from remoe.errors import ConfigError, DataError
+from remoe.errors import ConfigError, DataError, missing_extra
+from remoe.lab.training.load import load_model
 from remoe.routing.base import Router
 
 try:
+    import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise ConfigError(f"--tasks needs lm-eval: pip install -e '.[eval]' in this project's folder ({error})") from None
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "eval", "--tasks") from error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Name here: name in the harness.
+# Our name: name in the harness.
 TASKS: dict[str, str] = {
     "arc_easy": "arc_easy",
     "arc_challenge": "arc_challenge",
@@ -45,7 +46,7 @@ TASKS: dict[str, str] = {
     "race": "race",
 }
 GREEDY = ("lambada",)
-# As in the harness: answers of one word, and RACE, have no accuracy by length.
+# As in the harness, tasks with answers of one word, and RACE, have no length-normalised accuracy.
 NOT_NORMALIZED = ("boolq", "race")
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -56,13 +57,13 @@ class TaskResult:
     """Accuracy on one task, as fractions of its examples.
 
     Attributes:
-        acc: the answer with the highest log-probability is right; LAMBADA: the greedy continuation is the word.
+        acc: how often the answer with the highest log-probability is right; LAMBADA: the greedy continuation.
         stderr: standard error of `acc`; None for a single example.
-        acc_norm: as `acc`, with log-probabilities divided by the answers' characters; None where not defined.
+        acc_norm: as `acc`, with log-probabilities divided by the answers' lengths in characters; None if not defined.
         acc_norm_stderr: standard error of `acc_norm`.
         chance: expected accuracy of guessing; 0 for LAMBADA.
-        examples: rows evaluated.
-        truncated: of these, rows too long for the model's window.
+        examples: number of rows.
+        truncated: number of rows that were too long for the model's window.
     """
 
     acc: float
@@ -75,7 +76,7 @@ class TaskResult:
 
 
 class WindowedModel(HFLM):
-    """The harness's transformers model, for continuations longer than the model's window as well.
+    """The harness's transformers model, which also takes continuations longer than the model's window.
 
     Attributes:
         too_long: for each request of the last call, whether it did not fit the window.
@@ -86,8 +87,8 @@ class WindowedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        # The harness stops with an assertion at such a continuation. In pieces, each token of it still has at least
-        # half a window (less one token) before it.
+        # The harness fails at a continuation longer than the window. Scored in pieces of half a window, each of its
+        # tokens still has at least half a window (less one token) of context.
         window, piece = self.max_length, max(1, self.max_length // 2)
         parts: list[Request] = []
         owners: list[int] = []
@@ -109,33 +110,33 @@ class WindowedModel(HFLM):
 
 
 def parse_tasks(names: str) -> list[str]:
-    """Task names from a list separated by commas.
+    """The tasks in a list separated by commas, without repetitions.
 
     Raises:
-        ConfigError: for an unknown name, or none.
+        ConfigError: for an unknown task, or an empty list.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    unknown = [name for name in wanted if name not in TASKS]
-    if unknown or not wanted:
+    asked = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in asked if name not in TASKS]
+    if unknown or not asked:
         problem = f"unknown task {unknown[0]!r}" if unknown else "--tasks names no task"
         raise ConfigError(f"{problem}; choose from: {', '.join(TASKS)}")
-    return wanted
+    return asked
 
 
 def load_tasks(names: list[str], folder: Path | None) -> dict[str, ConfigurableTask]:
-    """The harness's tasks: from FOLDER/NAME.parquet, or the harness's own from the Hugging Face hub without a folder.
+    """Tasks from FOLDER/NAME.parquet, or without a folder the harness's own from the Hugging Face hub.
 
     Args:
-        names: of `TASKS`.
+        names: keys of `TASKS`.
         folder: files with the columns context (string), choices (list of strings) and gold (integer, index of the
-            right choice). The continuation to score is a space and the choice. LAMBADA has one choice a row. Contexts
-            are taken as they are, so that figures compare with others only where the prompts are the same: the
-            harness's own begin with "Question: " for ARC and PIQA, for example.
+            right choice). The scored continuation is a space and the choice. LAMBADA has one choice per row. Contexts
+            are used unchanged; accuracies are comparable only between equal prompts, and the harness's own begin with
+            "Question: " for ARC and PIQA, for example.
 
     Raises:
-        DataError: for a file that is missing or wrong, or a task that cannot be loaded from the hub.
+        DataError: for a missing or invalid file, or a task that cannot be loaded from the hub.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each thing that this module does on purpose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what this module does on purpose
     if folder is not None:
         return {name: _local_task(name, folder / f"{name}.parquet") for name in names}
     manager = TaskManager()
@@ -149,7 +150,7 @@ def _local_task(name: str, path: Path) -> ConfigurableTask:
         "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
         "num_fewshot": 0,
-        # Functions, because the harness would take a string for a template and a context of digits for a number.
+        # A function, because the harness would treat a string as a template and a context of digits as a number.
         "doc_to_text": lambda row: row["context"],
     }
     metrics = ["acc"]
@@ -210,10 +211,10 @@ def _hub_task(name: str, manager: TaskManager) -> ConfigurableTask:
 
 
 def is_causal(model: "PreTrainedModel") -> bool:
-    """Whether no token's logits depend on later tokens, padding among them.
+    """Whether no token's logits depend on later tokens, including padding.
 
-    With a router that looks ahead, padding changes the figures, so that sequences must be scored one by one; and the
-    figures themselves are too good, because an answer's first tokens are told about its last.
+    With a router that looks ahead, padding changes the accuracies, so sequences must be scored one by one. Even
+    then the accuracies are too high, because the score of an answer's first tokens depends on its last ones.
     """
     return all(module.causal for module in model.modules() if isinstance(module, Router))
 
@@ -223,10 +224,10 @@ class Evaluated:
     """A model's zero-shot accuracies.
 
     Attributes:
-        checkpoint: where its weights lie.
+        checkpoint: the folder of its weights.
         tasks: results by name.
-        causal: whether no token's logits depend on later ones; else the figures do not compare with other models'.
-        window: tokens that it reads at most.
+        causal: whether no token's logits depend on later ones; if false, the results are not comparable.
+        window: the most tokens that it reads at once.
         batch_size: sequences per forward pass; 1 for a model that is not causal.
     """
 
@@ -251,21 +252,19 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     after: Callable[[str, TaskResult], bool] = lambda name, result: True,
 ) -> Evaluated:
-    """Evaluates what `load_model` finds at `path` on tasks from `load_tasks`.
+    """Evaluates the model at `path` on tasks from `load_tasks`.
 
     Args:
         path: see `load_model`.
         tasks: by name.
-        limit: as of `evaluate_task`.
+        limit: see `evaluate_task`.
         batch_size: sequences per forward pass.
-        device: where.
-        after: called with each task's name and result; false leaves out the tasks behind it.
+        device: where the model runs.
+        after: called with each task's name and result; when it returns false, the remaining tasks are left out.
 
     Raises:
         CheckpointError, DataError: as `load_model`.
     """
-    from remoe.lab.training.folder import load_model
-
     model, tokenizer, checkpoint = load_model(path)
     causal = is_causal(model)
     harness = WindowedModel(
@@ -288,14 +287,14 @@ def evaluate_task(model: WindowedModel, name: str, task: ConfigurableTask, *, li
 
     Args:
         model: `WindowedModel(pretrained=..., tokenizer=..., batch_size=...)`.
-        name: the task's name, of `TASKS`.
+        name: the task's name, a key of `TASKS`.
         task: from `load_tasks`.
-        limit: at most so many rows, evenly spaced over the task's: row floor(i * rows / limit) for i < limit, so that
-            a file's order (HellaSwag's is by source) does not bias the figures. All by default.
+        limit: the most rows, evenly spaced over the task, so that the order of a file (HellaSwag's is by source) does
+            not bias the accuracy: row floor(i * rows / limit) for i < limit. All by default.
     """
     rows = len(task.eval_docs)
     picked = None if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
-    task.set_fewshot_seed(0)  # demanded even where no examples are drawn
+    task.set_fewshot_seed(0)  # required even though no examples are drawn
     report = evaluate(
         lm=model,
         task_dict={"tasks": {name: task}, "groups": {}},

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it was trained on, how well, how it routes, and plots of its training."""
+"""The model card of an exported run: its data, results and sparsity, with plots of its training."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.metrics import read_metrics
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
-from remoe.routing import ROUTERS
+from remoe.routing import ROUTERS, ReLURouter
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +23,14 @@ print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt")
 
 
 def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path) -> None:
-    """Writes README.md and, where the run has its records, plots as PNG; `out` must be there."""
+    """Writes README.md, and plots as PNG when the run has its metrics.
+
+    Args:
+        run: the run's folder.
+        checkpoint: the exported one.
+        model: its model.
+        out: existing folder.
+    """
     config = run.load_config()
     summary = run.load_summary()
     records = read_metrics(run.metrics) if run.metrics.is_file() else []
@@ -52,28 +59,28 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
     if finished:
         parts += ["## Results\n", _results(summary, c.steered), _domains(summary, c.routes_pairs)]
     else:
-        parts.append("This checkpoint is not the end of its run: no validation loss is known for it.\n")
+        parts.append("This checkpoint is not the last of its run, so its validation loss is not known.\n")
     parts += _plots([record for record in records if record["step"] <= step], summary, c.router, out)
     # The first separator opens the header.
     (out / "README.md").write_text("---\n" + "\n".join(parts), encoding="utf-8")
 
 
 def _what(c: RemoeConfig) -> str:
-    """What the model is, in a sentence."""
-    experts, layers = c.num_experts * c.granularity, f"in each of its {c.num_hidden_layers} layers, router `{c.router}`"
+    """One sentence about the model."""
+    experts, layers = c.experts_per_layer, f"in each of its {c.num_hidden_layers} layers, router `{c.router}`"
     if c.routes_pairs:
         kind = f"A language model with a mixture of {experts} experts {layers}"
-    elif c.router == "lory":
+    elif c.router_class.merges:
         kind = f"A language model with {experts} experts, merged into one for each segment of the text, {layers}"
     else:
         kind = f"A dense language model (router `{c.router}`)"
-    relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router == "relu" else ""
+    relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router_class is ReLURouter else ""
     shared = f"; every token also has a shared expert of width {c.shared_expert_size}" if c.shared_expert_size else ""
     return f"{kind}{relu}{shared}. Trained with `remoe`.\n"
 
 
 def _data_name(path: str) -> str:
-    """The dataset's folder, without where it lies."""
+    """The name of the dataset's folder, without its path."""
     name = Path(path).name
     return f"{name}: Python's standard library" if name.startswith("stdlib-") else name
 

@@ -1,10 +1,9 @@
-"""Checkpoints: written beside, then renamed, so that a crash at any moment leaves the last good one whole.
+"""Checkpoints. A crash at any moment, even during a write, leaves the previous checkpoint whole.
 
 A checkpoint is a folder `step-00000200` that transformers can load (`config.json`, `model.safetensors`), with
-`training.safetensors` (optimiser moments, random state) and `training.json` (step, what it belongs to). No pickle.
+`training.safetensors` (optimiser moments, random state) and `training.json` (step, fingerprint of the data). No pickle.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,16 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, DataError
+from remoe.lab.files import TEMPORARY, replacing, temporary_name
 
 _PREFIX = "step-"
-_PARTIAL = ".partial-"
-_COST = ("seconds", "peak_memory_bytes")  # 0 in checkpoints of before they were kept
+_LEFT_OVERS = (f".*{TEMPORARY}", ".partial-*")  # of a process that was killed: today's names, and those of 0.1.0
+_COST = ("seconds", "peak_memory_bytes")  # 0 in old checkpoints, which do not have them
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit())
 
 
@@ -34,10 +34,10 @@ def checkpoint_step(path: Path) -> int:
 
 
 def saved_step(path: Path) -> int:
-    """The step that a checkpoint was saved at, whatever its name.
+    """The step at which a checkpoint was saved, from its content: the folder may have been renamed.
 
     Raises:
-        CheckpointError: when it does not say.
+        CheckpointError: when `training.json` is missing or damaged.
     """
     try:
         return int(json.loads((path / "training.json").read_text())["step"])
@@ -60,30 +60,26 @@ def save_checkpoint(
         step: optimiser steps done.
         model: with `save_pretrained`.
         optimizer: over `model`'s parameters.
-        info: small JSON values: what the checkpoint belongs to.
+        info: small JSON values, such as the fingerprint of the data.
         course_of_sparsity: S of each step so far.
 
     Raises:
-        CheckpointError: when it cannot be written, a full disk for one; the earlier checkpoints are untouched.
+        CheckpointError: when it cannot be written, for example because the disk is full; earlier checkpoints are
+            untouched.
     """
     final = folder / f"{_PREFIX}{step:08d}"
-    partial = folder / f"{_PARTIAL}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tensors = _training_tensors(model, optimizer) | {_COURSE: torch.tensor(course_of_sparsity)}
-        save_file(tensors, partial / "training.safetensors")
-        (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
-        for path in partial.iterdir():
-            _sync(path)
-        os.rename(partial, final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with replacing(final) as partial:
+            model.save_pretrained(partial)
+            tensors = _training_tensors(model, optimizer) | {_COURSE: torch.tensor(course_of_sparsity)}
+            save_file(tensors, partial / "training.safetensors")
+            (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
+    except (OSError, DataError, SafetensorError) as error:
         kept = list_checkpoints(folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot write checkpoint {final}: {error}; {last}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; {last}") from error
     return final
 
 
@@ -130,9 +126,10 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
 
 
 def clean(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Applies the retention rule: the newest `keep`, and those whose step is a multiple of `keep_every`, stay."""
-    for path in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Deletes left-overs, and every checkpoint but the newest `keep` and those at multiples of `keep_every` steps."""
+    for pattern in _LEFT_OVERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(folder)[:-keep]:
         if not (keep_every and checkpoint_step(path) % keep_every == 0):
             _remove(path)
@@ -163,19 +160,8 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder in such a way that a crash cannot leave half of it under its name."""
-    if path.exists():
-        doomed = path.parent / f"{_PARTIAL}doomed-{path.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some file systems cannot sync a folder; the rename is atomic there all the same.
-        with contextlib.suppress(OSError if path.is_dir() else ()):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Deletes a checkpoint; a crash on the way cannot leave half of it under its name."""
+    doomed = path.with_name(temporary_name(path.name))
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,12 +1,11 @@
 """Options of `remoe train`: dataclasses that the command line, YAML files and a run's folder share.
 
-Order of precedence: preset < YAML file (`--config`) < flags. No torch import: `--help` must be quick.
+Precedence: flags > YAML file (`--config`) > preset. No torch import: `--help` must be quick.
 """
 
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,77 +13,74 @@ from typing import Annotated, Any
 
 import pydantic
 import tyro
-import yaml
 
 from remoe.errors import ConfigError
 from remoe.lab.generation import check_prompt
 from remoe.lab.training.presets import preset
+from remoe.lab.training.yaml_files import read_yaml
 
 
 @dataclass
 class ModelOptions:
-    """Shape of the transformer; a preset sets it."""
+    """Shape of the transformer. The preset sets the defaults."""
 
     hidden_size: int = 128
-    """Width D."""
+    """Model width D."""
     num_hidden_layers: int = 4
-    """Layers L."""
+    """Number of layers L."""
     num_attention_heads: int = 4
-    """Attention heads H; must divide the width."""
+    """Number of attention heads H; must divide the width."""
     num_key_value_heads: int = 2
-    """Key-value groups (GQA); must divide the heads."""
+    """Number of key-value heads (grouped-query attention); must divide the number of attention heads."""
     intermediate_size: int | None = None
     """Width of one expert before the split by granularity; 4 * hidden_size by default."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     shared_expert_size: int = 0
-    """Width of an expert that every token goes through, beside the routed ones; 0 for none."""
-    max_experts_per_token: int | None = None
-    """Cap on the experts a token may use, counted after the split by granularity; at least k (relu, relu_scaled)."""
-    load_balance: bool = True
-    """Weight the L1 penalty by each expert's load, Eq. 10-11 (relu; relu_scaled with penalty l1)."""
+    """Width of a shared expert, which every token uses in addition to the routed ones; 0 for none."""
     regularizer_normalization: str = "paper"
-    """'paper': mean of the penalty over layers; 'official': sum, as in the authors' code."""
+    """How the penalty is reduced over the layers. 'paper': mean; 'official': sum, as in the authors' code."""
     router_aux_loss_coef: float = 0.01
-    """Weight of the load-balance penalty of routers that lambda does not steer (topk, sparsemixer)."""
-    experts_backend: str = "auto"
-    """How experts are run: auto; loop, grouped (everywhere); triton, sonic (CUDA); naive (slow, the specification)."""
+    """Weight of the load-balance loss of routers that lambda does not control (topk, sparsemixer)."""
+    backend: str = "auto"
+    """Implementation that runs the experts: auto; cpu or grouped (any device); triton or sonic (CUDA); naive (the slow
+    reference)."""
 
 
 @dataclass
 class OptimOptions:
-    """AdamW and its schedule."""
+    """AdamW and the learning rate schedule."""
 
     lr: float = 2e-3
     """Peak learning rate."""
     final_lr_ratio: float = 0.1
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine decay, as a fraction of the peak."""
     warmup_ratio: float = 0.02
-    """Share of the steps in which the learning rate rises linearly."""
+    """Fraction of the steps over which the learning rate rises linearly."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms are not decayed."""
+    """Weight decay of matrices; norm weights are not decayed."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     clip: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
 
 
 @dataclass
 class SparsityOptions:
-    """Control of lambda (relu, relu_norm, relu_scaled)."""
+    """How lambda, the weight of the sparsity penalty, is controlled (relu, relu_norm, relu_scaled)."""
 
     rule: str = "smooth"
-    """'sign': the paper's Eq. 7; 'official': the authors' code; 'smooth': proportional, damped, bounded; 'none':
-    lambda stays."""
+    """How lambda moves after each step. 'sign': the paper's Eq. 7; 'official': as in the authors' code; 'smooth':
+    proportional to the error of the sparsity, damped and bounded; 'none': lambda is constant."""
     lambda_init: float = 1e-8
-    """lambda_0."""
+    """Initial lambda."""
     alpha: float = 1.2
-    """Factor of the sign rules."""
+    """Factor by which the rules 'sign' and 'official' multiply or divide lambda at each step."""
     fast_start: bool = False
-    """Raise lambda after the first step to where the penalty is 0.003 nats: no dense stage, but a higher loss when
-    training from scratch."""
+    """After the first step, raise lambda until the penalty is 0.003 nats. This skips the dense stage, but training from
+    scratch then ends at a higher loss."""
 
 
 @dataclass
@@ -92,31 +88,32 @@ class ValidationOptions:
     """Validation during training."""
 
     every: int = 100
-    """Steps between validations; there is always one at the end."""
+    """Steps between validations. The end of a run is always validated."""
     max_tokens: int = 40_000
-    """About so many tokens, shared out over the domains by size, during training; the last validation uses all."""
+    """Validation tokens during training (approximate), divided among the domains in proportion to their size. The final
+    validation uses all tokens."""
     batch_size: int = 32
     """Sequences per forward pass."""
     flips_every: int = 0
-    """Steps between measurements of the flip rate (arXiv 2412.14711, Fig. 10): the share of the routing of
-    --validate.flips-tokens validation tokens that one step changes; 0 for none."""
+    """Steps between measurements of the flip rate (arXiv 2412.14711, Fig. 10), the fraction of the routing decisions
+    that one optimiser step changes; 0 for none."""
     flips_tokens: int = 4096
-    """About so many tokens for it, always the same ones."""
+    """Validation tokens on which the flip rate is measured (approximate); always the same ones."""
 
 
 @dataclass
 class CheckpointOptions:
-    """Saving."""
+    """How often checkpoints are saved, and which are kept."""
 
     every: int = 100
-    """Steps between checkpoints; there is always one at the end and at SIGINT or SIGTERM."""
+    """Steps between checkpoints. The end of a run, SIGINT and SIGTERM always save one."""
     keep: int = 2
-    """The newest checkpoints that are kept."""
+    """Number of the newest checkpoints to keep."""
     keep_every: int = 0
-    """Keep for good each checkpoint whose step is a multiple of this; 0 for none."""
+    """Keep every checkpoint whose step is a multiple of this as well; 0 for none."""
 
 
-# As YAML has them.
+# The words that YAML reads as these values.
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None}
 
 
@@ -139,7 +136,7 @@ def _value(word: str) -> OptionValue:
     return word
 
 
-# One flag with any number of words: by itself tyro would give each key of a default a flag of its own.
+# One flag with any number of words; without this, tyro would give every key of the default a flag of its own.
 NamedValues = Annotated[
     dict[str, OptionValue],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -154,51 +151,55 @@ NamedValues = Annotated[
 
 @dataclass
 class TrainConfig:
-    """Train a ReMoE language model. Without any argument: a small one, on Python's own standard library.
+    """Train a ReMoE language model. Without any flags: a small model, on the source code of Python's standard library.
 
-    The defaults that are shown are those of --preset tiny; what other presets have stands in docs/guide.md.
+    The defaults shown are those of --preset tiny. docs/guide.md lists those of the other presets. Flags take precedence
+    over the file given with --config, and that file over the preset.
     """
 
     preset: str = "tiny"
     """Model size and training settings: tiny, mini, 182m, 469m or 978m."""
     data: str | None = None
-    """Folder written by `remoe data prepare`; by default the standard library is prepared beside the run."""
+    """Folder written by `remoe data prepare`. By default the standard library is prepared, next to the run."""
     out: str | None = None
-    """The run's folder; by default a new one: runs/PRESET-ROUTER-seedN."""
+    """Folder of the run; a new one named runs/PRESET-ROUTER-seedN by default."""
     steps: int = 500
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Random seed of the initial weights and of the order of the data."""
     router: str = "relu"
-    """relu, relu_norm, relu_scaled, topk, sigmoid, sparsemixer, expert_choice, threshold, hash, lory, dense or
-    dense_wide."""
+    """How tokens choose experts: relu, relu_norm, relu_scaled, topk, sigmoid, sparsemixer, expert_choice, threshold,
+    hash, lory, dense or dense_wide."""
     router_options: NamedValues = field(default_factory=dict)
-    """Options of the router's class, name by value, as in `--router-options warmup_k 6 warmup_steps 100`."""
+    """Options of the router as names and values, for example `--router-options max_experts_per_token 4 load_balance
+    false` with relu, or `warmup_k 6 warmup_steps 100` with topk. docs/guide.md lists the options of each router."""
     num_experts: int = 8
-    """Experts E per layer, before the split by granularity."""
+    """Number of experts E per layer, before the split by granularity."""
     k: int = 1
-    """Wanted active experts per token: a mean or exact, as the router has it; dense gets the width of k."""
+    """Target number of active experts per token, before the split by granularity: an average for some routers (relu),
+    exact for others (topk). The experts of dense have k times the width."""
     granularity: int = 1
-    """Split each expert into this many narrower ones; k is multiplied likewise."""
+    """Split each expert into this many narrower ones, and activate this many times as many."""
     resume: bool = False
-    """Continue the run in --out (or the newest one under runs/) from its last checkpoint."""
+    """Continue the run in --out (by default the newest run under runs/) from its last checkpoint."""
     config: str | None = None
-    """YAML file with any of these options, nested like the dotted flags."""
+    """YAML file with any of these options; a dotted flag such as --optim.lr is a nested key."""
     seq_len: int = 256
     """Tokens per sequence."""
     batch_size: int = 16
     """Sequences per optimiser step."""
     micro_batch_size: int = 16
-    """Sequences per forward and backward pass; divides the batch size (gradient accumulation). By default the preset's,
-    or the largest divisor of the batch size below it."""
+    """Sequences per forward and backward pass; must divide the batch size (gradient accumulation). By default the
+    largest divisor of the batch size that is at most the preset's value."""
     vocab_size: int = 4096
-    """Vocabulary of the tokenizer trained for the default data; other data brings its own."""
+    """Vocabulary size of the tokenizer that is trained for the default data. With --data, the tokenizer of that data is
+    used."""
     device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps."""
+    """auto (cuda if available, otherwise cpu), cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
-    """auto (bfloat16 autocast on a GPU that has it, else float32), float32 or bfloat16."""
+    """auto (bfloat16 autocast on a GPU that supports it, otherwise float32), float32 or bfloat16."""
     compile: bool = False
-    """Compile the model with torch.compile (needs a C++ compiler)."""
+    """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     log_every: int = 1
@@ -206,15 +207,25 @@ class TrainConfig:
     print_every: int = 20
     """Steps between progress lines."""
     prompt: str | None = None
-    """Prompt of the text sample at the end; by default the start of a validation text."""
+    """Prompt of the text sample at the end; the start of a validation text by default."""
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     sparsity: SparsityOptions = field(default_factory=SparsityOptions)
     validate: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
+    @property
+    def experts_per_layer(self) -> int:
+        """E G: experts of a layer, after the split by granularity."""
+        return self.num_experts * self.granularity
+
+    @property
+    def active_per_token(self) -> int:
+        """k G: target number of a token's active experts in a layer, after the split by granularity."""
+        return self.k * self.granularity
+
     def check(self) -> None:
-        """Raises ConfigError for settings that cannot work and that no later part checks."""
+        """Raises ConfigError for values that cannot work and that neither the model nor the data checks."""
         for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
@@ -263,22 +274,26 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+# Options of the model in 0.1.0 that have another name or place today, with their defaults.
+RENAMED = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}
+# Options that have no influence on the trained weights.
 _FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
-    """A checked TrainConfig.
+    """A TrainConfig from nested options.
 
     Args:
-        values: nested options; missing ones take the defaults of the preset that `values` names, and the micro-batch
-            size is made to divide the batch size.
+        values: options; missing ones take the defaults of the preset that `values` names, and the micro-batch size is
+            made to divide the batch size. Names of version 0.1.0 are accepted, see `renamed`.
         source: where they come from, for error messages.
 
     Raises:
-        ConfigError: for an unknown option or a value of the wrong type.
+        ConfigError: for an unknown option, or a value of the wrong type.
     """
+    values = renamed(values)
     merged = merge(preset_values(str(values.get("preset", "tiny"))), values)
     known = TrainConfig().to_dict()
     for path in _unknown(merged, known):
@@ -288,7 +303,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place, reason = first["loc"], first["msg"]
-        if place[0] == "router_options" and len(place) > 1:  # the first of several types that it might have
+        if place[0] == "router_options" and len(place) > 1:  # pydantic names the first of several possible types
             place, reason = place[:2], "must be true or false, a number, a word or null"
         raise ConfigError(f"{source}: {'.'.join(map(str, place))}: {reason}") from error
     if "micro_batch_size" not in values:
@@ -297,50 +312,11 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     return config
 
 
-class StrictLoader(yaml.SafeLoader):
-    """A key given twice is an error: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for twice in (key for index, key in enumerate(keys) if key in keys[:index]):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class StrictDumper(yaml.SafeDumper):
-    """Writes what StrictLoader reads: a word that looks like a number to it is quoted."""
-
-
-# YAML 1.1 reads 1e-3 as a word; people mean a number.
-for either in (StrictLoader, StrictDumper):
-    either.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-
-
-def to_yaml(options: dict[str, Any]) -> str:
-    """Options as the text of a YAML file, in their order."""
-    return yaml.dump(options, Dumper=StrictDumper, sort_keys=False)
-
-
-def read_yaml(path: str | Path, kind: str) -> Any:
-    """What a YAML file holds; a ConfigError in one line, which calls it a `kind`, where it cannot be read."""
-    try:
-        return yaml.load(Path(path).read_text(), StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {kind} {path}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"cannot read {kind} {path}{where}: {what}") from error
-
-
 def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
-    """TrainConfig of a YAML file; `overrides` go first.
+    """The TrainConfig of a YAML file; `overrides` take precedence over the file.
 
     Raises:
-        ConfigError: when the file is missing, is no mapping, or holds unknown options.
+        ConfigError: when the file cannot be read, is not a mapping, or holds unknown options.
     """
     values = read_yaml(path, "configuration")
     if not isinstance(values, dict):
@@ -348,25 +324,53 @@ def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
     return config_from_dict({**values, **overrides}, str(path))
 
 
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested options with those of version 0.1.0 under today's names.
+
+    `model.experts_backend` became `model.backend`; `model.load_balance` and `model.max_experts_per_token` became
+    options of the router. An old name with its default value is dropped, so `values` must be complete: merge a base
+    with what is laid over it first. An option under its new name takes precedence.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict) or not model.keys() & RENAMED.keys():
+        return values
+    old = {name: value for name, value in model.items() if value != RENAMED.get(name, value)}
+    model = {name: value for name, value in model.items() if name not in RENAMED}
+    if "experts_backend" in old:
+        model.setdefault("backend", old.pop("experts_backend"))
+    if "load_balance" in old and not _has_option(str(values.get("router", "relu")), "load_balance"):
+        del old["load_balance"]  # 0.1.0 ignored it for such routers
+    given = values.get("router_options") or {}
+    if not old or not isinstance(given, dict):
+        return {**values, "model": model}
+    return {**values, "model": model, "router_options": {**old, **given}}
+
+
+def _has_option(router: str, option: str) -> bool:
+    from remoe.routing import ROUTERS, router_options  # needs torch
+
+    return router in ROUTERS and option in router_options(ROUTERS[router])
+
+
 def preset_values(name: str) -> dict[str, Any]:
-    """Options that a preset sets, the preset's name among them."""
+    """The options that a preset sets, including the preset's name."""
     return {"preset": name, **preset(name)}
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options in which two configurations differ, by dotted name: (old, new); None for one that is not given."""
+    """The options that differ between two configurations, by dotted name: (old, new), with None for a missing one."""
     flat_old, flat_new = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
     pairs = {name: (flat_old.get(name), flat_new.get(name)) for name in {**flat_old, **flat_new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def changes_result(name: str) -> bool:
-    """Whether an option, by its dotted name, plays a part in what is computed; a resumed run may have others."""
+    """Whether an option, by its dotted name, influences the trained weights; a resumed run may change only others."""
     return name not in _FREE and not name.startswith(_FREE_GROUPS)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Items of a nested dict by dotted names."""
+    """The items of a nested dict, with dotted names."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -375,7 +379,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `top` laid over it, nested dicts item by item."""
+    """`base` with `top` laid over it; nested dicts are merged item by item."""
     merged = dict(base)
     for key, value in top.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -384,7 +388,7 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names that are no options; what stands in `router_options` only the router knows."""
+    """Dotted names of unknown options; the content of `router_options` is checked by the router."""
     for key, value in values.items():
         if key not in known:
             yield f"{prefix}{key}"

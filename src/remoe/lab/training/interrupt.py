@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and a closed output as a request to stop after the present step; a second signal stops at once."""
+"""SIGINT, SIGTERM and a closed output as a request to stop after the current step; a second signal stops at once."""
 
 import contextlib
 import os
@@ -7,14 +7,14 @@ import sys
 import threading
 from types import FrameType
 
-SIGPIPE = 13  # signal.SIGPIPE, which not every system has
+SIGPIPE = 13  # as signal.SIGPIPE, which some systems do not have
 
 
 class Interrupt:
-    """Context in which the first SIGINT or SIGTERM only sets `received`, to the signal's number.
+    """Context in which the first SIGINT or SIGTERM only sets `received` to the signal's number.
 
     Args:
-        answer: a line that is written to standard error then.
+        answer: a line to write to standard error when that happens.
     """
 
     def __init__(self, answer: str = "") -> None:
@@ -32,7 +32,7 @@ class Interrupt:
         self._restore()
 
     def output_closed(self) -> None:
-        """What a BrokenPipeError of standard output calls for: as a signal, and nothing is printed any more."""
+        """Handles a BrokenPipeError of standard output: sets `received`, and discards all further output."""
         self.received = self.received or SIGPIPE
         discard_output()
 
@@ -49,11 +49,11 @@ class Interrupt:
 
 
 def exit_code(number: int) -> int:
-    """A process's exit code after a signal, as shells have it."""
+    """The exit code of a process that a signal ended, as shells report it."""
     return 128 + number
 
 
 def discard_output() -> None:
-    """Throws away what is printed from now on, and what waits to be written: Python writes the rest when it ends."""
-    with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError, ValueError):  # some output is no file
+    """Discards further output and what is still buffered, which Python would otherwise try to write when it exits."""
+    with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError, ValueError):  # the output may not be a file
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, TensorBoard, and the measures drawn from the course of S."""
+"""The records of a run: metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from remoe.errors import RemoeError
+from remoe.lab.files import replacing
 
 Value = TypeVar("Value")
 
 
 def fill_steps(steps: Sequence[int], values: Sequence[Value]) -> list[Value]:
-    """A value for each step from the records of some of them: that of the first record at or behind the step."""
+    """A value for every step from records of some steps: each step takes the next record's value.
+
+    Args:
+        steps: steps with a record, ascending from at least 1.
+        values: one for each of them.
+
+    Returns:
+        As many values as the last of `steps`.
+    """
     filled: list[Value] = []
     for step, value in zip(steps, values, strict=True):
         filled += [value] * (step - len(filled))
@@ -20,11 +29,15 @@ def fill_steps(steps: Sequence[int], values: Sequence[Value]) -> list[Value]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a record to metrics.jsonl and the same numbers to TensorBoard.
+    """Appends each record to metrics.jsonl as a JSON object, and its numbers to TensorBoard.
 
     Args:
         folder: the run's folder.
-        first_step: records of this step and later ones, left by a run that was cut off, are dropped.
+        first_step: records of this step and later ones, left by an interrupted process, are dropped.
+
+    Raises:
+        DataError: when the files cannot be written.
+        RemoeError: when metrics.jsonl is damaged.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -47,31 +60,29 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        """Ends the files."""
+        """Closes the files."""
         self._file.close()
         self._board.close()
 
     def _drop_from(self, first_step: int) -> None:
         if not self.path.exists():
             return
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w") as file:
+        with replacing(self.path) as written, written.open("w") as file:
             file.writelines(json.dumps(r) + "\n" for r in iterate_metrics(self.path) if r["step"] < first_step)
-        os.replace(partial, self.path)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """What `iterate_metrics` gives."""
+    """All records of a metrics.jsonl; see `iterate_metrics`."""
     return list(iterate_metrics(path))
 
 
 def iterate_metrics(path: Path) -> Iterator[dict]:
-    """Records of a metrics.jsonl, in order, one at a time: all of a long run with many experts take gigabytes.
+    """The records of a metrics.jsonl in order, one at a time: those of a long run with many experts take gigabytes.
 
-    A last line that a crash cut off is left out.
+    An incomplete last line, as a crash leaves it, is skipped.
 
     Raises:
-        RemoeError: when a line in the middle is no JSON.
+        RemoeError: when another line is not JSON, or is not a record of a step.
     """
     with path.open() as file:
         for number, line in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""AdamW over parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW and its learning rate, a pure function of the step."""
 
 import math
 
@@ -9,7 +9,7 @@ from remoe.lab.training.config import OptimOptions
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, vectors (norms) do not. The learning rate is set at each step."""
+    """Fused AdamW with weight decay for matrices but not for vectors (norms); set the learning rate at each step."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
@@ -20,10 +20,12 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Adam
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
-    """Linear warm-up, then a cosine down to `final_lr_ratio` of the peak.
+    """Linear warm-up, then cosine decay to `final_lr_ratio` of the peak.
 
     Args:
         step: 1 for the first optimiser step, `steps` for the last.
+        steps: of the whole run.
+        options: peak, warm-up and final ratio.
     """
     warmup = max(1, round(options.warmup_ratio * steps))
     if step <= warmup:

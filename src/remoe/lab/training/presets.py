@@ -1,7 +1,7 @@
-"""Named model sizes, and the training settings that go with each.
+"""Named model sizes with their training settings.
 
-`182m`, `469m` and `978m` are the paper's models and schedule (arXiv 2412.14711, section 4); `tiny` trains in minutes
-on a laptop's CPU, `mini` is for experiments at reduced scale. No torch import: the command line reads this for help.
+`182m`, `469m` and `978m` are the paper's models and schedule (arXiv 2412.14711, section 4). `tiny` trains in minutes on
+a laptop's CPU; `mini` is for experiments at reduced scale. No torch import: the command line reads this for help.
 """
 
 from remoe.errors import ConfigError

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a line now and then, and on a terminal a bar that moves every step."""
+"""Progress of a training run: a line every few steps, and on a terminal a bar that moves with every step."""
 
 import sys
 from collections import deque
@@ -11,12 +11,12 @@ from remoe.routing import ROUTERS
 
 
 class ProgressLine:
-    """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`; lambda where the router is steered by it.
+    """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`; lambda only when it controls the router.
 
-    The loss is the language model's alone, without a router's penalties, so that it compares between routers.
+    The loss is the language model's alone, without the router's penalties, so that it is comparable between routers.
 
     Args:
-        config: of the run.
+        config: options of the run.
         first_step: steps already done.
     """
 
@@ -36,8 +36,8 @@ class ProgressLine:
         self._bar.start()
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Counts a step's tokens and time; validation and saving stay outside."""
-        if self._steps == 1:  # the first one waits for memory and for what is made at first use
+        """Counts a step's tokens and its time in seconds, without validation and saving."""
+        if self._steps == 1:  # the first step is slower: it allocates memory and compiles kernels
             self._recent.clear()
         self._steps += 1
         self._recent.append((tokens, seconds))
@@ -46,7 +46,7 @@ class ProgressLine:
         """Shows a step's record.
 
         Raises:
-            BrokenPipeError: when nobody reads the output any more.
+            BrokenPipeError: when the reader of the output has closed it.
         """
         line = self._line(record, step)
         self._bar.update(self._task, completed=step, description=line)

@@ -14,32 +14,32 @@ from remoe.errors import CheckpointError
 from remoe.experts.cpu import build as kernels
 from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
 from remoe.lab.data.manifest import MANIFEST_NAME
-from remoe.lab.files import locked
+from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
-from remoe.lab.machine import machine
+from remoe.lab.machine import keep_freed_memory, machine, pick_device
+from remoe.lab.training.build import experts_backend, model_without_values, wants_bfloat16
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
-from remoe.lab.training.memory import keep_freed_memory
 from remoe.lab.training.metrics import iterate_metrics
-from remoe.lab.training.trainer import Trainer, experts_backend, model_without_values, pick_device, wants_bfloat16
+from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
 from remoe.models.plan import training_flops
 from remoe.stages import first_sparse_step, settling_time
 
 
 def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> int:
-    """Trains, or continues, a run; a finished one is left as it is.
+    """Trains or continues a run; a finished one is left as it is.
 
     Args:
-        config: options; `config.resume` decides between a new run and a continued one.
+        config: options.
         run: the run's folder.
-        saved: options of the run when it is continued.
+        saved: the options that a run was started with, to continue it; None for a new run.
 
     Returns:
-        The exit code: 0 with the summary in the run's folder; 130, 143 or 141 when SIGINT, SIGTERM or a closed output
-        stopped the run, its state saved.
+        The exit code: 0 when the run is finished and its summary written; 130, 143 or 141 when SIGINT, SIGTERM or a
+        closed output stopped the run after its state was saved.
 
     Raises:
         ConfigError, DataError, CheckpointError: see `Trainer`.
@@ -52,14 +52,14 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
         return 0
-    # Whether it can run is found before the data is prepared and the folder made.
+    # Fails before the data is prepared and the folder made when the model cannot be built or run here.
     experts_backend(model_without_values(config), config.dtype, pick_device(config.device))
     if saved is None:
         run.check_new()
     keep_freed_memory()
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
-    dataset.load_tokenizer()  # before the work, not after it
+    dataset.load_tokenizer()  # fails before the training, not after it
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
@@ -74,16 +74,22 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
             print(f"continue with: remoe train --out {shlex.quote(str(run.path))} --resume")
             return exit_code(trainer.stopped_by)
         summary = _summarise(trainer, validation)
-        run.summary.write_text(json.dumps(summary, indent=2))
+        atomic_write(run.summary, json.dumps(summary, indent=2).encode())
         _print_summary(summary, trainer)
         return 0
 
 
 def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:
-    """The running Python's standard library, prepared once in `parent`/data."""
+    """The standard library of the running Python, prepared once in `parent`/data.
+
+    Args:
+        parent: folder.
+        vocab_size: of the tokenizer that is trained for it.
+        wait: whether to wait for another process that prepares it, instead of raising DataError.
+    """
     version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
-    if (out / MANIFEST_NAME).exists():  # the library may have got a file since, which is no reason not to train
+    if (out / MANIFEST_NAME).exists():  # even if the library has changed since
         return open_dataset(out)
     prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05), wait=wait)
     return open_dataset(out)
@@ -97,13 +103,13 @@ def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) ->
 
 
 def _follow_the_data(run: RunFolder, saved: TrainConfig, data: str) -> None:
-    """Writes into the run's options where its data lies now."""
+    """Updates the folder of the data in the run's options."""
     if saved.data != data:
         run.write_config(replace(saved, data=data))
 
 
 def _is_finished(run: RunFolder, steps: int) -> bool:
-    """Whether the run has its summary, and no checkpoint from which there would be something left to do."""
+    """Whether the run has its summary, and its newest checkpoint, if it has any, is that of the last step."""
     checkpoint = run.last_checkpoint()
     return run.load_summary().get("steps") == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
 
@@ -130,12 +136,12 @@ def _print_header(trainer: Trainer) -> None:
 
 
 def _experts(trainer: Trainer) -> str:
-    """The backend, and on a CPU whether it has compiled kernels; compiles them where that is still to be done."""
+    """The backend; on a CPU also whether its kernels are compiled, and if not, compiles them first."""
     name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
     if name != "cpu" or trainer.device.type != "cpu":
         return name
     if kernels.to_be_built():
-        print("compiling the experts' kernels for this machine, once: some seconds", flush=True)
+        print("compiling the experts' kernels for this machine; this happens once and takes seconds", flush=True)
     compiled = kernels.compiled_kernels(torch.float32) is not None
     return f"{name} ({'compiled kernels' if compiled else 'plain torch operations'})"
 
@@ -171,7 +177,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
 
 
 def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
-    """Parameters, tokens, FLOPs of the pairs really routed, and speed; `sparsity` is that of the validation data."""
+    """Parameters, tokens, FLOPs of the pairs that were routed, and throughput; `sparsity` is that of validation."""
     config, model = trainer.config, trainer.model
     parameters = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
@@ -189,7 +195,7 @@ def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
 
 
 def _validation_prompt(trainer: Trainer, tokenizer) -> str:
-    """The first tokens of a validation text: a prompt in the language of the data."""
+    """The first tokens of a validation text, so that the prompt is in the language of the data."""
     input_NS, _, mask_NS = next(iter(trainer.windows.batches(trainer.windows.domains[0], 1)))
     return tokenizer.decode(input_NS[0, : min(12, int(mask_NS[0].sum()))].tolist(), skip_special_tokens=True)
 
@@ -210,7 +216,7 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
     path = shlex.quote(str(run.path))
     print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
-    print(f"see it       remoe report {path}   (a page that shows what the experts do)")
+    print(f"see it       remoe report {path}   (writes a page that shows what the experts do)")
     words = shlex.quote(" ".join(summary["sample"].split()[:2]) or "The")
     print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
 

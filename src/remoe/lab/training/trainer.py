@@ -1,35 +1,36 @@
 """The training loop: batches, loss, controller, optimiser, records, checkpoints.
 
-Every step is a pure function of the state before it and of (seed, step), so that a resumed run repeats an
-uninterrupted one bit for bit on the CPU.
+Each step is a pure function of the state before it and of (seed, step): on the CPU, a resumed run is bit-identical to
+an uninterrupted one.
+
+Legend: B sequences of the batch, b of a micro-batch, S sequence length, N validation sequences, L layers, T tokens,
+E experts.
 """
 
 import logging
 import math
-import re
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from remoe.errors import CheckpointError, ConfigError, RemoeError
-from remoe.experts import resolve_backend
+from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
 from remoe.lab.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
+from remoe.lab.machine import peak_memory, pick_device
+from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import Interrupt
-from remoe.lab.training.memory import peak_memory
 from remoe.lab.training.metrics import MetricsWriter
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.validate import Evaluation, evaluate, total
-from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
-from remoe.routing import Router
+from remoe.models.modes import evaluating
 from remoe.stages import stage
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ class Trainer:
     Args:
         config: checked options.
         dataset: prepared data.
-        run: the run's folder, created.
+        run: the run's folder; it must exist by the time that `train` is called.
 
     Raises:
-        ConfigError: for a model that cannot be built, a device that is not there, or too little data.
+        ConfigError: for a model that cannot be built, a device that this machine does not have, or too little data.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder) -> None:
@@ -65,7 +66,7 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
         )
         torch.manual_seed(config.seed)
-        self.model = RemoeForCausalLM(model_config(config, dataset)).to(self.device)
+        self.model = RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
         self.model.train()
         if config.recompute:
             enable_recomputation(self.model)
@@ -76,14 +77,14 @@ class Trainer:
         self.sparsities: list[float] = []  # S of each step
         self.dead_layers: set[int] = set()
         self.lambda_runs_away = False
-        self.stopped_by: int | None = None  # the number of the signal that ended `train` before its last step
+        self.stopped_by: int | None = None  # number of the signal that ended `train` before its last step
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def resume(self) -> None:
         """Continues from the newest checkpoint of the run, or from the start when there is none yet.
 
         Raises:
-            CheckpointError: when it cannot be read, or the data is not that of the run.
+            CheckpointError: when it cannot be read, or the run was trained on other data.
             DataError: when the data was prepared with another tokenizer.
         """
         self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
@@ -98,19 +99,19 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run, by the processes before this one too as far as their checkpoints know."""
+        """Time spent on this run in seconds, by earlier processes too, up to their last checkpoints."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The most memory that the run has taken, in whatever process: a router's dense stage may be long past."""
+        """The most memory that any process of the run has taken: an earlier one may have had the dense stage."""
         return max(self._peak_before, peak_memory(self.device))
 
     def train(self) -> dict[str, Evaluation] | None:
-        """Runs to the last step; returns the final validation, or None when a signal or a closed output stopped it.
+        """Trains to the last step; returns the final validation, or None when a signal or a closed output stopped it.
 
         Raises:
-            NonFiniteLoss: the run's files are as the last checkpoint left them.
+            NonFiniteLoss: when the loss or a gradient is not finite; the last checkpoint is untouched.
             CheckpointError: when a checkpoint cannot be written.
         """
         steps = self.config.steps
@@ -118,7 +119,7 @@ class Trainer:
         progress = ProgressLine(self.config, self.step)
         validation = None
         try:
-            with Interrupt("stopping after this step; once more stops at once, without saving") as interrupt:
+            with Interrupt("stopping after this step; a second signal stops at once, without saving") as interrupt:
                 while self.step < steps and not interrupt.received:
                     before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
                     record = self._train_step(progress)
@@ -160,7 +161,7 @@ class Trainer:
         lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
         self.model.update_routing()
-        # One transfer to the host a step: everything that the record and the checks need.
+        # The only transfer to the host in a step: all that the record and the checks need.
         scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
         L, E = controller.load_LE.shape
         values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
@@ -194,10 +195,10 @@ class Trainer:
         }
 
     def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the whole batch by micro-batches; its losses, 0-dim float32: parts, and what is trained."""
+        """Accumulates the batch's gradients; returns language model loss, regulariser and total loss, 0-dim float32."""
         config = self.config
         if self.device.type == "cuda":
-            token_BS = token_BS.pin_memory()  # else the copy waits for the device
+            token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
         token_BS = token_BS.to(self.device, non_blocking=True)
         items = config.batch_size * config.seq_len
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
@@ -216,7 +217,7 @@ class Trainer:
         return lm_loss, reg_loss, loss
 
     def validate(self, final: bool) -> dict[str, Evaluation]:
-        """Validation of each domain: on all tokens when final, else on a prefix."""
+        """Evaluation of each domain: on all tokens when final, otherwise on a prefix of each domain."""
         options = self.config.validate
         limit = None if final else options.max_tokens
         return evaluate(
@@ -228,17 +229,15 @@ class Trainer:
         return every > 0 and step % every == 0 and self.model.config.routes_pairs
 
     def _routing(self) -> Tensor:
-        """(L, T, E) bool: how the present weights route the first validation tokens, as many of each domain."""
+        """(L, T, E) bool: how the present weights route the first validation tokens, equally many of each domain."""
         sequences = self.config.validate.flips_tokens / (self.config.seq_len * len(self.windows.domains))
         firsts = [next(self.windows.batches(domain, math.ceil(sequences))) for domain in self.windows.domains]
         input_NS, mask_NS = (torch.cat([first[column] for first in firsts]) for column in (0, 2))
-        self.model.eval()
-        active_LTE = active_of(self.model, input_NS, mask_NS, self.autocast)
-        self.model.train()
-        return active_LTE
+        with evaluating(self.model):
+            return active_of(self.model, input_NS, mask_NS, self.autocast)
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present step and applies the retention rule."""
+        """Writes a checkpoint of the current step, and deletes those that need not be kept."""
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
         info = {
@@ -254,7 +253,7 @@ class Trainer:
     def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
         return NonFiniteLoss(
             f"step {step}: not finite: lm_loss = {lm_loss:g}, reg_loss = {reg_loss:g}, grad_norm = {grad_norm:g}; "
-            f"stopped before the update, nothing was overwritten; {self._last_checkpoint()}"
+            f"training stopped before the update and overwrote nothing; {self._last_checkpoint()}"
         )
 
     def _last_checkpoint(self) -> str:
@@ -270,96 +269,14 @@ class Trainer:
     def _report_lambda(self, coefficient: float, sparsity: float) -> None:
         if self.model.config.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
             logger.warning(
-                "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty has no hold on the experts that "
-                "are still on", self.step, coefficient, sparsity, self.model.sparsity.target,
+                "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty no longer controls the experts "
+                "that are still active", self.step, coefficient, sparsity, self.model.sparsity.target,
             )  # fmt: skip
             self.lambda_runs_away = True
 
 
-def model_without_values(config: TrainConfig) -> RemoeForCausalLM:
-    """The model that `config` describes, on the meta device: needs no data and no memory.
-
-    Raises:
-        ConfigError: when it cannot be built.
-    """
-    with torch.device("meta"):
-        return RemoeForCausalLM(_model_config(config, config.vocab_size, eos_token_id=0))
-
-
-def router_of(config: TrainConfig) -> Router:
-    """The router of a layer, without values."""
-    return model_without_values(config).model.layers[0].mlp.router
-
-
-def experts_backend(model: RemoeForCausalLM, dtype: str, device: torch.device) -> str:
-    """The backend that runs the model's experts in training, with `--dtype` as given.
-
-    Raises:
-        ConfigError: when the one that was asked for cannot run there.
-    """
-    experts = model.model.layers[0].mlp.experts
-    computed = torch.bfloat16 if wants_bfloat16(dtype, device) else torch.float32
-    return resolve_backend(experts.backend, device.type, computed, *experts.down_proj.shape[1:])
-
-
-def model_config(config: TrainConfig, dataset: Dataset) -> RemoeConfig:
-    """Configuration of the model that `config` describes, for the dataset's tokenizer."""
-    return _model_config(config, dataset.vocab_size, dataset.eos_token_id)
-
-
-def _model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> RemoeConfig:
-    return RemoeConfig(
-        **vars(config.model),
-        vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        max_position_embeddings=config.seq_len,
-        eos_token_id=eos_token_id,
-        router=config.router,
-        router_options=config.router_options or None,
-        num_experts=config.num_experts,
-        num_experts_per_tok=config.k,
-        granularity=config.granularity,
-        sparsity_rule=config.sparsity.rule,
-        lambda_init=config.sparsity.lambda_init,
-        lambda_alpha=config.sparsity.alpha,
-        lambda_fast_start=config.sparsity.fast_start,
-    )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        ConfigError: when it is unknown or not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
-        raise ConfigError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def wants_bfloat16(dtype: str, device: torch.device) -> bool:
-    """Whether to run under bfloat16 autocast: when asked for, or on a GPU that computes in it."""
-    if dtype == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dtype == "bfloat16"
-
-
-def enable_recomputation(model: RemoeForCausalLM) -> None:
-    """Recomputes each layer's activations in the backward pass; the method's name depends on transformers' version."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 def validation_record(results: dict[str, Evaluation]) -> dict[str, object]:
-    """Validation figures as they stand in a record of metrics.jsonl."""
+    """The validation fields of a record in metrics.jsonl."""
     overall = total(results)
     return {
         "validation_loss": overall.loss,

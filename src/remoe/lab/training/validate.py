@@ -1,4 +1,4 @@
-"""Loss of a model on validation data, overall and per domain.
+"""The loss of a model on validation data, overall and per domain.
 
 Legend: N sequences, S sequence length.
 """
@@ -10,16 +10,17 @@ import torch
 
 from remoe.lab.data import ValidationWindows
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.modes import evaluating
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over a set of tokens, and the figures drawn from them.
+    """Sums over a set of tokens, and the figures that follow from them.
 
     Attributes:
         nats: summed cross-entropy.
         targets: predicted tokens.
-        text_bytes: UTF-8 bytes of the text that was predicted.
+        text_bytes: UTF-8 bytes of the predicted text.
         pairs: routed pairs over all layers.
         slots: tokens * experts over all layers.
     """
@@ -45,12 +46,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte of text: comparable between tokenizers."""
+        """Bits per UTF-8 byte of text, which is comparable between tokenizers."""
         return self.nats / math.log(2) / self.text_bytes
 
     @property
     def sparsity(self) -> float:
-        """S over these tokens."""
+        """S over these tokens: the share of (token, expert) pairs that were not executed."""
         return 1 - self.pairs / self.slots
 
     def to_dict(self) -> dict[str, float]:
@@ -64,7 +65,6 @@ class Evaluation:
         }
 
 
-@torch.no_grad()
 def evaluate(
     model: RemoeForCausalLM,
     windows: ValidationWindows,
@@ -73,44 +73,43 @@ def evaluate(
     max_tokens: int | None = None,
     autocast: torch.autocast | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluation of each domain; their sum is the whole.
+    """Evaluates a model on each domain; `total` sums the results up.
 
     Args:
-        model: put into eval mode for the time, then back.
+        model: put into evaluation mode, and afterwards into the mode that it was in.
         windows: validation data; padding at the end of a domain is masked.
         batch_size: sequences per forward pass.
-        max_tokens: in all, about; each domain gives a prefix of whole documents by its share. None for everything.
+        max_tokens: roughly, in total; each domain contributes a prefix of whole documents, in proportion to its size.
+            None for everything.
         autocast: context of the forward pass.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     results = {}
-    for domain, limit in windows.shares(max_tokens).items():
-        nats = torch.zeros((), dtype=torch.float64, device=device)
-        counted = torch.zeros(3, dtype=torch.int64, device=device)  # read once: each look waits for the device
-        for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
-            target_NS = target_NS.to(device)
-            with autocast or torch.autocast(device.type, enabled=False):
-                out = model(
-                    input_NS.to(device),
-                    attention_mask=mask_NS.to(device),
-                    shift_labels=target_NS,
-                    num_items_in_batch=1,  # the sum, not the mean
-                    use_cache=False,
-                    return_logits=False,
-                )
-            nats += out.lm_loss.double()
-            counted[0] += (target_NS != -100).sum()
-            for routing in out.routings:
-                counted[1] += routing.count_E.sum().to(device)
-                counted[2] += routing.num_tokens.to(device) * routing.assignment.num_experts
-        targets, pairs, slots = counted.tolist()
-        results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
-    model.train(was_training)
+    with evaluating(model):
+        for domain, limit in windows.shares(max_tokens).items():
+            nats = torch.zeros((), dtype=torch.float64, device=device)
+            counted = torch.zeros(3, dtype=torch.int64, device=device)  # read once: reading is a host sync
+            for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
+                target_NS = target_NS.to(device)
+                with autocast or torch.autocast(device.type, enabled=False):
+                    out = model(
+                        input_NS.to(device),
+                        attention_mask=mask_NS.to(device),
+                        shift_labels=target_NS,
+                        num_items_in_batch=1,  # the sum, not the mean
+                        use_cache=False,
+                        return_logits=False,
+                    )
+                nats += out.lm_loss.double()
+                counted[0] += (target_NS != -100).sum()
+                for routing in out.routings:
+                    counted[1] += routing.count_E.sum().to(device)
+                    counted[2] += routing.num_tokens.to(device) * routing.assignment.num_experts
+            targets, pairs, slots = counted.tolist()
+            results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
     return results
 
 
 def total(results: dict[str, Evaluation]) -> Evaluation:
-    """All domains together, each token counted once."""
+    """All domains together: each token has the same weight."""
     return sum(results.values(), Evaluation(0.0, 0, 0, 0, 0))

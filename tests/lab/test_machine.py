@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-PEAK = "import torch; from remoe.lab.training.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+PEAK = "import torch; from remoe.lab.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a process inherits nothing")

@@ -1,0 +1,88 @@
+"""From the options of a run to its model: configuration, dtype and the backend that runs the experts."""
+
+import math
+
+import torch
+
+from remoe.experts import resolve_backend
+from remoe.lab.training.config import TrainConfig
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.routing import Router
+
+VOCAB_MULTIPLE = 1024  # GPT-2's 50,257 becomes the paper's 51,200
+
+
+def model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> RemoeConfig:
+    """The configuration of the model that a run trains.
+
+    Args:
+        config: options of the run.
+        vocab_size: tokens of the tokenizer; the model's vocabulary is padded to a multiple of VOCAB_MULTIPLE.
+        eos_token_id: the tokenizer's end-of-text token.
+
+    Raises:
+        ConfigError: for sizes that do not fit together or unknown names.
+    """
+    return RemoeConfig(
+        **vars(config.model),
+        vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        max_position_embeddings=config.seq_len,
+        eos_token_id=eos_token_id,
+        router=config.router,
+        router_options=config.router_options or None,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.k,
+        granularity=config.granularity,
+        sparsity=vars(config.sparsity).copy(),
+    )
+
+
+def model_without_values(config: TrainConfig) -> RemoeForCausalLM:
+    """The model that a run trains, on the meta device: needs no data and no memory.
+
+    Raises:
+        ConfigError: when it cannot be built.
+    """
+    with torch.device("meta"):
+        return RemoeForCausalLM(model_config(config, config.vocab_size, eos_token_id=0))
+
+
+def router_of(config: TrainConfig) -> Router:
+    """The router of a layer, on the meta device.
+
+    Raises:
+        ConfigError: when the model cannot be built.
+    """
+    return model_without_values(config).model.layers[0].mlp.router
+
+
+def experts_backend(model: RemoeForCausalLM, dtype: str, device: torch.device) -> str:
+    """The backend that runs the model's experts in training.
+
+    Args:
+        model: on any device, the meta device included.
+        dtype: the value of `--dtype`.
+        device: where the model will train.
+
+    Raises:
+        ConfigError: when the backend that the model asks for cannot run there.
+    """
+    experts = model.model.layers[0].mlp.experts
+    computed = torch.bfloat16 if wants_bfloat16(dtype, device) else torch.float32
+    return resolve_backend(experts.backend, device.type, computed, *experts.down_proj.shape[1:])
+
+
+def wants_bfloat16(dtype: str, device: torch.device) -> bool:
+    """Whether to train under bfloat16 autocast: when asked to, or by default on a GPU that computes in it natively."""
+    if dtype == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "bfloat16"
+
+
+def enable_recomputation(model: RemoeForCausalLM) -> None:
+    """Recomputes each layer's activations in the backward pass; the method's name depends on transformers' version."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

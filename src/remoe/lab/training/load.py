@@ -1,0 +1,61 @@
+"""Loading a trained model: from a run's folder, from one of its checkpoints, or from any transformers folder."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from remoe.convert.relufy.model import MODEL_TYPE, load_relufied
+from remoe.errors import CheckpointError
+from remoe.lab.data import load_tokenizer
+from remoe.lab.training.checkpoint import check_weights
+from remoe.lab.training.folder import RunFolder, run_of
+from remoe.models.modeling_remoe import RemoeForCausalLM
+
+
+def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase, Path]:
+    """Model (in evaluation mode), tokenizer and checkpoint of a run's folder, or of one of its checkpoints.
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or it cannot be read.
+    """
+    path = Path(path)
+    run = run_of(path) or RunFolder(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist or is not a folder")
+    checkpoint = path if run.path != path else run.last_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run")
+    check_weights(checkpoint)
+    if not (checkpoint / "config.json").is_file() or not run.tokenizer.is_dir():
+        raise CheckpointError(f"{run.path} is incomplete: {checkpoint / 'config.json'} or {run.tokenizer} is missing")
+    try:
+        model = RemoeForCausalLM.from_pretrained(checkpoint)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), load_tokenizer(run.tokenizer), checkpoint
+
+
+def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Model (in evaluation mode), tokenizer and location: of a run or checkpoint, or of any transformers folder.
+
+    Args:
+        path: the folder.
+        hub: whether a path that does not exist is taken as a name on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: when there is no model, or it cannot be loaded.
+        DataError: when its tokenizer cannot be loaded.
+    """
+    name, path = str(path), Path(path)
+    config = path / "config.json"
+    if run_of(path) or not (config.is_file() or (hub and not path.exists())):
+        return load_run(path)
+    loaders = {RemoeForCausalLM.config_class.model_type: RemoeForCausalLM.from_pretrained, MODEL_TYPE: load_relufied}
+    try:
+        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+        model = loaders.get(kind, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
+    except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
+        raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), load_tokenizer(name), path

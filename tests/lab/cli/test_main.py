@@ -1,0 +1,42 @@
+"""The entry point: `remoe`, `python -m remoe`, and what it says when a package is missing."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import remoe
+from remoe.lab.cli.main import main
+
+# Commands, and a package of the lab that each of them needs first.
+NEEDS = [("train", "tyro"), ("plan", "tyro"), ("data check", "rich"), ("train --steps 1", "yaml")]
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "remoe", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"remoe {remoe.__version__}\n")
+
+
+@pytest.mark.parametrize(("command", "package"), NEEDS)
+def test_a_missing_package_is_one_line_that_names_the_extra(command, package):
+    code = f"import sys; sys.modules[{package!r}] = None; from remoe.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    expected = f"remoe: error: this command needs {package}: pip install 'remoe[lab]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_defect(monkeypatch):
+    for name in ("remoe.lab.generation", "remoe.lab.cli.generate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "remoe.lab.generation", None)
+    with pytest.raises(ModuleNotFoundError):
+        main(["generate", "run"])
+
+
+def test_what_is_installed_as_a_command_exists():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["remoe"].partition(":")
+    assert getattr(import_module(module), function) is main
