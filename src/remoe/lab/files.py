@@ -38,7 +38,7 @@ def replacing(path: Path, *, error: type[RemoeError] = DataError) -> Iterator[Pa
     A file replaces the one at `path`. A folder needs `path` to be free or an empty folder. If the block fails,
     nothing changes. Raises `error` if writing fails.
     """
-    # written in a folder of its own, because safetensors leaves a randomly named file beside its own when killed
+    # a separate folder, because safetensors, when killed, leaves a file with a random name next to its own
     workspace = path.with_name(temporary_name(path.name))
     written = workspace / path.name
     with disk_errors(path, error=error):

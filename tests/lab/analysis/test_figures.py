@@ -74,7 +74,7 @@ def test_a_figure_is_saved_as_svg_and_png_and_always_the_same(name, tmp_path):
 
 
 def test_the_last_digit_of_a_layout_does_not_count(tmp_path):
-    """Its solver does not find the same one each time, and the SVG's ids hash positions."""
+    """The layout solver does not always reproduce it, and ids in the SVG hash positions."""
     fig = DRAWINGS["routed_share_by_domain"]()
     figures.save(fig, tmp_path / "first")
     for ax in fig.axes:
@@ -150,7 +150,7 @@ def segments(collection) -> list:
 
 
 def test_losses_that_are_recorded_seldom_in_the_end():
-    """As of a run that went on with another --log-every: no mean lies in its last third."""
+    """Such as those of a run resumed with another --log-every: no mean falls in its last third."""
     steps = [*range(1, 31), 1000]
     fig = figures.training_losses({"a": (steps, [3.0] * 30 + [2.0])}, window=20)
     low, high = fig.axes[1].get_ylim()

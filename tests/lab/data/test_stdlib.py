@@ -1,4 +1,4 @@
-"""The built-in corpus: code without docstrings, docstrings, manual, none of which holds the others' text."""
+"""The built-in corpus: code without docstrings, docstrings and manual, whose texts do not overlap."""
 
 import ast
 import sysconfig

@@ -72,7 +72,7 @@ def test_text_and_shares_are_the_models(run):
     content, trained = content_of(page), open_trained(str(run), None)
     windows = trained.windows("validation")
     share_LE = routed_share(collect(trained.model, windows, None, 8).active_LTE)
-    shown = [_percent(share) if share >= 2 / 8 / 8 else "×" for share in share_LE.flatten().tolist()]  # k G over 8 E G
+    shown = [percent(share) if share >= 2 / 8 / 8 else "×" for share in share_LE.flatten().tolist()]  # k G over 8 E G
     places = [(layer, expert) for layer in range(2) for expert in range(8)]
     assert page.experts == [(*place, share) for place, share in zip(places, shown, strict=True)]
     assert [excerpt["domain"] for excerpt in content["excerpts"]] == ["farm", "town"]
@@ -100,8 +100,8 @@ def test_a_page_needs_no_other_file(run):
 
 def test_no_text_ends_the_script():
     words = "</script><script>alert(1)</script><!--"
-    assert "<" not in _json({"tokens": [words]})
-    assert json.loads(_json({"tokens": [words]})) == {"tokens": [words]}
+    assert "<" not in script_json({"tokens": [words]})
+    assert json.loads(script_json({"tokens": [words]})) == {"tokens": [words]}
 
 
 def test_a_character_of_several_tokens_stands_at_its_last(run):
@@ -228,7 +228,7 @@ def test_a_report_does_not_make_an_old_run_the_newest(run, tmp_path, monkeypatch
 
 
 def test_numbers_have_two_or_three_digits():
-    assert [_percent(share) for share in (0.00391, 0.0351, 0.1249, 1.0)] == ["0.39", "3.5", "12", "100"]
+    assert [percent(share) for share in (0.00391, 0.0351, 0.1249, 1.0)] == ["0.39", "3.5", "12", "100"]
     assert [quantity(number) for number in (7, 50_000, 999_600, 16_129_728)] == ["7", "50000", "1M", "16.1M"]
 
 

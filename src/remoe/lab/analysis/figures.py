@@ -77,7 +77,7 @@ def training_course(
         _step_axis(ax, log_steps)
         label(ax, x="step", y=unit, title=title)
     _sparsity_per_layer(axes[1, 2], runs, look)
-    marks = [Line2D([], [], color=GREY, ls=":", lw=0.9, label="stage III begins")]
+    marks = [Line2D([], [], color=GREY, ls=":", lw=0.9, label="sparse stage begins")]
     if target is not None:
         for ax in (axes[0, 0], axes[1, 2]):
             ax.axhline(target, color=GREY, ls="--", lw=0.9, zorder=1)

@@ -79,7 +79,7 @@
     } else {
       const where = state.layer === ALL ? "summed over all layers" : `in layer ${state.layer}`;
       const mean = found.reduce((a, b) => a + b, 0) / found.length;
-      $("scale").textContent = `Colour: number of experts per token ${where}, ` +
+      $("scale").textContent = `Colour: number of experts per token, ${where}: ` +
         `${mean.toFixed(2)} on average, from ${Math.min(...found)} to ${highest} (strongest colour).`;
     }
   }
@@ -93,7 +93,8 @@
       const row = element("li", undefined, { class: "row" });
       const found = pairs(excerpt, layer, state.token).sort((a, b) => b[1] - a[1]);
       const words = found.map(([expert, gate]) => `${expert} (${gate ?? "not a number"})`).join(", ");
-      row.append(element("span", `layer ${layer}`), element("span", words ? `expert ${words}` : "none"));
+      const noun = found.length > 1 ? "experts" : "expert";
+      row.append(element("span", `layer ${layer}`), element("span", words ? `${noun} ${words}` : "none"));
       list.append(row);
     }
     $("token").replaceChildren(title, list);

@@ -86,7 +86,7 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
         loader=jinja2.PackageLoader("remoe.lab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     c = trained.model.config
     return environment.get_template("page.html").render(
         title=(trained.run.path if trained.run else trained.checkpoint).resolve().name,
@@ -99,14 +99,14 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
         routing=routing,
         inactive_below=inactive_below(experts_per_layer(c), active_per_token(c)),
         pictures=_pictures(trained, step, routing),
-        content=_json(_content(routing, texts)),
+        content=script_json(_content(routing, texts)),
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share in percent with two significant digits; 100 for everything."""
-    percent = 100 * share
-    return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}" if percent >= 0.995 else f"{percent:.2f}"
+    value = 100 * share
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
 
 
 def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, 
     }
 
 
-def _json(content: dict[str, Any]) -> Markup:
+def script_json(content: dict[str, Any]) -> Markup:
     """JSON that cannot end the script element, whatever texts it contains."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))
