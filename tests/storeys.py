@@ -66,7 +66,7 @@ class Package:
 
     def storey(self, name: str) -> str | None:
         """The storey of a dotted name inside the package; None if it belongs to none."""
-        top = (name.split(".") + [""])[1]
+        top = [*name.split("."), ""][1]
         if top and not any(m == f"{self.root}.{top}" for m in self.modules):
             top = ""  # a name defined in the front door itself
         return next((storey for storey, (tops, _) in STOREYS.items() if top in tops), None)
