@@ -10,7 +10,7 @@ from importlib import import_module
 
 from remoe.integrations.auto import register_when_imported
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 
 _HOME = {
     "MoE": "remoe.layer",
