@@ -69,7 +69,7 @@ def prefers_onednn(x: Tensor, columns: int) -> bool:
         and x.numel() * columns >= LEAST_WORK
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _onednn_is_faster()
     )
 

@@ -53,6 +53,9 @@ class CutoffRouter(LinearRouter):
         ConfigError: when k is not in 1..E, or the decay is out of range.
     """
 
+    cutoff_E: Tensor
+    updates: Tensor
+
     def __init__(self, d_model: int, num_experts: int, k: int, decay: float) -> None:
         super().__init__(d_model, num_experts, k)
         if not 0 <= decay < 1:

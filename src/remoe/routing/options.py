@@ -18,7 +18,7 @@ def router_options(router: type[Router]) -> dict[str, inspect.Parameter]:
     for cls in router.__mro__:
         if "__init__" not in vars(cls):
             continue
-        parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()
+        parameters = inspect.signature(vars(cls)["__init__"], eval_str=True).parameters.values()
         for parameter in parameters:
             if parameter.default is not parameter.empty and parameter.name not in SHAPE:
                 found.setdefault(parameter.name, parameter)

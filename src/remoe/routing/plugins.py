@@ -20,7 +20,7 @@ def load_own_routers(files: str) -> None:
     for number, path in enumerate(filter(None, files.split(os.pathsep))):
         before = dict(ROUTERS)
         spec = spec_from_file_location(f"remoe_own_routers_{number}", path)
-        if spec is None or not Path(path).is_file():
+        if spec is None or spec.loader is None or not Path(path).is_file():
             raise ConfigError(f"REMOE_ROUTERS names {path}, which is not a Python file")
         try:
             spec.loader.exec_module(module_from_spec(spec))

@@ -78,8 +78,7 @@ class ReLUNormRouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = x_TD.shape[0] if seq_len is None else seq_len
         if self.penalty == "chunk":
-            sizes = {"seq_len": seq_len, "chunk": self.chunk, "num_tokens": num_tokens}
-            regularizer = chunk_sparsity_loss(open_TE, mask_T, **sizes)
+            regularizer = chunk_sparsity_loss(open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens)
         else:
             regularizer = load_balanced_l1_loss(normed_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
         extra_loss = None

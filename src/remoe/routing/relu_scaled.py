@@ -3,6 +3,8 @@
 Legend: T tokens, D model width, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class ReLUScaledRouter(ReLURouter):
         *,
         penalty: str = "entropy",
         scale_init: float = 0.1,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, k, **options)
         check_choice("penalty", penalty, PENALTIES)

@@ -30,6 +30,8 @@ class SigmoidRouter(LinearRouter):
         ConfigError: when k is not in 1..E, bias_step < 0 or gate_scale <= 0.
     """
 
+    bias_E: Tensor
+
     def __init__(
         self,
         d_model: int,

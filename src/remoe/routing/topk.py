@@ -31,6 +31,8 @@ class TopKRouter(LinearRouter):
         ConfigError: when k or warmup_k is not in 1..E, or the scale is not positive.
     """
 
+    updates: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -55,7 +57,8 @@ class TopKRouter(LinearRouter):
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
         prob_TE = logits_TE.softmax(dim=1)
-        active_TE, k = largest(prob_TE, self.k), self.k
+        active_TE = largest(prob_TE, self.k)
+        k: int | Tensor = self.k
         if self.warmup_k is not None:
             warming = self.updates < self.warmup_steps  # stays on the device: no host sync
             active_TE = active_TE | (largest(prob_TE, self.warmup_k) & warming)

@@ -20,7 +20,7 @@ from remoe.lab.cli.main import main
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.report.contents import POINTS, excerpts, texts_of, thinned
-from remoe.lab.report.page import _json, _percent
+from remoe.lab.report.page import percent, script_json
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
 
