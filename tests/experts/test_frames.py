@@ -41,7 +41,7 @@ def watch(monkeypatch, owner, name):
 
 @pytest.fixture
 def layer():
-    return remoe.MoE(32, 48, 4, 2, experts="cpu", init_std=0.5)
+    return remoe.MoE(32, 48, 4, 2, backend="cpu", init_std=0.5)
 
 
 def test_to_the_compiled_passes(layer, monkeypatch):
@@ -72,7 +72,7 @@ def test_to_the_products_of_the_fallback(layer, monkeypatch):
 def test_to_the_products_of_grouped(monkeypatch):
     resolve_backend("grouped", "cpu", torch.float32, 32, 48)
     ways = watch(monkeypatch, torch.nn.functional, "grouped_mm")
-    remoe.MoE(32, 48, 4, 2, experts="grouped", init_std=0.5)(torch.randn(64, 32))
+    remoe.MoE(32, 48, 4, 2, backend="grouped", init_std=0.5)(torch.randn(64, 32))
     check(ways)
 
 
@@ -94,6 +94,6 @@ def test_to_a_launch_of_triton(monkeypatch):
     monkeypatch.setattr("remoe.experts.triton.plan.place_pairs", Recorded())
     monkeypatch.setattr(backend, "device_tiles", lambda *_: (launch.TILES["small"], 132))
     monkeypatch.setattr("remoe.experts.module.resolve_backend", lambda *_: "triton")  # without a GPU
-    remoe.MoE(32, 48, 4, 2, experts="triton", init_std=0.5)(torch.randn(64, 32))
+    remoe.MoE(32, 48, 4, 2, backend="triton", init_std=0.5)(torch.randn(64, 32))
     assert len(ways) == 5
     check(ways)

@@ -132,7 +132,7 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(f"experts are SwiGLU: hidden_act must be 'silu', not {self.hidden_act!r}")
         check_choice("router", self.router, ROUTERS)
         check_choice("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS)
-        check_backend(self.backend)
+        self.backend = check_backend(self.backend)
         check_choice("sparsity rule", self.sparsity["rule"], RULES)
         if unknown := self.sparsity.keys() - SPARSITY.keys():
             raise ConfigError(f"sparsity has no {', '.join(sorted(unknown))}; it has: {', '.join(SPARSITY)}")

@@ -15,7 +15,6 @@ from remoe.lab.analysis.style import quantity
 from remoe.lab.data import ValidationWindows
 from remoe.lab.evaluation.trained import Trained
 from remoe.lab.training.metrics import read_metrics
-from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.plan import parameters
 
 if TYPE_CHECKING:
@@ -41,16 +40,6 @@ class Excerpt:
     domain: str
     tokens: list[str]
     gates: list[list[list[float | None]]]
-
-
-def experts_per_layer(config: RemoeConfig) -> int:
-    """E G: the experts of a layer, counting the smaller ones that granularity G makes."""
-    return config.num_experts * config.granularity
-
-
-def active_per_token(config: RemoeConfig) -> int:
-    """k G: the target number of active experts per token and layer."""
-    return config.num_experts_per_tok * config.granularity
 
 
 def excerpts(trained: Trained, windows: ValidationWindows, length: int) -> list[Excerpt]:
@@ -103,7 +92,7 @@ def facts(trained: Trained, step: int | None) -> dict[str, str]:
     found = {"router": c.router}
     if c.routes_pairs:
         found["experts"] = (
-            f"{c.num_hidden_layers} layers of {experts_per_layer(c)}; target: {active_per_token(c)} per token"
+            f"{c.num_hidden_layers} layers of {c.experts_per_layer}; target: {c.active_per_token} per token"
         )
     if c.shared_expert_size:
         found["shared expert"] = f"width {c.shared_expert_size}, used by every token"
@@ -119,7 +108,7 @@ def facts(trained: Trained, step: int | None) -> dict[str, str]:
             found["validation loss"] = f"{everything['loss']:.4f} nats per token"
             if c.routes_pairs:
                 found["validation sparsity"] = (
-                    f"{everything['sparsity']:.4f} (target: {1 - active_per_token(c) / experts_per_layer(c):.4g})"
+                    f"{everything['sparsity']:.4f} (target: {1 - c.active_per_token / c.experts_per_layer:.4g})"
                 )
     return found
 

@@ -24,9 +24,7 @@ from remoe.lab.evaluation.trained import Trained, open_trained
 from remoe.lab.files import atomic_write
 from remoe.lab.report.contents import (
     Excerpt,
-    active_per_token,
     excerpts,
-    experts_per_layer,
     facts,
     thinned,
     training_records,
@@ -67,7 +65,7 @@ def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: i
         batch_size = max(1, BATCH_TOKENS // windows.seq_len)
         record = collect(trained.model, windows, max_tokens, batch_size)
         routing = routing_of(
-            record, active_per_token(trained.model.config), lambda token: trained.tokenizer.decode([token])
+            record, trained.model.config.active_per_token, lambda token: trained.tokenizer.decode([token])
         )
         texts = excerpts(trained, windows, excerpt_tokens)
     atomic_write(out, _page(trained, step, routing, texts).encode())
@@ -93,11 +91,11 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
         facts=facts(trained, step),
         config=c,
         steered=c.steered and c.sparsity_rule != "none",
-        experts=experts_per_layer(c),
-        target=active_per_token(c),
+        experts=c.experts_per_layer,
+        target=c.active_per_token,
         chunk=CHUNK,
         routing=routing,
-        inactive_below=inactive_below(experts_per_layer(c), active_per_token(c)),
+        inactive_below=inactive_below(c.experts_per_layer, c.active_per_token),
         pictures=_pictures(trained, step, routing),
         content=script_json(_content(routing, texts)),
     )
@@ -129,7 +127,7 @@ def script_json(content: dict[str, Any]) -> Markup:
 def _pictures(trained: Trained, step: int | None, routing: RoutingSummary | None) -> dict[str, str]:
     """Those figures that the run and the model have data for, as data URLs, by name."""
     c = trained.model.config
-    experts, active = experts_per_layer(c), active_per_token(c)
+    experts, active = c.experts_per_layer, c.active_per_token
     drawn: dict[str, Figure] = {}
     if routing is not None:
         if routing.figures.frequency_correlation is not None:

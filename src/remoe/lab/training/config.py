@@ -329,15 +329,21 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
     `model.experts_backend` became `model.backend`; `model.load_balance` and `model.max_experts_per_token` became
     options of the router. An old name with its default value is dropped, so `values` must be complete: merge a base
-    with what is laid over it first. An option under its new name takes precedence.
+    with what is laid over it first. An option under its new name takes precedence. Backend "loop" became "cpu".
     """
     model = values.get("model")
-    if not isinstance(model, dict) or not model.keys() & RENAMED.keys():
+    if not isinstance(model, dict):
+        return values
+    if model.get("backend") == "loop":
+        model = {**model, "backend": "cpu"}
+        values = {**values, "model": model}
+    if not model.keys() & RENAMED.keys():
         return values
     old = {name: value for name, value in model.items() if value != RENAMED.get(name, value)}
     model = {name: value for name, value in model.items() if name not in RENAMED}
     if "experts_backend" in old:
-        model.setdefault("backend", old.pop("experts_backend"))
+        backend = old.pop("experts_backend")
+        model.setdefault("backend", "cpu" if backend == "loop" else backend)
     if "load_balance" in old and not _has_option(str(values.get("router", "relu")), "load_balance"):
         del old["load_balance"]  # 0.1.0 ignored it for such routers
     given = values.get("router_options") or {}
