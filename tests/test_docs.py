@@ -55,7 +55,8 @@ def commands(page):
 
 def rows(page, heading):
     """Cells of the rows of the first table under a heading."""
-    table = re.search(r"^\|.*?(?=\n\n|\Z)", f"\n{PAGES[page]}".split(f"\n{heading}\n")[1], flags=re.DOTALL | re.MULTILINE)
+    below = f"\n{PAGES[page]}".split(f"\n{heading}\n")[1]
+    table = re.search(r"^\|.*?(?=\n\n|\Z)", below, flags=re.DOTALL | re.MULTILINE)
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[0].splitlines()[2:]]
 
 
@@ -84,9 +85,11 @@ def parsed(argv, monkeypatch):
     def stop(*args, **kwargs):
         raise Parsed(parse(*args, **kwargs))
 
-    with monkeypatch.context() as patch, pytest.raises(Parsed) as caught:
+    command = getattr(module, COMMANDS[name][1])
+    with monkeypatch.context() as patch:
         patch.setattr(module, "parse", stop)
-        getattr(module, COMMANDS[name][1])(argv[len(name.split()) :])
+        with pytest.raises(Parsed) as caught:
+            command(argv[len(name.split()) :])
     return caught.value.args[0]
 
 
