@@ -58,7 +58,7 @@ def upcycle(
     About k of E experts are active from the first step, beside the dense layer. Without `keep_dense` the model has the
     dense one's active size in the end. But all its experts are active at first, so that a step costs as much as a dense
     model with a feed-forward layer E times as wide, and the penalty has to close experts while they part: a fine-tuning
-    of 300 steps failed at that (docs/huggingface.md).
+    of 300 steps failed at that (docs/guides/convert.md).
 
     Args:
         dense: a causal language model of transformers' type llama, mistral, qwen2 or qwen3. It is not changed.

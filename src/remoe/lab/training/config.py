@@ -153,7 +153,7 @@ NamedValues = Annotated[
 class TrainConfig:
     """Train a ReMoE language model. Without any flags: a small model, on the source code of Python's standard library.
 
-    The defaults shown are those of --preset tiny. docs/guide.md lists those of the other presets. Flags take precedence
+    The defaults shown are those of --preset tiny. docs/guides/train.md lists those of the other presets. Flags take precedence
     over the file given with --config, and that file over the preset.
     """
 
@@ -172,7 +172,7 @@ class TrainConfig:
     hash, lory, dense or dense_wide."""
     router_options: NamedValues = field(default_factory=dict)
     """Options of the router as names and values, for example `--router-options max_experts_per_token 4 load_balance
-    false` with relu, or `warmup_k 6 warmup_steps 100` with topk. docs/guide.md lists the options of each router."""
+    false` with relu, or `warmup_k 6 warmup_steps 100` with topk. docs/routers.md lists the options of each router."""
     num_experts: int = 8
     """Number of experts E per layer, before the split by granularity."""
     k: int = 1
