@@ -153,8 +153,8 @@ NamedValues = Annotated[
 class TrainConfig:
     """Train a ReMoE language model. Without any flags: a small model, on the source code of Python's standard library.
 
-    The defaults shown are those of --preset tiny. docs/guides/train.md lists those of the other presets. Flags take precedence
-    over the file given with --config, and that file over the preset.
+    The defaults shown are those of --preset tiny. docs/guides/train.md lists those of the other presets. Flags take
+    precedence over the file given with --config, and that file over the preset.
     """
 
     preset: str = "tiny"
