@@ -39,7 +39,7 @@ FIGURES = 4  # variants drawn if the file names none
 
 # Options that version 0.1.0 had elsewhere: today's name, and the old default. A run's key hashes the names and values
 # of 0.1.0, so that the runs and records of 0.1.0 are found.
-RENAMED: dict[str, tuple[str, Any]] = {
+FORMER_NAMES: dict[str, tuple[str, Any]] = {
     "model.experts_backend": ("model.backend", "auto"),
     "model.load_balance": ("router_options.load_balance", True),
     "model.max_experts_per_token": ("router_options.max_experts_per_token", None),
@@ -268,7 +268,7 @@ def _check_options(options: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown option {name!r}; perhaps {group}: {{{last}: ...}}")
     known = {*_names(TrainConfig().to_dict())}
     for name in _names(options):
-        if name not in known and name not in RENAMED:
+        if name not in known and name not in FORMER_NAMES:
             raise ConfigError(f"{source}: unknown option {name!r}{_perhaps(name, known - RESERVED.keys())}")
 
 
@@ -316,13 +316,13 @@ def _run(experiment: Experiment, name: str, point: Point, seed: int) -> RunSpec:
 
 def _check_spelling(options: dict[str, Any], source: str) -> None:
     given = dict(flatten(options))
-    for old, (new, _) in RENAMED.items():
+    for old, (new, _) in FORMER_NAMES.items():
         if old in given and new in given:
             raise ConfigError(f"{source}: {old} is the former name of {new}; set only the latter")
 
 
 def key_of(config: TrainConfig) -> str:
-    """The key of a run with these options, the same as in version 0.1.0 (see RENAMED)."""
+    """The key of a run with these options, the same as in version 0.1.0 (see FORMER_NAMES)."""
     return _hash(_named_in_0_1_0(config))
 
 
@@ -335,7 +335,7 @@ def other_keys_of(config: TrainConfig) -> list[str]:
     values, keys = _named_in_0_1_0(config), []
     moved = {
         old: new
-        for old, (new, _) in RENAMED.items()
+        for old, (new, _) in FORMER_NAMES.items()
         if new.startswith("router_options.") and new.partition(".")[2] in config.router_options
     }
     if moved:
@@ -348,10 +348,10 @@ def other_keys_of(config: TrainConfig) -> list[str]:
 
 def _named_in_0_1_0(config: TrainConfig) -> dict[str, Any]:
     """The options that the key depends on, under the names that they had in version 0.1.0."""
-    names = {new: old for old, (new, _) in RENAMED.items()}
+    names = {new: old for old, (new, _) in FORMER_NAMES.items()}
     preset = flatten(config_from_dict({"preset": config.preset}, "preset").to_dict())
     defaults = {names.get(name, name): value for name, value in preset}
-    defaults |= {old: default for old, (_, default) in RENAMED.items()}
+    defaults |= {old: default for old, (_, default) in FORMER_NAMES.items()}
     router = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
     floats = {f"router_options.{name}" for name, option in router.items() if option.annotation is float}
     values = {name: getattr(config, name) for name in ("preset", "router", "steps", "seed")}
@@ -376,7 +376,7 @@ def _label(config: TrainConfig, own: dict[str, Any]) -> str:
     parts = [config.preset, config.router]
     for name, given in flatten(own):
         if name not in ("preset", "router"):
-            today = RENAMED.get(name, (name,))[0]
+            today = FORMER_NAMES.get(name, (name,))[0]
             parts.append(_word(name.rpartition(".")[2], values.get(today, values.get(name, given))))
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join(parts))
     return f"{label[:LABEL_LENGTH]}-seed{config.seed}"

@@ -19,7 +19,7 @@ import torch
 from remoe.errors import ConfigError
 from remoe.lab.analysis.collect import RoutingRecord, collect
 from remoe.lab.analysis.summary import RoutingFigures, RoutingSummary, rounded, routing_of
-from remoe.lab.compare.experiment import RENAMED
+from remoe.lab.compare.experiment import FORMER_NAMES
 from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.training.config import TrainConfig, changes_result, flatten
@@ -306,8 +306,8 @@ def todays_names(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     router = options.get("router")
     known = router_options(ROUTERS[router]) if router in ROUTERS else {}
-    found = {name: value for name, value in options.items() if name not in RENAMED}
-    for old, (new, default) in RENAMED.items():
+    found = {name: value for name, value in options.items() if name not in FORMER_NAMES}
+    for old, (new, default) in FORMER_NAMES.items():
         group, _, name = new.partition(".")
         has_option = group != "router_options" or name in known
         if old in options and has_option and found.get(new, default) == default:
