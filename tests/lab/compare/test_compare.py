@@ -17,6 +17,7 @@ from remoe.lab.cli.main import main
 from remoe.lab.compare.experiment import load_experiment
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
+from remoe.lab.compare.record import RecordFolder
 from remoe.lab.compare.runner import Worker, workers_on
 from remoe.lab.data import open_dataset
 from remoe.lab.training.metrics import read_metrics
@@ -47,7 +48,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert main([*command, "--list"]) == 0
     out = capfd.readouterr().out
     assert "·" in out
-    assert out.endswith("0 of 3 runs finished; equal FLOPs asks for up to 2 more\n")
+    assert out.endswith("0 of 3 runs finished; equal FLOPs needs up to 2 more\n")
     figures = tmp_path / "out" / "figures"
     figures.mkdir(parents=True)
     for name in ("routed-share-by-domain-gone.png", "routed-share-by-domain-gone.svg", "mine.png"):
@@ -68,11 +69,12 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert topk["flip_rate"] > 0
     assert found["missing"] == []
     report = (tmp_path / "out" / "results.md").read_text()
+    page = (tmp_path / "out" / "figures.md").read_text()
     for name in ("loss-equal-tokens", "flips", "routed-share", "active-against-frequency", "training-course"):
-        assert f"figures/{name}.png" in report
+        assert f"figures/{name}.png" in page
         assert (tmp_path / "out" / "figures" / f"{name}.svg").stat().st_size > 0
-    assert "topk, seed 0: tokens that each expert takes most surely" in report
-    assert [path.name for path in figures.iterdir() if path.stem not in report] == ["mine.png"]
+    assert "topk, seed 0: tokens with the highest share in each expert" in report
+    assert [path.name for path in figures.iterdir() if path.stem not in page] == ["mine.png"]
     assert len(list(figures.glob("*.png"))) - 1 == len(list(figures.glob("*.svg"))) > 5
     finished = list((tmp_path / "pool").glob("*/summary.json"))
     assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
@@ -93,6 +95,28 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert not list((tmp_path / "pool").glob("*.log"))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     assert (tmp_path / "out" / "results.md").read_text() == report
+    assert [path.name for path in records.iterdir()] == ["trial.jsonl.xz"]
+
+    content = (records / "trial.jsonl.xz").read_bytes()  # enough without the data
+    shutil.rmtree(tmp_path / "out")
+    without = [
+        "compare",
+        str(path),
+        "--pool",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    assert main([*without, "--records", str(records), "--report-only"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    assert (tmp_path / "out" / "results.md").read_text() == report
+    assert (records / "trial.jsonl.xz").read_bytes() == content
+    assert not (tmp_path / "none").exists()
+    capfd.readouterr()
+    assert main([*without, "--records", str(records), "--list"]) == 0
+    assert re.search(r"(\d+) of \1 runs finished", capfd.readouterr().out)
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
@@ -111,18 +135,20 @@ def test_a_finished_run_without_a_record_gets_one(corpus, tmp_path, capfd):
     path = write_experiment(tmp_path, seeds=[0, 1], variants={"topk": {"router": "topk"}})
     command = arguments(path, corpus, tmp_path)
     assert main(command) == 0
-    records = list((tmp_path / "pool").glob("*.json"))
-    assert len(records) == 2
-    for record in records:
-        record.unlink()
+    files = list((tmp_path / "pool").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        file.unlink()
     capfd.readouterr()
-    assert main([*command, "--records", str(tmp_path / "records")]) == 0
-    assert f"records: {tmp_path / 'records'} is new: no finished runs in it\n" in capfd.readouterr().out
-    assert len(list((tmp_path / "records").glob("*.json"))) == 2
-    shutil.rmtree(tmp_path / "pool" / records[0].stem / "checkpoints")
-    (tmp_path / "records" / records[0].name).unlink()
+    records = tmp_path / "records"
+    assert main([*command, "--records", str(records)]) == 0
+    assert f"records: {records} is new; it has no finished runs\n" in capfd.readouterr().out
+    assert sorted(RecordFolder(records).names()) == sorted(file.stem for file in files)
+    shutil.rmtree(tmp_path / "pool" / files[0].stem / "checkpoints")
+    shutil.rmtree(records)
+    records.mkdir()
     capfd.readouterr()
-    assert main([*command, "--records", str(tmp_path / "records")]) == 1
+    assert main([*command, "--records", str(records)]) == 1
     out = capfd.readouterr().out
     assert "no record: " in out
     assert "is new" not in out
@@ -310,10 +336,13 @@ def test_bad_input_is_one_line(corpus, tmp_path, capsys):
     path = write_experiment(tmp_path)
     for flags, message in (
         (["compare", str(tmp_path / "none.yaml")], "cannot read experiment"),
-        (["compare", str(path), "--data", "x", "--corpus", "y"], "do not go together"),
+        (["compare", str(path), "--data", "x", "--corpus", "y"], "cannot be combined"),
         (["compare", str(path), "--data", str(tmp_path / "none")], "none"),
         ([*arguments(path, corpus, tmp_path)[:-4], "--out", str(path)], "is not a folder"),
-        ([*arguments(path, corpus, tmp_path), "--report-only", "--tasks", "piqa"], "leave it out with --list and"),
+        (
+            [*arguments(path, corpus, tmp_path), "--report-only", "--tasks", "piqa"],
+            "cannot be combined with --list or --report-only",
+        ),
         ([*arguments(path, corpus, tmp_path), "--report-only"], "is finished yet"),
         (["compare", str(path), "--corpus", str(tmp_path / "none"), "--pool", str(tmp_path / "p")], "none"),
         # found before any text is read

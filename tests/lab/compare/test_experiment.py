@@ -46,6 +46,26 @@ def test_a_key_names_what_is_computed_and_nothing_else():
     assert key(router_options={"gate_scale": 2}) == key(router_options={"gate_scale": 2.0})
 
 
+def test_keys_are_those_of_0_1_0_under_todays_names_and_under_the_former_ones():
+    """The first eight digits, as 0.1.0 computed them."""
+    plain = "e4fb6a74"
+    model = {"load_balance": False, "max_experts_per_token": 4}
+    for base, key in (
+        ({"model": model}, "0b5ae823"),
+        ({"router_options": model}, "0b5ae823"),
+        ({"router_options": {"load_balance": True, "max_experts_per_token": None}}, plain),
+        ({"model": {"experts_backend": "loop"}}, "0f3c318c"),
+        ({"model": {"experts_backend": "auto"}}, plain),
+    ):
+        run = experiment(base=base).runs[0]
+        assert run.key[:8] == key, base
+    labels = [
+        experiment(variants={"relu": options}).runs[0].label
+        for options in ({"model": model}, {"router_options": model})
+    ]
+    assert labels == ["tiny-relu-no_load_balance-max_experts_per_token4-seed0"] * 2
+
+
 def test_everything_has_a_default():
     found = experiment()
     assert (found.title, found.reference, found.points, found.figures) == ("trial", "relu", [()], ["relu", "topk"])
@@ -59,14 +79,14 @@ def test_everything_has_a_default():
         ({"variants": ["relu"]}, "trial.yaml: variants must be a mapping, name: {options}"),
         ({"variants": {"relu": 3}}, "trial.yaml: variants.relu: variants must be a mapping, name: {options}"),
         ({"sedes": [1]}, "trial.yaml: sedes: unknown key; perhaps seeds"),
-        ({"seeds": [1, 1]}, "each of them once"),
+        ({"seeds": [1, 1]}, "only once"),
         ({"seeds": "many"}, "trial.yaml: seeds must be a list of whole numbers"),
         ({"seeds": [0, "one"]}, "trial.yaml: seeds.1: seeds must be a list of whole numbers"),
         ({"base": [1]}, "trial.yaml: base must be a mapping of options"),
         ({"axes": {"k": 1}}, "trial.yaml: axes.k: axes must be a mapping, option: [values]"),
-        ({"reference": "dense"}, "trial.yaml: reference: 'dense' is none of the variants: relu, topk"),
-        ({"figures": ["hash"]}, "trial.yaml: figures: 'hash' is none of the variants"),
-        ({"figures": ["topkk"]}, "trial.yaml: figures: 'topkk' is none of the variants; perhaps topk"),
+        ({"reference": "dense"}, "trial.yaml: reference: 'dense' is not one of the variants: relu, topk"),
+        ({"figures": ["hash"]}, "trial.yaml: figures: 'hash' is not one of the variants"),
+        ({"figures": ["topkk"]}, "trial.yaml: figures: 'topkk' is not one of the variants; perhaps topk"),
         ({"base": {"out": "x"}}, "out cannot be set here: use --pool"),
         ({"base": {"seed": 1}}, "seed cannot be set here: use seeds"),
         ({"base": {"lr": 1}}, "trial.yaml: base: unknown option 'lr'; perhaps optim.lr"),
@@ -76,14 +96,18 @@ def test_everything_has_a_default():
         ({"base": {"optim.lr": 1}}, "trial.yaml: base: unknown option 'optim.lr'; perhaps optim: {lr: ...}"),
         ({"base": {"steps": "ten"}}, "steps"),
         ({"base": {"batch_size": 10, "micro_batch_size": 3}}, "tiny-relu-seed0: --micro-batch-size 3 does not divide"),
-        ({"axes": {"num_experts": []}}, "needs values"),
+        ({"axes": {"num_experts": []}}, "needs at least one value"),
         ({"axes": {"experts": [1]}}, "trial.yaml: axes: unknown option 'experts'; perhaps num_experts"),
         ({"axes": {"xyz": [1]}}, "trial.yaml: axes: unknown option 'xyz'"),
         ({"axes": {"vocab_size": [300, 400]}}, "vocab_size must be the same"),
         ({"variants": {"relu": {"router": "relu", "data": "x"}}}, "variant relu: data cannot be set here"),
         ({"variants": {"relu": {"ruoter": "relu"}}}, "variant relu: unknown option 'ruoter'; perhaps router"),
-        ({"variants": {"relu/paper": {}}}, "variant 'relu/paper': only letters"),
+        ({"variants": {"relu/paper": {}}}, "variant 'relu/paper': a name has only letters"),
         ({"axes": {"router_options": [{"gate_scale": 2.0}]}}, "axes: router_options needs plain values"),
+        (
+            {"base": {"router_options": {"load_balance": True}, "model": {"load_balance": False}}},
+            "model.load_balance is the former name of router_options.load_balance",
+        ),
     ],
 )
 def test_mistakes_are_named(given, message):
@@ -98,7 +122,7 @@ def test_numbers_are_numbers_in_any_notation(tmp_path):
     path.write_text("variants: {a: {}}\naxes: {optim.lr: [1e-3, 2E-3, 3.0e-3, .004]}\n")
     assert load_experiment(path).axes == {"optim.lr": [1e-3, 2e-3, 3e-3, 4e-3]}
     path.write_text("variants: {a: {}}\naxes: {optim.lr: [1e-3, 0.001]}\n")
-    with pytest.raises(ConfigError, match="each of them once"):
+    with pytest.raises(ConfigError, match="only once"):
         load_experiment(path)
 
 

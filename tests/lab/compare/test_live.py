@@ -12,12 +12,12 @@ from remoe.lab.console import Console, duration
 
 def test_the_list_counts_runs_and_those_that_may_follow(trial, pool):
     live = Live(trial, pool)
-    assert live.count() == "0 of 7 runs finished; equal FLOPs asks for up to 4 more"
+    assert live.count() == "0 of 7 runs finished; equal FLOPs needs up to 4 more"
     flops = {"relu": 1100.0, "topk": 1000.0, "near": 1092.0, "wide": 9000.0}
     for run in trial.runs:
         if run.seed == 0:
             finish(pool, run, 4.0, flops[run.variant])
-    assert live.count() == "4 of 8 runs finished; equal FLOPs asks for up to 2 more"  # topk again, near not
+    assert live.count() == "4 of 8 runs finished; equal FLOPs needs up to 2 more"  # topk again, near not
 
 
 def test_rows_are_told_apart_in_a_narrow_terminal(pool):

@@ -1,7 +1,9 @@
 """The pool of runs: what counts as finished, and what becomes of a record."""
 
 import json
+import shutil
 import sys
+import tarfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,9 +12,9 @@ import yaml
 from finished_run import EXPERIMENT, finish, whole
 
 from remoe.errors import ConfigError
-from remoe.lab.compare.experiment import experiment_from_dict
+from remoe.lab.compare.experiment import experiment_from_dict, load_experiment
 from remoe.lab.compare.pool import Pool, Tasks
-from remoe.lab.compare.record import RunRecord, options_of
+from remoe.lab.compare.record import DataDescription, RunRecord, options_of
 from remoe.lab.training.folder import RunFolder
 
 
@@ -48,10 +50,10 @@ def test_half_a_summary_is_no_summary_and_other_defaults_are_refused(trial, pool
     config = run.config.to_dict()
     config["optim"]["beta2"] = 0.5  # as if the preset had had this when the run was made
     folder.config.write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
+    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, but 0.95 is requested"):
         pool.summary(run)
     folder.summary.unlink()
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
+    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, but 0.95 is requested"):
         pool.state(run)
 
 
@@ -63,7 +65,7 @@ def test_a_run_is_the_same_whether_its_type_is_said_or_its_devices_own(said, gpu
     for anywhere in (Pool(tmp_path, "fingerprint"), Pool(tmp_path, "fingerprint", bfloat16=True)):
         assert anywhere.summary(explicit)["validation_loss"] == 4.0
     one.folder(trial.runs[0]).summary.unlink()
-    with pytest.raises(ConfigError, match=f"trained with dtype auto, now {said} is asked for"):
+    with pytest.raises(ConfigError, match=f"trained with dtype auto, but {said} is requested"):
         one.state(explicit)  # unfinished, it would go on with what auto means on another device
     assert Pool(tmp_path, "fingerprint", bfloat16=not gpu).state(trial.runs[0]) == "not started"  # another result
 
@@ -83,22 +85,73 @@ def test_a_record_stands_for_its_run_and_may_lack_an_option_that_came_later(tria
     assert Pool(tmp_path / "other", "fingerprint", records).summary(run) == {"validation_loss": 4.0}
     for damaged in (json.dumps(later)[:60], "{}", "[]"):
         path.write_text(damaged)
-        with pytest.raises(ConfigError, match="not a whole record"):
+        with pytest.raises(ConfigError, match="not a complete record"):
             Pool(tmp_path / "other", "fingerprint", records).summary(run)
     RunRecord(options, {"validation_loss": 4.0}, {}, None, data="other").save(path)
     with pytest.raises(ConfigError, match="is the record of a run on other data"):
         Pool(tmp_path / "other", "fingerprint", records).summary(run)
     RunRecord(options | {"optim.beta2": 0.5}, {}, {}, None).save(path)
-    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, now 0.95 is asked for"):
+    with pytest.raises(ConfigError, match=r"trained with optim.beta2 0.5, but 0.95 is requested"):
         Pool(tmp_path / "other", "fingerprint", records).summary(run)
 
 
-def test_an_old_record_with_the_routers_default_in_place_of_the_models_option_is_taken(pool):
-    asked = {"base": {"model": {"load_balance": False}}, "variants": {"relu": {}}}
-    (run,) = experiment_from_dict(asked, "x", "x").runs
-    old = options_of(run.config) | {"router_options.load_balance": True}
-    RunRecord(old, {"validation_loss": 4.0}, {}, None).save(pool.record_file(run))
+@pytest.mark.parametrize("effective", [{"model.load_balance": False}, {"router_options.load_balance": False}])
+def test_a_record_of_0_1_0_is_compared_by_the_option_that_counted(pool, effective):
+    """The other of the two old options has its default."""
+    (run,) = experiment_from_dict({"variants": {"relu": {"router_options": {"load_balance": False}}}}, "x", "x").runs
+    old = {name: value for name, value in options_of(run.config).items() if "load_balance" not in name}
+    old |= {"model.load_balance": True, "router_options.load_balance": True, "model.experts_backend": "auto"}
+    write_old(pool.record_file(run), old | effective)
     assert pool.summary(run) == {"validation_loss": 4.0}
+    write_old(pool.record_file(run), old)
+    with pytest.raises(ConfigError, match=r"trained with router_options.load_balance True, but False is requested"):
+        Pool(pool.path, "fingerprint").summary(run)
+
+
+def write_old(path, options):
+    """A record as 0.1.0 wrote it."""
+    old = {"options": options, "summary": {"validation_loss": 4.0}, "course": {}, "routing": None}
+    path.write_text(json.dumps(old))
+
+
+@pytest.fixture(scope="module")
+def fixture_0_1_0(pytestconfig, tmp_path_factory):
+    """The experiment and the records of version 0.1.0."""
+    folder = tmp_path_factory.mktemp("version-0.1.0")
+    with tarfile.open(pytestconfig.rootpath / "tests" / "fixtures" / "version-0.1.0.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_records_of_0_1_0_are_found_loose_and_packed(fixture_0_1_0, tmp_path):
+    experiment = load_experiment(fixture_0_1_0 / "experiment.yaml")
+    records = tmp_path / "records"
+    shutil.copytree(fixture_0_1_0 / "records", records)
+    files = sorted(records.glob("*.json"))
+    data = json.loads(files[0].read_text())["data"]
+    for packed in (False, True):
+        pool = Pool(tmp_path / "pool", data, records)
+        runs = [run for run in experiment.runs if pool.has_record(run)]
+        assert {pool.record_name(run) for run in runs} == {path.stem for path in files}
+        assert {run.variant for run in runs} >= {"relu", "capped"}  # capped sets model.load_balance
+        if not packed:
+            description = DataDescription(data, ["a"], 1, 1)
+            pool.records.pack("old", [path.stem for path in files], description)
+    assert [path.name for path in records.iterdir()] == ["old.jsonl.xz"]
+
+
+@pytest.mark.parametrize(
+    ("router", "hashed"), [("relu", "7a7494ec"), ("relu", "f83fa2af"), ("topk", "fd565ea4"), ("topk", "0530cc65")]
+)
+def test_a_run_is_found_by_each_hash_that_0_1_0_gave_it(pool, router, hashed):
+    """With relu's options on the model and on the router; topk without and with the option that it ignored."""
+    relu = {"router_options": {"load_balance": False, "max_experts_per_token": 4}}
+    (run,) = experiment_from_dict(
+        {"variants": {"x": {"router": router} | (relu if router == "relu" else {})}}, "x", "x"
+    ).runs
+    write_old(pool.path / f"any-{hashed}.json", options_of(run.config))
+    assert pool.record_name(run) == f"any-{hashed}"
+    assert pool.has_record(run)
 
 
 def test_a_record_counts_whatever_an_unfinished_folder_is_called(tmp_path):
@@ -110,9 +163,8 @@ def test_a_record_counts_whatever_an_unfinished_folder_is_called(tmp_path):
         pool.folder(begun.runs[0]).path.mkdir(parents=True)
         elsewhere = Pool(tmp_path / f"elsewhere-{label}", "data")
         finish(elsewhere, ended.runs[0], 4.0, 1.0)
-        pool.records.mkdir()
-        whole(elsewhere, ended.runs[0]).save(pool.records / elsewhere.record_file(ended.runs[0]).name)
-        known = Pool(pool.path, "data", pool.records)
+        pool.records.save(elsewhere.record_name(ended.runs[0]), whole(elsewhere, ended.runs[0]))
+        known = Pool(pool.path, "data", pool.records.path)
         assert known.state(begun.runs[0]) == "finished"
         assert known.folder(begun.runs[0]).path.exists()
 

@@ -83,7 +83,7 @@ def test_a_task_that_fails_leaves_the_record(two, monkeypatch):
     monkeypatch.setattr(live, "failed", lambda run, why: failed.append(why))
     monkeypatch.setattr(Pool, "add_tasks", add_tasks)
     train_missing(experiment, pool, None, WORKERS[:1], live)
-    assert failed == ["not all tasks: task piqa: no file"] * 2
+    assert failed == ["some tasks are missing: task piqa: no file"] * 2
     assert all(pool.record_file(run).exists() for run in experiment.runs)
 
 

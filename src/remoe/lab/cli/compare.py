@@ -12,7 +12,9 @@ from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.training.config import NamedValues
 
 if TYPE_CHECKING:
+    from remoe.lab.compare.experiment import Experiment
     from remoe.lab.compare.pool import Tasks
+    from remoe.lab.compare.record import DataDescription
     from remoe.lab.data import Dataset
 
 PROG = "remoe compare"
@@ -20,60 +22,62 @@ PROG = "remoe compare"
 
 @dataclass
 class CompareOptions:
-    """Train a matrix of runs (routers, seeds, sizes, anything) from one file, and compare them.
+    """Train a matrix of runs (routers, seeds, sizes or any other option) from one file, and compare them.
 
-    At equal tokens, and at equal training FLOPs: a run that spends more or less than the reference is trained again for
-    as many steps as cost the same. Whatever stops it, the same command goes on and repeats nothing. Several processes,
-    of several machines too where they see one folder, may work on one pool.
+    Runs are compared at equal tokens and at equal training FLOPs: a run that used more or fewer FLOPs than the
+    reference is trained again, for the number of steps with the same FLOPs. After an interruption, the same command
+    continues and repeats nothing. Several processes may share a pool, also on several machines with one file system.
     """
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
-    """YAML file: variants (name: options of `remoe train`), and if wanted title, base (options of all), seeds,
-    reference, axes (option: values), equal_flops, figures; see experiments/."""
+    """YAML file with variants (name: options of `remoe train`) and optionally title, base (options of all), seeds,
+    reference, axes (option: values), equal_flops and figures; for examples see experiments/."""
     corpus: str | None = None
-    """Text to prepare: a folder with train/ and validation/, or anything that `remoe data prepare` takes. By default
-    the standard library."""
+    """Text to prepare: a folder with train/ and validation/, or any source of `remoe data prepare`. Default: Python's
+    standard library."""
     data: str | None = None
     """Folder written by `remoe data prepare`, instead of --corpus."""
     out: str | None = None
-    """Where results.md, results.json and figures/ go; by default runs/compare/NAME."""
+    """Folder for results.md, results.json, figures.md and figures/. Default: runs/compare/NAME."""
     pool: str = "runs/pool"
-    """Folder of the runs; experiments that share it share runs too."""
+    """Folder of the runs; experiments that share it share runs."""
     records: str | None = None
-    """Folder of the finished runs' records, a JSON file each (options, figures, course, routing); the pool by default.
-    A run with a record is not trained again, wherever it was trained."""
+    """Folder for the records of finished runs (options, summary, curves, routing). A run with a record is not trained
+    again, wherever it was trained. When tables are written, the records of an experiment are packed into
+    NAME.jsonl.xz. Default: unpacked in the pool."""
     tasks: str | None = None
-    """Zero-shot tasks for every run (Table 2), separated by commas, as of `remoe eval --tasks`; needs the extra eval.
-    A run whose checkpoints are gone keeps what its record has."""
+    """Zero-shot tasks to evaluate for every run (Table 2), separated by commas, as in `remoe eval --tasks`; needs the
+    extra eval. A run without checkpoints keeps the results in its record."""
     task_data: str | None = None
-    """Folder with a file TASK.parquet for each task; by default the harness's own, from the Hugging Face hub."""
+    """Folder with a file TASK.parquet for each task. Default: the evaluation harness's data from the Hugging Face
+    hub."""
     limit: int | None = None
-    """At most so many rows of each task, evenly spaced; everything by default. A record that has more rows keeps them,
-    and gets further tasks with as many."""
+    """Maximum number of rows per task, evenly spaced. Default: all. A record with more rows keeps them, and gets
+    further tasks with as many rows."""
     base: NamedValues = field(default_factory=dict)
-    """Options of `remoe train` laid over the experiment's base, name by value, for the same matrix at another scale:
+    """Options of `remoe train` that override the experiment's base, to run the same matrix at another scale:
     `--base steps 6000 batch_size 64 model.hidden_size 384`."""
     device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps."""
+    """auto (cuda if available, otherwise cpu), cpu, cuda, cuda:N or mps."""
     workers: int = 1
-    """Runs that train at the same time, sharing the processor's cores evenly, and all GPUs unless --device names one.
-    On a processor one for each core is fastest, for the memory of as many runs."""
+    """Number of runs to train at the same time. They share the CPU cores evenly, and all GPUs unless --device names
+    one. On a CPU, one worker per core is fastest if the memory suffices."""
     list: bool = False
-    """Only show which runs there are, and how far."""
+    """Show the runs and their progress, and train nothing."""
     report_only: bool = False
-    """Only write the tables and figures of what is finished."""
+    """Write tables and figures of the finished runs, and train nothing. With packed --records, no data is needed."""
 
 
 def compare_command(argv: list[str]) -> int:
-    """Runs what is missing, then writes tables and figures; 1 when a run failed, 130 or 143 after a signal."""
+    """Trains the missing runs, then writes tables and figures; returns 1 if a run failed, 130 or 143 after a signal."""
     options = parse(CompareOptions, argv, prog=PROG)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars in the table; read when they are imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # keeps the harness's bars out of the table; read at import
     if options.data is not None and options.corpus is not None:
-        raise ConfigError("--data and --corpus do not go together")
+        raise ConfigError("--data and --corpus cannot be combined")
     if options.tasks is None and (options.task_data is not None or options.limit is not None):
         raise ConfigError("--task-data and --limit need --tasks")
     if options.tasks is not None and (options.list or options.report_only):
-        raise ConfigError("--tasks evaluates models: leave it out with --list and --report-only")
+        raise ConfigError("--tasks evaluates models, so it cannot be combined with --list or --report-only")
     if options.limit is not None and options.limit < 1:
         raise ConfigError("--limit must be at least 1")
     if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
@@ -88,8 +92,9 @@ def compare_command(argv: list[str]) -> int:
     experiment = load_experiment(options.experiment, options.base)
 
     from remoe.lab.compare.live import Live
-    from remoe.lab.compare.output import write
+    from remoe.lab.compare.output import pack_records, write
     from remoe.lab.compare.pool import Pool
+    from remoe.lab.compare.record import DataDescription
     from remoe.lab.compare.runner import check_device, check_models, train_missing, workers_on
     from remoe.lab.machine import keep_freed_memory, pick_device
     from remoe.lab.training.build import wants_bfloat16
@@ -97,18 +102,21 @@ def compare_command(argv: list[str]) -> int:
 
     quiet_transformers()
     keep_freed_memory()
-    tasks = _tasks(options)  # before hours of work, not after them
+    tasks = _tasks(options)  # reports errors before hours of work
     device = pick_device(options.device)
     check_models(experiment)
-    dataset = _dataset(options, experiment.runs[0].config.vocab_size)
     records = Path(options.records) if options.records else None
     bfloat16 = wants_bfloat16("auto", device)
-    pool = Pool(Path(options.pool), dataset.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
+    dataset = None
+    if (data := _recorded_data(options, experiment, bfloat16)) is None:
+        dataset = _dataset(options, experiment.runs[0].config.vocab_size)
+        data = DataDescription.of(dataset)
+    pool = Pool(Path(options.pool), data.fingerprint, records, bfloat16=bfloat16, tasks=tasks)
     if not (options.list or options.report_only):
         check_device(experiment, pool, device)
     live = Live(experiment, pool, options.workers)
-    if records is not None and not records.exists():  # perhaps a slip, after which everything is trained again
-        print(f"records: {records} is new: no finished runs in it")
+    if records is not None and not records.exists():  # perhaps a typing error, which would train everything again
+        print(f"records: {records} is new; it has no finished runs")
     if options.list:
         live.console.print(live.table())
         live.console.print(live.count())
@@ -123,11 +131,13 @@ def compare_command(argv: list[str]) -> int:
         raise ConfigError(f"no run of {options.experiment} is finished yet")
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
     live.console.print("writing tables and figures")
-    report = write(experiment, pool, dataset, out, options.device)
+    report = write(experiment, pool, data, out, options.device, dataset)
+    if records is not None:
+        pack_records(experiment, pool, data)
     if not live.console.is_terminal:
         live.console.print(live.table())
     print(f"tables       {report}   (numbers: {report.with_name('results.json')})")
-    print(f"figures      {out / 'figures'}")
+    print(f"figures      {out / 'figures.md'}")
     print(f"runs         {pool.path}")
     return 1 if live.failures else 0
 
@@ -140,6 +150,25 @@ def _tasks(options: CompareOptions) -> "Tasks | None":
 
     folder = None if options.task_data is None else Path(options.task_data)
     return Tasks(load_tasks(parse_tasks(options.tasks), folder), options.limit)
+
+
+def _recorded_data(options: CompareOptions, experiment: "Experiment", bfloat16: bool) -> "DataDescription | None":
+    """The data of the packed records, if neither training nor --data nor --corpus asks for the data itself."""
+    if options.records is None or options.data is not None or options.corpus is not None:
+        return None
+    if not (options.list or options.report_only):
+        return None
+    from remoe.lab.compare.pool import Pool
+    from remoe.lab.compare.record import RecordFolder
+
+    records, found = Path(options.records), []
+    for data in RecordFolder(records).data():
+        pool = Pool(Path(options.pool), data.fingerprint, records, bfloat16=bfloat16)
+        if any(pool.has_record(run) for run in experiment.runs):
+            found.append(data)
+    if len(found) > 1:
+        raise ConfigError(f"{records} has runs of this experiment on several datasets; name one by --data or --corpus")
+    return found[0] if found else None
 
 
 def _dataset(options: CompareOptions, vocab_size: int) -> "Dataset":

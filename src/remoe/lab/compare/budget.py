@@ -1,4 +1,4 @@
-"""Equal training FLOPs: how many steps a variant may train for what the reference spends."""
+"""Equal training FLOPs: the number of steps with which a variant uses as many FLOPs as the reference."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,41 +7,41 @@ from itertools import accumulate
 from typing import Protocol
 
 from remoe.experts import STORED_RATIO
-from remoe.lab.compare.experiment import Experiment, Run, with_steps
+from remoe.lab.compare.experiment import Experiment, RunSpec, with_steps
 from remoe.lab.data import TOTAL
 
-TOLERANCE = 0.01  # a run whose FLOPs are this close to the budget counts for both comparisons
+TOLERANCE = 0.01  # a run whose FLOPs are within this share of the budget counts for both comparisons
 SUFFIX = "-flops"
-LATE = 0.1  # the last part of a run, whose cost per step more steps would have
+LATE = 0.1  # share of a run, at its end, whose cost per step predicts that of further steps
 
 
 class Finished(Protocol):
-    """Knows finished runs, as `Pool` does."""
+    """What `Pool` knows of finished runs."""
 
-    def summary(self, run: Run) -> dict | None:
-        """Its figures; None for a run that is not finished."""
+    def summary(self, run: RunSpec) -> dict | None:
+        """The run's summary; None if it is not finished."""
 
-    def sparsities(self, run: Run) -> Sequence[float]:
+    def sparsities(self, run: RunSpec) -> Sequence[float]:
         """S of each step of a finished run."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """What stands for an equal-tokens run in the comparison at equal FLOPs.
+    """The counterpart of an equal-tokens run in the comparison at equal FLOPs.
 
     Attributes:
         tokens_run: the run at equal tokens.
-        run: itself, one with other steps, or None while a summary is missing that decides this.
+        run: the same run, or one with other steps; None until the runs that decide this are finished.
     """
 
-    tokens_run: Run
-    run: Run | None
+    tokens_run: RunSpec
+    run: RunSpec | None
 
 
 def matches(experiment: Experiment, finished: Finished) -> list[Match]:
-    """The comparison at equal FLOPs, in the order of the equal-tokens runs; empty when the experiment has none.
+    """The comparison at equal FLOPs, in the order of the equal-tokens runs.
 
-    So it is too where the reference has nothing to be compared with.
+    Empty if the experiment has none, or if no other variant takes part in it.
     """
     others = [variant for name, variant in experiment.variants.items() if name != experiment.reference]
     if not experiment.equal_flops or not any(variant.equal_flops for variant in others):
@@ -55,15 +55,24 @@ def matches(experiment: Experiment, finished: Finished) -> list[Match]:
     return found
 
 
-def references(experiment: Experiment, run: Run) -> list[Run]:
-    """The reference's run with the same seed, or all of its seeds where there is none."""
+def known_runs(experiment: Experiment, finished: Finished) -> list[RunSpec]:
+    """All runs known so far, in training order: those at equal tokens, then those at equal FLOPs."""
+    runs = experiment.runs + [match.run for match in matches(experiment, finished) if match.run]
+    unique: dict[str, RunSpec] = {}
+    for run in runs:
+        unique.setdefault(run.key, run)
+    return list(unique.values())
+
+
+def references(experiment: Experiment, run: RunSpec) -> list[RunSpec]:
+    """The reference's run with the same seed, or all of its runs if none has that seed."""
     at_point = [
         other for other in experiment.runs if other.variant == experiment.reference and other.point == run.point
     ]
     return [other for other in at_point if other.seed == run.seed] or at_point
 
 
-def _matched(run: Run, others: Sequence[Run], finished: Finished) -> Run | None:
+def _matched(run: RunSpec, others: Sequence[RunSpec], finished: Finished) -> RunSpec | None:
     summary, budgets = finished.summary(run), [finished.summary(other) for other in others]
     if summary is None or None in budgets:
         return None
@@ -75,19 +84,19 @@ def _matched(run: Run, others: Sequence[Run], finished: Finished) -> Run | None:
 
 
 def steps_for(budget: float, summary: dict, sparsities: Sequence[float]) -> int:
-    """Steps after which a run like this one has spent `budget` FLOPs.
+    """The number of steps after which a run like this one has used `budget` FLOPs.
 
-    Not in proportion: the first steps of a ReLU router cost more than the others, and a shorter run has as many of
-    them.
+    It is not proportional: the first steps of a ReLU router cost more than later ones, and a shorter run has as many
+    expensive steps.
 
     Args:
         budget: FLOPs.
-        summary: of the finished run.
+        summary: the finished run's.
         sparsities: S of each of its steps.
     """
     tokens = summary["tokens"] / summary["steps"]
     routed = _routed_parameters(summary)
-    varying = [6 * routed * (1 - s) * tokens for s in sparsities]  # FLOPs of a weight for each token that meets it
+    varying = [6 * routed * (1 - s) * tokens for s in sparsities]  # 6 FLOPs per weight and token
     constant = (summary["flops"] - sum(varying)) / len(varying)
     cost = [constant + part for part in varying]
     late = cost[-max(1, round(LATE * len(cost))) :]
@@ -98,13 +107,13 @@ def steps_for(budget: float, summary: dict, sparsities: Sequence[float]) -> int:
 
 
 def recomputed_flops(summary: dict, sparsities: Sequence[Sequence[float]]) -> float:
-    """FLOPs of the up projections that a run computed twice, which its `flops` do not count.
+    """FLOPs of the up projections that a run recomputed, which its `flops` do not count.
 
-    A layer keeps the pre-activations of at most STORED_RATIO times the wanted pairs, so that the dense stage takes no
-    more memory than the others; those of further pairs are computed again in the backward pass.
+    A layer keeps the pre-activations of at most STORED_RATIO times the target number of pairs, so that the dense stage
+    needs no more memory than later stages. It recomputes those of further pairs in the backward pass.
 
     Args:
-        summary: of the finished run.
+        summary: the finished run's.
         sparsities: S of each layer at each of its steps.
     """
     kept = STORED_RATIO * (1 - summary["target_sparsity"])
@@ -114,6 +123,6 @@ def recomputed_flops(summary: dict, sparsities: Sequence[Sequence[float]]) -> fl
 
 
 def _routed_parameters(summary: dict) -> float:
-    """Weights of all experts; 0 where every token has all of them."""
-    sparsity = summary["validation"][TOTAL]["sparsity"]  # at which active parameters were counted
+    """The number of weights in routed experts; 0 if every token uses all of them."""
+    sparsity = summary["validation"][TOTAL]["sparsity"]  # the S at which active parameters were counted
     return (summary["total_parameters"] - summary["active_parameters"]) / sparsity if sparsity else 0.0

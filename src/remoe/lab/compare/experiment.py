@@ -1,7 +1,7 @@
-"""An experiment file, and the runs that it asks for. Pure: nothing here reads or writes anything but that file.
+"""An experiment file and the runs that it defines. Nothing here reads or writes any other file.
 
-A run's options are laid over each other in this order: base, axis point, variant. A variant that sets an axis's
-option itself therefore keeps it at every point, and one run serves all of them.
+Precedence of a run's options: variant > axis > base. A variant that sets an axis's option therefore keeps its value at
+every point, and one run serves all points.
 """
 
 import difflib
@@ -19,26 +19,35 @@ from typing import Any
 import pydantic
 
 from remoe.errors import ConfigError
-from remoe.lab.training.config import RENAMED, TrainConfig, changes_result, config_from_dict, flatten, merge, renamed
+from remoe.lab.training.config import TrainConfig, changes_result, config_from_dict, flatten, merge
 from remoe.lab.training.yaml_files import read_yaml
 from remoe.routing import ROUTERS, router_options
 
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
 
-# Options of `remoe train` that an experiment leaves to `remoe compare`, and where it takes them from.
+# Options of `remoe train` that an experiment file cannot set, and what sets them instead.
 RESERVED = {
     "data": "use --data or --corpus",
     "out": "use --pool",
-    "resume": "unfinished runs are continued anyway",
-    "config": "write the options themselves",
+    "resume": "unfinished runs are always continued",
+    "config": "write its options here",
     "seed": "use seeds",
     "device": "use --device",
 }
 LABEL_LENGTH = 60
-VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of figures' files too
-FIGURES = 4  # variants drawn when none are named
+VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # also used in the names of figures' files
+FIGURES = 4  # variants drawn if the file names none
 
-# What each key of an experiment file must be, for error messages.
+# Options that version 0.1.0 had elsewhere: today's name, and the old default. A run's key hashes the names and values
+# of 0.1.0, so that the runs and records of 0.1.0 are found.
+FORMER_NAMES: dict[str, tuple[str, Any]] = {
+    "model.experts_backend": ("model.backend", "auto"),
+    "model.load_balance": ("router_options.load_balance", True),
+    "model.max_experts_per_token": ("router_options.max_experts_per_token", None),
+}
+BACKENDS_0_1_0 = {"cpu": "loop"}  # today's name of a backend, and the one of 0.1.0
+
+# Type of each key of an experiment file, for error messages.
 KINDS = {
     "variants": "a mapping, name: {options}",
     "title": "text",
@@ -53,11 +62,11 @@ KINDS = {
 
 @dataclass
 class Variant:
-    """One of the things compared.
+    """One of the systems compared.
 
     Attributes:
-        options: of `remoe train`, nested.
-        seeds: its own, or the experiment's.
+        options: nested options of `remoe train`.
+        seeds: the variant's own seeds, or the experiment's.
         equal_flops: whether it takes part in the comparison at equal training FLOPs.
     """
 
@@ -67,15 +76,15 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run.
+class RunSpec:
+    """One training run that an experiment asks for.
 
     Attributes:
-        label: what a person calls it.
-        options: all options that the experiment gives, nested, seed and steps among them.
-        config: the same with every default.
-        key: hash of the options that are not its preset's and that change the result: an option that `remoe train`
-            gets later changes nothing.
+        label: a readable name.
+        options: nested options that the experiment sets, including seed and steps.
+        config: the same options with all defaults filled in.
+        key: hash of the options that differ from the preset and influence the result, so that options added to
+            `remoe train` later do not change it.
     """
 
     variant: str
@@ -88,12 +97,12 @@ class Run:
     key: str = field(repr=False)
 
 
-@functools.cache  # asked for again and again while runs are watched
-def with_steps(run: Run, steps: int, suffix: str) -> Run:
-    """The same run with another number of steps and `suffix` behind its label."""
+@functools.cache  # called repeatedly while the live table is shown
+def with_steps(run: RunSpec, steps: int, suffix: str) -> RunSpec:
+    """The same run with another number of steps, and `suffix` appended to its label."""
     options = {**run.options, "steps": steps}
     config = config_from_dict(options, run.label)
-    return Run(run.variant, run.point, run.seed, steps, run.label + suffix, options, config, key_of(config))
+    return RunSpec(run.variant, run.point, run.seed, steps, run.label + suffix, options, config, key_of(config))
 
 
 @dataclass
@@ -101,13 +110,13 @@ class Experiment:
     """An experiment file.
 
     Attributes:
-        name: the file's, without its suffix.
-        reference: the variant that others are compared with, and whose FLOPs set the budget.
-        equal_flops: whether there is a comparison at equal training FLOPs at all.
+        name: the file's name without its suffix.
+        reference: the variant that the others are compared with, and whose FLOPs set the budget.
+        equal_flops: whether there is a comparison at equal training FLOPs.
         axes: values of each dotted option; every combination is a point.
         figures: the variants whose routing is drawn.
-        runs: every run of the comparison at equal tokens, the most important first: all variants of a seed, then
-            those of the next.
+        runs: all runs of the comparison at equal tokens, in training order: all variants of a seed, then those of the
+            next.
     """
 
     name: str
@@ -119,24 +128,24 @@ class Experiment:
     axes: dict[str, list[Any]]
     variants: dict[str, Variant]
     figures: list[str]
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunSpec] = field(default_factory=list)
 
     @property
     def points(self) -> list[Point]:
-        """The cross product of the axes; one empty point when there are none."""
+        """The cross product of the axes; a single empty point if there are none."""
         values = ([(name, value) for value in choices] for name, choices in self.axes.items())
         return list(itertools.product(*values))
 
 
 def load_experiment(path: str | Path, base: Mapping[str, Any] = MappingProxyType({})) -> Experiment:
-    """Reads and checks an experiment file, the options of every run among it.
+    """Reads an experiment file and checks the options of every run.
 
     Args:
-        path: of the file.
-        base: dotted options laid over the file's base.
+        path: the file.
+        base: dotted options that override the file's base.
 
     Raises:
-        ConfigError: for a file that cannot be read, an unknown key, or options that `remoe train` would refuse.
+        ConfigError: if the file cannot be read, has an unknown key, or has options that `remoe train` refuses.
     """
     path = Path(path)
     given = read_yaml(path, "experiment")
@@ -148,15 +157,15 @@ def load_experiment(path: str | Path, base: Mapping[str, Any] = MappingProxyType
 
 
 def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Experiment:
-    """An experiment from the content of its file.
+    """Builds an experiment from the content of its file.
 
     Args:
         given: the content.
-        name: of the experiment.
-        source: where it comes from, for error messages.
+        name: the experiment's name.
+        source: the file's name, for error messages.
 
     Raises:
-        ConfigError: for an unknown key or a value that cannot be.
+        ConfigError: for an unknown key or an invalid value.
     """
     for key in given:
         if key not in KINDS:
@@ -171,16 +180,16 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
     for key, variant in [("reference", reference), *(("figures", name) for name in file.figures)]:
         if variant not in variants:
             guess = _perhaps(variant, variants) or f": {', '.join(variants)}"
-            raise ConfigError(f"{source}: {key}: {variant!r} is none of the variants{guess}")
+            raise ConfigError(f"{source}: {key}: {variant!r} is not one of the variants{guess}")
     for variant in variants:
         if not VARIANT_NAME.fullmatch(variant):
-            raise ConfigError(f"{source}: variant {variant!r}: only letters, digits, '_', '.' and '-' make a name")
+            raise ConfigError(f"{source}: variant {variant!r}: a name has only letters, digits, '_', '.' and '-'")
     for axis, values in file.axes.items():
         if any(isinstance(value, dict | list) for value in values):
-            raise ConfigError(f"{source}: axes: {axis} needs plain values; make each mapping a variant")
+            raise ConfigError(f"{source}: axes: {axis} needs plain values; write a variant for each mapping")
         _check_options(_nested([(axis, None)]), f"{source}: axes")
         if not values or any(value in values[:index] for index, value in enumerate(values)):
-            raise ConfigError(f"{source}: axes: {axis} needs values, each of them once")
+            raise ConfigError(f"{source}: axes: {axis} needs at least one value, and each value only once")
     experiment = Experiment(
         name=name,
         title=file.title or name,
@@ -199,7 +208,7 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
         except ConfigError as error:
             raise ConfigError(f"{source}: {run.label}: {error}") from error
     if len({run.config.vocab_size for run in experiment.runs}) > 1:
-        raise ConfigError(f"{source}: vocab_size must be the same in all runs: they share their data")
+        raise ConfigError(f"{source}: vocab_size must be the same in all runs, because they share their data")
     return experiment
 
 
@@ -258,14 +267,14 @@ def _check_options(options: dict[str, Any], source: str) -> None:
         group, _, last = str(name).partition(".")
         if last:
             raise ConfigError(f"{source}: unknown option {name!r}; perhaps {group}: {{{last}: ...}}")
-    known, old = {*_names(TrainConfig().to_dict())}, {f"model.{name}" for name in RENAMED}
+    known = {*_names(TrainConfig().to_dict())}
     for name in _names(options):
-        if name not in known | old:
+        if name not in known and name not in FORMER_NAMES:
             raise ConfigError(f"{source}: unknown option {name!r}{_perhaps(name, known - RESERVED.keys())}")
 
 
 def _names(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of options and of their groups; what stands in `router_options` only the router knows."""
+    """Dotted names of options and groups; the content of `router_options` is left to the router."""
     for key, value in options.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict) and key != "router_options":
@@ -273,7 +282,7 @@ def _names(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _perhaps(name: Any, known: Iterable[str]) -> str:
-    """What may have been meant: an option of that name in another group, or else a name that looks alike."""
+    """A suggestion: an option of that name in another group, otherwise a similar name."""
     known, last = sorted(known), str(name).rpartition(".")[2]
     found = [one for one in known if one.rpartition(".")[2] == last]
     found = found or difflib.get_close_matches(str(name), known, n=1)
@@ -282,10 +291,10 @@ def _perhaps(name: Any, known: Iterable[str]) -> str:
 
 def _check_seeds(seeds: list[int], source: str) -> None:
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{source}: seeds must name at least one seed, each of them once")
+        raise ConfigError(f"{source}: seeds must name at least one seed, and each seed only once")
 
 
-def _runs(experiment: Experiment) -> list[Run]:
+def _runs(experiment: Experiment) -> list[RunSpec]:
     own = (seed for variant in experiment.variants.values() for seed in variant.seeds)
     return [
         _run(experiment, name, point, seed)
@@ -296,36 +305,80 @@ def _runs(experiment: Experiment) -> list[Run]:
     ]
 
 
-def _run(experiment: Experiment, name: str, point: Point, seed: int) -> Run:
+def _run(experiment: Experiment, name: str, point: Point, seed: int) -> RunSpec:
     own = merge(_nested(point), experiment.variants[name].options)
     options = {**merge(experiment.base, own), "seed": seed}
     place = f"variant {name}" + (f" at {describe(point)}" if point else "")
+    _check_spelling(options, f"experiment {experiment.name}, {place}")
     config = config_from_dict(options, f"experiment {experiment.name}, {place}")
     options["steps"] = config.steps
-    return Run(name, point, seed, config.steps, _label(config, own), options, config, key_of(config))
+    return RunSpec(name, point, seed, config.steps, _label(config, own), options, config, key_of(config))
+
+
+def _check_spelling(options: dict[str, Any], source: str) -> None:
+    given = dict(flatten(options))
+    for old, (new, _) in FORMER_NAMES.items():
+        if old in given and new in given:
+            raise ConfigError(f"{source}: {old} is the former name of {new}; set only the latter")
 
 
 def key_of(config: TrainConfig) -> str:
-    """A run's key, for the options alone."""
-    defaults = dict(flatten(config_from_dict({"preset": config.preset}, "preset").to_dict()))
-    named = {name: getattr(config, name) for name in ("preset", "router", "steps", "seed")}
+    """The key of a run with these options, the same as in version 0.1.0 (see FORMER_NAMES)."""
+    return _hash(_named_in_0_1_0(config))
+
+
+def other_keys_of(config: TrainConfig) -> list[str]:
+    """Keys that the same run may have had in version 0.1.0 in addition to `key_of`.
+
+    In 0.1.0 `load_balance` and `max_experts_per_token` could also be set in `router_options`, and `model.load_balance:
+    false` could be set for routers without load balancing, which ignored it.
+    """
+    values, keys = _named_in_0_1_0(config), []
+    moved = {
+        old: new
+        for old, (new, _) in FORMER_NAMES.items()
+        if new.startswith("router_options.") and new.partition(".")[2] in config.router_options
+    }
+    if moved:
+        given = {new: config.router_options[new.partition(".")[2]] for new in moved.values()}
+        keys.append(_hash({name: value for name, value in values.items() if name not in moved} | given))
+    if config.router in ROUTERS and "load_balance" not in router_options(ROUTERS[config.router]):
+        keys.append(_hash(values | {"model.load_balance": False}))
+    return keys
+
+
+def _named_in_0_1_0(config: TrainConfig) -> dict[str, Any]:
+    """The options that the key depends on, under the names that they had in version 0.1.0."""
+    names = {new: old for old, (new, _) in FORMER_NAMES.items()}
+    preset = flatten(config_from_dict({"preset": config.preset}, "preset").to_dict())
+    defaults = {names.get(name, name): value for name, value in preset}
+    defaults |= {old: default for old, (_, default) in FORMER_NAMES.items()}
     router = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
     floats = {f"router_options.{name}" for name, option in router.items() if option.annotation is float}
-    changed = {
-        name: float(value) if name in floats and type(value) is int else value  # 4 is 4.0
-        for name, value in flatten(config.to_dict())
-        if changes_result(name) and value != defaults.get(name)
-    }
-    content = json.dumps(named | changed, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    values = {name: getattr(config, name) for name in ("preset", "router", "steps", "seed")}
+    for name, value in flatten(config.to_dict()):
+        old = names.get(name, name)
+        if name in floats and type(value) is int:
+            value = float(value)  # 4 and 4.0 are the same option
+        if old == "model.experts_backend":
+            value = BACKENDS_0_1_0.get(value, value)
+        if changes_result(name) and value != defaults.get(old):
+            values[old] = value
+    return values
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _label(config: TrainConfig, own: dict[str, Any]) -> str:
-    """Preset, router, the options that are not the same in the whole experiment, seed."""
+    """Preset, router, the options that vary within the experiment, seed."""
     values = dict(flatten(config.to_dict()))
-    own = renamed({**own, "router": config.router})
-    names = [name for name, _ in flatten(own) if name not in ("preset", "router")]
-    parts = [config.preset, config.router, *(_word(name.rpartition(".")[2], values[name]) for name in names)]
+    parts = [config.preset, config.router]
+    for name, given in flatten(own):
+        if name not in ("preset", "router"):
+            today = FORMER_NAMES.get(name, (name,))[0]
+            parts.append(_word(name.rpartition(".")[2], values.get(today, values.get(name, given))))
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join(parts))
     return f"{label[:LABEL_LENGTH]}-seed{config.seed}"
 

@@ -1,4 +1,4 @@
-"""What a person sees while the matrix runs: on a terminal a table that moves, elsewhere lines."""
+"""Progress of a comparison: a live table on a terminal, otherwise lines of text."""
 
 import json
 import os
@@ -12,28 +12,28 @@ from rich.table import Table
 from rich.text import Text
 
 from remoe.lab.compare.budget import matches
-from remoe.lab.compare.experiment import Experiment, Run
+from remoe.lab.compare.experiment import Experiment, RunSpec
 from remoe.lab.compare.pool import Pool
 from remoe.lab.console import Console, duration
 
-TAIL_BYTES = 65536  # holds the last record of most runs
-LINE_SECONDS = 60.0  # between two lines on how far a run is, where no table moves
+TAIL_BYTES = 65536  # contains the last record of most runs
+LINE_SECONDS = 60.0  # between progress lines, without a live table
 
 
 class Live:
-    """A table of all runs: their validation loss when finished, how far they are otherwise.
+    """A table of all runs: the validation loss of finished ones, the progress of others.
 
     Args:
-        experiment: what is run.
-        pool: where.
-        workers: how many train at the same time.
+        experiment: the experiment.
+        pool: its runs.
+        workers: number of runs that train at the same time.
     """
 
     def __init__(self, experiment: Experiment, pool: Pool, workers: int = 1) -> None:
         self.experiment, self.pool, self.workers = experiment, pool, workers
         self.console = Console(highlight=False, soft_wrap=True)
         self.failures: dict[str, str] = {}
-        self._begin: dict[Run, float] = {}  # of the runs in progress
+        self._begin: dict[RunSpec, float] = {}  # of the runs in progress
         self._waiting = self._stopping = False
         self._live = rich.live.Live(console=self.console, refresh_per_second=2, vertical_overflow="visible")
         self._moving = self.console.is_terminal
@@ -50,47 +50,48 @@ class Live:
             self._live.update(self.table(), refresh=True)
             self._live.stop()
 
-    def started(self, run: Run) -> None:
-        """A run begins, or goes on."""
+    def started(self, run: RunSpec) -> None:
+        """Reports that a run starts or continues."""
         self._begin[run], self._waiting = time.monotonic(), False
         if not self._moving:
             done = _last_record(self.pool.folder(run).metrics).get("step", 0)
             self.console.print(f"{run.label}: {'resumed' if done else 'started'} at step {done} of {run.steps}")
 
-    def finished(self, run: Run) -> None:
-        """A run has its summary."""
+    def finished(self, run: RunSpec) -> None:
+        """Reports that a run is finished."""
         loss = self.pool.summary(run)["validation_loss"]
         minutes = (time.monotonic() - self._begin.pop(run)) / 60
         if not self._moving:
             self.console.print(f"{run.label}: validation loss {loss:.4f} after {minutes:.1f} minutes; {self._count()}")
 
-    def failed(self, run: Run, reason: str) -> None:
-        """A run ended without a summary."""
+    def failed(self, run: RunSpec, reason: str) -> None:
+        """Reports that a run ended without a summary."""
         self._begin.pop(run, None)
         self.failures[self.pool.name(run)] = reason
         self.console.print(f"{run.label}: failed: {reason}")
 
     def stopping(self) -> None:
-        """A signal came; the runs in progress take seconds to save their state."""
+        """Reports a signal; runs in progress take a few seconds to save their state."""
         if not self._stopping:
             self.console.print("stopping: saving checkpoints" if self._begin else "stopping")
         self._stopping = True
 
-    def stopped(self, run: Run) -> None:
-        """A signal stopped a run."""
+    def stopped(self, run: RunSpec) -> None:
+        """Reports that a signal stopped a run."""
         self._begin.pop(run, None)
-        self.console.print(f"{run.label}: stopped; the same command goes on from here")
+        self.console.print(f"{run.label}: stopped; the same command continues from here")
 
-    def wait(self, run: Run) -> None:
-        """Only other processes have something to do, this run among it."""
+    def wait(self, run: RunSpec) -> None:
+        """Reports that all remaining runs, this one included, are being trained by other processes."""
         if self._moving:
-            self._live.update(Group(self.table(), Text(f"{run.label}: another process trains it; {self._count()}")))
+            line = Text(f"{run.label}: another process is training it; {self._count()}")
+            self._live.update(Group(self.table(), line))
         elif not self._waiting:
-            self.console.print(f"{run.label}: another process trains it; waiting")
+            self.console.print(f"{run.label}: another process is training it; waiting")
         self._waiting = True
 
     def show(self) -> None:
-        """Draws the table again; where none moves, prints now and then how far the runs are."""
+        """Redraws the live table; without one, prints the progress of each run once in a while."""
         if self._moving:
             lines = [self._line(run) for run in list(self._begin)]
             self._live.update(Group(self.table(), *lines, Text(self._count())))
@@ -100,7 +101,7 @@ class Live:
                 self.console.print(self._line(run))
 
     def table(self) -> Table:
-        """A row for each variant and point, a column for each seed of either comparison."""
+        """The table: a row for each variant and point, a column for each comparison and seed."""
         tokens = {(run.variant, run.point, run.seed): run for run in self.experiment.runs}
         flops = {
             (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
@@ -109,7 +110,7 @@ class Live:
         seeds = list(dict.fromkeys(seed for _, _, seed in tokens))
         title = f"{self.experiment.title}: validation loss at equal tokens" + (" and equal FLOPs" if flops else "")
         table = Table(title=title, title_justify="left")
-        for axis, values in self.experiment.axes.items():  # what tells the rows apart is never cut
+        for axis, values in self.experiment.axes.items():  # never truncated, because they tell the rows apart
             table.add_column(
                 axis.rpartition(".")[2].replace("_", "\n"), justify="right", min_width=max(map(len, map(str, values)))
             )
@@ -129,7 +130,7 @@ class Live:
         if key not in runs:
             return ""
         run = runs[key]
-        if run is None:  # its steps are not known yet
+        if run is None:  # its number of steps is not known yet
             return "·"
         if (summary := self.pool.summary(run)) is not None:
             return f"{summary['validation_loss']:.4f}"
@@ -138,7 +139,7 @@ class Live:
         step = _last_record(self.pool.folder(run).metrics).get("step", 0)
         return f"{100 * step // run.steps} %" if step or run in self._begin else "·"
 
-    def _line(self, run: Run) -> Text:
+    def _line(self, run: RunSpec) -> Text:
         record = _last_record(self.pool.folder(run).metrics)
         if not record:
             return Text(f"{run.label}: starting")
@@ -149,23 +150,23 @@ class Live:
         )
 
     def count(self) -> str:
-        """`14 of 26 runs finished; equal FLOPs asks for up to 12 more`, those whose steps are not known yet."""
+        """`14 of 26 runs finished; equal FLOPs needs up to 12 more`, those whose steps are not known yet."""
         summaries, known, unknown = self._progress()
         text = f"{len(summaries)} of {known} runs finished"
-        return f"{text}; equal FLOPs asks for up to {unknown} more" if unknown else text
+        return f"{text}; equal FLOPs needs up to {unknown} more" if unknown else text
 
     def _count(self) -> str:
-        """`12 of 39 runs finished, about 3:05:09 to go`, by the time of the finished ones."""
+        """`12 of 39 runs finished, about 3:05:09 left`, estimated from the finished ones."""
         summaries, known, unknown = self._progress()
-        total = known + unknown  # where it is not known whether a second run is needed, it mostly is
+        total = known + unknown  # counts every run that may be needed
         text = f"{len(summaries)} of {total} runs finished"
         if not summaries or len(summaries) == total:
             return text
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
-        return f"{text}, about {duration(seconds * (total - len(summaries)) / self.workers)} to go"
+        return f"{text}, about {duration(seconds * (total - len(summaries)) / self.workers)} left"
 
     def _progress(self) -> tuple[list[dict], int, int]:
-        """Summaries of the finished runs, how many runs are known, and of how many more it is open whether they are."""
+        """Summaries of the finished runs, the number of known runs, and how many more may be needed."""
         found = matches(self.experiment, self.pool)
         known = {run.key: run for run in [*self.experiment.runs, *(match.run for match in found if match.run)]}
         summaries = [summary for run in known.values() if (summary := self.pool.summary(run)) is not None]
@@ -173,14 +174,14 @@ class Live:
 
 
 def _last_record(path: Path) -> dict:
-    """The newest whole record of a metrics.jsonl; empty when there is none."""
+    """The last complete record of a metrics.jsonl; empty if there is none."""
     try:
         with path.open("rb") as file:
             size, tail = file.seek(0, os.SEEK_END), TAIL_BYTES
             while True:
                 file.seek(max(0, size - tail))
-                lines = file.read(min(size, tail)).split(b"\n")[:-1]  # behind the last line end stands half a record
-                if len(lines) > 1 or tail >= size:  # the first line is whole only where the file begins
+                lines = file.read(min(size, tail)).split(b"\n")[:-1]  # the last part may be incomplete
+                if len(lines) > 1 or tail >= size:  # the first line is complete only at the start of the file
                     return json.loads(lines[-1]) if lines else {}
                 tail *= 2
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The numbers of a comparison, from the summaries of its finished runs."""
+"""The numbers of a comparison, computed from the records of its finished runs."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remoe.lab.compare.budget import matches, recomputed_flops, references
-from remoe.lab.compare.experiment import Experiment, Point, Run
+from remoe.lab.compare.experiment import Experiment, Point, RunSpec
 from remoe.lab.compare.pool import Pool
 from remoe.lab.compare.record import ZeroShot
 from remoe.lab.data import TOTAL
@@ -16,7 +16,7 @@ from remoe.lab.training.build import router_of
 from remoe.routing import ROUTERS
 from remoe.stages import SETTLED_WITHIN, first_sparse_step, settled_within, settling_time
 
-AFTER = 100  # steps from which on the paper gives mean and deviation of S
+AFTER = 100  # the paper gives mean and deviation of S after this many steps
 MACHINE_PARTS = ("gpu", "cpu", "cores", "threads", "python", "torch", "transformers")
 
 
@@ -26,7 +26,7 @@ class Spread:
 
     Attributes:
         mean: of the values.
-        deviation: standard deviation of a sample; None for one value.
+        deviation: sample standard deviation; None for one value.
         values: in the order of the seeds.
     """
 
@@ -52,34 +52,33 @@ class Row:
     """One variant at one point of the axes, over its finished seeds.
 
     Attributes:
-        runs: folders in the pool, in the order of the seeds.
-        validation_loss: nats per token, on all of the validation data.
-        over_reference: the same minus the reference's of the same seed; None for the reference, or where no seed is
-            shared.
+        runs: names in the pool, in the order of the seeds.
+        validation_loss: nats per token, on all validation data.
+        over_reference: the difference from the reference's loss with the same seed; None for the reference, or if no
+            seed is shared.
         domains: the loss of each domain.
-        domain_mean: the mean over the domains, each counted once: a large one does not decide it.
-        active_parameters: weights that a validation token meets, mean over the seeds.
-        flops_per_token: of training, from the pairs really routed, dense stage included; mean over the seeds.
-        over_budget: training FLOPs over the reference's of the same seed, mean over the seeds; None where those are
-            not known.
-        over_budget_seeds: the same of each seed, where known.
-        over_budget_executed: the mean with what was computed twice to save memory.
+        domain_mean: the mean over domains with equal weights, so that a large domain does not dominate.
+        active_parameters: weights that a validation token uses, mean over the seeds.
+        flops_per_token: training FLOPs, from the pairs that were routed, dense stage included; mean over the seeds.
+        over_budget: training FLOPs divided by the reference's with the same seed, mean over the seeds; None if those
+            are unknown.
+        over_budget_seeds: the same of each seed, if known.
+        over_budget_executed: the mean including recomputation to save memory.
         tokens_per_second: median over a run's steps, then over the runs.
-        minutes, dense_minutes: of all training steps, and of those before stage III; mean over the seeds. Validation,
-            checkpoints and the start of the process are not in them. None where a record does not have them, and
-            dense_minutes for a model that has no stages.
-        peak_memory_bytes: the largest of the runs.
-        machines: indices into `Results.machines` of those that trained the runs.
-        sparsity: of validation, mean over the seeds.
-        sparse_steps: first step of stage III, None where there is none; empty where no lambda steers S.
-        settling_steps: first step at which S has settled, None where it has not; likewise.
+        minutes, dense_minutes: duration of all training steps, and of those before stage III; mean over the seeds,
+            without validation, checkpoints and start-up. None if a record lacks them; dense_minutes also for a model
+            without stages.
+        peak_memory_bytes: maximum over the runs.
+        machines: indices into `Results.machines` of the machines that trained the runs.
+        sparsity: S in validation, mean over the seeds.
+        sparse_steps: first step of stage III, None if it was not reached; empty unless lambda controls S.
+        settling_steps: first step at which S has settled, None if it has not; empty unless lambda controls S.
         late_sparsity, late_deviation: mean and standard deviation of a step's S after the first 100 steps, mean over
-            the seeds; the deviation is 0 where a router has k experts a token at all times. None for shorter runs.
-        zero_shot: accuracy on each task, of the runs that have it; of those with other tasks or another number of rows
-            than most, none.
-        zero_shot_rows: of each task, at most; None for all.
+            the seeds; the deviation is 0 if every token always has k experts. None for shorter runs.
+        zero_shot: accuracy on each task. Runs whose tasks or number of rows differ from most are left out.
+        zero_shot_rows: maximum number of rows per task; None for all.
         chance: accuracy of guessing, by task.
-        causal: no token's loss depends on later tokens; else the losses do not compare.
+        causal: whether no token's loss depends on later tokens; otherwise the losses are not comparable.
     """
 
     variant: str
@@ -117,7 +116,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Both comparisons, the machines and days on which their runs ended, and what is missing from them."""
+    """Both comparisons, the machines and dates of their runs, and the runs that are missing."""
 
     equal_tokens: list[Row]
     equal_flops: list[Row]
@@ -126,12 +125,12 @@ class Results:
     missing: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The same as plain values for JSON."""
         return asdict(self)
 
 
 def results(experiment: Experiment, pool: Pool) -> Results:
-    """The rows of both comparisons from what is finished."""
+    """The rows of both comparisons, from the finished runs."""
     tokens = {(run.variant, run.point, run.seed): run for run in experiment.runs}
     flops = {
         (match.tokens_run.variant, match.tokens_run.point, match.tokens_run.seed): match.run
@@ -146,7 +145,7 @@ def results(experiment: Experiment, pool: Pool) -> Results:
     done = [run for run in [*tokens.values(), *flops.values()] if run is not None]
     machines: dict[str, int] = {}
     equal_tokens, equal_flops = (_rows(experiment, pool, runs, machines) for runs in (tokens, flops))
-    if all(row.variant == experiment.reference for row in equal_flops):  # the same runs again, beside no others
+    if all(row.variant == experiment.reference for row in equal_flops):  # nothing to compare with
         equal_flops = []
     ended = {summary.get("machine", {}).get("date") for run in done if (summary := pool.summary(run))}
     return Results(equal_tokens, equal_flops, [*machines], sorted(ended - {None}), [*missing.values()])
@@ -155,7 +154,7 @@ def results(experiment: Experiment, pool: Pool) -> Results:
 Key = tuple[str, Point, int]
 
 
-def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None], machines: dict[str, int]) -> list[Row]:
+def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, RunSpec | None], machines: dict[str, int]) -> list[Row]:
     done = {key: run for key, run in runs.items() if run is not None and pool.summary(run) is not None}
     rows = []
     for point in experiment.points:
@@ -165,9 +164,9 @@ def _rows(experiment: Experiment, pool: Pool, runs: dict[Key, Run | None], machi
     return rows
 
 
-def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict[str, int]) -> Row:
+def _row(experiment: Experiment, pool: Pool, runs: Sequence[RunSpec], machines: dict[str, int]) -> Row:
     summaries = [pool.summary(run) for run in runs]
-    shared = set.intersection(*(set(summary) for summary in summaries))  # old ones may have less
+    shared = set.intersection(*(set(summary) for summary in summaries))  # old summaries may lack some
     column = {name: [summary[name] for summary in summaries] for name in shared}
     domains = [name for name in summaries[0]["validation"] if name != TOTAL]
     losses = [[summary["validation"][domain]["loss"] for domain in domains] for summary in summaries]
@@ -225,7 +224,7 @@ def _row(experiment: Experiment, pool: Pool, runs: Sequence[Run], machines: dict
 
 
 def _settled(summary: dict, course: Sequence[float]) -> int | None:
-    """From 1. As the run itself found from all of its steps, but for old runs of many experts, whose band was wider."""
+    """The settling step, from 1; recomputed for many experts, because old runs used too wide a band for them."""
     target, step = summary["target_sparsity"], summary["settling_step"]
     if step is None or settled_within(target) == SETTLED_WITHIN:
         return step
@@ -233,20 +232,20 @@ def _settled(summary: dict, course: Sequence[float]) -> int | None:
     return None if found is None else found + 1
 
 
-def _executed(pool: Pool, run: Run) -> float:
-    """Training FLOPs with what was computed twice."""
+def _executed(pool: Pool, run: RunSpec) -> float:
+    """Training FLOPs including recomputation."""
     summary, sparsities = pool.summary(run), pool.layer_sparsities(run)
     return summary["flops"] + (recomputed_flops(summary, sparsities) if sparsities else 0.0)
 
 
 def _alike(found: Sequence[ZeroShot]) -> list[ZeroShot]:
-    """Those with the tasks and the number of rows that most of them have: others do not compare."""
+    """Those with the most common set of tasks and number of rows; the others are not comparable."""
     kinds = Counter((one.limit, *sorted(one.tasks)) for one in found)
     return [one for one in found if (one.limit, *sorted(one.tasks)) == kinds.most_common(1)[0][0]]
 
 
 def _tasks(found: Sequence[ZeroShot], figure: str) -> dict[str, list[float]]:
-    """A figure of each task."""
+    """One measure of each task."""
     return {task: [one.tasks[task][figure] for one in found] for task in found[0].tasks} if found else {}
 
 

@@ -1,4 +1,4 @@
-"""Runs what is missing, a `remoe train` for each worker, in a process of its own."""
+"""Trains the missing runs; each worker starts one `remoe train` at a time, in a process of its own."""
 
 import os
 import signal
@@ -16,11 +16,12 @@ from typing import IO
 import torch
 
 from remoe.errors import ConfigError, RemoeError
-from remoe.lab.compare.budget import matches
-from remoe.lab.compare.experiment import Experiment, Run
+from remoe.lab.compare.budget import known_runs
+from remoe.lab.compare.experiment import Experiment, RunSpec
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
 from remoe.lab.data import Dataset
+from remoe.lab.files import atomic_write
 from remoe.lab.training.build import experts_backend, model_without_values
 from remoe.lab.training.interrupt import Interrupt
 from remoe.lab.training.yaml_files import to_yaml
@@ -28,17 +29,8 @@ from remoe.lab.training.yaml_files import to_yaml
 POLL_SECONDS = 1.0
 
 
-def known_runs(experiment: Experiment, pool: Pool) -> list[Run]:
-    """All runs in the order in which they are made: at equal tokens, then at equal FLOPs as far as they are known."""
-    runs = experiment.runs + [match.run for match in matches(experiment, pool) if match.run]
-    unique: dict[str, Run] = {}
-    for run in runs:
-        unique.setdefault(run.key, run)
-    return list(unique.values())
-
-
 def check_models(experiment: Experiment) -> None:
-    """Finds, before data are prepared, the runs whose model cannot be built.
+    """Checks, before data are prepared, that every run's model can be built.
 
     Raises:
         ConfigError: naming the run.
@@ -49,7 +41,7 @@ def check_models(experiment: Experiment) -> None:
 
 
 def check_device(experiment: Experiment, pool: Pool, device: torch.device) -> None:
-    """Finds, before hours of training, the runs that cannot be trained on `device`; finished ones need not be.
+    """Checks, before any training, that every unfinished run can be trained on `device`.
 
     Raises:
         ConfigError: naming the run.
@@ -61,7 +53,7 @@ def check_device(experiment: Experiment, pool: Pool, device: torch.device) -> No
 
 
 @contextmanager
-def _named(run: Run) -> Iterator[None]:
+def _named(run: RunSpec) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
@@ -70,14 +62,14 @@ def _named(run: Run) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Worker:
-    """One of those who train at the same time: where, and on how many threads of the processor."""
+    """One of the workers that train at the same time: its device and its number of CPU threads."""
 
     device: str
     threads: int
 
 
 def workers_on(device: str, count: int) -> list[Worker]:
-    """Workers that share this process's threads evenly, and several of them all GPUs where `device` names none."""
+    """Workers that share this process's threads evenly; several workers share all GPUs unless `device` names one."""
     threads = max(1, torch.get_num_threads() // count)
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and count > 1 else 0
     return [Worker(f"cuda:{number % gpus}" if gpus else device, threads) for number in range(count)]
@@ -86,21 +78,21 @@ def workers_on(device: str, count: int) -> list[Worker]:
 def train_missing(
     experiment: Experiment, pool: Pool, dataset: Dataset, workers: Sequence[Worker], live: Live
 ) -> int | None:
-    """Trains every run that is not finished, and makes the records of those that are.
+    """Trains all unfinished runs and makes the missing records.
 
-    Workers, of several processes too, may share one pool: each takes what no other has, and waits for the others' runs
-    where there is nothing else to do, because further runs may follow from them.
-    A run that fails is left as it is, and the others go on.
+    Workers, including those of other processes, may share one pool: each takes a run that no other has. A worker
+    without a run waits for the others, because their results may ask for further runs. If a run fails, the others
+    continue.
 
     Args:
-        experiment: what to run.
-        pool: where runs lie.
-        dataset: what they are trained on.
-        workers: a run at a time each.
-        live: shows how far everything is.
+        experiment: the experiment.
+        pool: its runs.
+        dataset: the data.
+        workers: each trains one run at a time.
+        live: shows the progress.
 
     Returns:
-        The signal that stopped the work, where one did; the runs in progress have saved their state.
+        The signal that stopped the work, or None; runs in progress have saved their state.
     """
     pool.path.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, ThreadPoolExecutor(len(workers)) as executor:
@@ -113,37 +105,37 @@ def train_missing(
                 for future in state.done:
                     future.result()
             return None if all(future.result() for future in futures) else interrupt.received
-        except BaseException:  # a worker's error, or a second Ctrl-C: the others must not go on for hours
+        except BaseException:  # a worker's error or a second Ctrl-C: stop the others
             matrix.broken = True
             raise
 
 
 @dataclass
 class _Matrix:
-    """What the workers of a process share."""
+    """The state that the workers of a process share."""
 
     experiment: Experiment
     pool: Pool
     dataset: Dataset
     live: Live
     interrupt: Interrupt
-    evaluating: Lock = field(default_factory=Lock)  # the harness keeps in a task what it asks of one model
+    evaluating: Lock = field(default_factory=Lock)  # the harness stores one model's requests in the task
     failed: set[str] = field(default_factory=set)  # keys
     claimed: set[str] = field(default_factory=set)
     broken: bool = False
 
     @property
     def signals(self) -> int:
-        """How many signals runs in progress must have had: with the first they save their state, with two they end."""
+        """The number of signals to send to runs in progress: after one they save their state, after two they exit."""
         return bool(self.interrupt.received) + self.broken
 
     def work(self, worker: Worker) -> bool:
-        """Trains runs until none is left; False when a signal stopped it."""
-        torch.set_num_threads(worker.threads)  # of this thread, for the records
+        """Trains runs until none is left; returns False if a signal stopped it."""
+        torch.set_num_threads(worker.threads)  # for the records, which this thread makes
         while todo := [run for run in known_runs(self.experiment, self.pool) if self._unfinished(run)]:
             for run in todo:
                 with self.pool.claimed(run) as lock:
-                    if lock is None or not self._unfinished(run):  # another has it, or has just finished it
+                    if lock is None or not self._unfinished(run):  # another worker has it or has just finished it
                         continue
                     self.claimed.add(run.key)
                     if error := self._finish(run, worker, lock):
@@ -159,11 +151,11 @@ class _Matrix:
                 return False
         return True
 
-    def _unfinished(self, run: Run) -> bool:
+    def _unfinished(self, run: RunSpec) -> bool:
         return run.key not in self.failed and not self.pool.recorded(run)
 
-    def _finish(self, run: Run, worker: Worker, lock: IO[bytes]) -> str | None:
-        """Trains a run where it is not finished, and makes its record; says why where that fails."""
+    def _finish(self, run: RunSpec, worker: Worker, lock: IO[bytes]) -> str | None:
+        """Trains a run unless it is finished, and makes its record; returns the reason if that fails."""
         if self.pool.state(run) != "finished":
             self.live.started(run)
             before = self.pool.log_file(run).stat().st_size if self.pool.log_file(run).exists() else 0
@@ -178,22 +170,22 @@ class _Matrix:
         try:
             with self.evaluating:
                 self.pool.record(run, self.dataset, worker.device)
-                missing = "not all tasks"
+                missing = "some tasks are missing"
                 self.pool.add_tasks(run, worker.device, stop=lambda: self.signals > 0)
         except RemoeError as error:
             return f"{missing}: {error}"
         return None
 
-    def _train(self, run: Run, worker: Worker, lock: IO[bytes]) -> int:
+    def _train(self, run: RunSpec, worker: Worker, lock: IO[bytes]) -> int:
         options = self.pool.options_file(run)
-        options.write_text(to_yaml(run.options))
+        atomic_write(options, to_yaml(run.options).encode())
         folder = self.pool.folder(run)
         how = ["--resume"] if folder.config.exists() else ["--config", str(options)]
         where = ["--data", str(self.dataset.path), "--out", str(folder.path), "--device", worker.device]
         command = [sys.executable, "-m", "remoe.lab.cli.main", "train", *how, *where]
         environment = {**os.environ, "OMP_NUM_THREADS": str(worker.threads)}
         with self.pool.log_file(run).open("ab") as log:
-            # In a session of its own, so that Ctrl-C reaches the child once: from here. It holds the lock too.
+            # In a session of its own, so that only this process passes Ctrl-C on. It also holds the lock.
             posix = {"start_new_session": True, "pass_fds": [lock.fileno()]} if os.name == "posix" else {}
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **posix
@@ -206,7 +198,7 @@ class _Matrix:
                     sent += 1
                 self.live.show()
                 time.sleep(POLL_SECONDS)
-        finally:  # an error, such as a terminal that is gone: no child trains on unseen
+        finally:  # after an error, such as a closed terminal, no child continues unseen
             if child.poll() is None:
                 child.send_signal(signal.SIGINT)
                 child.wait()
@@ -214,7 +206,7 @@ class _Matrix:
 
 
 def _why(code: int, log: Path, start: int) -> str:
-    """Why a child ended: by a signal, or the last line that it wrote, behind `start` bytes of its log."""
+    """Why a child ended: a signal, otherwise the last line in its log after the first `start` bytes."""
     if code < 0:
         names = {known.value: known.name for known in signal.Signals}  # real-time signals have none
         return f"killed by {names.get(-code, f'signal {-code}')}" + (

@@ -1,4 +1,4 @@
-"""results.md: the tables of a comparison, for people."""
+"""results.md and figures.md: the tables and figures of a comparison, as Markdown."""
 
 import re
 import statistics
@@ -7,47 +7,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from remoe.lab.analysis.summary import CHUNK
 from remoe.lab.compare.budget import TOLERANCE
 from remoe.lab.compare.experiment import Experiment, describe
-from remoe.lab.compare.record import RunRecord
+from remoe.lab.compare.record import DataDescription, RunRecord
 from remoe.lab.compare.results import AFTER, Results, Row, Spread
 from remoe.routing import ROUTERS
 from remoe.stages import first_sparse_step
 
-NO_PENALTY = 1e-6  # nats, below which a penalty does nothing
-IDLE_SHARE = 0.1  # of steps without a penalty, from which on a reader is told
+NO_PENALTY = 1e-6  # nats; a smaller penalty has no effect
+IDLE_SHARE = 0.1  # a note is written if more than this share of steps have no penalty
 EQUAL_TOKENS = "Equal tokens"
 EQUAL_FLOPS = "Equal training FLOPs"
 NOT_MEASURED = "not measured"
 
 
 def markdown(
-    experiment: Experiment,
-    results: Results,
-    records: Mapping[str, Sequence[RunRecord]],
-    figures: Mapping[str, str],
-    data: str,
+    experiment: Experiment, results: Results, records: Mapping[str, Sequence[RunRecord]], data: DataDescription
 ) -> str:
-    """The report.
+    """The report, without its figures.
 
     Args:
-        experiment: what was asked for.
+        experiment: the experiment.
         results: its numbers.
-        records: of each seed's run at equal tokens, by the name of variant and point.
-        figures: title of each figure and its file, relative to the report.
-        data: one line about the data.
+        records: the records of each system's runs at equal tokens, by the name of variant and point.
+        data: what the runs were trained on.
     """
-    lines = [f"# {experiment.title}", "", data, ""]
-    days = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "days not recorded"
-    lines += [f"Trained on ({days}):", ""]
-    lines += [f"{number}. {machine}" for number, machine in enumerate(results.machines, 1)] + [""]
-    lines += [
-        "Validation loss in nats per token, mean ± standard deviation over seeds. FLOPs count the pairs that were",
-        f"really routed, from the first step on; `of {experiment.reference}'s`: as a multiple of the reference's.",
-        "`executed`: the same with the up projections that were computed again to save memory, which FLOPs leave out.",
-        f"`S, steps > {AFTER}`: mean ± deviation of a training step's sparsity. `minutes`: of all training steps,",
-        "in brackets of those before stage III. Time and memory of different machines, or of one that did other things",
-        "too, do not compare.",
-        "",
-    ]
+    lines = [f"# {experiment.title}", "", *_introduction(experiment, results, data), ""]
     if results.missing:
         lines += [f"**Not finished ({len(results.missing)}):** {', '.join(results.missing)}.", ""]
     lines += [line for note in _notes(results, records) for line in (f"**Note:** {note}", "")]
@@ -61,40 +44,67 @@ def markdown(
     if routed := {name: seeds for name, seeds in records.items() if seeds[0].routing is not None}:
         lines += ["## Routing", "", *_routing_table(routed), ""]
         lines += [
-            "`busiest / mean`, `specialisation` and `reuse by the next token` are means over the layers weighted by",
-            f"their routed pairs; `active experts ~ frequency` (a rank correlation) and `sparsity of {CHUNK} tokens`",
-            "count all layers alike.",
+            "- `busiest / mean`: load of the busiest expert over the mean load. `specialisation`: mutual information",
+            "  of expert and domain over the entropy of the domain. `reuse by the next token`: share of a token's",
+            "  experts that the next token uses too. All three are means over layers, weighted by their routed pairs.",
+            f"- `active experts ~ frequency`: rank correlation over token ids. `S of {CHUNK} tokens`: share of the",
+            f"  experts that none of {CHUNK} neighbouring tokens uses. Both count all layers equally.",
+            "- `flip rate`: share of the routing that one training step changes.",
             "",
         ]
         if any(record.mean_flip_rates() is None for seeds in routed.values() for record in seeds):
-            lines += ["Flips are measured while a run trains, with `validate: {flips_every: N}`.", ""]
+            lines += ["Flip rates are measured during training if `validate: {flips_every: N}` is set.", ""]
     for name in (name for name in routed if name in shown(experiment)):
-        # Not every old record has them.
+        # Old records may lack the tokens.
         if record := next((record for record in routed[name] if record.routing.top_tokens), None):
             of = f"{name}, seed {record.options['seed']}"
-            lines += [f"<details><summary>{of}: tokens that each expert takes most surely</summary>", ""]
+            lines += [f"<details><summary>{of}: tokens with the highest share in each expert</summary>", ""]
             lines += [*_token_table(record.routing.top_tokens), "", "</details>", ""]
-    if figures:
-        lines += ["## Figures", ""]
-        lines += [line for title, file in figures.items() for line in (f"![{title}]({file})", "", title, "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def gallery(experiment: Experiment, figures: Mapping[str, str]) -> str:
+    """The page that shows the figures: title and path, relative to the page."""
+    lines = [f"# {experiment.title}: figures", ""]
+    lines += [line for title, file in figures.items() for line in (f"![{title}]({file})", "", title, "")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _introduction(experiment: Experiment, results: Results, data: DataDescription) -> list[str]:
+    days = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "dates not recorded"
+    return [
+        f"Data: {data.training_tokens:,} training and {data.validation_tokens:,} validation tokens; "
+        f"domains {', '.join(data.domains)}.",
+        "",
+        f"Trained on ({days}):",
+        "",
+        *(f"{number}. {machine}" for number, machine in enumerate(results.machines, 1)),
+        "",
+        "- `validation loss`: nats per token, mean ± standard deviation over seeds.",
+        "- `training FLOPs` count the (token, expert) pairs that were routed, from the first step on.",
+        f"- `FLOPs / {experiment.reference}`: divided by the reference's.",
+        f"- `executed / {experiment.reference}`: the same, including up projections recomputed to save memory.",
+        f"- `S, steps > {AFTER}`: mean ± standard deviation of S over training steps.",
+        "- `minutes`: duration of all training steps; in brackets, of those before stage III.",
+        "- Time and memory are comparable only between runs on the same machine with nothing else running.",
+    ]
+
+
 def shown(experiment: Experiment) -> list[str]:
-    """Names of the systems whose routing is drawn: the chosen variants at the first point."""
+    """The names of the systems whose routing is drawn: the chosen variants at the first point."""
     return [row_name(variant, dict(experiment.points[0])) for variant in experiment.figures]
 
 
 def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iterator[str]:
-    """What a reader must know of single runs."""
+    """Caveats about individual runs."""
     for row in results.equal_tokens:
         if not row.causal:
             name = row_name(row.variant, row.point)
-            yield f"tokens of {name} see later ones at evaluation too: its loss does not compare."
+            yield f"{name} lets tokens see later tokens even at evaluation, so its loss is not comparable."
     for row in results.equal_flops:
         if missed := [f"{ratio:.3f}" for ratio in row.over_budget_seeds if abs(ratio - 1) > TOLERANCE]:
             name = row_name(row.variant, row.point)
-            yield f"{name} at equal FLOPs spent {', '.join(missed)} times the budget, not the same."
+            yield f"{name} at equal FLOPs used {', '.join(missed)} times the budget."
     for name, seeds in records.items():
         for record in seeds:
             if ROUTERS[record.summary["router"]].steered:
@@ -103,18 +113,20 @@ def _notes(results: Results, records: Mapping[str, Sequence[RunRecord]]) -> Iter
 
 def _steering_notes(name: str, record: RunRecord) -> Iterator[str]:
     course, target = record.course, record.summary["target_sparsity"]
-    if target == 0:  # k = E: nothing to steer to
+    if target == 0:  # k = E: there is nothing to control
         return
     idle = [a * b < NO_PENALTY for a, b in zip(course["lambda"], course["reg_loss"], strict=True)]
-    idle = idle[first_sparse_step(course["sparsity"], target) - 1 :]  # before it lambda still rises from its start
+    idle = idle[first_sparse_step(course["sparsity"], target) - 1 :]  # before that, lambda is still rising
     if not idle:
-        reached = f"S {course['sparsity'][-1]:.2f} at its end, wanted {target:.3g}"
+        reached = f"S is {course['sparsity'][-1]:.2f} at the end, the target {target:.3g}"
         fixed = record.options.get("sparsity.rule") == "none"
-        why = "lambda stays as it is" if fixed else "too few steps"
-        yield f"{name}, never became sparse ({reached}): {why}; its losses say nothing yet about routers."
+        why = "lambda is fixed" if fixed else "it has too few steps"
+        yield f"{name}, never became sparse ({reached}) because {why}. Its loss says nothing about the router."
     elif (share := statistics.mean(idle[len(idle) // 2 :])) > IDLE_SHARE:
-        size = f"under {NO_PENALTY:g} nats in {share:.0%} of the steps of the second half of its sparse stage"
-        yield f"the penalty of {name}, is {size}: nothing steers S there."
+        yield (
+            f"in {share:.0%} of the steps in the second half of its sparse stage, the penalty of {name}, is below "
+            f"{NO_PENALTY:g} nats, so lambda does not control S there."
+        )
 
 
 def row_name(variant: str, point: dict) -> str:
@@ -125,8 +137,8 @@ def row_name(variant: str, point: dict) -> str:
 def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     header = [
         "system", "seeds", "steps", "validation loss", f"minus {experiment.reference}", "mean over domains",
-        "FLOPs per token", "training FLOPs", f"of {experiment.reference}'s", "executed", "active parameters",
-        "total parameters",
+        "FLOPs per token", "training FLOPs", f"FLOPs / {experiment.reference}", f"executed / {experiment.reference}",
+        "active parameters", "total parameters",
     ]  # fmt: skip
     cells = [
         [
@@ -149,7 +161,7 @@ def _loss_table(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 
 def _over_reference(row: Row) -> str:
-    """Minus the reference, of the same seeds; how many those are where not all have both."""
+    """The difference from the reference with the same seeds; with their number if that is not all seeds."""
     if (over := row.over_reference) is None:
         return ""
     return f"{over:+.4f}" + ("" if len(over.values) == len(row.seeds) else f" (seeds: {len(over.values)})")
@@ -183,7 +195,7 @@ def _cost_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _steps(steps: Sequence[int | None]) -> str:
-    return ", ".join("not" if step is None else str(step) for step in steps)
+    return ", ".join("never" if step is None else str(step) for step in steps)
 
 
 def _domain_table(rows: Sequence[Row]) -> list[str]:
@@ -193,7 +205,7 @@ def _domain_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _task_table(rows: Sequence[Row]) -> list[str]:
-    """All tasks that any row has; the mean is over those that all have."""
+    """All tasks of any row; the mean is over the tasks that all rows have."""
     chance = {task: value for row in rows for task, value in row.chance.items()}
     common = [task for task in chance if all(task in row.zero_shot for row in rows)]
     systems = []
@@ -207,13 +219,13 @@ def _task_table(rows: Sequence[Row]) -> list[str]:
         means = map(statistics.mean, zip(*(found[task] for task in common), strict=True))
         cells.append([*names, *(_spread(found.get(task, []), ".3f") for task in chance), _spread([*means], ".3f")])
     mean = "mean" if len(common) == len(chance) else f"mean of {', '.join(common) or 'none'}"
-    return _table(["system", "seeds", "rows of a task", *chance, mean], cells)
+    return _table(["system", "seeds", "rows per task", *chance, mean], cells)
 
 
 def _routing_table(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     header = [
-        "system", "seeds", "experts under 1/8 of the wanted mean", "busiest / mean", "specialisation",
-        "active experts ~ frequency", f"sparsity of {CHUNK} tokens", "reuse by the next token", "flip rate",
+        "system", "seeds", "experts below 1/8 of the target load", "busiest / mean", "specialisation",
+        "active experts ~ frequency", f"S of {CHUNK} tokens", "reuse by the next token", "flip rate",
         "flip rate, last third", "S per layer",
     ]  # fmt: skip
     cells = []
@@ -257,7 +269,7 @@ def _token_table(layers: Sequence[Sequence[Sequence[str]]]) -> list[str]:
 
 
 def _code(token: str) -> str:
-    """A token as inline code in a table's cell; what cannot be seen is written as Python does."""
+    """A token as inline code in a table cell; invisible characters are escaped as in Python."""
     text = repr(token)[1:-1].replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
