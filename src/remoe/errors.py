@@ -1,7 +1,7 @@
 """The errors that a user can cause. The command line prints each of them in one line and exits with code 2."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 
 
 class RemoeError(Exception):
@@ -46,7 +46,7 @@ def missing_extra(error: ModuleNotFoundError, extra: str, what: str) -> ExtraErr
     return ExtraError(f"{what} needs {package}: pip install 'remoe[{extra}]'", name=error.name)
 
 
-def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Raises ConfigError for a value that is none of the choices."""
     if value not in choices:
         raise ConfigError(f"unknown {what} {value!r}; choose one of: {', '.join(choices)}")

@@ -7,7 +7,7 @@ Legend: L layers, T tokens, E experts of a layer (E G with granularity G), k tar
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -140,7 +140,7 @@ class SparsityController(Float32State):
             self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=name in saved)
 
     @classmethod
-    def of(cls, layers: "Sequence[MoE | Router]", **options: object) -> "SparsityController":
+    def of(cls, layers: "Sequence[MoE | Router]", **options: Any) -> "SparsityController":
         """The controller of all layers of one model, in the order of their routings.
 
         The layers (or their routers) know sizes, k, granularity and steering. `options` are those of the class. Layers

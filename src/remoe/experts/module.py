@@ -72,7 +72,8 @@ class Experts(nn.Module):
             return self._run_first(x_TD)
         if gate_N is not None:
             assignment = replace(assignment, gate_N=gate_N)
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
         if is_quantised(gate_up):
             gate_up, down, assignment = _dequantised(gate_up, down, assignment)
         x_TD, gate_up, down = autocast_tensors(x_TD, gate_up, down)

@@ -5,7 +5,7 @@ Legend: T tokens, D model width, E experts.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int)
 
 class Float32State(nn.Module):
     """A module whose own buffers keep dtype and value when it is cast: state that moves in small steps."""
+
+    if TYPE_CHECKING:  # buffers, which are registered by name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
@@ -77,7 +81,7 @@ class Router(Float32State, ABC):
         return num_experts, d_ffn
 
     @classmethod
-    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: Any) -> float:
         """What the experts cost per token, in experts of width d_ffn.
 
         Args:

@@ -3,6 +3,8 @@
 Legend: T tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class DenseRouter(Router):
         return 1, k * d_ffn
 
     @classmethod
-    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: Any) -> float:
         return k
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
@@ -42,7 +44,7 @@ class DenseWideRouter(DenseRouter):
         return 1, num_experts * d_ffn
 
     @classmethod
-    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: object) -> float:
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: Any) -> float:
         return num_experts
 
 

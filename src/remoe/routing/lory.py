@@ -5,6 +5,7 @@ Legend: T tokens, B sequences, S sequence length, M segments of a sequence, D mo
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +79,12 @@ class LoryRouter(LinearRouter):
         T = x_TD.shape[0]
         S = T if seq_len is None else seq_len
         order_T = None if mask_T is None else padding_last(mask_T, S)
-        if order_T is None:
+        if order_T is None or mask_T is None:
             weights_BME = self._segment_weights(x_TD, None, S)
         else:
             weights_BME = self._segment_weights(x_TD[order_T], mask_T[order_T], S)
         gate_TE = weights_BME.repeat_interleave(self.segment, dim=1)[:, :S].reshape(T, self.num_experts)
-        if order_T is not None:
+        if order_T is not None and mask_T is not None:
             gate_TE = torch.zeros_like(gate_TE).index_copy(0, order_T, gate_TE).masked_fill(~mask_T[:, None], 0)
         one = one_expert(x_TD, mask_T)
         return MergedRouting(
@@ -99,9 +100,8 @@ class LoryRouter(LinearRouter):
         )
 
     @classmethod
-    def executed_experts(
-        cls, num_experts: int, k: int, density: float, seq_len: int, *, segment: int = SEGMENT, **options: object
-    ) -> float:
+    def executed_experts(cls, num_experts: int, k: int, density: float, seq_len: int, **options: Any) -> float:
+        segment = options.get("segment", SEGMENT)
         return 1 + num_experts * math.ceil(seq_len / segment) / seq_len  # the merged network, and the merging
 
     def _segment_weights(self, x_TD: Tensor, mask_T: Tensor | None, S: int) -> Tensor:

@@ -72,7 +72,7 @@ def _kernels_run_on(device: torch.device) -> bool:
     return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _list_plainly(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, ...]:
+def _list_plainly(gate_TE: Tensor, active_TE: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, E = gate_TE.shape
     active_ET = active_TE.t().contiguous()
     expert_N, token_N = torch.nonzero_static(active_ET, size=size, fill_value=E).unbind(dim=1)

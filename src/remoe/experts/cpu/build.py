@@ -12,8 +12,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -43,8 +45,16 @@ _PASS_ARGUMENTS = {
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-class Kernels:
-    """The functions of steps.cpp for one dtype; arguments are addresses and sizes."""
+class _Functions:
+    """Functions of the library, by name; arguments are addresses and sizes."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable: ...
+
+
+class Kernels(_Functions):
+    """The functions of steps.cpp for one dtype."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
         for name, arguments in _ARGUMENTS.items():
@@ -53,7 +63,7 @@ class Kernels:
             setattr(self, name, function)
 
 
-class Passes:
+class Passes(_Functions):
     """The functions of passes.cpp, whole passes, for one dtype."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:

@@ -20,7 +20,7 @@ Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C st
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
     if p.token_N.shape[0] == 0:
         return y_TD.zero_(), pre_C2F
     (D, F), C = p.down_EDF.shape[1:], pre_C2F.shape[0]
-    slices = windows(p.token_N.shape[0], C, *p.x_TD.shape, F)
+    slices = windows(p.token_N.shape[0], C, p.x_TD.shape[0], D, F)
     with torch.cuda.device_of(p.x_TD):
         launch = Launcher(p, slices)
         W = len(slices[0])
@@ -93,7 +93,7 @@ def backward(
     if p.token_N.shape[0] == 0:
         return dx_TD.zero_(), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), dgate_N
     D, F = p.down_EDF.shape[1:]
-    slices = windows(p.token_N.shape[0], pre_C2F.shape[0], *p.x_TD.shape, F)
+    slices = windows(p.token_N.shape[0], pre_C2F.shape[0], p.x_TD.shape[0], D, F)
     with torch.cuda.device_of(p.x_TD):
         launch = Launcher(p, slices)
         W = launch.scratch_rows
@@ -145,7 +145,7 @@ class Launcher:
         self.scratch_rows = self.W + self.rows  # of a window, and of the tile that its last pair is in
         self.max_tiles = -(-self.W // self.rows) + min(self.E, self.W)
         shapes = (4,), (self.max_tiles, 3), (self.E, 3)
-        integers = {"dtype": torch.int32, "device": p.x_TD.device}
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": p.x_TD.device}
         self.head, self.tile, self.span = (torch.empty(len(slices), *shape, **integers) for shape in shapes)
         triton_plan.plan_windows[len(slices), self.E](
             p.count_E.contiguous(), self.head, self.tile, self.span, self.W, self.max_tiles, self.E,

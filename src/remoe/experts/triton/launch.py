@@ -9,6 +9,7 @@ Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C st
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -103,7 +104,7 @@ TILES = {
         gate_up_gradient=Tile(128, 32, 8, 6),
         down_gradient=Tile(128, 32, 8, 6),
     ),
-    "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2, rows=64)] * 6),
+    "float32": Tiles(64, *[Tile(64, 32, 4, 2, 2, rows=64)] * 6),  # type: ignore[arg-type]
     # Small, and so that F = 36 and F = 48 have a narrow last tile, and D = 80.
     "interpreted": Tiles(
         rows=16,
@@ -132,7 +133,7 @@ def device_tiles(device: torch.device, dtype: torch.dtype, few: bool) -> tuple[T
     """Tiles, for few tokens where `few`, and the number of multiprocessors."""
     if interpreted():
         return TILES["interpreted"], 3  # few, so that a program has several tiles
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     large = properties.shared_memory_per_block_optin >= 200 * 1024
     name = "float32" if dtype == torch.float32 else ("large, few" if few else "large") if large else "small"
     return TILES[name], properties.multi_processor_count
