@@ -39,6 +39,7 @@ def test_model_compiles_into_one_graph(router):
     assert torch.equal(model.sparsity.load_LE, seen)
 
 
+@pytest.mark.slow
 def test_layer_compiles_with_inductor():
     torch.compiler.reset()
     layer = remoe.MoE(60, 36, 5, 2, init_std=0.3)

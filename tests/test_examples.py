@@ -12,6 +12,8 @@ from tiny_run import FLAGS
 from remoe.lab.cli.main import main
 from remoe.lab.data import open_dataset
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -118,6 +118,7 @@ def train_layer(controller, steps):
     return torch.tensor(course, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_smooth_rule_settles_a_trained_layer_closer_to_the_target_than_the_sign_rule():
     deviation = {}
     for rule in ("sign", "smooth"):
@@ -386,6 +387,7 @@ def _wrapped_rank(rank, port, results):
     os._exit(0)  # gloo's threads may wait forever for each other where Python takes the group apart
 
 
+@pytest.mark.slow
 def test_ddp_leaves_each_rank_its_statistics():
     pairs, slots, sparsities = zip(*on_two_ranks(_wrapped_rank), strict=True)
     assert pairs[0] / slots[0] != pytest.approx(pairs[1] / slots[1], rel=1e-4)

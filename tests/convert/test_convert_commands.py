@@ -70,6 +70,7 @@ def test_relufy(mixture, corpus, tmp_path, capsys):
     assert "not a model of this package: it can only be evaluated with --tasks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_relufy_of_a_run(corpus, tmp_path):
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     assert main(["train", "--data", str(corpus), "--out", run, "--steps", "4", "--router", "topk", *FLAGS]) == 0

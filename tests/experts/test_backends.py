@@ -167,6 +167,7 @@ def test_a_value_that_is_not_finite_stays_with_its_token(backend):
     assert y[1:].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs already")
 def test_triton_in_its_interpreter():
     triton = pytest.importorskip("triton")

@@ -31,6 +31,7 @@ def output():
     return run_experts(torch.randn(9, 6), torch.randn(3, 8, 6), torch.randn(3, 6, 4), assignment, "cpu")
 
 
+@pytest.mark.slow
 def test_built_once_and_found_again(fresh):
     if kernels.compiled_kernels(torch.float32) is None:
         pytest.skip("no compiler here")
@@ -49,6 +50,7 @@ def test_switched_off(fresh, monkeypatch):
     assert not list(fresh.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["none", "fails"])
 def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, tmp_path, caplog, trouble):
     expected = output()
@@ -64,6 +66,7 @@ def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, t
     assert sum(words in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_whether_kernels_will_be_compiled_is_known_before(fresh, monkeypatch):
     if kernels._compiler() is None:
         assert not kernels.to_be_built()

@@ -19,6 +19,8 @@ from remoe.experts.triton import backend, launch
 from remoe.experts.triton import kernels as triton_kernels
 from remoe.experts.triton import plan as triton_plan
 
+pytestmark = pytest.mark.slow
+
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}

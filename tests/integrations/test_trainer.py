@@ -254,6 +254,7 @@ def _ddp(rank, folder, accumulate):
     os._exit(0)  # gloo's threads may wait forever for each other where Python takes the group apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_have_the_lambda_of_one(tmp_path, monkeypatch, accumulate):
     for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():

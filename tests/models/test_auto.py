@@ -12,6 +12,7 @@ import remoe
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import remoe, transformers", "import transformers.models.auto.modeling_auto, remoe"]
 )

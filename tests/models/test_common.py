@@ -90,7 +90,7 @@ def test_a_row_of_a_batch_is_the_row_alone(cls):
 
 
 @every_class
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_implementations_agree_with_eager(cls, implementation):
     options = {"head_dim": 16} if implementation == "flex_attention" else {}
     ids = tokens()
@@ -104,6 +104,7 @@ def test_attention_implementations_agree_with_eager(cls, implementation):
     )
 
 
+@pytest.mark.slow
 def test_ready_masks_of_flex_attention_are_taken_as_such():
     from torch.nn.attention.flex_attention import create_block_mask
 

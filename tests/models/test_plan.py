@@ -16,6 +16,7 @@ def config(name, **options):
     return remoe.RemoeConfig(**PRESETS[name]["model"], vocab_size=PRESETS[name]["vocab_size"], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_figures(name):
     dense_parameters, total_parameters, gflops = PAPER[name]

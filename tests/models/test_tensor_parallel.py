@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 
 import remoe
 
+pytestmark = pytest.mark.slow
+
 transformers_distributed = pytest.importorskip("transformers.distributed")
 
 SIZES = {

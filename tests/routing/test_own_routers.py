@@ -25,6 +25,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
 COMPARE = "import sys; from remoe.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
+@pytest.mark.slow
 def test_compare_trains_the_router_of_the_guide(corpus, tmp_path):
     examples = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     example = next(example for example in examples if "class AboveMean" in example)

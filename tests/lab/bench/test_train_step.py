@@ -21,6 +21,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_rows_of_ours_and_of_the_reference(corpus, monkeypatch):
     pytest.importorskip("accelerate")
     context = forked.context()

@@ -22,6 +22,8 @@ from remoe.lab.compare.runner import Worker, workers_on
 from remoe.lab.data import open_dataset
 from remoe.lab.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 BASE = {
     "steps": 40, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4,
     "model": {"hidden_size": 32, "num_hidden_layers": 2}, "validate": {"every": 20, "flips_every": 10},

@@ -256,6 +256,7 @@ def test_a_folder_without_a_model_is_one_line(damage, model, tokenizer, data, tm
     one_line(["eval", str(folder), "--tasks", "piqa", "--task-data", str(data)], str(folder), capsys)
 
 
+@pytest.mark.slow
 def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd, monkeypatch):
     """Table 2 of the paper with one command; what is finished is asked for no task twice."""
     for draw in ("savefig", "draw_without_rendering"):  # half of the time, for figures that this test does not look at

@@ -144,6 +144,7 @@ def test_the_cards_sentence_is_of_the_model(options, words):
     assert words in _what(remoe.RemoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["topk", "dense", "lory", "hash"])
 def test_other_routers_load_without_this_package(router, tmp_path, monkeypatch):
     assert router in ROUTERS
@@ -262,6 +263,7 @@ def test_card_says_what_the_model_is(exported):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_unfinished_run_has_a_card_without_results(tmp_path):
     run = tmp_path / "run"
     flags = ["--steps", "4", "--validate.every", "4", "--checkpoint.every", "2", "--out", str(run)]
@@ -281,6 +283,7 @@ def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
 
 
+@pytest.mark.slow
 def test_lm_eval_harness_reads_the_folder(exported, tmp_path, monkeypatch):
     """The harness's own program, in a process where this package cannot be imported."""
     pytest.importorskip("lm_eval")
