@@ -21,7 +21,7 @@ from remoe.routing import ROUTERS, TopKRouter
 from remoe.routing.options import check_options
 from remoe.routing.plugins import load_own_routers
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "router.md").read_text()
 COMPARE = "import sys; from remoe.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
