@@ -200,7 +200,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
     output, _ = first.communicate(timeout=60)
     if number == signal.SIGINT:
         assert first.returncode == 130
-        assert output.index("stopping: saving checkpoints\n") < output.index("stopped; the same command goes on")
+        assert output.index("stopping: saving checkpoints\n") < output.index("stopped; the same command continues")
     with pool.claimed(run) as log:  # the child of a killed parent trains on, and keeps others away
         assert (log is None) == (number == signal.SIGKILL)
     if number == signal.SIGKILL:
