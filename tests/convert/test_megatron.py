@@ -176,7 +176,7 @@ def test_the_config_is_the_checkpoints(tmp_path):
     assert (config.num_experts, config.granularity, config.intermediate_size) == (4, 2, F)
     assert config.rope_parameters["rope_theta"] == 1e6
     assert (config.regularizer_normalization, config.sparsity["rule"]) == ("official", "official")
-    assert config.backend == "loop"
+    assert config.backend == "cpu"
 
 
 def test_lambda_goes_on_where_it_was(tmp_path):

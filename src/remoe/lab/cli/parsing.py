@@ -44,8 +44,9 @@ def _first_sentence(box: str) -> str:
     lines = list(itertools.dropwhile(lambda line: not line, lines))
     message = list(itertools.takewhile(bool, lines))
     if message and message[0].startswith("Missing from"):
-        names = [name[0] for line in message[1:] if (name := re.match(r"--[\w.-]+|[A-Z]{2,}$", line))]
-        return f"{' and '.join(names)} missing" if names else " ".join(message)
+        # The help of an option is indented further than its name, and may begin a line with another option.
+        named = re.findall(r"^[ │|]{4,6}(--[\w.-]+|[A-Z]{2,}(?= *│?$))", box, re.MULTILINE)
+        return f"{' and '.join(named)} missing" if named else " ".join(message)
     if novalue := re.match(r"Missing value for argument '(.+?)'", " ".join(message)):
         return f"{novalue[1]} needs a value"
     said = re.sub(r"^Error parsing [A-Z]\w+: ", "", " ".join(message) or " ".join(box.split()))

@@ -90,7 +90,7 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
         title=(trained.run.path if trained.run else trained.checkpoint).resolve().name,
         facts=facts(trained, step),
         config=c,
-        steered=c.steered and c.sparsity_rule != "none",
+        steered=c.steered and c.sparsity["rule"] != "none",
         experts=c.experts_per_layer,
         target=c.active_per_token,
         chunk=CHUNK,
