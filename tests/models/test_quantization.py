@@ -9,9 +9,21 @@ from remoe.experts import is_quantised
 
 torchao = pytest.importorskip("torchao")
 
-from remoe.models.quantization import quantize, weight_bytes  # noqa: E402
+from remoe.models.quantization import quantize  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+
+
+def weight_bytes(model):
+    """Bytes of all parameters as they are stored; of a quantised one, its integers, scales and zero points."""
+
+    def stored(tensor):
+        if not hasattr(tensor, "qdata"):
+            return tensor.numel() * tensor.element_size()
+        parts = (value for value in vars(tensor).values() if isinstance(value, torch.Tensor))
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    return sum(stored(parameter) for parameter in model.parameters())
 
 
 def build(**options):

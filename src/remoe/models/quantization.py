@@ -1,7 +1,6 @@
 """Weight-only quantisation by torchao: weights in 8 or 4 bits, everything that is computed in the model's dtype."""
 
 import torch
-from torch import nn
 
 from remoe.errors import ConfigError, missing_extra
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -51,11 +50,6 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
     return model.eval()
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters as they are stored; of a quantised one, its integers, scales and zero points."""
-    return sum(_bytes(parameter) for parameter in model.parameters())
-
-
 def _quantised_names(model: RemoeForCausalLM) -> list[str]:
     """Matrices of attention, and three-dimensional weights of experts."""
     return [name for name, p in model.model.layers.named_parameters(prefix="model.layers") if _is_chosen(name, p)]
@@ -63,10 +57,3 @@ def _quantised_names(model: RemoeForCausalLM) -> list[str]:
 
 def _is_chosen(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim == 3 or (parameter.ndim == 2 and ".self_attn." in name)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    if not hasattr(tensor, "qdata"):
-        return tensor.numel() * tensor.element_size()
-    parts = (value for value in vars(tensor).values() if isinstance(value, torch.Tensor))
-    return sum(part.numel() * part.element_size() for part in parts)

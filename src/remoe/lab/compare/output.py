@@ -236,7 +236,7 @@ def _draw_flips(
         steps, rates = records[name].flip_rates()
         if steps:
             runs[name] = (steps, rates)
-            experts[name] = run.config.num_experts * run.config.granularity
+            experts[name] = run.config.experts_per_layer
     if runs:
         looks = figures.looks(runs) if experiment.axes else look  # with axes a variant has several curves
         add("Flips of the routing (Fig. 10)", "flips", routing_figures.flips(runs, experts, look=looks))

@@ -342,7 +342,7 @@ def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRe
     routing, config = None, run.load_config()
     if (found := _collect(run, dataset, device)) is not None:
         tokenizer = load_tokenizer(run.tokenizer)
-        routing = routing_of(found, config.k * config.granularity, lambda token: tokenizer.decode([token]))
+        routing = routing_of(found, config.active_per_token, lambda token: tokenizer.decode([token]))
     return RunRecord(options_of(config), summary, course, routing, data=data)
 
 
