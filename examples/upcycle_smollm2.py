@@ -89,7 +89,7 @@ def main() -> None:
         if name != "dense":
             per_expert = sum(layer.mlp.experts.down_proj[0].numel() * 3 for layer in model.model.layers)
             density = 1 - model.sparsity.sparsity.item()
-            facts |= {"sparsity": 1 - density, "sparsity_per_layer": model.sparsity.sparsity_L.tolist()}
+            facts |= {"sparsity": 1 - density, "sparsity_per_layer": (1 - model.sparsity.load_LE.mean(dim=1)).tolist()}
             facts["active_parameters"] = round(facts["parameters"] - per_expert * args.experts * (1 - density))
             model.save_pretrained(args.out / f"{name}-model")
             tokenizer.save_pretrained(args.out / f"{name}-model")

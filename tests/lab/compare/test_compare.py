@@ -31,6 +31,17 @@ BASE = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Comparisons of this process write their tables alone: drawing takes longer than the runs."""
+
+    def draw(experiment, results, records, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return {}
+
+    monkeypatch.setattr("remoe.lab.compare.output.draw", draw)
+
+
 def write_experiment(folder, **given):
     path = folder / "trial.yaml"
     content = {"title": "Trial", "base": BASE, "variants": {"relu": {}, "topk": {"router": "topk"}}, **given}
@@ -121,6 +132,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     assert re.search(r"(\d+) of \1 runs finished", capfd.readouterr().out)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
     path = write_experiment(
         tmp_path, variants={"bad": {"optim": {"lr": 1e30}}, "topk": {"router": "topk"}}, reference="topk"
@@ -133,6 +145,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
     assert len(found["missing"]) == 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_without_a_record_gets_one(corpus, tmp_path, capfd):
     path = write_experiment(tmp_path, seeds=[0, 1], variants={"topk": {"router": "topk"}})
     command = arguments(path, corpus, tmp_path)
@@ -187,6 +200,7 @@ def wait_for(condition, process=None):
     pytest.fail("waited two minutes")
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
@@ -237,6 +251,7 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
     assert found[0]["missing"] == []
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 def test_workers_train_side_by_side(corpus, tmp_path, capfd):
     base = {**BASE, "steps": 300}
@@ -304,6 +319,7 @@ def test_workers_share_threads_and_gpus(monkeypatch):
     assert workers_on("cuda:1", 9) == [Worker("cuda:1", 1)] * 9
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_corpus_that_changes_is_refused_and_reported_as_it_was(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("texts", "other/texts"):
