@@ -1,5 +1,7 @@
 """A controller made for layers: what it knows of them, the loss (Eq. 6), and routers with state of their own."""
 
+import copy
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_layers_of_several_kinds_are_refused():
     layers = [remoe.MoE(6, 8, 4, 1), remoe.MoE(6, 8, 4, 2)]
     with pytest.raises(ConfigError, match="2 kinds"):
         SparsityController.of(layers)
-    with pytest.raises(ConfigError, match="0 kinds"):
+    with pytest.raises(ConfigError, match="at least one layer"):
         SparsityController.of([])
 
 
@@ -54,6 +56,23 @@ def test_the_loss_is_equation_6(normalization):
     assert control.eval().loss_terms(routings).total.item() == pytest.approx(0.3 * regularizer)
     terms.total.backward()
     assert all(layer.router.weight.grad.any() for layer in layers)
+
+
+def test_layers_may_come_from_a_generator():
+    layers = [remoe.MoE(6, 8, 4, 1, "topk") for _ in range(2)]
+    control = SparsityController.of(layer for layer in layers)
+    assert len(control.routers) == 2
+    assert not control.steered
+
+
+def test_a_layer_that_replaces_another_is_moved():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4}
+    model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes, router="sigmoid")).train()
+    model.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    ids = torch.randint(32, (2, 8))
+    model(ids, labels=ids)
+    model.update_routing()
+    assert all(layer.mlp.router.bias_E.any() for layer in model.model.layers)
 
 
 def test_only_terms_of_a_training_loss_count_as_penalised():

@@ -83,7 +83,7 @@ class SparsityController(Float32State):
         regularizer_normalization: "paper": L_reg is the mean over layers; "official": the sum, as in the authors'
             code, where lambda is L times smaller at equal penalty.
         router_aux_loss_coef: coefficient of the regulariser, summed over layers, if lambda does not steer the routers.
-        layers: see `of`.
+        layers: see `of`, which passes them; without layers, `update` moves lambda alone.
 
     Attributes:
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
@@ -119,7 +119,7 @@ class SparsityController(Float32State):
             raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
         if not (0 < lambda_init < math.inf and 1 < alpha < math.inf):
             raise ConfigError(f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
-        self._layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
+        self.layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
         self.steered = all(router.steered for router in self.routers)
         self.num_experts, self.target_density = num_experts, k / num_experts
         self.rule, self.alpha, self.lambda_init = rule if self.steered else "none", alpha, float(lambda_init)
@@ -146,9 +146,12 @@ class SparsityController(Float32State):
         The layers (or their routers) know sizes, k, granularity and steering. `options` are those of the class. Layers
         of several kinds raise a ConfigError.
         """
+        layers = tuple(layers)
         routers = [_router_of(layer) for layer in layers]
+        if not routers:
+            raise ConfigError("a controller needs at least one layer")
         kinds = {(type(router), router.num_experts, router.k) for router in routers}
-        if len(kinds) != 1:
+        if len(kinds) > 1:
             raise ConfigError(f"a controller is for layers of one kind, but these are of {len(kinds)} kinds")
         router = routers[0]
         E, k = (router.num_experts, router.k) if router.routes_pairs else (1, 1)
@@ -157,7 +160,7 @@ class SparsityController(Float32State):
     @property
     def routers(self) -> list[Router]:
         """The routers of the layers that the controller was made for."""
-        return [_router_of(layer) for layer in self._layers]
+        return [_router_of(layer) for layer in self.layers]
 
     @property
     def target(self) -> float:
@@ -181,7 +184,8 @@ class SparsityController(Float32State):
             routings: one per layer, of one forward pass.
             share: of these tokens in the optimiser step, so that the terms of its micro-batches add up.
         """
-        self.penalised = self.penalised or self.training
+        if self.training:  # without a look at the old value, which a compiled graph would depend on
+            self.penalised = True
         share = share.to(self.lam.device) if isinstance(share, Tensor) else share
         L_reg, lam, extra = self.regularizer(routings) * share, self.coefficient, self.lam.new_zeros(())
         total = lam * L_reg  # Eq. 6: L = L_lm + lambda_i L_reg
@@ -245,7 +249,8 @@ class SparsityController(Float32State):
             buffer.copy_(torch.where(seen, value, buffer))
         for tensor in sums:
             tensor.zero_()
-        for router, load_E, statistic_E in zip(self.routers, self.load_LE, self.statistic_LE, strict=False):
+        loads = zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers))
+        for router, load_E, statistic_E in loads:
             router.step(load_E, statistic_E, seen)
 
     def _factor(self, S: Tensor) -> tuple[Tensor, Tensor]:

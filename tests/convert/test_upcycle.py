@@ -182,6 +182,12 @@ def test_all_experts_can_be_wanted():
     assert all(routing.sparsity == 0 for routing in outputs.routings)
 
 
+def test_the_bias_and_the_width_are_not_for_options():
+    for options, name in (({"router_options": {"bias": False}}, "router"), ({"d_ffn": 48}, "intermediate_size")):
+        with pytest.raises(ConfigError, match=f"upcycle itself sets {name}"):
+            remoe.upcycle(build("llama"), 4, **options)
+
+
 @pytest.mark.parametrize("name", ["router", "shared_expert_size", "vocab_size"])
 def test_what_upcycle_sets_is_no_option(name):
     with pytest.raises(ConfigError, match=f"upcycle itself sets {name}"):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from remoe.convert.relufy.fit import Batch, as_batch
 from remoe.errors import ConfigError
-from remoe.models.configuration_remoe import RemoeConfig, check_fields
+from remoe.models.configuration_remoe import RemoeConfig, check_fields, take_todays_names
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 
@@ -137,6 +137,7 @@ def _config(
     if (window := getattr(old, "sliding_window", None)) and getattr(old, "use_sliding_window", True):
         context = min(context, window)  # within the window, attention is full attention
     attention = dense.model.layers[0].self_attn
+    take_todays_names(options, "relu")
     fields = {
         "intermediate_size": old.intermediate_size,
         "head_dim": attention.head_dim,
@@ -154,7 +155,10 @@ def _config(
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     same += ("hidden_act", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
     same += ("tie_word_embeddings", "attention_dropout", "use_cache")
-    if taken := sorted(options.keys() & (fields.keys() - {"sparsity", "router_options"} | {"router"} | set(same))):
+    given = {RemoeConfig.attribute_map.get(name, name) for name in options}
+    if "bias" in (options.get("router_options") or {}):
+        given.add("router")
+    if taken := sorted(given & (fields.keys() - {"sparsity", "router_options"} | {"router"} | set(same))):
         raise ConfigError(f"upcycle itself sets {', '.join(taken)}")
     check_fields(options)
     return RemoeConfig(**{key: getattr(old, key) for key in same if hasattr(old, key)} | options | fields)

@@ -89,8 +89,12 @@ class RemoeConfig(PreTrainedConfig):
     backend: str = "auto"
 
     def __post_init__(self, **kwargs):
-        self._take_old_names(kwargs)
-        self.sparsity = SPARSITY | (self.sparsity or {})
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        take_todays_names(kwargs, self.router)
+        self.backend = kwargs.pop("backend", self.backend)
+        self.sparsity = SPARSITY | kwargs.pop("sparsity", {}) | (self.sparsity or {})
+        self.router_options = kwargs.pop("router_options", {}) | (self.router_options or {}) or None
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -108,17 +112,15 @@ class RemoeConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers leaves it out of config.json
         super().__post_init__(**kwargs)
 
-    def _take_old_names(self, given: dict[str, object]) -> None:
-        """Moves options under their names of version 0.1.0 from `given` to where they stand today."""
-        old = {name: given.pop(name) for name in _OLD & given.keys()}
-        self.backend = old.get("experts_backend", self.backend)
-        moved = {new: old[name] for name, new in _OLD_SPARSITY.items() if name in old}
-        self.sparsity = (self.sparsity or {}) | moved
-        changed = {n: old[n] for n, default in _OLD_ROUTER_OPTIONS.items() if old.get(n, default) != default}
-        if changed and self.router in ROUTERS:
-            known = router_options(self.router_class)  # other routers took no notice of them
-            kept = {name: value for name, value in changed.items() if name in known}
-            self.router_options = kept | (self.router_options or {}) or None
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, object], **kwargs: object) -> "RemoeConfig":
+        """As transformers' method, but overrides of nested options are merged with the file's, and all are checked."""
+        values, names = dict(config_dict), {*_OLD, *cls.attribute_map, "sparsity", "router_options", "backend"}
+        for options in (values, given := {name: kwargs.pop(name) for name in names & kwargs.keys()}):
+            take_todays_names(options, str(kwargs.get("router", values.get("router", "relu"))))
+        for name, value in given.items():
+            values[name] = (values.get(name) or {}) | value if isinstance(value, dict) else value
+        return super().from_dict(values, **kwargs)
 
     def _check(self) -> None:
         if self.head_dim % 2:
@@ -133,9 +135,12 @@ class RemoeConfig(PreTrainedConfig):
         check_choice("router", self.router, ROUTERS)
         check_choice("regularizer_normalization", self.regularizer_normalization, NORMALIZATIONS)
         self.backend = check_backend(self.backend)
+        for name, value in self.sparsity.items():
+            check_choice("option of sparsity", name, SPARSITY)
+            default = SPARSITY[name]
+            if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+                raise ConfigError(f"sparsity: {name} must be like {default!r}, but is {value!r}")
         check_choice("sparsity rule", self.sparsity["rule"], RULES)
-        if unknown := self.sparsity.keys() - SPARSITY.keys():
-            raise ConfigError(f"sparsity has no {', '.join(sorted(unknown))}; it has: {', '.join(SPARSITY)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"k must be between 1 and the number of experts, but k = {self.num_experts_per_tok} "
@@ -190,6 +195,20 @@ class RemoeConfig(PreTrainedConfig):
             plan["layers.*.mlp.experts.down_proj"] = "rowwise"
             plan["layers.*.mlp.experts"] = "moe_tp_experts"
         return plan
+
+
+def take_todays_names(options: dict[str, object], router: str) -> None:
+    """Replaces names of version 0.1.0 by today's, in place; a name of today takes precedence."""
+    old = {name: options.pop(name) for name in _OLD & options.keys()}
+    if "load_balance" in old and "load_balance" not in router_options(ROUTERS.get(router, Router)):
+        del old["load_balance"]  # 0.1.0 took no notice of it with such routers
+    if "experts_backend" in old:
+        options.setdefault("backend", old["experts_backend"])
+    moved = {"sparsity": {new: old[name] for name, new in _OLD_SPARSITY.items() if name in old}}
+    changed = {name: old[name] for name, default in _OLD_ROUTER_OPTIONS.items() if old.get(name, default) != default}
+    for name, values in (moved | {"router_options": changed}).items():
+        if values:
+            options[name] = values | (options.get(name) or {})
 
 
 # What any config of transformers takes besides its attributes.

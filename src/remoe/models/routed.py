@@ -46,6 +46,7 @@ class RoutedModel:
         Args:
             group: as in `SparsityController.update`.
         """
+        self.sparsity.layers = tuple(layer.mlp for layer in self.model.layers)  # one may have been replaced or wrapped
         self.sparsity.update(group)
 
     def set_gate_threshold(self, threshold: float) -> None:

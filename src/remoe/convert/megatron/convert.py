@@ -22,7 +22,7 @@ from remoe.convert.megatron.files import (
 from remoe.convert.megatron.inert_pickle import Inert
 from remoe.convert.megatron.names import from_megatron, to_megatron
 from remoe.errors import ConfigError
-from remoe.models.configuration_remoe import RemoeConfig, check_fields
+from remoe.models.configuration_remoe import RemoeConfig, check_fields, take_todays_names
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ReLURouter
 
@@ -183,7 +183,8 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
         },
     }
     check_fields(options)
-    return RemoeConfig(**(fields | options))
+    take_todays_names(options, "relu")
+    return RemoeConfig(**(fields | options | {"sparsity": fields["sparsity"] | (options.get("sparsity") or {})}))
 
 
 def _check_exportable(model: RemoeForCausalLM) -> None:

@@ -27,7 +27,6 @@ from remoe.convert.relufy.model import (
     replace_routers,
 )
 from remoe.errors import ConfigError
-from remoe.models.configuration_remoe import SPARSITY
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.routed import build_controller
 from remoe.routing import ReLURouter, Router, build_router
@@ -192,9 +191,11 @@ def _install(model: PreTrainedModel, settings: dict) -> Callable[[], None]:
 
 def _install_in_remoe(model: RemoeForCausalLM, settings: dict) -> Callable[[], None]:
     """The same for our own model, which remains one."""
-    config = copy.copy(model.config)  # the model's own is changed when nothing can fail any more
+    config = copy.copy(model.config)  # the model's own is changed when its new routers are there
     router_options = {"bias": True} if settings["load_balance"] else {"bias": True, "load_balance": False}
-    options = {"router": "relu", "router_options": router_options, "sparsity": SPARSITY | STEERING}
+    if (cap := (config.router_options or {}).get("max_experts_per_token")) is not None:
+        router_options["max_experts_per_token"] = cap
+    options = {"router": "relu", "router_options": router_options, "sparsity": config.sparsity | STEERING}
     old = {name: getattr(config, name) for name in options}, [layer.mlp.router for layer in model.model.layers]
     for name, value in options.items():
         setattr(config, name, value)

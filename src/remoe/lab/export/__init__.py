@@ -48,6 +48,6 @@ def export_model(model: RemoeForCausalLM, out: Path) -> None:
     path = out / "config.json"
     config = json.loads(path.read_text())
     config["auto_map"] = AUTO_MAP
-    config["experts_backend"] = "auto"  # one that was forced may not be in the bundle
+    config["backend"] = "auto"  # one that was forced may not be in the bundle
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_bundle(out)

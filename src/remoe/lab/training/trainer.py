@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 DEAD_AFTER_STEPS = 100
 LAMBDA_TOO_LARGE = 1e3  # of a loss in nats; no run of ours that went well came near
-VOCAB_MULTIPLE = 1024  # GPT-2's 50,257 becomes the paper's 51,200
 
 
 class NonFiniteLoss(RemoeError):
