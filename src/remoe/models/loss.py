@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.matmul import product
+from remoe.operators import operator_name
 
 IGNORED_TARGET = -100
 # Logits of one chunk: few enough to stay in a CPU's cache, and many where a chunk must fill a GPU. The least number
@@ -43,7 +44,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor)
     return _forward(hidden_TD, weight_VD, target_T, hidden_grad, weight_grad)[0]
 
 
-@torch.library.custom_op("remoe::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(operator_name("linear_cross_entropy"), mutates_args=())
 def _forward(
     hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, hidden_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

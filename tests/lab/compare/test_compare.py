@@ -31,15 +31,15 @@ BASE = {
 }  # fmt: skip
 
 
+def draw_nothing(experiment, results, records, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return {}
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Comparisons of this process write their tables alone: drawing takes longer than the runs."""
-
-    def draw(experiment, results, records, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return {}
-
-    monkeypatch.setattr("remoe.lab.compare.output.draw", draw)
+    monkeypatch.setattr("remoe.lab.compare.output.draw", draw_nothing)
 
 
 def write_experiment(folder, **given):
@@ -92,6 +92,7 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
     finished = list((tmp_path / "pool").glob("*/summary.json"))
     assert len(list((tmp_path / "pool").glob("*.json"))) == len(finished) > 3  # also of the runs at equal FLOPs
 
+    monkeypatch.setattr("remoe.lab.compare.output.draw", draw_nothing)  # it draws the same again
     logs = {log: log.stat().st_mtime_ns for log in (tmp_path / "pool").glob("*.log")}
     assert main(command) == 0  # nothing is left to run
     assert not re.search("started|resumed", capfd.readouterr().out)

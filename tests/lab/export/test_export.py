@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,12 +238,20 @@ def test_folder_has_the_backends_that_need_torch_alone(exported, tmp_path, monke
     monkeypatch.setattr(sys, "path", [*sys.path])
     cls = get_class_from_dynamic_module("modeling_remoe.RemoeForCausalLM", str(folder))
     package = cls.__module__.rpartition(".")[0]
-    dispatch, pairs = (sys.modules[f"{package}.{name}"] for name in ("remoe_experts_dispatch", "remoe_routing_pairs"))
+    names = ("remoe_experts_dispatch", "remoe_routing_pairs", "remoe_models_loss")
+    dispatch, pairs, loss = (sys.modules[f"{package}.{name}"] for name in names)
     assert list(dispatch.BACKENDS) == ["naive", "cpu"]
     assert dispatch.check_backend("loop") == "cpu"
     assert not pairs.AVAILABLE
-    operators = (dispatch.OPERATORS["cpu"].forward, dispatch.TRACED.backward, pairs._list_pairs)
+    operators = (dispatch.OPERATORS["cpu"].forward, dispatch.TRACED.backward, pairs._list_pairs, loss._forward)
     assert not any(operator._qualname.startswith("remoe::") for operator in operators)
+
+
+def test_no_source_names_its_operators_in_another_way():
+    """A literal name would be registered again by each exported folder, over that of the package."""
+    sources = [path.read_text() for path in (Path(remoe.__file__).parent).rglob("*.py")]
+    assert sum("custom_op(" in source for source in sources) >= 3
+    assert not any(re.search(r'custom_op\(\s*"', source) for source in sources)
 
 
 def test_card_says_what_the_model_is(exported):
