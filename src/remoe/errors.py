@@ -46,6 +46,12 @@ def missing_extra(error: ModuleNotFoundError, extra: str, what: str) -> ExtraErr
     return ExtraError(f"{what} needs {package}: pip install 'remoe[{extra}]'", name=error.name)
 
 
+def check(holds: bool, message: str) -> None:
+    """Raises ConfigError with this message unless it holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Raises ConfigError for a value that is none of the choices."""
     if value not in choices:

@@ -6,7 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
@@ -55,14 +55,11 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"d_model": d_model, "d_ffn": d_ffn, "num_experts": num_experts, "k": k}.items():
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, but is {value}")
-        if granularity < 1 or d_ffn % granularity:
-            raise ConfigError(f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
-        if k > num_experts:
-            raise ConfigError(f"k = {k} is more than the number of experts, {num_experts}")
-        if shared_expert_size < 0:
-            raise ConfigError(f"shared_expert_size must not be negative, but is {shared_expert_size}")
+            check(value >= 1, f"{name} must be at least 1, but is {value}")
+        G_divides = granularity >= 1 and d_ffn % granularity == 0
+        check(G_divides, f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
+        check(k <= num_experts, f"k = {k} is more than the number of experts, {num_experts}")
+        check(shared_expert_size >= 0, f"shared_expert_size must not be negative, but is {shared_expert_size}")
         E, F, K = split_by_granularity(num_experts, d_ffn, k, granularity)
         self.router = build_router(router, d_model, E, K, **(router_options or {}))
         experts = MergedExperts if self.router.merges else Experts

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check_choice
+from remoe.errors import ConfigError, check, check_choice
 from remoe.routing.assignment import Routing
 from remoe.routing.base import Float32State, Router
 
@@ -86,6 +86,7 @@ class SparsityController(Float32State):
         layers: see `of`, which passes them; without layers, `update` moves lambda alone.
 
     Attributes:
+        target: the target sparsity, 1 - k/E.
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean
@@ -113,15 +114,13 @@ class SparsityController(Float32State):
         super().__init__()
         check_choice("sparsity rule", rule, RULES)
         check_choice("regularizer_normalization", regularizer_normalization, NORMALIZATIONS)
-        if num_layers < 1:
-            raise ConfigError(f"num_layers must be at least 1, but is {num_layers}")
-        if not 1 <= k <= num_experts:
-            raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
-        if not (0 < lambda_init < math.inf and 1 < alpha < math.inf):
-            raise ConfigError(f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
+        check(num_layers >= 1, f"num_layers must be at least 1, but is {num_layers}")
+        check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
+        finite = 0 < lambda_init < math.inf and 1 < alpha < math.inf
+        check(finite, f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
         self.layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
         self.steered = all(router.steered for router in self.routers)
-        self.num_experts, self.target_density = num_experts, k / num_experts
+        self.num_experts, self.target_density, self.target = num_experts, k / num_experts, 1 - k / num_experts
         self.rule, self.alpha, self.lambda_init = rule if self.steered else "none", alpha, float(lambda_init)
         smooth_min = max(LAMBDA_MIN, min(SMOOTH_LAMBDA_MIN, lambda_init))
         self.lambda_min = smooth_min if self.rule == "smooth" else LAMBDA_MIN
@@ -134,10 +133,10 @@ class SparsityController(Float32State):
         last = {"load_LE": LE, "statistic_LE": LE}
         sums = {"_statistic_LE": LE, "_pairs_LE": LE, "_tokens_L": L, "_regularizer_sum": (), "_passes": ()}
         for name, shape in (saved | last | sums).items():
-            value = {"lam": self.lambda_init, "sparsity": UNKNOWN}.get(name, 0)
             # The dtype is given, because transformers builds a model under its own default dtype.
             dtype = torch.int64 if name in ("_pairs_LE", "_tokens_L", "_passes") else torch.float32
-            self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=name in saved)
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=name in saved)
+        self.reset()
 
     @classmethod
     def of(cls, layers: "Sequence[MoE | Router]", **options: Any) -> "SparsityController":
@@ -148,11 +147,9 @@ class SparsityController(Float32State):
         """
         layers = tuple(layers)
         routers = [_router_of(layer) for layer in layers]
-        if not routers:
-            raise ConfigError("a controller needs at least one layer")
+        check(bool(routers), "a controller needs at least one layer")
         kinds = {(type(router), router.num_experts, router.k) for router in routers}
-        if len(kinds) > 1:
-            raise ConfigError(f"a controller is for layers of one kind, but these are of {len(kinds)} kinds")
+        check(len(kinds) == 1, f"a controller is for layers of one kind, but these are of {len(kinds)} kinds")
         router = routers[0]
         E, k = (router.num_experts, router.k) if router.routes_pairs else (1, 1)
         return cls(len(routers), E, k, layers=layers, **options)
@@ -161,11 +158,6 @@ class SparsityController(Float32State):
     def routers(self) -> list[Router]:
         """The routers of the layers that the controller was made for."""
         return [_router_of(layer) for layer in self.layers]
-
-    @property
-    def target(self) -> float:
-        """The target sparsity, 1 - k/E."""
-        return 1 - self.target_density
 
     @property
     def coefficient(self) -> Tensor:
@@ -234,13 +226,12 @@ class SparsityController(Float32State):
             penalty = self._regularizer_sum / passes
             first = (self.sparsity == UNKNOWN) & (penalty > 0)
             lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
+        dead_L = (self.dead_steps_L + 1) * (pairs_LE.sum(dim=1) == 0)
         new = {
             "lam": lam.clamp(self.lambda_min, LAMBDA_MAX),
             "sparsity": S.float(),
             "mean_error": mean_error,
-            "dead_steps_L": torch.where(
-                tokens_L > 0, (self.dead_steps_L + 1) * (pairs_LE.sum(dim=1) == 0), self.dead_steps_L
-            ),
+            "dead_steps_L": torch.where(tokens_L > 0, dead_L, self.dead_steps_L),
             "load_LE": pairs_LE / tokens_L.clamp(min=1)[:, None],
             "statistic_LE": self._statistic_LE / passes,
         }

@@ -104,8 +104,7 @@ class Routing:
         keep_TE, most = size_TE > threshold, self.assignment.token_N.shape[0]
         if cap is not None and cap < keep_TE.shape[1]:
             most = min(most, size_TE.shape[0] * cap)
-            chosen_TC = size_TE.topk(cap, dim=1).indices
-            keep_TE = keep_TE & torch.zeros_like(keep_TE).scatter(1, chosen_TC, True)
+            keep_TE = keep_TE & largest(size_TE, cap)
         gate_TE = self.gate_TE * keep_TE
         return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE, most), gate_TE=gate_TE)
 
@@ -114,6 +113,12 @@ class Routing:
         """0-dim float32: 1 - R / (T E), one layer's share of Eq. 8; padding does not count."""
         slots = (self.num_tokens * self.assignment.num_experts).clamp(min=1)
         return 1 - (self.count_E.sum() / slots).float()
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """(T, E) bool: the k largest scores of each token."""
+    chosen_Tk = score_TE.topk(k, dim=1).indices
+    return torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
 
 
 def count_tokens(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
+from remoe.errors import check
 from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 
@@ -71,8 +71,7 @@ class Router(Float32State, ABC):
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
-        if not 1 <= k <= num_experts:
-            raise ConfigError(f"k must be between 1 and the number of experts, but k = {k} and E = {num_experts}")
+        check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
         self.d_model, self.num_experts, self.k = d_model, num_experts, k
 
     @classmethod
@@ -152,19 +151,6 @@ class LinearRouter(Router):
             nn.init.zeros_(self.bias)
 
 
-def largest(score_TE: Tensor, k: int) -> Tensor:
-    """(T, E) bool: the k largest scores of each token."""
-    chosen = score_TE.topk(k, dim=1).indices
-    return torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen, True)
-
-
 def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     """`active_TE` without the rows of padding."""
     return active_TE if mask_T is None else active_TE & mask_T[:, None]
-
-
-def check_gate_scale(gate_scale: float) -> float:
-    """Returns it; raises ConfigError when it is not positive."""
-    if not gate_scale > 0:
-        raise ConfigError(f"gate_scale must be above zero, but is {gate_scale}")
-    return gate_scale

@@ -6,7 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
+from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.base import LinearRouter, unmasked
 
@@ -58,8 +58,7 @@ class CutoffRouter(LinearRouter):
 
     def __init__(self, d_model: int, num_experts: int, k: int, decay: float) -> None:
         super().__init__(d_model, num_experts, k)
-        if not 0 <= decay < 1:
-            raise ConfigError(f"decay must be at least 0 and below 1, but is {decay}")
+        check(0 <= decay < 1, f"decay must be at least 0 and below 1, but is {decay}")
         self.decay = decay
         self.register_buffer("cutoff_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))

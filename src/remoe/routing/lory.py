@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError, check_choice
+from remoe.errors import check, check_choice
 from remoe.routing.assignment import Routing
 from remoe.routing.base import LinearRouter
 from remoe.routing.dense import one_expert
@@ -64,10 +64,8 @@ class LoryRouter(LinearRouter):
         self, d_model: int, num_experts: int, k: int, *, segment: int = SEGMENT, first_segment: str = "uniform"
     ) -> None:
         super().__init__(d_model, num_experts, k)
-        if k != 1:
-            raise ConfigError(f"lory merges its experts into one: k (times granularity) must be 1, but is {k}")
-        if segment < 1:
-            raise ConfigError(f"segment must be at least 1, but is {segment}")
+        check(k == 1, f"lory merges its experts into one: k (times granularity) must be 1, but is {k}")
+        check(segment >= 1, f"segment must be at least 1, but is {segment}")
         check_choice("first_segment", first_segment, FIRST_SEGMENTS)
         self.segment, self.first_segment = segment, first_segment
         self.causal = first_segment == "uniform"

@@ -20,9 +20,8 @@ def l1_loss(gate_TE: Tensor, *, num_tokens: Tensor | int) -> Tensor:
 
 def relative_load(count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tensor:
     """f_e, (E,), without gradient: 1 for every expert at balance and target sparsity."""
-    return (
-        count_E.detach() * (count_E.shape[0] / k) / at_least_one(num_tokens)
-    )  # Eq. 11: f_e = E/(k T) sum_t 1{R_e > 0}
+    E = count_E.shape[0]
+    return count_E.detach() * (E / k) / at_least_one(num_tokens)  # Eq. 11: f_e = E/(k T) sum_t 1{R_e > 0}
 
 
 def load_balanced_l1_loss(

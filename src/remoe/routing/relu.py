@@ -6,9 +6,9 @@ Legend: T tokens, D model width, E experts.
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError
-from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
+from remoe.errors import check
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
+from remoe.routing.base import LinearRouter, unmasked
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
@@ -44,12 +44,11 @@ class ReLURouter(LinearRouter):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model, num_experts, k, bias=bias)
-        if max_experts_per_token is not None and max_experts_per_token < k:
-            raise ConfigError(f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
-        self.load_balance = load_balance
-        self.load_balance_power = load_balance_power
-        self.gate_scale = check_gate_scale(gate_scale)
-        self.max_experts_per_token = max_experts_per_token
+        cap_fits = max_experts_per_token is None or max_experts_per_token >= k
+        check(cap_fits, f"max_experts_per_token must be at least k = {k}, but is {max_experts_per_token}")
+        check(gate_scale > 0, f"gate_scale must be above zero, but is {gate_scale}")
+        self.load_balance, self.load_balance_power = load_balance, load_balance_power
+        self.gate_scale, self.max_experts_per_token = gate_scale, max_experts_per_token
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
@@ -71,9 +70,8 @@ class ReLURouter(LinearRouter):
         """0-dim: what lambda multiplies."""
         if not self.load_balance:
             return l1_loss(gate_TE, num_tokens=num_tokens)
-        return load_balanced_l1_loss(
-            gate_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens, power=self.load_balance_power
-        )
+        count_E, p = active_TE.sum(dim=0), self.load_balance_power
+        return load_balanced_l1_loss(gate_TE, count_E, k=self.k, num_tokens=num_tokens, power=p)
 
     def scaled(self, gate_TE: Tensor) -> Tensor:
         """(T, E): the gates that the experts see."""

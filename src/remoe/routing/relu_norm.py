@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe.errors import ConfigError, check_choice
+from remoe.errors import check, check_choice
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, locality_loss
 from remoe.routing.base import LinearRouter
@@ -55,8 +55,8 @@ class ReLUNormRouter(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts, k)
         check_choice("penalty", penalty, PENALTIES)
-        if chunk < 1 or not eps > 0 or not locality >= 0:
-            raise ConfigError(f"need chunk >= 1, eps > 0 and locality >= 0, but they are {chunk}, {eps} and {locality}")
+        fine = chunk >= 1 and eps > 0 and locality >= 0
+        check(fine, f"need chunk >= 1, eps > 0 and locality >= 0, but they are {chunk}, {eps} and {locality}")
         self.penalty, self.chunk, self.locality, self.sharpness, self.eps = penalty, chunk, locality, sharpness, eps
         self.scale = nn.Parameter(torch.ones(num_experts))
 

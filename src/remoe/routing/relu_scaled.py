@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check_choice
+from remoe.errors import check, check_choice
 from remoe.routing.auxiliary_losses import gate_entropy
 from remoe.routing.relu import ReLURouter
 
@@ -47,12 +47,9 @@ class ReLUScaledRouter(ReLURouter):
     ) -> None:
         super().__init__(d_model, num_experts, k, **options)
         check_choice("penalty", penalty, PENALTIES)
-        if penalty == "entropy" and not (
-            options.get("load_balance", True) and options.get("load_balance_power", 1) == 1
-        ):
-            raise ConfigError("load_balance and load_balance_power have no effect with penalty 'entropy'")
-        if not scale_init > 0:
-            raise ConfigError(f"scale_init must be above zero, but is {scale_init}")
+        default = options.get("load_balance", True) and options.get("load_balance_power", 1) == 1
+        check(penalty == "l1" or default, "load_balance and load_balance_power have no effect with penalty 'entropy'")
+        check(scale_init > 0, f"scale_init must be above zero, but is {scale_init}")
         self.penalty_kind, self.scale_init = penalty, scale_init
         self.scale = nn.Parameter(torch.full((num_experts,), scale_init))
 

@@ -6,9 +6,9 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
-from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
+from remoe.errors import check
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
+from remoe.routing.base import LinearRouter, unmasked
 
 
 class SigmoidRouter(LinearRouter):
@@ -44,10 +44,9 @@ class SigmoidRouter(LinearRouter):
     ) -> None:
         super().__init__(d_model, num_experts, k)
         self.renormalize = k > 1 if renormalize is None else renormalize
-        if not bias_step >= 0:
-            raise ConfigError(f"bias_step must not be negative, but is {bias_step}")
-        self.bias_step = bias_step
-        self.gate_scale = check_gate_scale(gate_scale)
+        check(bias_step >= 0, f"bias_step must not be negative, but is {bias_step}")
+        check(gate_scale > 0, f"gate_scale must be above zero, but is {gate_scale}")
+        self.bias_step, self.gate_scale = bias_step, gate_scale
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:

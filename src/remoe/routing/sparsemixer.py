@@ -6,7 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor
 
-from remoe.errors import ConfigError
+from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.auxiliary_losses import switch_loss
 from remoe.routing.base import LinearRouter, unmasked
@@ -32,8 +32,7 @@ class SparseMixerRouter(LinearRouter):
 
     def __init__(self, d_model: int, num_experts: int, k: int, *, jitter: float = 0.1) -> None:
         super().__init__(d_model, num_experts, k)
-        if not 0 <= jitter < 1:
-            raise ConfigError(f"jitter must be at least 0 and below 1, but is {jitter}")
+        check(0 <= jitter < 1, f"jitter must be at least 0 and below 1, but is {jitter}")
         self.jitter = jitter
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:

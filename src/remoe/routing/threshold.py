@@ -5,7 +5,7 @@ Legend: T tokens, D model width, E experts.
 
 from torch import Tensor
 
-from remoe.errors import ConfigError
+from remoe.errors import check
 from remoe.routing.assignment import Routing
 from remoe.routing.cutoffs import CutoffRouter
 
@@ -32,8 +32,7 @@ class ThresholdRouter(CutoffRouter):
 
     def __init__(self, d_model: int, num_experts: int, k: int, *, warmup_steps: int = 100, decay: float = 0.99) -> None:
         super().__init__(d_model, num_experts, k, decay)
-        if warmup_steps < 1:
-            raise ConfigError(f"warmup_steps must be at least 1, but is {warmup_steps}")
+        check(warmup_steps >= 1, f"warmup_steps must be at least 1, but is {warmup_steps}")
         self.warmup_steps = warmup_steps
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:

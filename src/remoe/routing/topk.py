@@ -6,10 +6,10 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError
-from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.errors import check
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
 from remoe.routing.auxiliary_losses import switch_loss
-from remoe.routing.base import LinearRouter, check_gate_scale, largest, unmasked
+from remoe.routing.base import LinearRouter, unmasked
 
 
 class TopKRouter(LinearRouter):
@@ -45,11 +45,12 @@ class TopKRouter(LinearRouter):
         gate_scale: float = 1.0,
     ) -> None:
         super().__init__(d_model, num_experts, k)
-        if warmup_k is not None and not k <= warmup_k <= num_experts:
-            raise ConfigError(f"warmup_k must be between k = {k} and E = {num_experts}, but is {warmup_k}")
-        if warmup_steps < 0 or (warmup_steps > 0) != (warmup_k is not None):
-            raise ConfigError("warmup_k and warmup_steps go together")
-        self.renormalize, self.gate_scale = renormalize, check_gate_scale(gate_scale)
+        between = warmup_k is None or k <= warmup_k <= num_experts
+        check(between, f"warmup_k must be between k = {k} and E = {num_experts}, but is {warmup_k}")
+        both = warmup_steps >= 0 and (warmup_steps > 0) == (warmup_k is not None)
+        check(both, "warmup_k and warmup_steps go together")
+        check(gate_scale > 0, f"gate_scale must be above zero, but is {gate_scale}")
+        self.renormalize, self.gate_scale = renormalize, gate_scale
         self.warmup_k, self.warmup_steps = warmup_k, warmup_steps
         if warmup_k is not None:
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
