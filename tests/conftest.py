@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import forked
 import pytest
 import torch
 
@@ -21,6 +22,13 @@ from remoe.lab.data import PrepareOptions, prepare
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """`remoe compare` starts its runs quickly."""
+    if hasattr(os, "fork"):
+        forked.use_in_compare(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

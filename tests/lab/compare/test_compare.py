@@ -6,9 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 import yaml
@@ -22,7 +22,7 @@ from remoe.lab.compare.runner import Worker, workers_on
 from remoe.lab.data import open_dataset
 from remoe.lab.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_runs")]
 
 BASE = {
     "steps": 40, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4,
@@ -188,15 +188,15 @@ def test_a_model_that_cannot_be_built_is_named_before_any_training(corpus, tmp_p
 
 
 def start(path, corpus, folder, *flags):
-    command = [sys.executable, "-m", "remoe.lab.cli.main", *arguments(path, corpus, folder), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*forked.COMMAND, *arguments(path, corpus, folder), *flags]
+    return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition, process=None):
     for _ in range(1200):
         if condition():
             return
-        assert process is None or process.poll() is None, process.stdout.read()
+        assert process is None or process.poll() is None, process.communicate(10)
         time.sleep(0.1)
     pytest.fail("waited two minutes")
 
@@ -237,10 +237,10 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_text(" ".join(f"word{i * j % 11} and" for j in range(300)))
     variants = {"relu": {}, "topk": {"router": "topk"}, "hash": {"router": "hash"}}
     path = write_experiment(tmp_path, base={**BASE, "vocab_size": 300}, variants=variants)
-    command = [sys.executable, "-m", "remoe.lab.cli.main", "compare", str(path), "--corpus", str(tmp_path / "text")]
+    command = [*forked.COMMAND, "compare", str(path), "--corpus", str(tmp_path / "text")]
     command += ["--pool", str(tmp_path / "pool"), "--device", "cpu", "--out"]
     both = [
-        subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        forked.Popen([*command, str(tmp_path / name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for name in ("one", "other")
     ]
     outputs = [process.communicate(timeout=300)[0] for process in both]

@@ -34,14 +34,15 @@ def arguments(corpus, out, *flags) -> list[str]:
     return [*command, "--checkpoint.every", "5", *flags]
 
 
-def start(corpus, out, *flags):
-    return forked.start(arguments(corpus, out, *flags), out.with_suffix(".out"), out.with_suffix(".err"))
+def start(argv, folder, **limit):
+    with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
+        return forked.Popen([*forked.COMMAND, *argv], stdout=output, stderr=errors, **limit)
 
 
 def wait_for(condition, process, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.is_alive(), "it ended too early"
+        assert process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.005)
 
@@ -70,28 +71,30 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes and signals of POSIX")
 @pytest.mark.parametrize("step", [2, 8, 20])
 def test_killed_at_any_step_and_resumed_equals_uninterrupted(corpus, uninterrupted, tmp_path, step):
     out = tmp_path / "killed"
-    process = start(corpus, out)
+    process = start(arguments(corpus, out), tmp_path)
     wait_for(lambda: steps_recorded(out) >= step, process)
-    process.kill()
-    process.join()
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
     assert steps_recorded(out) < STEPS
     assert train(corpus, out, "--resume", "--checkpoint.every", "5") == 0
     same_run(uninterrupted, out)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes and signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_its_number(corpus, uninterrupted, tmp_path, number):
     out = tmp_path / "stopped"
-    process = start(corpus, out, "--checkpoint.every", "1000")
+    process = start(arguments(corpus, out, "--checkpoint.every", "1000"), tmp_path)
     wait_for(lambda: steps_recorded(out) >= 3, process)
-    os.kill(process.pid, number)
-    process.join(60)
-    errors = out.with_suffix(".err").read_text()
-    assert process.exitcode == 128 + number, errors
-    assert "--resume" in out.with_suffix(".out").read_text()
+    process.send_signal(number)
+    process.wait(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.returncode == 128 + number, errors
+    assert "--resume" in (tmp_path / "output").read_text()
     assert "stopping after this step" in errors
     assert list_checkpoints(out / "checkpoints")
     assert train(corpus, out, "--resume") == 0
@@ -224,10 +227,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
     kept = list_checkpoints(out / "checkpoints")[-1]
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     resume = ["train", "--data", str(corpus), "--out", str(out), "--resume"]
-    process = forked.start(resume, tmp_path / "output", tmp_path / "errors", largest_file=200_000)
-    process.join(120)
+    process = start(resume, tmp_path, largest_file=200_000)
+    process.wait(120)
     errors = (tmp_path / "errors").read_text()
-    assert process.exitcode == 2
+    assert process.returncode == 2
     assert f"last good checkpoint is {kept}" in errors
     assert len(errors.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
