@@ -86,7 +86,6 @@ class SparsityController(Float32State):
         layers: see `of`, which passes them; without layers, `update` moves lambda alone.
 
     Attributes:
-        target: the target sparsity, 1 - k/E.
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean
@@ -120,7 +119,7 @@ class SparsityController(Float32State):
         check(finite, f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
         self.layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
         self.steered = all(router.steered for router in self.routers)
-        self.num_experts, self.target_density, self.target = num_experts, k / num_experts, 1 - k / num_experts
+        self.num_experts, self.target_density = num_experts, k / num_experts
         self.rule, self.alpha, self.lambda_init = rule if self.steered else "none", alpha, float(lambda_init)
         smooth_min = max(LAMBDA_MIN, min(SMOOTH_LAMBDA_MIN, lambda_init))
         self.lambda_min = smooth_min if self.rule == "smooth" else LAMBDA_MIN
@@ -158,6 +157,11 @@ class SparsityController(Float32State):
     def routers(self) -> list[Router]:
         """The routers of the layers that the controller was made for."""
         return [_router_of(layer) for layer in self.layers]
+
+    @property
+    def target(self) -> float:
+        """The target sparsity, 1 - k/E."""
+        return 1 - self.target_density
 
     @property
     def coefficient(self) -> Tensor:

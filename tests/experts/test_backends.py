@@ -119,8 +119,8 @@ def test_two_runs_are_bitwise_equal(backend):
 @every_backend
 @pytest.mark.parametrize("stored", [10**6, 20])
 def test_frozen_experts_get_no_gradients_and_the_rest_is_the_same(backend, stored):
-    (x, gate_up, down, gates), active = problem(63, 60, 36, 5, 0.4)
-    assignment, dy = Assignment.from_gates(gates.detach(), active), torch.randn(63, 60)
+    (x, gate_up, down, gates), active = problem(31, 20, 12, 3, 0.5)
+    assignment, dy = Assignment.from_gates(gates.detach(), active), torch.randn(31, 20)
     lists = (assignment.gate_N, assignment.token_N, assignment.count_E, assignment.pair_TE)
     ours, pairs = OPERATORS[backend.keywords["backend"]], Problem(x, gate_up, down, *lists)
     _, pre = ours.forward(stored, *pairs)
