@@ -3,6 +3,7 @@
 Imports nothing but Python's own modules, so that it can say which package is missing.
 """
 
+import difflib
 import logging
 import os
 import signal
@@ -108,7 +109,11 @@ def _run(argv: list[str]) -> int:
         if argv[0] in groups and (len(argv) == 1 or argv[1] in ("-h", "--help")):
             print(_help(argv[0]))
             return 0 if len(argv) > 1 else 2
-        raise ConfigError(f"unknown command {name!r}; choose one of: {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(
+            " ".join(argv[:2]) if argv[0] in groups else argv[0], [*COMMANDS, *groups], n=1
+        )
+        guess = f"; perhaps you meant {near[0]!r}" if near else ""
+        raise ConfigError(f"unknown command {name!r}{guess}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
     # How often GNU OpenMP's threads poll for the others before they sleep; read when torch is imported. With OpenMP's
     # default of 300,000 a training step becomes ten times slower as soon as another program uses one of the cores.

@@ -1,6 +1,7 @@
 """What every command shares: options parsed by tyro, with each mistake reported in one line, and quiet libraries."""
 
 import contextlib
+import difflib
 import io
 import itertools
 import re
@@ -12,6 +13,8 @@ from remoe.errors import ConfigError
 
 T = TypeVar("T")
 FRAME = " │╭╰╮╯─-|+"  # the characters of boxes and rules
+UNKNOWN = "Unrecognized options: "
+NO_NUMBER = r"^Error parsing (\S+): (invalid literal for int\(\) with base 10|could not convert string to float): (.*)"
 
 
 def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
@@ -35,11 +38,35 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{_first_sentence(complaint.getvalue())} (see {prog} --help)") from None
+        said = _first_sentence(complaint.getvalue())
+        if said.startswith(UNKNOWN):
+            said = _unknown(said.removeprefix(UNKNOWN).split(", "), _options(cls))
+        raise ConfigError(f"{said} (see {prog} --help)") from None
+
+
+def _options(cls: type) -> list[str]:
+    """All flags of a dataclass, as its help names them."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=["--help"])
+    return list(dict.fromkeys(re.findall(r"--[a-z][\w.-]*", text.getvalue())))
+
+
+def _unknown(arguments: list[str], known: list[str]) -> str:
+    """What to say of arguments that are no options; values of unknown flags may be among them."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    if not flags:
+        return f"unexpected {arguments[0]!r}"
+    name = flags[0].lstrip("-").replace("_", "-")
+    near = [option for option in known if option.endswith(f".{name}")]  # of a group
+    near = near or difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7)
+    return f"unknown option{'s'[: len(flags) > 1]} {', '.join(flags)}" + (
+        f"; perhaps you meant {' or '.join(near)}" if near else ""
+    )
 
 
 def _first_sentence(box: str) -> str:
-    """tyro prints a title, outside a terminal a rule, the message, a rule, and then perhaps a guess."""
+    """tyro prints a title, outside a terminal a rule, the message and a rule."""
     lines = [line.strip(" │|") if line.strip(FRAME) else "" for line in box.splitlines()[1:]]
     lines = list(itertools.dropwhile(lambda line: not line, lines))
     message = list(itertools.takewhile(bool, lines))
@@ -50,10 +77,12 @@ def _first_sentence(box: str) -> str:
     if novalue := re.match(r"Missing value for argument '(.+?)'", " ".join(message)):
         return f"{novalue[1]} needs a value"
     said = re.sub(r"^Error parsing [A-Z]\w+: ", "", " ".join(message) or " ".join(box.split()))
-    if any(line.startswith("Perhaps you meant") for line in lines):
-        guess = next((name[0] for line in lines[len(message) :] if (name := re.match(r"--[\w.-]+", line))), None)
-        said += f"; perhaps you meant {guess}" if guess else ""
-    return said
+    return re.sub(NO_NUMBER, _not_a_number, said)
+
+
+def _not_a_number(said: re.Match) -> str:
+    kind = "whole number" if said[2].startswith("invalid") else "number"
+    return f"{said[1]} must be a {kind}, but is {said[3]}"
 
 
 def quiet_transformers() -> None:

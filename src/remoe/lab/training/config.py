@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pydantic
 import tyro
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check
 from remoe.lab.generation import check_prompt
 from remoe.lab.training.presets import preset
 from remoe.lab.training.yaml_files import read_yaml
@@ -235,38 +235,35 @@ class TrainConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
-        for name, allowed, value in self._ranges():
-            low, high = allowed
-            if not low <= value < high:
-                raise ConfigError(f"--{name} must be at least {low:g} and below {high:g}, but is {value}")
+        for name, words, value in self._ranges():
+            check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:
             check_prompt(self.prompt)
 
-    def _ranges(self) -> list[tuple[str, tuple[float, float], float]]:
-        """(flag, (lowest, first too high), value); NaN is in no range."""
-        some, above_zero, share = (1, math.inf), (1e-45, math.inf), (0, math.nextafter(1, 2))
-        optim = self.optim
+    def _ranges(self) -> list[tuple[str, str, float]]:
+        """(flag, one of _HOLDS, value)."""
+        optim, some, above_zero, share = self.optim, "at least 1", "finite and above 0", "between 0 and 1"
         return [
-            ("seed", (0, 2**63), self.seed),
+            ("seed", "at least 0 and below 2^63", self.seed),
             ("optim.lr", above_zero, optim.lr),
             ("optim.final-lr-ratio", share, optim.final_lr_ratio),
             ("optim.warmup-ratio", share, optim.warmup_ratio),
-            ("optim.weight-decay", (0, math.inf), optim.weight_decay),
-            ("optim.beta1", (0, 1), optim.beta1),
-            ("optim.beta2", (0, 1), optim.beta2),
+            ("optim.weight-decay", "finite and at least 0", optim.weight_decay),
+            ("optim.beta1", "at least 0 and below 1", optim.beta1),
+            ("optim.beta2", "at least 0 and below 1", optim.beta2),
             ("optim.clip", above_zero, optim.clip),
             ("sparsity.lambda-init", above_zero, self.sparsity.lambda_init),
-            ("sparsity.alpha", (math.nextafter(1, 2), math.inf), self.sparsity.alpha),
-            ("model.router-aux-loss-coef", (0, math.inf), self.model.router_aux_loss_coef),
+            ("sparsity.alpha", "finite and above 1", self.sparsity.alpha),
+            ("model.router-aux-loss-coef", "finite and at least 0", self.model.router_aux_loss_coef),
             ("model.initializer-range", above_zero, self.model.initializer_range),
             ("validate.every", some, self.validate.every),
             ("validate.max-tokens", some, self.validate.max_tokens),
             ("validate.batch-size", some, self.validate.batch_size),
-            ("validate.flips-every", (0, math.inf), self.validate.flips_every),
+            ("validate.flips-every", "at least 0", self.validate.flips_every),
             ("validate.flips-tokens", some, self.validate.flips_tokens),
             ("checkpoint.every", some, self.checkpoint.every),
             ("checkpoint.keep", some, self.checkpoint.keep),
-            ("checkpoint.keep-every", (0, math.inf), self.checkpoint.keep_every),
+            ("checkpoint.keep-every", "at least 0", self.checkpoint.keep_every),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,6 +271,17 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+# Whether a number is what these words say; a number that is none is not.
+_HOLDS = {
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "at least 0 and below 2^63": lambda value: 0 <= value < 2**63,
+    "finite and at least 0": lambda value: 0 <= value < math.inf,
+    "finite and above 0": lambda value: 0 < value < math.inf,
+    "finite and above 1": lambda value: 1 < value < math.inf,
+}
 # Options of the model in 0.1.0 that have another name or place today, with their defaults.
 RENAMED = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}
 # Options that have no influence on the trained weights.
