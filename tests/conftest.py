@@ -26,9 +26,8 @@ def _seed():
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """`remoe compare` starts its runs quickly."""
-    if hasattr(os, "fork"):
-        forked.use_in_compare(monkeypatch.setattr)
+    """`remoe compare` in this process starts its runs by the server of the tests, which is running already."""
+    monkeypatch.setattr("remoe.lab.compare.runner.Starter", forked.Shared)
 
 
 @pytest.fixture(scope="session")

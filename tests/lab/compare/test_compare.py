@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import forked
@@ -188,15 +187,16 @@ def test_a_model_that_cannot_be_built_is_named_before_any_training(corpus, tmp_p
 
 
 def start(path, corpus, folder, *flags):
-    command = [*forked.COMMAND, *arguments(path, corpus, folder), *flags]
-    return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """The process, and the file with its output."""
+    output = folder / f"output-{time.monotonic_ns()}"
+    return forked.start([*arguments(path, corpus, folder), *flags], output, output), output
 
 
 def wait_for(condition, process=None):
     for _ in range(1200):
         if condition():
             return
-        assert process is None or process.poll() is None, process.communicate(10)
+        assert process is None or process.poll() is None, "it ended too early"
         time.sleep(0.1)
     pytest.fail("waited two minutes")
 
@@ -209,20 +209,20 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
     path = write_experiment(tmp_path, base=base, variants={"relu": {}})
     run = load_experiment(path).runs[0]
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
-    first = start(path, corpus, tmp_path)
+    first, output = start(path, corpus, tmp_path)
     wait_for(lambda: pool.folder(run).last_checkpoint() is not None, first)
     first.send_signal(number)
-    output, _ = first.communicate(timeout=60)
+    first.wait(60)
     if number == signal.SIGINT:
         assert first.returncode == 130
-        assert output.index("stopping: saving checkpoints\n") < output.index("stopped; the same command continues")
+        said = output.read_text()
+        assert said.index("stopping: saving checkpoints\n") < said.index("stopped; the same command continues")
     with pool.claimed(run) as log:  # the child of a killed parent trains on, and keeps others away
         assert (log is None) == (number == signal.SIGKILL)
     if number == signal.SIGKILL:
-        second = start(path, corpus, tmp_path)
-        output, _ = second.communicate(timeout=120)  # it waits for the child, and makes the record that is missing
-        assert second.returncode == 0
-        assert not re.search("started|resumed", output)
+        second, output = start(path, corpus, tmp_path)
+        assert second.wait(120) == 0  # it waits for the child, and makes the record that is missing
+        assert not re.search("started|resumed", output.read_text())
         assert pool.recorded(run)
     assert main(arguments(path, corpus, tmp_path)) == 0
     assert pool.summary(run)["steps"] == 400
@@ -237,17 +237,16 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
         (tmp_path / "text" / f"{i}.txt").write_text(" ".join(f"word{i * j % 11} and" for j in range(300)))
     variants = {"relu": {}, "topk": {"router": "topk"}, "hash": {"router": "hash"}}
     path = write_experiment(tmp_path, base={**BASE, "vocab_size": 300}, variants=variants)
-    command = [*forked.COMMAND, "compare", str(path), "--corpus", str(tmp_path / "text")]
-    command += ["--pool", str(tmp_path / "pool"), "--device", "cpu", "--out"]
-    both = [
-        forked.Popen([*command, str(tmp_path / name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for name in ("one", "other")
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    command = ["compare", str(path), "--corpus", str(tmp_path / "text"), "--pool", str(tmp_path / "pool")]
+    command += ["--device", "cpu", "--out"]
+    names = ("one", "other")
+    files = [tmp_path / f"{name}.log" for name in names]
+    both = [forked.start([*command, str(tmp_path / name)], file, file) for name, file in zip(names, files, strict=True)]
+    codes, outputs = [process.wait(300) for process in both], [file.read_text() for file in files]
+    assert codes == [0, 0], outputs
     started = re.findall(r"(\S+): started at step 0", "".join(outputs))
     assert len(started) == len(set(started)) == len(list((tmp_path / "pool").glob("*/summary.json"))) > 3
-    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "other")]
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in names]
     assert found[0] == found[1]
     assert found[0]["missing"] == []
 
@@ -259,12 +258,11 @@ def test_workers_train_side_by_side(corpus, tmp_path, capfd):
     path = write_experiment(tmp_path, base=base, equal_flops=False)
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
     runs = load_experiment(path).runs
-    process = start(path, corpus, tmp_path, "--workers", "2")
+    process, output = start(path, corpus, tmp_path, "--workers", "2")
     wait_for(lambda: all(pool.folder(run).last_checkpoint() for run in runs), process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert re.findall(r"(\S+): stopped; the same command", output) != []
+    assert process.wait(60) == 143
+    assert re.findall(r"(\S+): stopped; the same command", output.read_text()) != []
     steps = [read_metrics(pool.folder(run).metrics)[-1]["step"] for run in runs]
     assert all(0 < step < 300 for step in steps)  # both were on their way, and both have stopped
     assert main([*arguments(path, corpus, tmp_path), "--workers", "2"]) == 0

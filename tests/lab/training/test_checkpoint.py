@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,9 +35,8 @@ def arguments(corpus, out, *flags) -> list[str]:
     return [*command, "--checkpoint.every", "5", *flags]
 
 
-def start(argv, folder, **limit):
-    with (folder / "output").open("wb") as output, (folder / "errors").open("wb") as errors:
-        return forked.Popen([*forked.COMMAND, *argv], stdout=output, stderr=errors, **limit)
+def start(argv, folder):
+    return forked.start(argv, folder / "output", folder / "errors")
 
 
 def wait_for(condition, process, seconds=60):
@@ -217,7 +217,7 @@ def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupt
     assert summary["peak_memory_bytes"] == 2**60
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
     """The system refuses to let a file grow, as it does on a full disk: first the checkpoint's weights do not fit."""
     out = tmp_path / "full"
@@ -227,7 +227,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(corpus, tmp_path):
     kept = list_checkpoints(out / "checkpoints")[-1]
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     resume = ["train", "--data", str(corpus), "--out", str(out), "--resume"]
-    process = start(resume, tmp_path, largest_file=200_000)
+    process = start(resume, tmp_path)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
     process.wait(120)
     errors = (tmp_path / "errors").read_text()
     assert process.returncode == 2

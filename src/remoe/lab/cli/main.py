@@ -115,17 +115,22 @@ def _run(argv: list[str]) -> int:
         guess = f"; perhaps you meant {near[0]!r}" if near else ""
         raise ConfigError(f"unknown command {name!r}{guess}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
-    # How often GNU OpenMP's threads poll for the others before they sleep; read when torch is imported. With OpenMP's
-    # default of 300,000 a training step becomes ten times slower as soon as another program uses one of the cores.
+    before_imports()
+    if files := os.environ.get("REMOE_ROUTERS"):
+        import_module("remoe.routing.plugins").load_own_routers(files)
+    command: Callable[[list[str]], int] = getattr(import_module(module), function)
+    return command(argv[len(name.split()) :])
+
+
+def before_imports() -> None:
+    """Settings of PyTorch and transformers that they read when they are imported."""
+    # How often GNU OpenMP's threads poll for the others before they sleep. With OpenMP's default of 300,000 a training
+    # step becomes ten times slower as soon as another program uses one of the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao when it is installed
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    if files := os.environ.get("REMOE_ROUTERS"):
-        import_module("remoe.routing.plugins").load_own_routers(files)
-    command: Callable[[list[str]], int] = getattr(import_module(module), function)
-    return command(argv[len(name.split()) :])
 
 
 @contextmanager

@@ -1,9 +1,7 @@
-"""Trains the missing runs; each worker starts one `remoe train` at a time, in a process of its own."""
+"""Trains the missing runs; each worker has one `remoe train` at a time, in a process of its own."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,6 +18,7 @@ from remoe.lab.compare.budget import known_runs
 from remoe.lab.compare.experiment import Experiment, RunSpec
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
+from remoe.lab.compare.starter import Starter
 from remoe.lab.data import Dataset
 from remoe.lab.files import atomic_write
 from remoe.lab.training.build import experts_backend, model_without_values
@@ -95,8 +94,8 @@ def train_missing(
         The signal that stopped the work, or None; runs in progress have saved their state.
     """
     pool.path.mkdir(parents=True, exist_ok=True)
-    with Interrupt() as interrupt, ThreadPoolExecutor(len(workers)) as executor:
-        matrix = _Matrix(experiment, pool, dataset, live, interrupt)
+    with Interrupt() as interrupt, Starter() as starter, ThreadPoolExecutor(len(workers)) as executor:
+        matrix = _Matrix(experiment, pool, dataset, live, interrupt, starter)
         futures = [executor.submit(matrix.work, worker) for worker in workers]
         try:
             while (state := wait(futures, POLL_SECONDS, FIRST_EXCEPTION)).not_done:
@@ -119,6 +118,7 @@ class _Matrix:
     dataset: Dataset
     live: Live
     interrupt: Interrupt
+    starter: Starter
     evaluating: Lock = field(default_factory=Lock)  # the harness stores one model's requests in the task
     failed: set[str] = field(default_factory=set)  # keys
     claimed: set[str] = field(default_factory=set)
@@ -182,13 +182,15 @@ class _Matrix:
         folder = self.pool.folder(run)
         how = ["--resume"] if folder.config.exists() else ["--config", str(options)]
         where = ["--data", str(self.dataset.path), "--out", str(folder.path), "--device", worker.device]
-        command = [sys.executable, "-m", "remoe.lab.cli.main", "train", *how, *where]
         environment = {**os.environ, "OMP_NUM_THREADS": str(worker.threads)}
         with self.pool.log_file(run).open("ab") as log:
-            # In a session of its own, so that only this process passes Ctrl-C on. It also holds the lock.
-            posix = {"start_new_session": True, "pass_fds": [lock.fileno()]} if os.name == "posix" else {}
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **posix
+            # It also holds the lock, so that no other process takes the run if this one is killed.
+            child = self.starter.start(
+                ["train", *how, *where],
+                environment,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
+                keep_open=[lock.fileno()] if os.name == "posix" else [],
             )
         sent = 0
         try:
