@@ -1,7 +1,10 @@
 """The entry point: `remoe`, `python -m remoe`, and what it says when a package is missing."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 
 import remoe
 from remoe.lab.cli.main import main
+from remoe.lab.files import new_folder
 
 # Commands, and a package of the lab that each of them needs first.
 NEEDS = [("train", "tyro"), ("plan", "tyro"), ("data check", "rich"), ("train --steps 1", "yaml")]
@@ -26,6 +30,23 @@ def test_a_missing_package_is_one_line_that_names_the_extra(command, package):
     done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
     expected = f"remoe: error: this command needs {package}: pip install 'remoe[lab]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_folder_behind(monkeypatch, tmp_path, number):
+    def export(run, out):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    monkeypatch.setattr("remoe.lab.export.export_run", export)
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "run", str(tmp_path / "out")])
+    assert stop.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_defect(monkeypatch):

@@ -3,7 +3,9 @@
 Imports nothing but Python's own modules, so that it can say which package is missing.
 """
 
+import contextlib
 import difflib
+import io
 import logging
 import os
 import signal
@@ -16,7 +18,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
-from remoe.lab.training.interrupt import SIGPIPE, discard_output, exit_code
+from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
 
 # name: (module, function, help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; those of the process by default.
     """
-    with _imports_end_at_an_interrupt():
+    _open_streams()
+    with _signals_end_it():
         code = 0
         try:
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -94,6 +97,21 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return exit_code(signal.SIGINT)
+
+
+def _open_streams() -> None:
+    """Makes printing work whatever standard output and standard error are: closed, or of few characters."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # otherwise the next file that is opened would get this number, and what others print
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open as long as the process lives
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(argv: list[str]) -> int:
@@ -134,35 +152,42 @@ def before_imports() -> None:
 
 
 @contextmanager
-def _imports_end_at_an_interrupt() -> Iterator[None]:
-    """Context in which SIGINT during an import ends the process at once; at other times it raises KeyboardInterrupt.
+def _signals_end_it() -> Iterator[None]:
+    """Context in which SIGINT raises KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that files are tidied up.
 
-    Some modules, SciPy's among them, turn a KeyboardInterrupt during their import into an ImportError.
+    During an import they end the process at once: some modules, SciPy's among them, turn a KeyboardInterrupt during
+    their import into an ImportError.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _handle_interrupt)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+        handlers = {number: signal.getsignal(number) for number in ENDS}
+        before = {n: was for n, was in handlers.items() if was in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
+        signal.signal(number, _handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _handle_interrupt(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     caller = frame
     while caller is not None and caller.f_code is not main.__code__:
         if caller.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"interrupted\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"interrupted\n")
             os._exit(exit_code(number))
         caller = caller.f_back
-    signal.default_int_handler(number, frame)
+    if number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
+    raise SystemExit(exit_code(number))
 
 
 def _fail(message: str) -> int:
     """Prints one line of error; returns exit code 2."""
-    print(f"remoe: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal is closed
+        print(f"remoe: error: {message}", file=sys.stderr)
     return 2
 
 

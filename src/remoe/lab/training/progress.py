@@ -46,7 +46,7 @@ class ProgressLine:
         """Shows a step's record.
 
         Raises:
-            BrokenPipeError: when the reader of the output has closed it.
+            OSError: when the output takes no more, e.g. BrokenPipeError when its reader has closed it.
         """
         line = self._line(record, step)
         self._bar.update(self._task, completed=step, description=line)

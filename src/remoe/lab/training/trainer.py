@@ -132,7 +132,7 @@ class Trainer:
                         metrics.write(record)
                     try:
                         progress.show(record, self.step)
-                    except BrokenPipeError:  # `remoe train | head`
+                    except OSError:  # `remoe train | head`, a closed terminal, a full disk behind a log file
                         interrupt.output_closed()
                     if self.step % self.config.checkpoint.every == 0 or self.step == steps:
                         metrics.flush()
