@@ -15,6 +15,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
+from remoe.lab.text import visible
 from remoe.lab.training.interrupt import SIGPIPE, discard_output, exit_code
 
 # name: (module, function, help)
@@ -152,7 +153,7 @@ def _handle_interrupt(number: int, frame: FrameType | None) -> None:
 
 def _fail(message: str) -> int:
     """Prints one line of error; returns exit code 2."""
-    print(f"remoe: error: {message}", file=sys.stderr)
+    print(f"remoe: error: {visible(message)}", file=sys.stderr)
     return 2
 
 

@@ -41,6 +41,7 @@ from remoe.lab.data.tokenizer import (
 )
 from remoe.lab.data.writer import ShardWriter, encode_documents
 from remoe.lab.files import Signature, atomic_write, disk_errors, locked, replacing
+from remoe.lab.text import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +117,7 @@ class _Preparation:
         found = scan(self.inputs, self.options, self.reporter)
         self.reporter.line(
             f"read {found.documents} documents, {found.bytes / MEGABYTE:.1f} MB in {_since(begin)};"
-            f" domains: {', '.join(found.domains)}"
+            f" domains: {', '.join(map(short_name, found.domains))}"
         )
         sources = [*self.inputs.train, *self.inputs.validation]
         left_out = [path for source in sources if isinstance(source, FileSource) for path in source.left_out]
