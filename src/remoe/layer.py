@@ -93,7 +93,7 @@ class MoE(nn.Module):
             token_ids: (...) int64 without D, for a router that needs them ("hash").
 
         Returns:
-            y: like x. Tokens without an expert get zero, or the output of a shared expert alone; tokens with NaN get NaN.
+            y: like x. Tokens without an expert get zero, or the output of a shared expert alone; NaN stays NaN.
                 Rows of padding are undefined.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 

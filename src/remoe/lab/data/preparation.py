@@ -30,7 +30,7 @@ from remoe.lab.data.journal import (
 from remoe.lab.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, summarise
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.scan import Inputs, Scan, check_apart, scan
-from remoe.lab.data.sources import FileSource
+from remoe.lab.data.sources import FileSource, check_name
 from remoe.lab.data.tokenizer import (
     Encoder,
     load_tokenizer,
@@ -58,6 +58,8 @@ def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
     otherwise raises DataError. Raises DataError and ConfigError for problems that the user can fix.
     """
     folder = Path(options.out)
+    for name in (*options.sources, *options.validation, str(folder.absolute()), options.tokenizer or ""):
+        check_name(name)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder")
     check_apart(options)
