@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from remoe.errors import DataError
-from remoe.lab.console import MEGABYTE, Reporter
+from remoe.lab.console import MEGABYTE, SECONDS_BETWEEN_LINES, Reporter
 from remoe.lab.data.dataset import open_dataset
 from remoe.lab.data.journal import (
     TOKENIZER_FOLDER,
@@ -159,7 +159,19 @@ class _Preparation:
                     advance(len(text))
                     yield text
 
-            return train_tokenizer(texts(), self.options.vocab_size)
+            return train_tokenizer(texts(), self.options.vocab_size, self._while_training())
+
+    def _while_training(self) -> Callable[[float], None]:
+        """Writes a line now and then, for outputs that have no bar whose clock runs."""
+        last = 0.0
+
+        def waiting(seconds: float) -> None:
+            nonlocal last
+            if seconds - last >= SECONDS_BETWEEN_LINES and not self.reporter.console.is_terminal:
+                last = seconds
+                self.reporter.line(f"training the tokenizer: {seconds:.0f} s")
+
+        return waiting
 
     def _tokenise(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         done = sum(shard.bytes for shards in self.journal.shards.values() for shard in shards)

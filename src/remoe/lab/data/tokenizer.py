@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +18,23 @@ END_OF_TEXT = "<|endoftext|>"
 SAMPLE_CHARACTERS = 65_536  # documents are sampled in pieces of this size, so that a huge one is sampled too
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "PreTrainedTokenizerBase":
-    """Train a byte-level BPE with all 256 bytes and `<|endoftext|>`, the token that ends and begins documents.
+# Longer runs of letters, digits, signs or white space, as in DNA or Chinese text, are cut where a tokenizer is trained:
+# every new token costs time in proportion to the length of the runs that have it.
+LONGEST_RUN = 256
+_LONG_RUN = re.compile(
+    rf"(?<!\w)\w{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN + 1},}}|(?<![^\w\s])[^\w\s]{{{LONGEST_RUN + 1},}}"
+)
+_LONG_SPACE = re.compile(rf"\s{{{LONGEST_RUN + 1}}}")
+_POLL_SECONDS = 0.1
 
-    The vocabulary is smaller than `vocab_size` if the text has too few distinct words.
+
+def train_tokenizer(
+    texts: Iterator[str], vocab_size: int, waiting: Callable[[float], object] = lambda seconds: None
+) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE with all 256 bytes and `<|endoftext|>`, the token that ends, begins and pads documents.
+
+    The vocabulary is smaller than `vocab_size` if the text has too few distinct words. While merges are computed,
+    `waiting` is called with the seconds since the start, ten times a second.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -32,13 +48,45 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "PreTrainedTokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in cut_runs(text))
+    _run_in_thread(lambda: backend.train_from_iterator(pieces, trainer), waiting)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
         bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def cut_runs(text: str) -> Iterator[str]:
+    """The text in pieces, cut only within runs of more than LONGEST_RUN characters of one kind."""
+    start = 0
+    if max(map(len, text.split()), default=0) > LONGEST_RUN or _LONG_SPACE.search(text):  # much faster than _LONG_RUN
+        for run in _LONG_RUN.finditer(text):
+            for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
+
+
+def _run_in_thread(work: Callable[[], object], waiting: Callable[[float], object]) -> None:
+    """Run `work`, which spends long in Rust, so that this thread hears Ctrl-C at once."""
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    begin, thread = time.monotonic(), threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        waiting(time.monotonic() - begin)
+    if errors:
+        raise errors[0]
 
 
 def sample_evenly(texts: Iterator[str], total_bytes: int, limit_bytes: int) -> Iterator[str]:
