@@ -204,3 +204,15 @@ def test_two_columns_of_one_name_are_named(tmp_path: Path, name: str) -> None:
     pq.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "d.parquet")
     with pytest.raises(DataError, match=rf"d\.parquet: several columns are named '{name}'"):
         read(tmp_path / "d.parquet", group="group")
+
+
+def test_large_rows_of_parquet_are_read_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(documents, "LONGEST", 30_000)
+    texts = [f"{i}" + "".join(map(str, range(i, i + 2000))) for i in range(50)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=40)
+    assert documents._rows_at_once(pq.ParquetFile(tmp_path / "d.parquet").metadata) in (3, 4)
+    assert [document.text for document in read(tmp_path / "d.parquet")] == texts
+    pq.write_table(pa.table({"text": ["a"] * 999}), tmp_path / "d.parquet")
+    assert documents._rows_at_once(pq.ParquetFile(tmp_path / "d.parquet").metadata) == documents.ROWS_PER_BATCH
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == []

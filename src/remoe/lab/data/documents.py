@@ -14,6 +14,7 @@ from remoe.lab.text import short_name
 
 if TYPE_CHECKING:  # the functions that read with it import pyarrow, so that documents alone come without it
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 TOTAL = "all"  # in tables and files, the row of all domains together
 LONGEST = 1 << 28  # bytes of a document or a line, so that a small file that unpacks to a huge one does not fill memory
@@ -212,10 +213,17 @@ def read_parquet(path: Path, columns: Columns, domain: str) -> Iterator[Document
     try:
         with pq.ParquetFile(path) as file:
             names = columns_to_read(columns, file.schema_arrow, str(path))
-            batches = file.iter_batches(ROWS_PER_BATCH, columns=names)
+            batches = file.iter_batches(_rows_at_once(file.metadata), columns=names)
             yield from arrow_documents(batches, columns, domain, str(path))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def _rows_at_once(metadata: "pq.FileMetaData") -> int:
+    """ROWS_PER_BATCH, or fewer where they would be more than LONGEST bytes by the mean of a row group."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    mean = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=0)
+    return max(1, min(ROWS_PER_BATCH, int(LONGEST / max(mean, 1))))
 
 
 def _check_once(columns: Columns, present: Sequence[str], place: str) -> None:
