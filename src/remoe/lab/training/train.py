@@ -17,7 +17,7 @@ from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.machine import keep_freed_memory, machine, pick_device
-from remoe.lab.text import lines, short_name
+from remoe.lab.text import lines, short_name, visible
 from remoe.lab.training.build import experts_backend, model_without_values, wants_bfloat16
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
@@ -219,7 +219,7 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     path = shlex.quote(str(run.path))
     print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
     print(f"see it       remoe report {path}   (writes a page that shows what the experts do)")
-    words = shlex.quote(" ".join(summary["sample"].split()[:2]) or "The")
+    words = shlex.quote(visible(" ".join(summary["sample"].split()[:2]) or "The"))
     print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
 
 
