@@ -1,5 +1,6 @@
 """Tokenizers keep every text exactly, survive saving, and are identified by their fingerprint."""
 
+import json
 import random
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from remoe.errors import DataError
+from remoe.lab.data import tokenizer as tokenizers
 from remoe.lab.data.tokenizer import (
     LONGEST_RUN,
     Encoder,
@@ -21,6 +23,7 @@ from remoe.lab.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
     vocabulary_size,
+    words_apart,
 )
 
 NASTY = [
@@ -178,3 +181,43 @@ def test_the_end_of_text_pads_too(tokenizer: PreTrainedTokenizerBase) -> None:
     batch = tokenizer(["router", "the router sends"], padding=True)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert len({len(ids) for ids in batch["input_ids"]}) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_long_texts_are_encoded_in_pieces_with_the_same_ids(tokenizer, monkeypatch, seed: int) -> None:
+    generator = random.Random(seed)
+    parts = [
+        *NASTY,
+        "the router ",
+        "sends\nthe token",
+        "\n\n",
+        "  a",
+        "1 2",
+        "½ Ⅷ",
+        "it's don't 's",
+        " \u0301b",
+        "x_ _y",
+        "\x1f z",
+    ]
+    text = "".join(generator.choices(parts, k=300))
+    assert len(list(words_apart(text, 50))) > 10
+    assert "".join(words_apart(text, 50)) == text
+    encode = Encoder(tokenizer)
+    expected = encode([text, "short"])
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 800)
+    assert [list(ids) for ids in encode([text, "short"])] == expected
+
+
+def test_only_tokenizers_that_are_known_to_divide_are_given_pieces(tokenizer: PreTrainedTokenizerBase) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    assert Encoder(tokenizer)._divides
+    backend = Tokenizer(models.BPE())
+    for pre_tokenizer, normalizer in (
+        (pre_tokenizers.Metaspace(), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Strip()),
+    ):
+        backend.pre_tokenizer, backend.normalizer = pre_tokenizer, normalizer
+        assert not tokenizers._ends_words_at_spaces(json.loads(backend.to_str()))

@@ -5,9 +5,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from remoe.errors import DataError
 
@@ -26,6 +28,8 @@ _LONG_RUN = re.compile(
 )
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_RUN + 1}}}")
 _POLL_SECONDS = 0.1
+ENCODED_AT_ONCE, BATCH = 8_000_000, 16  # characters of a text, and the pieces in which they are encoded
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")
 
 
 def train_tokenizer(
@@ -153,11 +157,46 @@ class Encoder:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
+            self._divides = _ends_words_at_spaces(json.loads(self._backend.to_str()))
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> list[Sequence[int]]:
         """Encode `texts`, adding no special tokens and truncating nothing."""
         if self._backend is not None:
+            if self._divides and any(len(text) > ENCODED_AT_ONCE for text in texts):
+                return [self._encode_in_pieces(text) for text in texts]
             return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False
         )["input_ids"]
+
+    def _encode_in_pieces(self, text: str) -> array:
+        """The same ids; the tokenizer needs about 100 bytes of memory per byte of text that it encodes at once."""
+        assert self._backend is not None
+        ids = array("I")
+        for pieces in batched(words_apart(text, ENCODED_AT_ONCE // BATCH), BATCH):
+            for item in self._backend.encode_batch_fast(pieces, add_special_tokens=False):
+                ids.extend(item.ids)
+        return ids
+
+
+def words_apart(text: str, size: int) -> Iterator[str]:
+    """The text in pieces of `size` characters or more, cut before a single space or line break between two words."""
+    start = 0
+    while (found := _BETWEEN_WORDS.search(text, start + size)) is not None:
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
+def batched(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` items; the last may be shorter."""
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _ends_words_at_spaces(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer is known to encode two words that a space divides as it encodes each of them."""
+    added = all(token["special"] for token in definition["added_tokens"])  # others may span a space
+    pre_tokenizer = definition["pre_tokenizer"] or {}
+    byte_level = pre_tokenizer.get("type") == "ByteLevel" and pre_tokenizer.get("use_regex", True)
+    return bool(added and byte_level and not pre_tokenizer["add_prefix_space"] and definition["normalizer"] is None)
