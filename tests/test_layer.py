@@ -6,6 +6,7 @@ import torch
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.routing import ROUTERS
 
 T, D, F, E = 63, 60, 36, 5
 
@@ -160,6 +161,14 @@ def test_autocast_and_its_gradients(router):
         ((D, F, 5, 6), {}, "k = 6 is more than the number of experts, 5"),
         ((D, F, 5, 0), {}, "k must be at least 1"),
         ((0, F, 5, 1), {}, "d_model must be at least 1"),
+        ((D, F, 5, 1.5), {}, "k must be a whole number, but is 1.5"),
+        ((D, F, 5, True), {}, "k must be a whole number, but is True"),
+        ((D, F, 5.0, 1), {}, "num_experts must be a whole number, but is 5.0"),
+        ((D, float("nan"), 5, 1), {}, "d_ffn must be a whole number, but is nan"),
+        ((D, F, 5, 1), {"granularity": 1.5}, "granularity must be a whole number"),
+        ((D, F, 5, 1), {"granularity": 0}, "granularity must be at least 1, but is 0"),
+        ((D, F, 5, 1), {"shared_expert_size": 2.5}, "shared_expert_size must be a whole number"),
+        ((D, F, 5, 1), {"init_std": float("nan")}, "init_std must be finite and not negative"),
         ((D, F, 5, 1), {"router": "soft"}, "unknown router 'soft'"),
         ((D, F, 5, 1), {"granularity": 5}, "granularity must divide d_ffn = 36"),
         ((D, F, 5, 1), {"backend": "fast"}, "unknown experts backend 'fast'"),
@@ -213,3 +222,23 @@ def test_inputs_of_a_wrong_shape_are_named(x, others, words):
     given = {name: torch.ones(shape, dtype=torch.int64) for name, shape in others.items()}
     with pytest.raises(ConfigError, match=words):
         remoe.MoE(6, 8, 4, 1)(torch.randn(x), **given)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "naive", "grouped"])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "lory"])
+@pytest.mark.parametrize("mode", ["training", "evaluation", "pruned", "compiled"])
+def test_nan_stays_visible_in_its_token_alone(router, backend, mode):
+    layer = remoe.MoE(16, 32, 4, 2, router, backend=backend, init_std=0.3).train(mode in ("training", "compiled"))
+    if mode == "pruned":
+        layer.gate_threshold, layer.max_experts = 1e-3, 3
+    x, ids = torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.int64)
+    x[0, 2, 3] = float("nan")
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    run = torch.compile(layer, backend="eager") if mode == "compiled" else layer
+    y, _ = run(x, mask, token_ids=ids)
+    assert y.isnan().any(dim=2).nonzero().tolist() == [[0, 2]]
+    mask[0, 2] = False
+    y, routing = run(x, mask, token_ids=ids)
+    assert not y[mask].isnan().any()
+    assert not routing.regularizer.isnan()
+    torch._dynamo.reset()

@@ -342,3 +342,19 @@ def test_ddp_leaves_each_rank_its_statistics():
 def test_bad_settings_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
         SparsityController(**{"num_layers": 1, "num_experts": 8, "k": 1, **options})
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_number_of_routings_than_layers_is_refused(number):
+    layers = [remoe.MoE(6, 8, 4, 1), remoe.MoE(6, 8, 4, 1)]
+    control = SparsityController.of(layers)
+    routings = [layers[0](torch.randn(5, 6))[1]] * number
+    for function in (control.loss_terms, control.regularizer, control.observe):
+        with pytest.raises(ConfigError, match=f"2 layers, but (got|{number} were given)"):
+            function(routings)
+
+
+@pytest.mark.parametrize("sizes", [(1.5, 8, 1), (1, 8.0, 1), (1, 8, 1.5), (1, 8, float("nan"))])
+def test_sizes_are_whole_numbers(sizes):
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        SparsityController(*sizes)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Collection
+from numbers import Integral
 
 
 class RemoeError(Exception):
@@ -50,6 +51,14 @@ def check(holds: bool, message: str) -> None:
     """Raises ConfigError with this message unless it holds."""
     if not holds:
         raise ConfigError(message)
+
+
+def check_whole(least: int, **values: object) -> None:
+    """Raises ConfigError unless each of the values, given by its name, is a whole number of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a whole number, but is {value!r}")
+        check(int(value) >= least, f"{name} must be at least {least}, but is {value}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:

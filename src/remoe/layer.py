@@ -3,10 +3,12 @@
 Legend: T tokens, D model width, E experts.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check
+from remoe.errors import ConfigError, check, check_whole
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
@@ -36,7 +38,8 @@ class MoE(nn.Module):
         max_experts: at evaluation, the largest number of experts executed per token; None for no limit.
 
     Raises:
-        ConfigError: for k > E, an unknown router or backend, a granularity that does not divide d_ffn.
+        ConfigError: for a size that is not a whole number, k > E, an unknown router or backend, a granularity that does
+            not divide d_ffn.
     """
 
     def __init__(
@@ -54,12 +57,11 @@ class MoE(nn.Module):
         router_options: dict[str, object] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"d_model": d_model, "d_ffn": d_ffn, "num_experts": num_experts, "k": k}.items():
-            check(value >= 1, f"{name} must be at least 1, but is {value}")
-        G_divides = granularity >= 1 and d_ffn % granularity == 0
-        check(G_divides, f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
+        check_whole(1, d_model=d_model, d_ffn=d_ffn, num_experts=num_experts, k=k, granularity=granularity)
+        check_whole(0, shared_expert_size=shared_expert_size)
+        check(d_ffn % granularity == 0, f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
         check(k <= num_experts, f"k = {k} is more than the number of experts, {num_experts}")
-        check(shared_expert_size >= 0, f"shared_expert_size must not be negative, but is {shared_expert_size}")
+        check(0 <= init_std < math.inf, f"init_std must be finite and not negative, but is {init_std}")
         E, F, K = split_by_granularity(num_experts, d_ffn, k, granularity)
         self.router = build_router(router, d_model, E, K, **(router_options or {}))
         experts = MergedExperts if self.router.merges else Experts
@@ -91,8 +93,8 @@ class MoE(nn.Module):
             token_ids: (...) int64 without D, for a router that needs them ("hash").
 
         Returns:
-            y: like x. Tokens without an expert get zero, or the output of a shared expert alone. Rows of padding are
-                undefined.
+            y: like x. Tokens without an expert get zero, or the output of a shared expert alone; NaN stays NaN.
+                Rows of padding are undefined.
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 
         Raises:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check, check_choice
+from remoe.errors import ConfigError, check, check_choice, check_whole
 from remoe.routing.assignment import Routing
 from remoe.routing.base import Float32State, Router
 
@@ -113,7 +113,7 @@ class SparsityController(Float32State):
         super().__init__()
         check_choice("sparsity rule", rule, RULES)
         check_choice("regularizer_normalization", regularizer_normalization, NORMALIZATIONS)
-        check(num_layers >= 1, f"num_layers must be at least 1, but is {num_layers}")
+        check_whole(1, num_layers=num_layers, num_experts=num_experts, k=k)
         check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
         finite = 0 < lambda_init < math.inf and 1 < alpha < math.inf
         check(finite, f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
@@ -169,7 +169,12 @@ class SparsityController(Float32State):
         return self.lam.clone() if self.steered else torch.full_like(self.lam, self.router_aux_loss_coef)
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
-        """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9 and 11), or their sum."""
+        """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9 and 11), or their sum.
+
+        Raises ConfigError for another number of routings than layers.
+        """
+        L = self.load_LE.shape[0]
+        check(len(routings) == L, f"a routing is needed for each of {L} layers, but {len(routings)} were given")
         total = self._stacked(routings, "regularizer").sum()
         return total if self.sum_layers else total / len(routings)
 

@@ -1,11 +1,13 @@
 """Files and folders are written whole or not at all; locks keep other processes out."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from remoe.errors import CheckpointError, ConfigError, DataError
+from remoe.lab import files
 from remoe.lab.files import atomic_write, check_new_folder, new_folder, remove_whole, temporary_name, try_lock
 
 
@@ -84,3 +86,23 @@ def test_a_file_is_locked_until_it_is_closed(tmp_path: Path) -> None:
         assert not try_lock(second)
         first.close()
         assert try_lock(second)
+
+
+def test_what_is_synced_is_open_for_writing_where_the_system_is_not_posix(tmp_path: Path, monkeypatch) -> None:
+    import fcntl
+
+    class Windows:
+        name = "nt"
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(os, name)
+
+        def fsync(self, descriptor: int) -> None:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(files, "os", Windows())
+    (tmp_path / "file").write_text("content")
+    files.sync(tmp_path / "file")
+    files.sync(tmp_path)
+    assert (tmp_path / "file").read_text() == "content"

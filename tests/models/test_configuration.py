@@ -73,3 +73,9 @@ def test_a_step_of_several_micro_batches_compiles_once():
             compiled(ids, labels=ids).loss.backward()
         model.update_routing()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1e-5])
+def test_the_norms_epsilon_is_finite_and_not_negative(eps):
+    with pytest.raises(ConfigError, match="rms_norm_eps must be finite and not negative"):
+        remoe.RemoeConfig(**SIZES, rms_norm_eps=eps)

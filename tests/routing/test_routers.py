@@ -196,7 +196,7 @@ def test_plain_l1_adds_up_over_micro_batches_and_the_balanced_one_names_its_diff
     [
         ("relux", 1, {}, "unknown router 'relux'"),
         ("relu", 6, {}, "k = 6 and E = 5"),
-        ("topk", 0, {}, "k = 0 and E = 5"),
+        ("topk", 0, {}, "k must be at least 1, but is 0"),
         ("relu", 2, {"max_experts_per_token": 1}, "at least k = 2"),
         ("topk", 1, {"max_experts_per_token": 2}, "max_experts_per_token"),
         ("relu", 1, {"bias": 1}, "option bias must be true or false, but is 1"),

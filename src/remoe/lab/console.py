@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import console
+from rich.text import Text
+
+from remoe.lab.text import lines
 
 MEGABYTE = 1_000_000
 SECONDS_BETWEEN_LINES = 15.0
@@ -17,12 +20,17 @@ Advance = Callable[[int], None]
 class Console(console.Console):
     """Rich's console without its markup: text in square brackets or between colons, such as a name, is printed as is.
 
+    Control characters, which a name may contain too, are escaped, so that they do not reach the terminal.
+
     Raises:
         BrokenPipeError: from any output once nobody reads it, as `print` does; rich would end the process.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(lines(text), **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

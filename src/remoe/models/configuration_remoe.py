@@ -1,5 +1,6 @@
 """Configuration of the ReMoE language model."""
 
+import math
 from collections.abc import Mapping
 
 from huggingface_hub.dataclasses import strict
@@ -150,6 +151,8 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
             )
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ConfigError(f"rms_norm_eps must be finite and not negative, but is {self.rms_norm_eps}")
         if self.shared_expert_size < 0:
             raise ConfigError(f"shared_expert_size must not be negative, but is {self.shared_expert_size}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):

@@ -101,7 +101,7 @@ class Routing:
             cap: at most so many experts per token, those with the largest gates; None for no cap.
         """
         size_TE = self.gate_TE.detach().abs()  # a learned scale may be negative
-        keep_TE, most = size_TE > threshold, self.assignment.token_N.shape[0]
+        keep_TE, most = ~(size_TE <= threshold), self.assignment.token_N.shape[0]
         if cap is not None and cap < keep_TE.shape[1]:
             most = min(most, size_TE.shape[0] * cap)
             keep_TE = keep_TE & largest(size_TE, cap)

@@ -76,7 +76,8 @@ class CutoffRouter(LinearRouter):
         """
         num_tokens, known_E = count_tokens(x_TD, mask_T), self.cutoff_E
         # With k = E no score is the largest that was not chosen: every token is active.
-        above_TE = unmasked((score_TE > self.cutoff_E) | (self.k == self.num_experts), mask_T)
+        # NaN counts as above, so that it stays visible in the output.
+        above_TE = unmasked(~(score_TE <= self.cutoff_E) | (self.k == self.num_experts), mask_T)
         active_TE = above_TE
         if by_choice is not False:
             chosen_TE, cutoff_E = choose_tokens(score_TE, mask_T, self.k)

@@ -55,7 +55,7 @@ class ReLURouter(LinearRouter):
         gate_TE = F.relu(logits_TE)  # Eq. 5: R(x) = ReLU(x W)
         if mask_T is not None:
             gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
-        active_TE = gate_TE > 0
+        active_TE = gate_TE != 0  # positive or NaN, which must stay visible in the output
         num_tokens = count_tokens(x_TD, mask_T)
         regularizer = self.penalty(gate_TE, active_TE, num_tokens)
         gate_TE = self.scaled(gate_TE)

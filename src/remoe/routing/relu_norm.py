@@ -72,7 +72,7 @@ class ReLUNormRouter(LinearRouter):
         open_TE = F.relu(logits_TE)
         if mask_T is not None:
             open_TE = open_TE.masked_fill(~mask_T[:, None], 0)
-        active_TE = open_TE > 0
+        active_TE = open_TE != 0  # positive or NaN, which must stay visible in the output
         normed_TE = F.rms_norm(open_TE, (self.num_experts,), eps=self.eps)
         gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
         num_tokens = count_tokens(x_TD, mask_T)

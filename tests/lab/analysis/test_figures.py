@@ -1,7 +1,9 @@
 """Figures show the numbers they were given, and the same figure is the same file."""
 
 import math
+import warnings
 from collections.abc import Callable
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from remoe.lab.analysis import figures, routing_figures
-from remoe.lab.analysis.style import looks
+from remoe.lab.analysis.style import looks, plain
 
 STEPS = [1, 2, 3, 4, 5, 6]
 SPARSITY = [0.5, 0.5, 0.6, 0.8, 0.74, 0.76]
@@ -287,6 +289,58 @@ def test_names_are_drawn_letter_by_letter(tmp_path):
     figures.save(figure, tmp_path / "domains")  # no formula to go wrong
     losses = {name: ([1, 2, 3], [3.0, 2.0, 1.0]) for name in names}
     assert len(figures.training_losses(losses).legends[0].get_texts()) == len(names)
+
+
+STRANGE = [
+    "\x1b[31mred",
+    "a\nb",
+    "中文 データ",
+    "📚🎉",
+    "--><script>",
+    "\u202egnp",
+    "\udcff",
+    "x" * 3000,
+    "é ü ß",
+    "漢" * 3000,
+]
+
+
+@pytest.mark.parametrize("draw", ["bars", "maps", "losses", "final", "frequency", "flips", "shares"])
+def test_any_name_makes_a_figure_without_warnings_that_is_not_huge(draw, tmp_path):
+    names, shares = STRANGE, np.full((len(STRANGE), 1, 2), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = {
+            "bars": lambda: routing_figures.routed_share_by_domain(shares, names, 1),
+            "maps": lambda: routing_figures.routed_share_by_domain(np.repeat(shares, 2, 0), names * 2, 1),
+            "losses": lambda: figures.training_losses({name: ([1, 2, 3], [3.0, 2.0, 1.0]) for name in names}),
+            "final": lambda: figures.final_losses({name: [3.0] for name in names}),
+            "frequency": lambda: routing_figures.active_against_frequency({name: ([9], [1.0]) for name in names[:3]}),
+            "flips": lambda: routing_figures.flips({name: ([1], [0.5]) for name in names}, dict.fromkeys(names, 2)),
+            "shares": lambda: routing_figures.routed_share_maps(
+                dict.fromkeys(names[:3], shares[0]), dict.fromkeys(names, 1)
+            ),
+        }[draw]()
+        figures.save(figure, tmp_path / "figure")
+    tree = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    assert tree.tag.endswith("svg")
+    assert not any("script" in element.tag for element in tree.iter())
+    assert figure.get_figwidth() < 12
+    boxes = [legend.get_window_extent() for panel in (figure, *figure.subfigs) for legend in panel.legends]
+    assert all(0 <= box.x0 < box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_characters_that_no_font_has_are_written_out():
+    assert plain("é_$") == r"é_\$"
+    assert plain("a\x1b\U000f0000") == r"a\x1b\U000f0000"
+
+
+def test_systems_with_the_same_short_name_keep_their_losses():
+    names = ["x" * 3000 + "a", "x" * 2999 + "a"]
+    losses = {name: ([1, 2, 3], [9.0, 9.0, float(end)]) for end, name in enumerate(names)}
+    look = figures.looks(names)
+    lines = figures.training_losses(losses).legends[0].get_lines()
+    assert [line.get_color() for line in lines] == [look[name].color for name in reversed(names)]
 
 
 def test_a_legend_of_long_names_stays_within_its_figure(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from small_data import write_rows
 
 from remoe.errors import DataError
+from remoe.lab.data import documents
 from remoe.lab.data.documents import Columns, Document
 from remoe.lab.data.sources import resolve_source
 
@@ -21,8 +22,8 @@ def read(path: Path, **columns: str) -> list[Document]:
     return list(resolve_source(str(path), Columns(**columns)).documents())
 
 
-def pairs(documents: list[Document]) -> list[tuple[str, str]]:
-    return [(document.text, document.domain) for document in documents]
+def pairs(found: list[Document]) -> list[tuple[str, str]]:
+    return [(document.text, document.domain) for document in found]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
@@ -124,3 +125,94 @@ def test_text_of_another_encoding_is_named(tmp_path: Path) -> None:
 
 def test_document_sizes_are_utf8_bytes() -> None:
     assert Document("aé🙂", "d").num_bytes == 1 + 2 + 4
+
+
+@pytest.mark.parametrize("name", ["d.txt.gz", "d.txt.zst", "d.md", "D.TXT.GZ", "d.txt"])
+def test_texts_of_other_suffixes(tmp_path: Path, name: str) -> None:
+    import zstandard
+
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix.lower(), bytes)
+    (tmp_path / name).write_bytes(pack("# Töne\r\n".encode()))
+    assert pairs(read(tmp_path / name)) == [("# Töne\r\n", name.partition(".")[0])]
+    assert pairs(read(tmp_path)) == [("# Töne\r\n", tmp_path.name)]
+
+
+def test_csv_has_named_columns_quotes_and_line_breaks_in_fields(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "d.csv").write_text(f'\ufefftext,n,domain\r\n"a, ""b""\n\nc",1,one\r\n\r\n{long},2,two\n ,3,one\n')
+    assert pairs(read(tmp_path / "d.csv")) == [('a, "b"\n\nc', "one"), (long, "two")]
+    (tmp_path / "e.csv").write_text("body\nb\n")
+    assert pairs(read(tmp_path / "e.csv", text="body")) == [("b", "e")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"no column 'text' \(columns present: none\)"),
+        (b"a,b\n1,2\n", r"no column 'text' \(columns present: a, b\)"),
+        (b"text,n\nx,1\n\ny\n", "line 4: 1 fields, but the first row has 2"),
+        (b'text,n\n"x\ny",1\nz,1,2\n', "line 4: 3 fields"),
+        (b"text\nx\n\xff\n", "not UTF-8 text"),
+        (b'text\n"x\n', "line 2: cannot be read: unexpected end of data"),
+        (b"text,text\nx,y\n", "several columns are named 'text'"),
+        (b"text,domain\nx,\n", "line 2: the domain is empty"),
+    ],
+)
+def test_a_faulty_csv_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "d.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"d\.csv: {message}"):
+        read(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.txt.gz", "d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet", "d.csv"])
+def test_a_text_that_is_too_long_is_named_and_not_read_whole(tmp_path: Path, name: str, monkeypatch) -> None:
+    monkeypatch.setattr(documents, "LONGEST", 1000)
+    rows = [("short", "x"), ("y" * 50_000, "x")]
+    if name.startswith("d.txt"):
+        content = b"y" * 50_000
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    elif name == "d.csv":
+        (tmp_path / name).write_text("text,domain\n" + "".join(f"{text},{domain}\n" for text, domain in rows))
+    else:
+        write_rows(tmp_path / name, rows)
+    with pytest.raises(DataError, match=rf"{name}: .*(longer than|field larger than)"):
+        read(tmp_path / name)
+
+
+def test_little_memory_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    def exhausted(*_):
+        raise MemoryError
+        yield
+
+    monkeypatch.setitem(documents.READERS, ".txt", exhausted)
+    (tmp_path / "d.txt").write_text("a")
+    with pytest.raises(DataError, match=r"d\.txt: too little memory"):
+        read(tmp_path / "d.txt")
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.zst", "d.txt.gz"])
+def test_an_empty_compressed_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{name}: empty, which is not a compressed file"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["text", "domain", "group"])
+def test_two_columns_of_one_name_are_named(tmp_path: Path, name: str) -> None:
+    names = ["text", "domain", "group", "n", "n", name]
+    arrays = [pa.array(["a"])] * len(names)
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=rf"d\.parquet: several columns are named '{name}'"):
+        read(tmp_path / "d.parquet", group="group")
+
+
+def test_large_rows_of_parquet_are_read_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(documents, "LONGEST", 30_000)
+    texts = [f"{i}" + "".join(map(str, range(i, i + 2000))) for i in range(50)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=40)
+    assert documents._rows_at_once(pq.ParquetFile(tmp_path / "d.parquet").metadata) in (3, 4)
+    assert [document.text for document in read(tmp_path / "d.parquet")] == texts
+    pq.write_table(pa.table({"text": ["a"] * 999}), tmp_path / "d.parquet")
+    assert documents._rows_at_once(pq.ParquetFile(tmp_path / "d.parquet").metadata) == documents.ROWS_PER_BATCH
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == []

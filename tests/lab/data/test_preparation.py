@@ -54,11 +54,11 @@ def test_named_validation_sources_are_the_validation_split(tmp_path: Path) -> No
 
 def test_files_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "texts.jsonl", make_texts(20, seed=1))
-    for name in ("notes.md", "more.md", "LICENSE"):
+    for name in ("notes.rst", "more.rst", "LICENSE", "README.md"):
         (tmp_path / name).write_text("words")
     options = small_options(tmp_path.parent / f"{tmp_path.name}-out", tmp_path)
     prepare(dataclasses.replace(options, quiet=False))
-    assert "skipped 3 files of other kinds: .md, LICENSE" in capsys.readouterr().err
+    assert "skipped 4 files of other kinds: .md, .rst, LICENSE" in capsys.readouterr().err
 
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path: Path, prepared: Path, opened: Dataset) -> None:
@@ -169,3 +169,23 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out", OSError("busy")), pytest.raises(DataError, match="another process is preparing"):
         prepare(small_options(tmp_path / "out", source))
+
+
+@pytest.mark.parametrize("name", ["input.txt", "input.md", "folder/input.txt", "input.jsonl"])
+def test_the_end_of_one_input_is_held_out(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(f"{line}\n" for line in make_texts(200, words=8))
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    if source.suffix == ".jsonl":
+        write_jsonl(source, [text])
+    else:
+        source.write_text(text)
+    given = tmp_path / "folder" if "/" in name else source
+    dataset = open_dataset(prepare(small_options(tmp_path / "out", given, quiet=False)))
+    parts = [document_texts(dataset, split) for split in (dataset.train, dataset.validation)]
+    ((domain, train),), ((_, held),) = parts
+    assert train + held == text
+    assert domain == given.stem
+    assert 0.1 * len(text) <= len(held) <= 0.2 * len(text)
+    assert "all text is one document" in capsys.readouterr().err
+    assert prepare(small_options(tmp_path / "out", given)) == tmp_path / "out"

@@ -9,7 +9,7 @@ from small_data import small_options, write_jsonl
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data import prepare
 from remoe.lab.data.documents import Document
-from remoe.lab.data.scan import Holdout, HoldoutBuilder
+from remoe.lab.data.scan import Holdout, HoldoutBuilder, end_of
 
 
 def build(documents: list[Document], fraction: float = 0.02, seed: int = 0) -> Holdout:
@@ -108,3 +108,39 @@ def test_out_inside_a_source_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "d.jsonl", ["one", "two"])
     with pytest.raises(ConfigError, match="is inside the source"):
         prepare(small_options(tmp_path / "out", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "end"),
+    [
+        ("line one\nline two\nline 3\nend", 0.2, "line 3\nend"),
+        ("word " * 20, 0.1, "word word "),
+        ("x" * 100, 0.02, "xx"),
+        ("你好" * 50, 0.1, "你好" * 5),
+        ("ab", 0.02, "b"),
+        ("a" + "b" * 9, 0.99, "b" * 9),
+    ],
+)
+def test_the_end_of_a_text_begins_at_a_line_or_a_word(text: str, fraction: float, end: str) -> None:
+    cut = end_of(text, fraction)
+    assert cut is not None
+    assert text[cut:] == end
+
+
+@pytest.mark.parametrize("text", ["a", " a", "a ", "a" + " " * 99])
+def test_a_text_of_which_a_part_would_be_blank_is_not_divided(text: str) -> None:
+    assert end_of(text, 0.1) is None
+    with pytest.raises(DataError, match="cannot be divided"):
+        build([Document(text, "d")])
+
+
+def test_only_a_document_that_is_alone_is_divided() -> None:
+    text = "".join(f"line {i}\n" for i in range(500))
+    holdout = build([Document(text, "d", "g")])
+    train, held = (holdout.part(Document(text, "d", "g"), split) for split in ("train", "validation"))
+    assert train.text + held.text == text
+    assert train.text.endswith("\n")
+    assert 0.02 * len(text) <= len(held.text) <= 0.04 * len(text)
+    assert (train.domain, train.group) == (held.domain, held.group) == ("d", "g")
+    assert build([Document(text, "d"), Document("other", "d")]).cut is None
+    assert Holdout.model_validate({"seed": 0, "fraction": 0.1, "always": [], "never": []}).cut is None  # of 0.1.0

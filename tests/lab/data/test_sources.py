@@ -14,6 +14,7 @@ import pytest
 from small_data import write_rows
 
 from remoe.errors import DataError
+from remoe.lab.cli.main import main
 from remoe.lab.data.documents import Columns
 from remoe.lab.data.sources import resolve_source
 
@@ -120,11 +121,11 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "b.md").write_text("x")
-    with pytest.raises(DataError, match=r"a\.md: unknown file type"):
-        read(tmp_path / "a.md")
+    (tmp_path / "empty" / "b.pdf").write_text("x")
+    with pytest.raises(DataError, match=r"a\.pdf: unknown file type"):
+        read(tmp_path / "a.pdf")
     with pytest.raises(DataError, match=r"empty: .* no files to read"):
         read(tmp_path / "empty")
     with pytest.raises(DataError, match=r"gone\.txt: no such file or folder"):
@@ -145,3 +146,31 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatc
     monkeypatch.setattr("os.scandir", guarded)
     with pytest.raises(DataError, match="closed: Permission denied"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path, inside: bool) -> None:
+    os.mkfifo(tmp_path / "f.txt")
+    (tmp_path / "g.txt").write_text("text")
+    with pytest.raises(DataError, match=r"f\.txt: not a file but a pipe"):
+        resolve_source(str(tmp_path if inside else tmp_path / "f.txt"), Columns())
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "out", "tokenizer", "validation"])
+def test_names_that_are_not_utf8_are_one_line(tmp_path: Path, place: str, capsys) -> None:
+    strange, usual = tmp_path / "b\udcff.txt", tmp_path / "a.txt"
+    (tmp_path / "texts").mkdir()
+    for path in (strange, usual, tmp_path / "texts" / strange.name):
+        path.write_text("text")
+    arguments = {
+        "file": [strange],
+        "folder": [tmp_path / "texts"],
+        "out": [usual],
+        "tokenizer": [usual, "--tokenizer", strange],
+        "validation": [usual, "--validation", strange],
+    }[place]
+    out = tmp_path / ("o\udcff" if place == "out" else "out")
+    assert main(["data", "prepare", *map(str, arguments), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "this name is not UTF-8; rename it" in error

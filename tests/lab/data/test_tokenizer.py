@@ -1,20 +1,29 @@
 """Tokenizers keep every text exactly, survive saving, and are identified by their fingerprint."""
 
+import json
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from remoe.errors import DataError
+from remoe.lab.data import tokenizer as tokenizers
 from remoe.lab.data.tokenizer import (
+    LONGEST_RUN,
     Encoder,
+    cut_runs,
     load_tokenizer,
     sample_evenly,
     tokenizer_fingerprint,
     train_tokenizer,
     vocabulary_size,
+    words_apart,
 )
 
 NASTY = [
@@ -112,3 +121,103 @@ def test_sample_is_spread_evenly_and_within_its_limit(size: int) -> None:
 def test_sample_of_a_small_text_is_all_of_it() -> None:
     texts = ["é" * 1000, "", "abc"]
     assert "".join(sample_evenly(iter(texts), 2003, 2003)) == "".join(texts)
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "中文字符" + "".join(map(chr, range(0x4E00, 0x5200))), "-=", " \t"])
+def test_long_runs_are_cut_and_nothing_is_lost(letters: str) -> None:
+    generator = random.Random(0)
+    run = "".join(generator.choices(letters, k=10_000))
+    for text in (run, f"a {run}. b", f"x\n{run}\n{run}"):
+        pieces = list(cut_runs(text))
+        assert "".join(pieces) == text
+        assert not any(re.search(r"\w{257}|\s{257}|[^\w\s]{257}", piece) for piece in pieces)
+        assert len(pieces) <= 2 + 2 * len(run) / LONGEST_RUN
+
+
+def test_text_of_usual_words_is_one_piece() -> None:
+    for text in (*NASTY[:-1], "word " * 9999, "x" * LONGEST_RUN + " " * LONGEST_RUN + "=" * LONGEST_RUN, ""):
+        assert list(cut_runs(text)) == [text]
+
+
+def test_text_without_spaces_trains_quickly() -> None:
+    generator = random.Random(0)
+    text = "".join(generator.choices("ACGT", k=200_000))
+    begin = time.process_time()
+    assert vocabulary_size(train_tokenizer(iter([text]), 2000)) == 2000
+    assert time.process_time() - begin < 5  # without the cuts 20 s and more, with them 1 s
+
+
+def test_an_error_of_the_texts_arrives(tmp_path: Path) -> None:
+    def texts():
+        yield "some words"
+        raise DataError("a faulty row")
+
+    with pytest.raises(DataError, match="a faulty row"):
+        train_tokenizer(texts(), 300)
+
+
+def test_an_interruption_is_heard_while_merges_are_computed() -> None:
+    code = """
+import random, sys
+from remoe.lab.data.tokenizer import train_tokenizer
+words = "".join(random.choices("ACGT", k=200_000))
+texts = iter([" ".join(words[i : i + 250] for i in range(0, len(words), 250))])
+def end():
+    yield from texts
+    print("reading is done", flush=True)
+train_tokenizer(end(), 60_000)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        begin = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=60)
+        assert time.monotonic() - begin < 2
+    assert b"KeyboardInterrupt" in error
+
+
+def test_the_end_of_text_pads_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = tokenizer(["router", "the router sends"], padding=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert len({len(ids) for ids in batch["input_ids"]}) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_long_texts_are_encoded_in_pieces_with_the_same_ids(tokenizer, monkeypatch, seed: int) -> None:
+    generator = random.Random(seed)
+    parts = [
+        *NASTY,
+        "the router ",
+        "sends\nthe token",
+        "\n\n",
+        "  a",
+        "1 2",
+        "½ Ⅷ",
+        "it's don't 's",
+        " \u0301b",
+        "x_ _y",
+        "\x1f z",
+    ]
+    text = "".join(generator.choices(parts, k=300))
+    assert len(list(words_apart(text, 50))) > 10
+    assert "".join(words_apart(text, 50)) == text
+    encode = Encoder(tokenizer)
+    expected = encode([text, "short"])
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 800)
+    assert [list(ids) for ids in encode([text, "short"])] == expected
+
+
+def test_only_tokenizers_that_are_known_to_divide_are_given_pieces(tokenizer: PreTrainedTokenizerBase) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    assert Encoder(tokenizer)._divides
+    backend = Tokenizer(models.BPE())
+    for pre_tokenizer, normalizer in (
+        (pre_tokenizers.Metaspace(), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Strip()),
+    ):
+        backend.pre_tokenizer, backend.normalizer = pre_tokenizer, normalizer
+        assert not tokenizers._ends_words_at_spaces(json.loads(backend.to_str()))

@@ -1,7 +1,7 @@
 """The compiled kernels of the cpu backend: built once with the machine's C++ compiler, if it has one.
 
-The shared library is kept under the user's cache folder (`REMOE_CACHE`, else `$XDG_CACHE_HOME/remoe`), named by a
-hash of its source, compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off.
+The shared library is kept in the user's cache folder (`remoe.experts.cpu.cache`), named by a hash of its source,
+compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,12 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from remoe.experts.cpu.cache import find_library, is_kept, make_library
+
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.h", "gemm.h", "steps.cpp", "passes.cpp"))
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_COMPILER_SECONDS = 120
+_SECONDS = 120  # for each call of the compiler
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder
 _TORCH = Path(torch.__file__).resolve().parent  # as the system names what it has loaded
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -97,70 +99,75 @@ def _library() -> ctypes.CDLL | None:
     if not all(source.is_file() for source in _SOURCES):
         logger.info("an exported model carries no C++ sources: the experts use plain torch operations")
         return None
-    compiler = _compiler()
-    if compiler is None:
+    compilers = _compilers()
+    if not compilers:
         logger.info("no C++ compiler: the experts use plain torch operations between their matrix products")
         return None
-    try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        detail = getattr(error, "stderr", None) or str(error)
-        logger.warning("compiled CPU kernels are not available, plain torch operations are used: %s", detail.strip())
-        return None
+    failures: dict[str, str] = {}
+    for find in (_find, _make):
+        for compiler in compilers:
+            try:
+                if (library := find(compiler)) is not None:
+                    return library
+            except _FAILURES as error:
+                failures[compiler] = (getattr(error, "stderr", None) or str(error)).strip()
+    reasons = "; ".join(f"{compiler}: {reason}" for compiler, reason in failures.items())
+    logger.warning("compiled CPU kernels are not available, plain torch operations are used: %s", reasons)
+    return None
 
 
 def to_be_built() -> bool:
     """Whether the first use of the kernels will compile them, which takes some seconds."""
     if os.environ.get("REMOE_KERNELS") == "0" or not all(source.is_file() for source in _SOURCES):
         return False
-    if (compiler := _compiler()) is None:
-        return False
-    try:
-        return not _plan(compiler)[0].exists()
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # what `_library` says of it
-        return False
+    works = False
+    for compiler in _compilers():
+        try:
+            if is_kept(_plan(compiler)[0]):
+                return False
+            works = True
+        except _FAILURES:  # what `_library` says of it
+            continue
+    return works
 
 
-def _compiler() -> str | None:
-    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+def _compilers() -> list[str]:
+    """Paths of the C++ compilers, in the order in which they are tried."""
+    return list(dict.fromkeys(path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))))
 
 
-def _plan(compiler: str) -> tuple[Path, list[str], str | None]:
-    """Path of the shared library, flags, and the OpenMP library to link."""
-    openmp = _openmp_runtime()
-    flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\0".join((*(p.read_text() for p in _SOURCES), version, *flags, str(openmp), _processor()))
-    return _cache_folder() / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so", flags, openmp
+def _find(compiler: str) -> ctypes.CDLL | None:
+    return find_library(_plan(compiler)[0])
 
 
-def _build(compiler: str) -> Path:
-    """Path of the shared library, built unless it is in the cache."""
-    library, flags, openmp = _plan(compiler)
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        linked, objects = Path(scratch, "kernels.so"), []
+def _make(compiler: str) -> ctypes.CDLL:
+    identity, flags, openmp = _plan(compiler)
+
+    def build(scratch: Path) -> Path:
+        linked, objects = scratch / "kernels.so", []
         for source in _SOURCES:
             if source.suffix == ".cpp":
-                objects.append(str(Path(scratch, source.stem + ".o")))
+                objects.append(str(scratch / f"{source.stem}.o"))
                 _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
         # Linked by path to the OpenMP runtime that torch runs on: a second one would fight it for the cores.
         _run(compiler, "-shared", *objects, *([openmp] if openmp else []), "-o", str(linked))
-        linked.replace(library)
-    logger.info("built the CPU kernels: %s", library)
-    return library
+        return linked
+
+    return make_library(identity, build)
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
+def _plan(compiler: str) -> tuple[str, list[str], str | None]:
+    """Name of the shared library, flags, and the OpenMP library to link."""
+    openmp = _openmp_runtime()
+    flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
+    version = _run(compiler, "--version")
+    identity = "\0".join((*(p.read_text() for p in _SOURCES), version, *flags, str(openmp), _processor()))
+    return f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", flags, openmp
 
 
-def _cache_folder() -> Path:
-    if folder := os.environ.get("REMOE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe"
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=_SECONDS)
+    return done.stdout
 
 
 def _openmp_runtime() -> str | None:

@@ -28,6 +28,7 @@ from remoe.lab.analysis.style import (
     plain,
     quantity,
     save,
+    width_in_letters,
     write_svg,
 )
 from remoe.stages import SPARSE_STEPS
@@ -111,7 +112,7 @@ def training_losses(
     ends, seen, end = {}, [], late
     for name, (steps, losses) in runs.items():
         mean_steps, means = _moving_mean(steps, window), _moving_mean(losses, window)
-        ends[plain(name)] = means[-1]
+        ends[name] = means[-1]
         seen += means[mean_steps >= late].tolist() or [means[-1]]
         end = max(end, mean_steps[-1])
         if window > 1:
@@ -122,8 +123,8 @@ def training_losses(
     axes[1].set(xlim=(late, end if end > late else last), ylim=(min(seen) - margin, max(seen) + margin))
     label(axes[0], x="step", y="training loss (nats per token)", title="Whole run")
     label(axes[1], x="step", title="Last third")
-    handles, names = axes[1].get_legend_handles_labels()
-    by_end = sorted(zip(handles, names, strict=True), key=lambda pair: -ends[pair[1]])
+    handles, _ = axes[1].get_legend_handles_labels()
+    by_end = sorted(zip(handles, runs, strict=True), key=lambda pair: -ends[pair[1]])
     fig.legend(handles=[handle for handle, _ in by_end], loc="outside right center", title="highest to lowest")
     return fig
 
@@ -177,7 +178,7 @@ def final_losses(systems: Mapping[str, Sequence[float]], *, look: Mapping[str, L
         systems: for each system, the losses of its seeds in nats per token.
     """
     look = look or looks(systems)
-    longest = max(map(len, systems))
+    longest = max(width_in_letters(plain(name)) for name in systems)
     fig = new_figure(5.4 + 0.06 * max(0, longest - NAME_LENGTH), 0.9 + 0.3 * len(systems))
     fig.get_layout_engine().set(rect=(0, 0, 0.96, 1))  # leaves room for text to the right of the axes
     ax = fig.subplots()

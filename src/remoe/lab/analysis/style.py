@@ -1,6 +1,8 @@
 """The style of every figure, with colours that colour-blind readers can tell apart, and how figures are saved."""
 
+import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -8,11 +10,21 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from remoe.lab.text import short_name, visible
+
+_MORE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Hiragino Sans GB", "Arial Unicode MS",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Emoji", "Segoe UI Symbol",
+)  # fmt: skip
 DIGITS = 9  # kept of a position, as a share of its figure
 STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that files are the same on every machine
+    # DejaVu Sans comes with matplotlib, so that files are the same on every machine. The others, where there is one,
+    # draw only the characters that it lacks.
+    "font.family": ["DejaVu Sans", *(font for font in _MORE_FONTS if font in get_font_names())],
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
@@ -66,9 +78,25 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     }
 
 
-def plain(name: str) -> str:
-    """A name escaped so that matplotlib prints it literally: `$` starts no formula, `_` hides no legend entry."""
-    return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
+def plain(text: str) -> str:
+    """A name escaped so that matplotlib prints it literally, and shortened to fit.
+
+    `$` starts no formula, `_` hides no legend entry, and a character that no font has is written as in Python.
+    """
+    letters = (letter if _drawable(letter) else letter.encode("unicode_escape").decode() for letter in visible(text))
+    shown = short_name("".join(letters))
+    return ("\u200a" if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+@cache
+def _drawable(letter: str) -> bool:
+    return any(ord(letter) in charmap for charmap in _charmaps())
+
+
+@cache
+def _charmaps() -> list[dict[int, int]]:
+    """The characters of the fonts in STYLE."""
+    return [get_font(findfont(family)).get_charmap() for family in STYLE["font.family"]]
 
 
 def legend_columns(names: Iterable[str], width: float) -> int:
@@ -78,8 +106,13 @@ def legend_columns(names: Iterable[str], width: float) -> int:
         names: the entries.
         width: width of the figure in inches.
     """
-    longest = max((len(name) for name in names), default=0)
+    longest = max((width_in_letters(plain(text)) for text in names), default=0)
     return max(1, min(6, int(72 * width / (40 + 5 * longest))))  # points: 5 per letter, 40 for the line and the gaps
+
+
+def width_in_letters(text: str) -> int:
+    """In letters; a Chinese, Japanese or Korean character has the width of two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def new_figure(width: float, height: float) -> Figure:

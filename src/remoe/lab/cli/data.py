@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.data.options import PrepareOptions
+from remoe.lab.text import short_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def check_command(argv: list[str]) -> int:
         for domain, counts in [*split.record.domains.items(), ("all", split.record)]:
             table.add_row(
                 split.name,
-                domain,
+                short_name(domain),
                 str(counts.documents),
                 str(counts.tokens),
                 f"{counts.bytes / 1e6:.2f}",

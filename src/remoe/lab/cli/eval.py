@@ -170,13 +170,14 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
     from rich.table import Table
 
     from remoe.lab.console import Console
+    from remoe.lab.text import short_name
 
     table = Table("domain", title=title, title_justify="left")
     for column in ("loss", "perplexity", "bits per byte", "sparsity", "tokens"):
         table.add_column(column, justify="right")
     for domain, row in results.items():
         table.add_row(
-            domain,
+            short_name(domain),
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",
             f"{row['bits_per_byte']:.4f}",

@@ -1,5 +1,6 @@
 """`remoe generate`."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import tyro
 
 from remoe.lab.cli.parsing import parse, quiet_transformers
 from remoe.lab.generation import SamplingOptions
+from remoe.lab.text import lines
 
 PROG = "remoe generate"
 
@@ -33,5 +35,6 @@ def generate_command(argv: list[str]) -> int:
 
     quiet_transformers()
     model, tokenizer, _ = load_model(options.run)
-    print(options.prompt + generate_text(model, tokenizer, options.prompt, options.sampling))
+    text = options.prompt + generate_text(model, tokenizer, options.prompt, options.sampling)
+    print(lines(text) if sys.stdout.isatty() else text)
     return 0

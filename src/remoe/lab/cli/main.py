@@ -18,6 +18,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
+from remoe.lab.text import visible
 from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
 
 # name: (module, function, help)
@@ -187,7 +188,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _fail(message: str) -> int:
     """Prints one line of error; returns exit code 2."""
     with contextlib.suppress(OSError):  # the terminal is closed
-        print(f"remoe: error: {message}", file=sys.stderr)
+        print(f"remoe: error: {visible(message)}", file=sys.stderr)
     return 2
 
 

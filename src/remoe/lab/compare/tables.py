@@ -9,6 +9,7 @@ from remoe.lab.compare.budget import TOLERANCE
 from remoe.lab.compare.experiment import Experiment, describe
 from remoe.lab.compare.record import DataDescription, RunRecord
 from remoe.lab.compare.results import AFTER, Results, Row, Spread
+from remoe.lab.text import markdown as escaped
 from remoe.routing import ROUTERS
 from remoe.stages import first_sparse_step
 
@@ -74,7 +75,7 @@ def _introduction(experiment: Experiment, results: Results, data: DataDescriptio
     days = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "dates not recorded"
     return [
         f"Data: {data.training_tokens:,} training and {data.validation_tokens:,} validation tokens; "
-        f"domains {', '.join(data.domains)}.",
+        f"domains {', '.join(map(escaped, data.domains))}.",
         "",
         f"Trained on ({days}):",
         "",
@@ -201,7 +202,7 @@ def _steps(steps: Sequence[int | None]) -> str:
 def _domain_table(rows: Sequence[Row]) -> list[str]:
     domains = list(rows[0].domains)
     cells = [[row_name(row.variant, row.point), *(f"{row.domains[domain]:.3f}" for domain in domains)] for row in rows]
-    return _table(["system", *(" ".join(domain.split()).replace("|", "\\|") for domain in domains)], cells)
+    return _table(["system", *map(escaped, domains)], cells)
 
 
 def _task_table(rows: Sequence[Row]) -> list[str]:

@@ -1,18 +1,24 @@
-"""Documents, and the readers that make them from text files, JSON lines, Parquet and Arrow tables."""
+"""Documents, and the readers that make them from text files, JSON lines, CSV, Parquet and Arrow tables."""
 
+import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from remoe.errors import DataError
+from remoe.lab.text import short_name
 
 if TYPE_CHECKING:  # the functions that read with it import pyarrow, so that documents alone come without it
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 TOTAL = "all"  # in tables and files, the row of all domains together
+LONGEST = 1 << 28  # bytes of a document or a line, so that a small file that unpacks to a huge one does not fill memory
+MOST_NAMES = 20  # of columns, in an error
 ROWS_PER_BATCH = 256  # documents are often tens of kilobytes, so a batch takes a few MB of memory
 
 
@@ -68,6 +74,8 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
         raise DataError(f"{place}: the domain is {_describe(domain)}, not a name")
     if domain == TOTAL:
         raise DataError(f"{place}: {TOTAL!r} cannot be a domain's name, because it stands for all domains; rename it")
+    if len(text) > LONGEST:
+        raise DataError(f"{place}: longer than {LONGEST >> 20} MiB; divide it into several documents")
     if is_blank(text):
         return None
     group = None if group is None else str(group)
@@ -86,16 +94,17 @@ def _describe(value: object) -> str:
 
 
 def read_text(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
-    """Read a `.txt` file as one document of the given domain.
+    """Read a text file, plain or compressed, as one document of the given domain.
 
-    Raises DataError for a file that cannot be read or is not UTF-8.
+    Raises DataError for a file that cannot be read, is too long or is not UTF-8.
     """
+    with _stream(path) as stream:
+        content = stream.read(LONGEST + 1)
+        _check_length(content, str(path))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start} cannot be decoded)") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
     document = make_document(text, domain, None, str(path))
     if document is not None:
         yield document
@@ -106,19 +115,75 @@ def read_jsonl(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
 
     A line without the key `domain` gets the given domain. Raises DataError naming the file and the line.
     """
+    with _stream(path) as stream:
+        lines = iter(lambda: stream.readline(LONGEST + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}: line {number}"
+            _check_length(line, place)
+            if not line.isspace():
+                document = _json_document(line, columns, domain, place)
+                if document is not None:
+                    yield document
+
+
+def read_csv(path: Path, columns: Columns, domain: str) -> Iterator[Document]:
+    """Read a table of comma-separated values whose first row names the columns.
+
+    Without a domain column, rows get the given domain. Raises DataError naming the file and the line.
+    """
+    line = 1
+    try:
+        with _stream(path) as stream, _longest_field():
+            rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+            header = next(rows, [])
+            _check_once(columns, header, str(path))
+            check_columns(columns, header, str(path))
+            for fields in rows:
+                place, line = f"{path}: line {line + 1}", rows.line_num
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise DataError(f"{place}: {len(fields)} fields, but the first row has {len(header)}")
+                row = dict(zip(header, fields, strict=True))
+                group = None if columns.group is None else row[columns.group]
+                document = make_document(row[columns.text], row.get(columns.domain, domain), group, place)
+                if document is not None:
+                    yield document
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text after line {line}") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: line {line + 1}: cannot be read: {error}") from None
+
+
+@contextmanager
+def _longest_field() -> Iterator[None]:
+    """Fields of up to LONGEST characters, where Python's limit, which holds for the process, is 131,072."""
+    before = csv.field_size_limit(LONGEST)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+@contextmanager
+def _stream(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed if its suffix says so; errors of reading are DataErrors."""
     import pyarrow as pa
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
+        if compression is not None and path.stat().st_size == 0:
+            raise DataError(f"{path}: empty, which is not a compressed file")
         # unlike zstandard's streams, pyarrow's report a compressed file that was truncated
         with pa.input_stream(str(path), compression=compression) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
-                if not line.isspace():
-                    document = _json_document(line, columns, domain, f"{path}: line {number}")
-                    if document is not None:
-                        yield document
+            yield io.BufferedReader(stream, 1 << 20)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def _check_length(content: bytes, place: str) -> None:
+    if len(content) > LONGEST:
+        raise DataError(f"{place}: longer than {LONGEST >> 20} MiB; divide it into several documents")
 
 
 def _json_document(line: bytes, columns: Columns, domain: str, place: str) -> Document | None:
@@ -148,27 +213,43 @@ def read_parquet(path: Path, columns: Columns, domain: str) -> Iterator[Document
     try:
         with pq.ParquetFile(path) as file:
             names = columns_to_read(columns, file.schema_arrow, str(path))
-            batches = file.iter_batches(ROWS_PER_BATCH, columns=names)
+            batches = file.iter_batches(_rows_at_once(file.metadata), columns=names)
             yield from arrow_documents(batches, columns, domain, str(path))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {_first_line(error)}") from None
 
 
+def _rows_at_once(metadata: "pq.FileMetaData") -> int:
+    """ROWS_PER_BATCH, or fewer where they would be more than LONGEST bytes by the mean of a row group."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    mean = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=0)
+    return max(1, min(ROWS_PER_BATCH, int(LONGEST / max(mean, 1))))
+
+
+def _check_once(columns: Columns, present: Sequence[str], place: str) -> None:
+    for name in {columns.text, columns.domain, columns.group}:
+        if name is not None and list(present).count(name) > 1:
+            raise DataError(f"{place}: several columns are named {name!r}")
+
+
 def check_columns(columns: Columns, present: list[str], place: str) -> None:
     """Raise DataError if a required column is missing; the message lists those present."""
+    names = ", ".join(map(short_name, present[:MOST_NAMES])) + (", ..." if len(present) > MOST_NAMES else "")
     required = [columns.text]
     required += [columns.domain] if columns.domain_required else []
     required += [] if columns.group is None else [columns.group]
     for name in required:
         if name not in present:
-            raise DataError(f"{place}: no column {name!r} (columns present: {', '.join(present) or 'none'})")
+            raise DataError(f"{place}: no column {name!r} (columns present: {names or 'none'})")
 
 
 def columns_to_read(columns: Columns, schema: "pa.Schema", place: str) -> list[str]:
     """Names of the columns to read from a table of this schema.
 
-    Raises DataError as `check_columns` does, and for a text or domain column of another type.
+    Raises DataError as `check_columns` does, for two columns of one name, and for a text or domain column of another
+    type.
     """
+    _check_once(columns, schema.names, place)
     check_columns(columns, schema.names, place)
     for name in (columns.text, columns.domain):
         if name in schema.names and not _is_text(schema.field(name).type):
@@ -221,7 +302,11 @@ READERS: dict[str, Reader] = {
     ".jsonl.zst": read_jsonl,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".txt.gz": read_text,
+    ".txt.zst": read_text,
     ".txt": read_text,
+    ".md": read_text,
 }
 
 

@@ -14,7 +14,7 @@ class PrepareOptions:
     """Options of a preparation; `remoe data prepare` shows the descriptions below as its help."""
 
     sources: tuple[str, ...] = ("stdlib",)
-    """Where the text comes from: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them,
+    """Where the text comes from: files (.txt and .jsonl, also .gz and .zst, .md, .csv, .parquet), folders of them,
     `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset, a folder that `datasets` wrote with save_to_disk,
     or `stdlib`, the standard library of the running Python, which needs no network."""
     out: Path

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from remoe.errors import DataError
-from remoe.lab.console import MEGABYTE, Reporter
+from remoe.lab.console import MEGABYTE, SECONDS_BETWEEN_LINES, Reporter
 from remoe.lab.data.dataset import open_dataset
 from remoe.lab.data.journal import (
     TOKENIZER_FOLDER,
@@ -30,7 +30,7 @@ from remoe.lab.data.journal import (
 from remoe.lab.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, summarise
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.scan import Inputs, Scan, check_apart, scan
-from remoe.lab.data.sources import FileSource
+from remoe.lab.data.sources import FileSource, check_name
 from remoe.lab.data.tokenizer import (
     Encoder,
     load_tokenizer,
@@ -41,6 +41,7 @@ from remoe.lab.data.tokenizer import (
 )
 from remoe.lab.data.writer import ShardWriter, encode_documents
 from remoe.lab.files import Signature, atomic_write, disk_errors, locked, replacing
+from remoe.lab.text import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,8 @@ def prepare(options: PrepareOptions, *, wait: bool = False) -> Path:
     otherwise raises DataError. Raises DataError and ConfigError for problems that the user can fix.
     """
     folder = Path(options.out)
+    for name in (*options.sources, *options.validation, str(folder.absolute()), options.tokenizer or ""):
+        check_name(name)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder")
     check_apart(options)
@@ -116,7 +119,7 @@ class _Preparation:
         found = scan(self.inputs, self.options, self.reporter)
         self.reporter.line(
             f"read {found.documents} documents, {found.bytes / MEGABYTE:.1f} MB in {_since(begin)};"
-            f" domains: {', '.join(found.domains)}"
+            f" domains: {', '.join(map(short_name, found.domains))}"
         )
         sources = [*self.inputs.train, *self.inputs.validation]
         left_out = [path for source in sources if isinstance(source, FileSource) for path in source.left_out]
@@ -156,7 +159,19 @@ class _Preparation:
                     advance(len(text))
                     yield text
 
-            return train_tokenizer(texts(), self.options.vocab_size)
+            return train_tokenizer(texts(), self.options.vocab_size, self._while_training())
+
+    def _while_training(self) -> Callable[[float], None]:
+        """Writes a line now and then, for outputs that have no bar whose clock runs."""
+        last = 0.0
+
+        def waiting(seconds: float) -> None:
+            nonlocal last
+            if seconds - last >= SECONDS_BETWEEN_LINES and not self.reporter.console.is_terminal:
+                last = seconds
+                self.reporter.line(f"training the tokenizer: {seconds:.0f} s")
+
+        return waiting
 
     def _tokenise(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         done = sum(shard.bytes for shards in self.journal.shards.values() for shard in shards)

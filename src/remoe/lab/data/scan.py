@@ -6,12 +6,12 @@ Whole source items are held out, chosen by a stable hash, some from every domain
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
 from remoe.lab.console import Reporter
-from remoe.lab.data.documents import Columns, Document
+from remoe.lab.data.documents import Columns, Document, is_blank
 from remoe.lab.data.manifest import SplitName, Strict
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.sources import FileSource, Source, resolve_source
@@ -34,13 +34,21 @@ class Holdout(Strict):
     """The rule that decides, from the hash of its item alone, whether a document is held out.
 
     Items whose hash is below `fraction` of the hash range are held out, plus those in `always`, minus those
-    in `never`.
+    in `never`. A document that is alone is divided instead: its characters from `cut` on are held out.
     """
 
     seed: int
     fraction: float
     always: frozenset[int]
     never: frozenset[int]
+    cut: int | None = None
+
+    def part(self, document: Document, split: SplitName) -> Document | None:
+        """What the split has of a document: all of it, or its beginning or end, or None."""
+        if self.cut is not None:
+            text = document.text[self.cut :] if split == "validation" else document.text[: self.cut]
+            return replace(document, text=text)
+        return document if self.holds_out(document) == (split == "validation") else None
 
     def holds_out(self, document: Document) -> bool:
         """Whether the document belongs to the validation split."""
@@ -63,14 +71,20 @@ class HoldoutBuilder:
         self.seed = seed
         self.fraction = fraction
         self._domains: dict[str, _DomainItems] = {}
+        self._documents = 0
+        self._cut: int | None = None
 
     def see(self, document: Document, num_bytes: int) -> None:
         """Take a document of this many UTF-8 bytes into account."""
+        self._documents += 1
+        self._cut = end_of(document.text, self.fraction) if self._documents == 1 else None
         items = self._domains.setdefault(document.domain, _DomainItems())
         items.add(item_hash(document, self.seed), num_bytes)
 
     def build(self, sources: Iterable[str]) -> Holdout:
-        """Make the rule; raises DataError if all documents belong to one item."""
+        """Make the rule; raises DataError if several documents belong to one item, or one is too short to divide."""
+        if self._cut is not None:
+            return Holdout(seed=self.seed, fraction=self.fraction, always=frozenset(), never=frozenset(), cut=self._cut)
         domains = self._domains.values()
         lowest, highest = min(items.lowest for items in domains), max(items.highest for items in domains)
         if lowest == highest:
@@ -82,6 +96,15 @@ class HoldoutBuilder:
         always = {number for items in domains for number in items.choose(self.fraction)} or {lowest}
         never = {number for items in domains for number in (items.highest, *items.huge(self.fraction))} - always
         return Holdout(seed=self.seed, fraction=self.fraction, always=frozenset(always), never=frozenset(never))
+
+
+def end_of(text: str, fraction: float) -> int | None:
+    """Where about the last `fraction` of a text begins, if possible after a line or a word; None if a part is blank."""
+    share = max(1, min(round(fraction * len(text)), len(text) - 1))
+    latest = len(text) - share
+    breaks = (text.rfind(sign, max(0, latest - share), latest) for sign in "\n ")
+    cut = next((place + 1 for place in breaks if place >= 0), latest)
+    return None if is_blank(text[:cut]) or is_blank(text[cut:]) else cut
 
 
 class _DomainItems:
@@ -180,8 +203,9 @@ class Inputs:
             return
         for source in self.train:
             for document in source.documents():
-                if holdout.holds_out(document) == (split == "validation"):
-                    yield document
+                part = holdout.part(document, split)
+                if part is not None:
+                    yield part
 
 
 def check_apart(options: PrepareOptions) -> None:
@@ -205,12 +229,16 @@ def scan(inputs: Inputs, options: PrepareOptions, reporter: Reporter) -> Scan:
         raise DataError(f"{', '.join(options.sources)}: no text found")
     if inputs.validation and not validation.documents:
         raise DataError(f"{', '.join(options.validation)}: no text found")
+    holdout = None if inputs.validation else builder.build(options.sources)
+    divided = holdout is not None and holdout.cut is not None
+    if divided:
+        reporter.line(f"all text is one document: the end, {options.validation_fraction:.3g} of it, is held out")
     return Scan(
-        documents=train.documents + validation.documents,
+        documents=train.documents + validation.documents + divided,  # its end is a second document
         bytes=train.bytes + validation.bytes,
         train_bytes=train.bytes,
         domains=sorted(train.domains | validation.domains),
-        holdout=None if inputs.validation else builder.build(options.sources),
+        holdout=holdout,
     )
 
 

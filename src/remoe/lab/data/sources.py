@@ -14,12 +14,16 @@ from remoe.lab.data.documents import (
     arrow_documents,
     columns_to_read,
     known_suffix,
+    read_text,
 )
 from remoe.lab.data.stdlib import StdlibSource
 from remoe.lab.files import Signature, files_signature, walk_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+ABOUT = "readme.md"  # tells of a folder's texts and is none of them
 
 
 class Source(Protocol):
@@ -56,7 +60,10 @@ class FileSource:
         for path, domain in self.files:
             suffix = known_suffix(path)
             assert suffix is not None
-            yield from READERS[suffix](path, self.columns, domain)
+            try:
+                yield from READERS[suffix](path, self.columns, domain)
+            except MemoryError:
+                raise DataError(f"{path}: too little memory to read it; divide its texts into shorter ones") from None
 
     def note(self) -> str | None:
         return None
@@ -98,6 +105,7 @@ def resolve_source(name: str, columns: Columns) -> Source:
         return _folder_source(name, path, columns)
     if not path.exists():
         raise DataError(f"{name}: no such file or folder")
+    _check_file(path)
     suffix = known_suffix(path)
     if suffix is None:
         raise DataError(f"{name}: unknown file type (known: {', '.join(sorted(READERS))})")
@@ -171,10 +179,28 @@ def _reason(error: Exception) -> str:
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:
     found = walk_files(folder)
-    files = tuple((path, _folder_domain(folder, path)) for path in found if known_suffix(path))
+    for path in found:
+        _check_file(path)
+    kept = [path for path in found if known_suffix(path) and path.name.lower() != ABOUT]
+    files = tuple((path, _folder_domain(folder, path)) for path in kept)
     if not files:
         raise DataError(f"{name}: this folder has no files to read (known: {', '.join(sorted(READERS))})")
-    return FileSource(name, files, columns, tuple(path for path in found if not known_suffix(path)))
+    return FileSource(name, files, columns, tuple(sorted(set(found) - set(kept))))
+
+
+def _check_file(path: Path) -> None:
+    """Raise DataError for what cannot be read any number of times, and for a name that JSON cannot hold."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file but a pipe, a socket or a device")
+    check_name(str(path))
+
+
+def check_name(path: str) -> None:
+    """Raise DataError for the name of a file or folder that is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: this name is not UTF-8; rename it") from None
 
 
 def _folder_domain(folder: Path, path: Path) -> str:
@@ -183,4 +209,4 @@ def _folder_domain(folder: Path, path: Path) -> str:
         return parts[0]
     suffix = known_suffix(path)
     assert suffix is not None
-    return folder.resolve().name if suffix == ".txt" else path.name[: -len(suffix)]
+    return folder.resolve().name if READERS[suffix] is read_text else path.name[: -len(suffix)]

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,7 +81,7 @@ def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def encode_documents(
     documents: Iterable[Document],
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Callable[[list[str]], list[Sequence[int]]],
     eos_id: int,
     dtype: np.dtype,
 ) -> Iterator[tuple[Document, np.ndarray]]:

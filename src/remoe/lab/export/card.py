@@ -6,6 +6,7 @@ import yaml
 
 from remoe.lab.analysis import figures
 from remoe.lab.analysis.figures import save
+from remoe.lab.text import markdown
 from remoe.lab.training.checkpoint import saved_step
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.metrics import read_metrics
@@ -41,7 +42,7 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
     parts = [
         yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}),
         "---\n",
-        f"# {out.resolve().name}\n",
+        f"# {markdown(out.resolve().name)}\n",
         _what(c),
         _USE + "\n",
         "## Training\n",
@@ -86,7 +87,8 @@ def _data_name(path: str) -> str:
 
 
 def _table(rows: dict[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+    lines = [f"| {name} | {markdown(str(value), longest=1000)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
 
 
 def _results(summary: dict, steered: bool) -> str:
@@ -109,7 +111,8 @@ def _domains(summary: dict, routes_pairs: bool) -> str:
     columns |= {"sparsity": ".4f"} if routes_pairs else {}
     lines = [f"| domain | {' | '.join(columns).replace('_', ' ')} |", "|---" * (1 + len(columns)) + "|"]
     for name, row in summary["validation"].items():
-        lines.append(f"| {name} | {' | '.join(format(row[column], form) for column, form in columns.items())} |")
+        cells = [markdown(name), *(format(row[column], form) for column, form in columns.items())]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

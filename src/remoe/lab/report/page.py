@@ -29,6 +29,7 @@ from remoe.lab.report.contents import (
     thinned,
     training_records,
 )
+from remoe.lab.text import lines, short_name
 from remoe.lab.training.checkpoint import saved_step
 
 BATCH_TOKENS = 8192
@@ -87,7 +88,7 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
     environment.filters["percent"] = percent
     c = trained.model.config
     return environment.get_template("page.html").render(
-        title=(trained.run.path if trained.run else trained.checkpoint).resolve().name,
+        title=short_name((trained.run.path if trained.run else trained.checkpoint).resolve().name),
         facts=facts(trained, step),
         config=c,
         steered=c.steered and c.sparsity["rule"] != "none",
@@ -111,10 +112,13 @@ def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, 
     if routing is None:
         return {}
     return {
-        "domains": routing.domains,
+        "domains": [short_name(domain) for domain in routing.domains],
         "domainShare": routing.share_CLE,
-        "top": routing.top_tokens,
-        "excerpts": [vars(excerpt) for excerpt in texts],
+        "top": [[[lines(token) for token in tokens] for tokens in experts] for experts in routing.top_tokens],
+        "excerpts": [
+            {"domain": short_name(one.domain), "tokens": [lines(token) for token in one.tokens], "gates": one.gates}
+            for one in texts
+        ],
     }
 
 

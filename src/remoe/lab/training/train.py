@@ -17,6 +17,7 @@ from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.machine import keep_freed_memory, machine, pick_device
+from remoe.lab.text import lines, short_name, visible
 from remoe.lab.training.build import experts_backend, model_without_values, wants_bfloat16
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
@@ -126,7 +127,8 @@ def _print_header(trainer: Trainer) -> None:
     passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
     print(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
-        f"domains {', '.join(dataset.domains)}; device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); "
+        f"domains {', '.join(map(short_name, dataset.domains))}; device {trainer.device} ({dtype}, "
+        f"{torch.get_num_threads()} threads); "
         f"run {trainer.run.path}"
     )
     if trainer.step:
@@ -208,16 +210,16 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
         f"bits per byte {everything['bits_per_byte']:.4f}"
     )
     for domain in trainer.windows.domains:
-        print(f"  {domain:<16} {summary['validation'][domain]['loss']:.4f}")
+        print(f"  {short_name(domain):<16} {summary['validation'][domain]['loss']:.4f}")
     if trainer.model.config.steered:
         print(_sparsity_line(summary))
-    print(f"\nsample:\n{summary['sample']}\n")
+    print(f"\nsample:\n{lines(summary['sample'])}\n")
     print(f"run          {run.path}")
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
     path = shlex.quote(str(run.path))
     print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
     print(f"see it       remoe report {path}   (writes a page that shows what the experts do)")
-    words = shlex.quote(" ".join(summary["sample"].split()[:2]) or "The")
+    words = shlex.quote(visible(" ".join(summary["sample"].split()[:2]) or "The"))
     print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
 
 

@@ -1,0 +1,98 @@
+"""Text of a user's data reaches a terminal and Markdown as text alone."""
+
+import random
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.table import Table
+
+from remoe.lab.cli.main import main
+from remoe.lab.console import Console
+from remoe.lab.export.card import _domains
+from remoe.lab.report.contents import Excerpt
+from remoe.lab.report.page import _content
+from remoe.lab.text import lines, markdown, short_name, visible
+
+STRANGE = [
+    "| a |", "# Heading", "a\nb", "- item", "1. one", "> quote", "`code", "<b>bold</b>", "&amp;", "[a](http://b.c)",
+    "![a](b)", "http://a.bc", "www.a.bc", "me@a.bc", "*em* _em_ **b**", "~~gone~~", "$x$", "a\\|b", "\\", "***", "---",
+    "<!-- x", "<script>alert(1)</script>", "a | b | c", "[^1]", "# ", "===", "+ x", "    indented", "\ttab",
+    "snake_case_name", "_private_", "C++", "c# .net", "100%", "a  b",
+]  # fmt: skip
+FRAMES = {"heading": "# {}", "line": "words {}", "cell": "| a | b |\n|---|---|\n| {} | 1 |"}
+PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def made_up(seed: int) -> str:
+    generator = random.Random(seed)
+    return "".join(generator.choice("ab1 \t\n|#*_`<>&[]()!~$\\:/@.-+=^{}w") for _ in range(generator.randrange(1, 14)))
+
+
+@pytest.mark.parametrize("text", [*STRANGE, *map(made_up, range(60))])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_markdown_shows_a_name_as_it_is(frame, text):
+    page, usual = (PARSER.parse(FRAMES[frame].format(name)) for name in (markdown(text), "name"))
+    assert [token.type for token in page] == [token.type for token in usual]
+    shown, expected = [[t.children for t in tokens if t.type == "inline"] for tokens in (page, usual)]
+    for ours, theirs in zip(shown, expected, strict=True):
+        assert {child.type for child in ours} <= {"text"}
+        words = "".join(child.content for child in theirs)
+        assert (
+            "".join(child.content for child in ours) == words.replace("name", " ".join(visible(text).split())).strip()
+        )
+
+
+def test_the_card_has_a_row_of_five_cells_for_every_domain():
+    names = ["| a |", "# Heading", "a\nb", "<b>", "all"]
+    row = {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "sparsity": 0.5}
+    rows = [
+        token for token in PARSER.parse(_domains({"validation": dict.fromkeys(names, row)}, True)) if token.children
+    ]
+    shown = ["".join(child.content for child in token.children) for token in rows]
+    assert shown[5::5] == ["| a |", "# Heading", r"a\nb", "<b>", "all"]
+    assert len(shown) == 5 * (1 + len(names))
+
+
+def test_the_page_shows_controls_as_their_escapes_and_the_lines_of_a_text():
+    routing = SimpleNamespace(domains=["\x1b" + "x" * 3000], share_CLE=[], top_tokens=[[["\u202e"]]])
+    content = _content(routing, [Excerpt("a\nb", ["a\n", "\x00"], [])])
+    assert content["domains"] == [r"\x1b" + "x" * 22 + "…" + "x" * 13]
+    assert content["top"] == [[[r"\u202e"]]]
+    assert content["excerpts"] == [{"domain": r"a\nb", "tokens": ["a\n", r"\x00"], "gates": []}]
+
+
+def test_what_steers_a_terminal_is_written_out():
+    assert visible("\x1b[31mred\x07 \x9b\u202e\u2028\udcff") == r"\x1b[31mred\x07 \x9b\u202e\u2028\udcff"
+    assert visible("a\nb") == r"a\nb"
+    assert lines("a\nb\tc\rd") == "a\nb\tc\\rd"
+    for text in ("é 中文 📚", "می\u200cخواهم", "👩\u200d🌾"):
+        assert visible(text) == text
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert visible(visible(everything)) == visible(everything)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", visible(everything))
+
+
+def test_a_long_name_keeps_its_ends():
+    assert short_name("x" * 40) == "x" * 40
+    assert short_name("a" * 3000 + "z") == "a" * 26 + "…" + "a" * 12 + "z"
+
+
+def test_the_console_writes_control_characters_out(capsys):
+    table = Table("a\x1b[1m", title="t\x1b[2m")
+    table.add_row("c\x1b[3m")
+    Console(width=80).print("s\x1b[4m\nnext", table)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for number, letter in enumerate("atcs", 1):
+        assert rf"{letter}\x1b[{number}m" in out
+    assert "\nnext" in out
+
+
+def test_messages_of_errors_are_one_visible_line(capsys):
+    assert main(["data", "prepare", "no\x1b[31m\nsuch\udcff", "--out", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert r"no\x1b[31m\nsuch\udcff: no such file or folder" in error
