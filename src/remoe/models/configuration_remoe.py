@@ -1,9 +1,11 @@
 """Configuration of the ReMoE language model."""
 
 from collections.abc import Mapping
+from importlib import import_module
+from typing import Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from remoe.errors import ConfigError, check_choice
@@ -87,6 +89,11 @@ class RemoeConfig(PreTrainedConfig):
     regularizer_normalization: str = "paper"
     router_aux_loss_coef: float = 0.01
     backend: str = "auto"
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        if __name__ == "remoe.models.configuration_remoe":  # an export's copy is found by its `auto_map`
+            import_module("remoe.integrations.auto").register_models()
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
         for alias in self.attribute_map.keys() & kwargs.keys():
