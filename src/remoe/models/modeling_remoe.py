@@ -29,7 +29,7 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
-from remoe.routing.base import Router
+from remoe.routing.base import Float32State, Router
 from remoe.sparsity import SparsityController
 
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
@@ -76,6 +76,10 @@ def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwe
         if isinstance(module, nn.Linear):
             setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
     return attention
+
+
+class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
+    """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
 
 
 class RemoeDecoderLayer(GradientCheckpointingLayer):
@@ -145,7 +149,7 @@ class RemoeModel(RemoePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(RemoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
