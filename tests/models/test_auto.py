@@ -155,3 +155,11 @@ def test_classifier_trains_with_the_penalty():
     assert all(p.grad is not None for p in model.parameters())
     model.update_routing()
     assert 0 <= model.sparsity.sparsity <= 1
+
+
+def test_loss_of_a_classifier_in_evaluation_mode_is_the_tasks_alone():
+    model = classifier(pad_token_id=0, sparsity={"lambda_init": 0.3})
+    ids, labels = torch.randint(1, 64, (4, 10)), torch.tensor([0, 1, 2, 0])
+    outputs = model(ids, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert outputs.reg_loss > 0

@@ -56,7 +56,7 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
     """Logits, and the loss with its parts.
 
     Attributes:
-        loss: lm_loss + the total of `SparsityController.loss_terms`, when labels are given.
+        loss: lm_loss, and in training mode the total of `SparsityController.loss_terms` too, when labels are given.
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
@@ -245,7 +245,7 @@ class RemoeModel(RemoePreTrainedModel):
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
     """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
 
-    In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
+    In evaluation mode the loss is the language model's alone. In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
     optimiser step. Where lambda has no part in the loss ("topk" and others) the controller only measures.
     """
 
@@ -329,7 +329,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             if num_tokens_in_batch is not None:
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
             terms = self.sparsity.loss_terms(outputs.routings, share)
-            reg_loss, loss = terms.regularizer, lm_loss + terms.total.to(lm_loss.device)
+            reg_loss = terms.regularizer
+            loss = lm_loss + terms.total.to(lm_loss.device) if self.training else lm_loss
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
