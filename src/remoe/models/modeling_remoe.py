@@ -27,6 +27,7 @@ from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
+from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 from remoe.routing.base import Float32State, Router
@@ -104,12 +105,19 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, ids_BS: Tensor | None = None, **attention
+        self,
+        hidden_BSD: Tensor,
+        token_mask_BS: Tensor | None = None,
+        ids_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        **attention,
     ) -> tuple[Tensor, Routing, Tensor | None]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
         attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
         hidden_BSD = hidden_BSD + attended_BSD
-        expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS, token_ids=ids_BS)
+        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        given = {} if document_BS is None else {"documents": document_BS}
+        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given)
         return hidden_BSD + expert_BSD, routing, weights_BHSS
 
 
@@ -187,8 +195,6 @@ class RemoeModel(RemoePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and not self.config.router_class.supports_cache:
             raise ConfigError(f"router {self.config.router!r} works without a KV cache only: use_cache=False")
-        if use_cache and cache is None and not self.training:
-            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -196,22 +202,28 @@ class RemoeModel(RemoePreTrainedModel):
         if output_attentions and self.config._attn_implementation != "eager":
             raise ConfigError('output_attentions needs a model with attn_implementation="eager"')
         S, device = hidden_BSD.shape[1], hidden_BSD.device
-        # Only positions that a caller gave can mark packed documents; looking for them costs a host synchronisation.
+        mask = padding_mask(attention_mask, token_mask)
+        token_mask_BS = None if mask is None else mask[:, -S:].bool()
+        document_BS, options = None, {"attention_mask": attention_mask, CACHE_NAME: cache}
+        # Only positions that a caller gave can mark packed documents, and only without a past.
+        if position_ids is not None and cache is None:
+            position_ids = position_ids.expand(len(hidden_BSD), -1)
+            document_BS = packed_documents(position_ids, token_mask_BS)
+        if document_BS is not None:
+            if self.config.router_class.merges and not torch.compiler.is_compiling():
+                raise ConfigError(f"segments of router {self.config.router!r} would mix the documents packed in a row")
+            options |= packed_mask_options(document_BS, attention_mask, self.config._attn_implementation)
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_BSD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
+            config=self.config, inputs_embeds=hidden_BSD, position_ids=position_ids, **options
         )
+        if use_cache and cache is None and not self.training:  # not earlier: beside a cache no documents are looked for
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
-        mask = padding_mask(attention_mask, token_mask)
-        token_mask_BS = None if mask is None else mask[:, -S:].bool()
 
         routings, states, weights = [], [], []
         for layer in self.layers:
@@ -221,6 +233,7 @@ class RemoeModel(RemoePreTrainedModel):
                 hidden_BSD,
                 token_mask_BS,
                 input_ids if self.config.router_class.needs_ids else None,
+                document_BS if self.config.router_class.needs_documents else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -245,8 +258,9 @@ class RemoeModel(RemoePreTrainedModel):
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
     """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
 
-    In evaluation mode the loss is the language model's alone. In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
-    optimiser step. Where lambda has no part in the loss ("topk" and others) the controller only measures.
+    In evaluation mode the loss is the language model's alone. In training mode each forward pass adds its statistics to
+    `self.sparsity`; call `update_routing()` once per optimiser step. Where lambda has no part in the loss ("topk" and
+    others) the controller only measures.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

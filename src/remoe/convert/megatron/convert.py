@@ -52,8 +52,9 @@ def load_megatron(folder: str | Path, iteration: int | None = None, **options: o
 
     Reads formats "torch" (a file per rank, any split over tensor, pipeline and expert parallel ranks) and "torch_dist"
     (the default of their scripts), experts sequential or grouped, without running code of the files. Lambda is the
-    checkpoint's (times L with `regularizer_normalization="paper"`, for an equal penalty); the penalty is summed over layers and steered as in their code (`regularizer_normalization` and
-    the rule "official"). Optimiser states are not read.
+    checkpoint's; the penalty is summed over layers and steered as in their code (`regularizer_normalization` and the
+    rule "official"). With `regularizer_normalization="paper"` lambda is L times as large, for an equal penalty.
+    Optimiser states are not read.
 
     Args:
         folder: what `--save` named, with `latest_checkpointed_iteration.txt`, or an `iter_...` folder in it.
