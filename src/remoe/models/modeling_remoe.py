@@ -36,6 +36,8 @@ from remoe.sparsity import SparsityController
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+UNUSED_LOGIT = -1e30  # of an id that no token has
+
 
 @dataclass
 class RemoeModelOutput(BaseModelOutputWithPast):
@@ -332,7 +334,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         logits = None
         if return_logits or target_BS is None or not self._fuses_loss():
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = self._without_unused_ids(self.lm_head(outputs.last_hidden_state[:, kept]))
 
         loss = lm_loss = None
         if target_BS is not None:
@@ -367,6 +369,24 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             inputs["token_mask"] = token_mask.clone(memory_format=torch.contiguous_format)
         return inputs
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
+        """As transformers does; every id below `new_num_tokens` is then a token."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.tokenizer_size = new_num_tokens
+        return embedding
+
+    def _has_unused_ids(self) -> bool:
+        return self.config.tokenizer_size not in (None, self.vocab_size)
+
+    def _without_unused_ids(self, logits: Tensor) -> Tensor:
+        if not self._has_unused_ids():
+            return logits
+        size = self.config.tokenizer_size
+        # Finite, and still so when divided by a temperature: 0 * log 0 in an entropy stays 0.
+        low = max(UNUSED_LOGIT, torch.finfo(logits.dtype).min)
+        return nn.functional.pad(logits[..., :size], (0, logits.shape[-1] - size), value=low)
+
     def _fuses_loss(self) -> bool:
         """Whether head and loss are the plain ones: offloading, tensor parallelism and adapters wrap the head."""
         head = self.lm_head
@@ -381,6 +401,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         if logits is not None:
             return self.loss_function(logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS)
         weight_VD = self.lm_head.weight
+        if self._has_unused_ids():
+            weight_VD = weight_VD[: self.config.tokenizer_size]
         hidden_TD, target_T = hidden_BSD.flatten(0, 1).to(weight_VD.device), target_BS.flatten().to(weight_VD.device)
         nats = linear_cross_entropy(hidden_TD, weight_VD, target_T)
         return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)
