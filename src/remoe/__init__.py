@@ -55,7 +55,8 @@ _MODELS = {
     "load_megatron": "convert.megatron.convert",
     "save_megatron": "convert.megatron.convert",
 }
-_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+# The second only counts where this package is imported while the first is half made.
+_AUTO_CLASSES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
 
 __all__ = ["__version__", *_METHOD, *_MODELS]
 
@@ -76,33 +77,45 @@ def __dir__() -> list[str]:
 
 
 class _AutoClassesFinder(MetaPathFinder):
-    """Registers our models with transformers' Auto classes as soon as these are imported, which takes seconds."""
+    """Registers our config with transformers' AutoConfig as soon as this is imported, which takes seconds.
+
+    The Auto classes are imported in the middle of other modules of transformers, which are then half made: nothing is
+    registered here that needs them.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AUTO_CLASSES:
+        if fullname not in _AUTO_CLASSES:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 
 
 class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, finder: _AutoClassesFinder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        import_module("remoe.integrations.auto").register()
+        _register_config()
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
 
 
-if _AUTO_CLASSES in sys.modules:
-    import_module("remoe.integrations.auto").register()
+def _register_config() -> None:
+    import_module("remoe.integrations.auto").register_config()
+
+
+if hasattr(sys.modules.get(_AUTO_CLASSES[0]), "AutoConfig"):
+    _register_config()
 else:
     sys.meta_path.insert(0, _AutoClassesFinder())

@@ -82,7 +82,12 @@ class MoE(nn.Module):
             self.shared_expert.reset_parameters(std)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, token_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        token_ids: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Runs the layer.
 
@@ -91,6 +96,8 @@ class MoE(nn.Module):
                 that look at neighbours.
             mask: (...) without D, false or 0 for padding: such tokens are in no pair and no statistic.
             token_ids: (...) int64 without D, for a router that needs them ("hash").
+            documents: (...) int64 without D, which document each token of a sequence is in, where several are packed
+                into one; for routers that look at neighbours.
 
         Returns:
             y: like x. Tokens without an expert get zero, or the output of a shared expert alone; NaN stays NaN.
@@ -98,18 +105,19 @@ class MoE(nn.Module):
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 
         Raises:
-            ConfigError: for an x of another width than D, or a mask or ids of another shape than x's without D.
+            ConfigError: for an x of another width than D, or a mask, ids or documents whose shape is not x's without D.
         """
         if x.shape[-1] != self.d_model:
             raise ConfigError(f"x must be (..., {self.d_model}), but is {tuple(x.shape)}")
-        for name, given in (("mask", mask), ("token_ids", token_ids)):
+        for name, given in (("mask", mask), ("token_ids", token_ids), ("documents", documents)):
             if given is not None and given.shape != x.shape[:-1]:
                 raise ConfigError(f"{name} must be {tuple(x.shape[:-1])} for this x, but is {tuple(given.shape)}")
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if mask is None else mask.reshape(-1).bool()
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
-        routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len)
+        packed = {} if documents is None else {"document_T": documents.reshape(-1)}
+        routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
         if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
             routing = routing.pruned(self.gate_threshold, self.max_experts)
         if self.router.merges:

@@ -261,6 +261,26 @@ def test_the_penalty_is_written_as_their_sum_over_layers(tmp_path):
     torch.testing.assert_close(*penalties)
 
 
+def test_the_penalty_is_read_as_the_mean_over_layers_where_asked(tmp_path):
+    write_rank_files(tiny(), tmp_path)
+    theirs, ours = (remoe.load_megatron(tmp_path, regularizer_normalization=n) for n in ("official", "paper"))
+    torch.testing.assert_close(ours.sparsity.lam, theirs.sparsity.lam * LAYERS)
+    assert ours.config.sparsity["lambda_init"] == pytest.approx(theirs.config.sparsity["lambda_init"] * LAYERS)
+    ids = token_ids(2)
+    penalties = [m.sparsity.loss_terms(m(ids).routings).total for m in (theirs, ours)]
+    torch.testing.assert_close(*penalties)
+    given = {"regularizer_normalization": "paper", "sparsity": {"lambda_init": 0.125}}
+    assert remoe.load_megatron(tmp_path, **given).config.sparsity["lambda_init"] == 0.125
+
+
+def test_a_bfloat16_checkpoint_has_exact_rotary_frequencies(tmp_path):
+    model = tiny()
+    remoe.save_megatron(tiny().bfloat16(), tmp_path)
+    again = remoe.load_megatron(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
 def test_an_option_that_does_not_exist_is_named(tmp_path):
     write_rank_files(tiny(), tmp_path)
     with pytest.raises(ConfigError, match="RemoeConfig has no lamda_alpha"):

@@ -34,6 +34,14 @@ def test_llama_with_biases_scaled_positions_and_tied_embeddings(keep_dense):
         assert relative_error(model(ids).logits, dense(ids).logits) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_exact_in_16_bits(dtype):
+    exact = build("llama").model.rotary_emb.inv_freq
+    model = remoe.upcycle(build("llama").to(dtype), 4)
+    assert model.dtype == dtype
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
 def test_one_token_is_no_sample():
     ids = token_ids(1)
     for samples in ([ids[:, :1]], [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}]):

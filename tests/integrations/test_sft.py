@@ -121,6 +121,19 @@ def test_a_callback_may_generate_in_between(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["relu", "mixtral"])
+def test_eval_loss_has_no_penalty(name, tmp_path):
+    model = MODELS[name]()
+    trainer = supervised(model, tmp_path, max_steps=1)
+    model.sparsity.lam.fill_(1.0)
+    batch = collate(rows()[:BATCH])
+    model.eval()
+    with torch.no_grad():
+        expected = trainer.compute_loss(model, dict(batch))
+        model.sparsity.lam.fill_(0.0)
+        assert trainer.compute_loss(model, dict(batch)) == expected
+
+
+@pytest.mark.parametrize("name", ["relu", "mixtral"])
 def test_recomputation_counts_once(name, tmp_path):
     one, two = MODELS[name](), MODELS[name]()
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

@@ -43,6 +43,16 @@ def test_lambda_moves_once_per_optimiser_step(tmp_path, monkeypatch, accumulate)
     assert model.sparsity.lam.item() == pytest.approx(expected[-1], rel=1e-5)
 
 
+def test_eval_loss_is_the_cross_entropy(tmp_path):
+    model = tiny(sparsity={"lambda_init": 1.0})
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=rows(BATCH))
+    found = trainer.evaluate()["eval_loss"]
+    ids, mask, labels = (torch.stack([row[k] for row in rows(BATCH)]) for k in rows(1)[0])
+    logits = model.eval()(ids, attention_mask=mask).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("normalization", ["paper", "official"])
 def test_gradients_of_loss_and_penalty_do_not_depend_on_accumulation(tmp_path, normalization):
     # plain L1 is a sum over tokens; padding makes the micro-batches' shares differ

@@ -1,5 +1,6 @@
 """transformers' Auto classes, and the model that classifies."""
 
+import pickle
 import subprocess
 import sys
 
@@ -12,20 +13,77 @@ import remoe
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
 
 
+# What is imported before an Auto class is used.
+IMPORTS = [
+    "import remoe, transformers",
+    "import transformers, remoe",
+    "import transformers.models.auto.configuration_auto, remoe",
+    "import transformers.models.auto.modeling_auto, remoe",
+    *(
+        f"import remoe; from transformers import {name}"
+        for name in (
+            "AutoModel",
+            "LlamaForCausalLM",
+            "LlamaConfig, AutoModelForCausalLM",
+            "MixtralForCausalLM",
+            "Qwen3ForCausalLM",
+            "BertModel",
+            "T5ForConditionalGeneration",
+            "ViTModel",
+            "Trainer",
+            "pipeline",
+            "PreTrainedModel",
+        )
+    ),
+    "from transformers import LlamaForCausalLM; import remoe",
+    "import remoe; from transformers.models.llama import modeling_llama",
+    "from remoe import RemoeConfig",
+    "from remoe import RemoeForSequenceClassification; from transformers import MixtralForCausalLM",
+    "import remoe.sparsity; from transformers import LlamaForCausalLM",
+    "import remoe, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto')",
+    "import remoe, importlib.util; importlib.util.find_spec('transformers.models.auto.modeling_auto')",
+]
+MODELS = ["RemoeForCausalLM", "RemoeModel", "RemoeForSequenceClassification"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports", ["import remoe, transformers", "import transformers.models.auto.modeling_auto, remoe"]
-)
-def test_auto_classes_know_remoe_after_import(imports, tmp_path):
-    remoe.RemoeForCausalLM(remoe.RemoeConfig(**SIZES)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("imports", IMPORTS)
+def test_auto_classes_know_remoe_in_every_order_of_imports(imports):
     code = f"""{imports}
+import pickle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-config = AutoConfig.from_pretrained({str(tmp_path)!r})
+config = AutoConfig.for_model("remoe", **{SIZES})
+for cls in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+    print(type(cls.from_config(pickle.loads(pickle.dumps(config)))).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == MODELS, done.stderr[-1000:]
+    assert "remoe" not in done.stderr  # no warning either
+
+
+@pytest.mark.slow
+def test_a_pickled_config_alone_brings_the_models(tmp_path):
+    """As a worker process gets it."""
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(remoe.RemoeConfig(**SIZES)))
+    code = f"""import pickle, pathlib
+config = pickle.loads(pathlib.Path({str(tmp_path / "config.pkl")!r}).read_bytes())
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == MODELS[:1], done.stderr[-1000:]
+
+
+@pytest.mark.slow
+def test_auto_classes_load_a_folder(tmp_path):
+    remoe.RemoeForCausalLM(remoe.RemoeConfig(**SIZES)).save_pretrained(tmp_path)
+    code = f"""import remoe
+from transformers import LlamaForCausalLM, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 for cls in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
     print(type(cls.from_pretrained({str(tmp_path)!r})).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["RemoeForCausalLM", "RemoeModel", "RemoeForSequenceClassification"], done.stderr
+    assert done.stdout.split() == MODELS, done.stderr[-1000:]
 
 
 def test_import_of_remoe_alone_leaves_transformers_out():
@@ -97,3 +155,11 @@ def test_classifier_trains_with_the_penalty():
     assert all(p.grad is not None for p in model.parameters())
     model.update_routing()
     assert 0 <= model.sparsity.sparsity <= 1
+
+
+def test_loss_of_a_classifier_in_evaluation_mode_is_the_tasks_alone():
+    model = classifier(pad_token_id=0, sparsity={"lambda_init": 0.3})
+    ids, labels = torch.randint(1, 64, (4, 10)), torch.tensor([0, 1, 2, 0])
+    outputs = model(ids, labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert outputs.reg_loss > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import remoe
 from remoe.errors import ConfigError
@@ -53,6 +54,20 @@ def test_topk_sums_its_switch_loss_and_dense_has_none():
     torch.testing.assert_close(out.loss, out.lm_loss + 0.5 * sum(routing.regularizer for routing in out.routings))
     out = small(router="dense")(ids, labels=ids)
     assert out.loss == out.lm_loss
+
+
+@pytest.mark.parametrize("router", ["relu", "relu_norm", "topk", "sparsemixer", "dense"])
+@pytest.mark.parametrize("logits", [True, False])
+def test_loss_in_evaluation_mode_is_the_tasks_alone(router, logits):
+    options = {"locality": 1.0} if router == "relu_norm" else None
+    model = small(router=router, router_options=options, sparsity={"lambda_init": 0.3}, router_aux_loss_coef=0.5)
+    ids = tokens()
+    expected = torch.nn.functional.cross_entropy(model.eval()(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    for items in (None, 3):
+        out = model(ids, labels=ids, return_logits=logits, num_items_in_batch=items)
+        torch.testing.assert_close(out.loss, expected if items is None else expected * ids[:, 1:].numel() / items)
+        assert out.loss == out.lm_loss
+        assert out.reg_loss > 0 or router == "dense"
 
 
 @pytest.mark.parametrize("router", ["relu", "topk", "dense"])
@@ -258,8 +273,40 @@ def test_a_loaded_model_starts_with_clean_statistics(tmp_path, dtype):
         either(ids, labels=ids)
         either.sparsity.update()
     assert again.sparsity.load_LE.dtype == torch.float32
-    for name in ("sparsity", "lam", "load_LE"):  # casting a model rounds its rotary frequencies, loading does not
-        torch.testing.assert_close(getattr(again.sparsity, name), getattr(model.sparsity, name), rtol=0.02, atol=0.02)
+    for name in ("sparsity", "lam", "load_LE"):
+        assert torch.equal(getattr(again.sparsity, name), getattr(model.sparsity, name))
+
+
+ROPES = [
+    None,
+    {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("cls", [remoe.RemoeModel, remoe.RemoeForCausalLM, remoe.RemoeForSequenceClassification])
+def test_rotary_frequencies_stay_float32(cls, rope, tmp_path):
+    config = remoe.RemoeConfig(**SMALL, rope_parameters=rope)
+    plain = cls(config)
+    expected = plain.base_model.rotary_emb.inv_freq.clone()
+    plain.save_pretrained(tmp_path)
+    casts = {
+        "to": lambda model: model.to(torch.bfloat16),
+        "to others": lambda model: model.to(plain.base_model.norm.weight.half()),
+        "half": lambda model: model.half(),
+        "bfloat16": lambda model: model.bfloat16(),
+        "back": lambda model: model.bfloat16().float(),
+        "within": lambda model: nn.Sequential(model).bfloat16()[0],
+        "loaded": lambda model: cls.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        "made": lambda model: cls._from_config(config, dtype=torch.bfloat16),
+    }
+    for name, cast in casts.items():
+        model = cast(cls(config))
+        assert name == "back" or model.dtype != torch.float32
+        for buffer in model.base_model.rotary_emb.buffers():
+            assert buffer.dtype == torch.float32, name
+            assert torch.equal(buffer, expected), name
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")

@@ -78,10 +78,10 @@ def _recorded_routings(model: Penalised, inputs: Mapping[str, object]) -> Iterat
 
 def _observed_penalty(model: Penalised, routings: list[Routing]) -> Tensor | None:
     """What the model's own forward pass adds to its loss."""
+    if not model.training:
+        return None
     if isinstance(model, RelufiedMixin):
-        if not model.training:
-            return None
         model.observe(routings)
-    elif model.training:
+    else:
         model.sparsity.observe(routings)
     return model.sparsity.loss_terms(routings).total

@@ -71,6 +71,7 @@ def generate_text(
     """
     import torch  # not at the top: the command line's help must not wait for it
 
+    from remoe.lab.data.tokenizer import vocabulary_size
     from remoe.models.modeling_remoe import RemoeForCausalLM
     from remoe.models.modes import evaluating
 
@@ -95,6 +96,9 @@ def generate_text(
             "top_k": options.top_k,
             "top_p": options.top_p,
         }
+    known, size = vocabulary_size(tokenizer), model.get_output_embeddings().weight.shape[0]
+    if known < size:  # a vocabulary that is rounded up: these ids have no text
+        sampling["suppress_tokens"] = list(range(known, size))
     devices = [model.device] if model.device.type == "cuda" else []
     # A sample must not disturb the random numbers of a training run.
     with evaluating(model), torch.random.fork_rng(devices=devices):

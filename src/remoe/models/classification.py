@@ -23,7 +23,7 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
     """Class logits, and the loss with its parts.
 
     Attributes:
-        loss: task_loss + the total of `SparsityController.loss_terms`, when labels are given.
+        loss: task_loss, and in training mode the total of `SparsityController.loss_terms` too, when labels are given.
         logits: (B, C).
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
@@ -93,7 +93,9 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         loss = task_loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config, logits=None)
-            loss = task_loss + self.sparsity.loss_terms(outputs.routings).total.to(task_loss.device)
+            loss = task_loss
+            if self.training:
+                loss = loss + self.sparsity.loss_terms(outputs.routings).total.to(loss.device)
         return RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,

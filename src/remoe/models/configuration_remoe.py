@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from importlib import import_module
+from typing import Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from remoe.errors import ConfigError, check_choice
@@ -32,6 +34,8 @@ class RemoeConfig(PreTrainedConfig):
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
             max_position_embeddings, initializer_range, rms_norm_eps, rope_parameters, tie_word_embeddings,
             attention_bias, attention_dropout, use_cache: as in transformers' LlamaConfig; RoPE base 1e6.
+        tokenizer_size: tokens of the tokenizer, where `vocab_size` is rounded up. Ids from there on are never sampled
+            and have no part in a loss. None: every id is a token.
         intermediate_size: d_ffn, width of one expert before the split by granularity; 4 * hidden_size when None.
         num_experts: E.
         num_experts_per_tok: k, the target number of experts per token: a mean for "relu" and its kin, exact for "topk".
@@ -59,6 +63,7 @@ class RemoeConfig(PreTrainedConfig):
     default_theta = 1_000_000.0
 
     vocab_size: int = 51_200
+    tokenizer_size: int | None = None
     hidden_size: int = 768
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
@@ -88,6 +93,11 @@ class RemoeConfig(PreTrainedConfig):
     regularizer_normalization: str = "paper"
     router_aux_loss_coef: float = 0.01
     backend: str = "auto"
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        if __name__ == "remoe.models.configuration_remoe":  # an export's copy is found by its `auto_map`
+            import_module("remoe.integrations.auto").register_models()
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
         for alias in self.attribute_map.keys() & kwargs.keys():
@@ -158,6 +168,10 @@ class RemoeConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.tokenizer_size is not None and not 1 <= self.tokenizer_size <= self.vocab_size:
+            raise ConfigError(
+                f"tokenizer_size must be between 1 and vocab_size = {self.vocab_size}, but is {self.tokenizer_size}"
+            )
 
     @property
     def router_class(self) -> type[Router]:

@@ -27,13 +27,16 @@ from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
+from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
-from remoe.routing.base import Router
+from remoe.routing.base import Float32State, Router
 from remoe.sparsity import SparsityController
 
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+UNUSED_LOGIT = -1e30  # of an id that no token has
 
 
 @dataclass
@@ -56,7 +59,7 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
     """Logits, and the loss with its parts.
 
     Attributes:
-        loss: lm_loss + the total of `SparsityController.loss_terms`, when labels are given.
+        loss: lm_loss, and in training mode the total of `SparsityController.loss_terms` too, when labels are given.
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
@@ -76,6 +79,10 @@ def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwe
         if isinstance(module, nn.Linear):
             setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
     return attention
+
+
+class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
+    """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
 
 
 class RemoeDecoderLayer(GradientCheckpointingLayer):
@@ -100,12 +107,19 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_BSD: Tensor, token_mask_BS: Tensor | None = None, ids_BS: Tensor | None = None, **attention
+        self,
+        hidden_BSD: Tensor,
+        token_mask_BS: Tensor | None = None,
+        ids_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        **attention,
     ) -> tuple[Tensor, Routing, Tensor | None]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
         attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
         hidden_BSD = hidden_BSD + attended_BSD
-        expert_BSD, routing = self.mlp(self.post_attention_layernorm(hidden_BSD), token_mask_BS, token_ids=ids_BS)
+        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        given = {} if document_BS is None else {"documents": document_BS}
+        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given)
         return hidden_BSD + expert_BSD, routing, weights_BHSS
 
 
@@ -145,7 +159,7 @@ class RemoeModel(RemoePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(RemoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -183,8 +197,6 @@ class RemoeModel(RemoePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and not self.config.router_class.supports_cache:
             raise ConfigError(f"router {self.config.router!r} works without a KV cache only: use_cache=False")
-        if use_cache and cache is None and not self.training:
-            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -192,22 +204,28 @@ class RemoeModel(RemoePreTrainedModel):
         if output_attentions and self.config._attn_implementation != "eager":
             raise ConfigError('output_attentions needs a model with attn_implementation="eager"')
         S, device = hidden_BSD.shape[1], hidden_BSD.device
-        # Only positions that a caller gave can mark packed documents; looking for them costs a host synchronisation.
+        mask = padding_mask(attention_mask, token_mask)
+        token_mask_BS = None if mask is None else mask[:, -S:].bool()
+        document_BS, options = None, {"attention_mask": attention_mask, CACHE_NAME: cache}
+        # Only positions that a caller gave can mark packed documents, and only without a past.
+        if position_ids is not None and cache is None:
+            position_ids = position_ids.expand(len(hidden_BSD), -1)
+            document_BS = packed_documents(position_ids, token_mask_BS)
+        if document_BS is not None:
+            if self.config.router_class.merges and not torch.compiler.is_compiling():
+                raise ConfigError(f"segments of router {self.config.router!r} would mix the documents packed in a row")
+            options |= packed_mask_options(document_BS, attention_mask, self.config._attn_implementation)
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_BSD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
+            config=self.config, inputs_embeds=hidden_BSD, position_ids=position_ids, **options
         )
+        if use_cache and cache is None and not self.training:  # not earlier: beside a cache no documents are looked for
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
-        mask = padding_mask(attention_mask, token_mask)
-        token_mask_BS = None if mask is None else mask[:, -S:].bool()
 
         routings, states, weights = [], [], []
         for layer in self.layers:
@@ -217,6 +235,7 @@ class RemoeModel(RemoePreTrainedModel):
                 hidden_BSD,
                 token_mask_BS,
                 input_ids if self.config.router_class.needs_ids else None,
+                document_BS if self.config.router_class.needs_documents else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -241,8 +260,9 @@ class RemoeModel(RemoePreTrainedModel):
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
     """ReMoE language model with loss = language model + lambda * regulariser (arXiv 2412.14711, Eq. 6).
 
-    In training mode each forward pass adds its statistics to `self.sparsity`; call `update_routing()` once per
-    optimiser step. Where lambda has no part in the loss ("topk" and others) the controller only measures.
+    In evaluation mode the loss is the language model's alone. In training mode each forward pass adds its statistics to
+    `self.sparsity`; call `update_routing()` once per optimiser step. Where lambda has no part in the loss ("topk" and
+    others) the controller only measures.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -314,7 +334,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         logits = None
         if return_logits or target_BS is None or not self._fuses_loss():
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = self._without_unused_ids(self.lm_head(outputs.last_hidden_state[:, kept]))
 
         loss = lm_loss = None
         if target_BS is not None:
@@ -325,7 +345,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             if num_tokens_in_batch is not None:
                 share = outputs.routings[0].num_tokens / num_tokens_in_batch
             terms = self.sparsity.loss_terms(outputs.routings, share)
-            reg_loss, loss = terms.regularizer, lm_loss + terms.total.to(lm_loss.device)
+            reg_loss = terms.regularizer
+            loss = lm_loss + terms.total.to(lm_loss.device) if self.training else lm_loss
         return RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -348,6 +369,24 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             inputs["token_mask"] = token_mask.clone(memory_format=torch.contiguous_format)
         return inputs
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
+        """As transformers does; every id below `new_num_tokens` is then a token."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.tokenizer_size = new_num_tokens
+        return embedding
+
+    def _has_unused_ids(self) -> bool:
+        return self.config.tokenizer_size not in (None, self.vocab_size)
+
+    def _without_unused_ids(self, logits: Tensor) -> Tensor:
+        if not self._has_unused_ids():
+            return logits
+        size = self.config.tokenizer_size
+        # Finite, and still so when divided by a temperature: 0 * log 0 in an entropy stays 0.
+        low = max(UNUSED_LOGIT, torch.finfo(logits.dtype).min)
+        return nn.functional.pad(logits[..., :size], (0, logits.shape[-1] - size), value=low)
+
     def _fuses_loss(self) -> bool:
         """Whether head and loss are the plain ones: offloading, tensor parallelism and adapters wrap the head."""
         head = self.lm_head
@@ -362,6 +401,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         if logits is not None:
             return self.loss_function(logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS)
         weight_VD = self.lm_head.weight
+        if self._has_unused_ids():
+            weight_VD = weight_VD[: self.config.tokenizer_size]
         hidden_TD, target_T = hidden_BSD.flatten(0, 1).to(weight_VD.device), target_BS.flatten().to(weight_VD.device)
         nats = linear_cross_entropy(hidden_TD, weight_VD, target_T)
         return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)

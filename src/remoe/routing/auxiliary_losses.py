@@ -45,7 +45,13 @@ def gate_entropy(gate_TE: Tensor, *, num_tokens: Tensor | int) -> Tensor:
 
 
 def chunk_sparsity_loss(
-    gate_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, chunk: int, num_tokens: Tensor | int
+    gate_TE: Tensor,
+    mask_T: Tensor | None,
+    *,
+    seq_len: int,
+    chunk: int,
+    num_tokens: Tensor | int,
+    document_T: Tensor | None = None,
 ) -> Tensor:
     """Share of the experts that a chunk of neighbouring tokens needs (BlockFFN, arXiv 2507.08771).
 
@@ -57,6 +63,7 @@ def chunk_sparsity_loss(
         seq_len: S; T is a multiple of it.
         chunk: tokens of a chunk; the last one of a sequence may be shorter.
         num_tokens: T without padding.
+        document_T: (T,) int64, document of its sequence that each token is in; chunks start anew with each.
 
     Returns:
         0-dim, between 0 and 1: the mean over tokens of their chunk's value.
@@ -68,14 +75,21 @@ def chunk_sparsity_loss(
     place_T = torch.arange(T, device=gate_TE.device)
     per_sequence = -(-seq_len // chunk)
     chunk_T = place_T // seq_len * per_sequence + place_T % seq_len // chunk
-    untouched_CE = gate_TE.new_zeros(T // seq_len * per_sequence, E).index_add(0, chunk_T, log_TE).exp()
+    chunks = T // seq_len * per_sequence
+    if document_T is not None:
+        first_T = F.pad(document_T[1:] != document_T[:-1], (1, 0), value=True) | (place_T % seq_len == 0)
+        within_T = place_T - place_T.where(first_T, 0).cummax(dim=0).values
+        chunk_T, chunks = (within_T % chunk == 0).cumsum(dim=0) - 1, T
+    untouched_CE = gate_TE.new_zeros(chunks, E).index_add(0, chunk_T, log_TE).exp()
     value_T = (1 - untouched_CE).mean(dim=1)[chunk_T]
     if mask_T is not None:
         value_T = value_T * mask_T
     return value_T.sum() / at_least_one(num_tokens)
 
 
-def locality_loss(logits_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, sharpness: float) -> Tensor:
+def locality_loss(
+    logits_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, sharpness: float, document_T: Tensor | None = None
+) -> Tensor:
     """How much neighbouring tokens differ in the experts that are on (BlockFFN, arXiv 2507.08771).
 
     Args:
@@ -83,6 +97,7 @@ def locality_loss(logits_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, sha
         mask_T: (T,) bool, false for padding.
         seq_len: S; the last token of a sequence has no next one.
         sharpness: a; sigmoid(a * logit) stands for "on".
+        document_T: (T,) int64, document of its sequence that each token is in; the last of each has no next one.
 
     Returns:
         0-dim: mean binary cross-entropy of sigmoid(a * logits) against that of the next token.
@@ -90,6 +105,8 @@ def locality_loss(logits_TE: Tensor, mask_T: Tensor | None, *, seq_len: int, sha
     next_TE = (logits_TE[1:] * sharpness).sigmoid()
     nats_T = F.binary_cross_entropy_with_logits(logits_TE[:-1] * sharpness, next_TE, reduction="none").mean(dim=1)
     follows_T = (torch.arange(1, max(logits_TE.shape[0], 1), device=logits_TE.device) % seq_len) != 0
+    if document_T is not None:
+        follows_T = follows_T & (document_T[:-1] == document_T[1:])
     if mask_T is not None:
         follows_T = follows_T & mask_T[:-1] & mask_T[1:]
     return (nats_T * follows_T).sum() / at_least_one(follows_T.sum())

@@ -52,6 +52,8 @@ class Router(Float32State, ABC):
         merges: that network is merged from all experts' weights; the router returns a `MergedRouting`.
         has_logits: the router computes E logits per token, which its FLOPs count.
         needs_ids: the router needs token ids.
+        needs_documents: where documents are packed into one sequence, `forward` is passed `document_T`, (T,) int64: the
+            document of its sequence that each token is in.
         supports_cache: a token's routing needs no more of the past than a KV cache holds.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
@@ -64,6 +66,7 @@ class Router(Float32State, ABC):
     routes_pairs = True
     has_logits = True
     needs_ids = False
+    needs_documents = False
     supports_cache = True
     causal = True
     looks_ahead = False

@@ -40,6 +40,7 @@ class ReLUNormRouter(LinearRouter):
     """
 
     steered = True
+    needs_documents = True
 
     def __init__(
         self,
@@ -66,7 +67,13 @@ class ReLUNormRouter(LinearRouter):
         nn.init.ones_(self.scale)
 
     def forward(
-        self, x_TD: Tensor, mask_T: Tensor | None = None, *, seq_len: int | None = None, **_: object
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        *,
+        seq_len: int | None = None,
+        document_T: Tensor | None = None,
+        **_: object,
     ) -> Routing:
         logits_TE = self.logits(x_TD)
         open_TE = F.relu(logits_TE)
@@ -78,11 +85,13 @@ class ReLUNormRouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = x_TD.shape[0] if seq_len is None else seq_len
         if self.penalty == "chunk":
-            regularizer = chunk_sparsity_loss(open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens)
+            options = {"seq_len": seq_len, "chunk": self.chunk, "document_T": document_T}
+            regularizer = chunk_sparsity_loss(open_TE, mask_T, num_tokens=num_tokens, **options)
         else:
             regularizer = load_balanced_l1_loss(normed_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
         extra_loss = None
         if self.locality and self.training:
-            extra_loss = self.locality * locality_loss(logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness)
+            options = {"seq_len": seq_len, "sharpness": self.sharpness, "document_T": document_T}
+            extra_loss = self.locality * locality_loss(logits_TE, mask_T, **options)
         assignment = Assignment.from_gates(gate_TE, active_TE)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss)

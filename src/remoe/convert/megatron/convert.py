@@ -52,8 +52,9 @@ def load_megatron(folder: str | Path, iteration: int | None = None, **options: o
 
     Reads formats "torch" (a file per rank, any split over tensor, pipeline and expert parallel ranks) and "torch_dist"
     (the default of their scripts), experts sequential or grouped, without running code of the files. Lambda is the
-    checkpoint's; the penalty is summed over layers and steered as in their code (`regularizer_normalization` and
-    the rule "official"). Optimiser states are not read.
+    checkpoint's; the penalty is summed over layers and steered as in their code (`regularizer_normalization` and the
+    rule "official"). With `regularizer_normalization="paper"` lambda is L times as large, for an equal penalty.
+    Optimiser states are not read.
 
     Args:
         folder: what `--save` named, with `latest_checkpointed_iteration.txt`, or an `iter_...` folder in it.
@@ -75,7 +76,7 @@ def load_megatron(folder: str | Path, iteration: int | None = None, **options: o
     state = from_megatron(tensors, config)
     model = RemoeForCausalLM(config).to(state["model.embed_tokens.weight"].dtype)
     _fill(model, state)
-    model.sparsity.lam.copy_(lam)
+    model.sparsity.lam.copy_(lam / _over_ours(config))
     return model.eval()
 
 
@@ -184,7 +185,11 @@ def _config_of(args: Namespace, tensors: dict[str, Tensor], options: dict[str, o
     }
     check_fields(options)
     take_todays_names(options, "relu")
-    return RemoeConfig(**(fields | options | {"sparsity": fields["sparsity"] | (options.get("sparsity") or {})}))
+    fields |= options | {"sparsity": fields["sparsity"] | (options.get("sparsity") or {})}
+    config = RemoeConfig(**fields)
+    if "lambda_init" not in (options.get("sparsity") or {}):
+        config.sparsity["lambda_init"] /= _over_ours(config)
+    return config
 
 
 def _check_exportable(model: RemoeForCausalLM) -> None:

@@ -27,6 +27,7 @@ def model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> Rem
     return RemoeConfig(
         **vars(config.model),
         vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        tokenizer_size=vocab_size,
         max_position_embeddings=config.seq_len,
         eos_token_id=eos_token_id,
         router=config.router,
