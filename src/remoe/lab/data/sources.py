@@ -179,9 +179,9 @@ def _reason(error: Exception) -> str:
 
 def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:
     found = walk_files(folder)
-    for path in found:
-        _check_file(path)
     kept = [path for path in found if known_suffix(path) and path.name.lower() != ABOUT]
+    for path in kept:
+        _check_file(path)
     files = tuple((path, _folder_domain(folder, path)) for path in kept)
     if not files:
         raise DataError(f"{name}: this folder has no files to read (known: {', '.join(sorted(READERS))})")
