@@ -59,6 +59,25 @@ def test_int8_equals_the_rounded_weights(router, tokens):
     assert model.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, tokens + 3)
 
 
+@pytest.mark.parametrize("router", ["relu", "dense"])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tie_word_embeddings": True, "shared_expert_size": 32}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_it_computes_the_same(router, options, dtype, tmp_path):
+    model = quantize(build(router=router, **options).to(dtype))
+    model.sparsity.lam.fill_(0.123)
+    model.save_pretrained(tmp_path / "once")
+    again = RemoeForCausalLM.from_pretrained(tmp_path / "once", dtype=dtype).eval()
+    again.save_pretrained(tmp_path / "twice")
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    for loaded in (again, RemoeForCausalLM.from_pretrained(tmp_path / "twice", dtype=dtype).eval()):
+        assert is_quantised(loaded.model.layers[0].mlp.experts.gate_up_proj)
+        assert weight_bytes(loaded) == weight_bytes(model)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(loaded.sparsity.lam, model.sparsity.lam)
+        with pytest.raises(ConfigError, match="already"):
+            quantize(loaded)
+
+
 def test_a_layer_without_any_pair():
     model = quantize(build())
     model.set_gate_threshold(1e9)

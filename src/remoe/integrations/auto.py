@@ -11,9 +11,10 @@ def register_config() -> None:
     """Makes AutoConfig know our model's type."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from remoe.models.configuration_remoe import RemoeConfig
+    from remoe.models.configuration_remoe import BEFORE_A_CONFIG, RemoeConfig
 
     AutoConfig.register("remoe", RemoeConfig, exist_ok=True)
+    BEFORE_A_CONFIG.append(register_models)
 
 
 @cache

@@ -1,8 +1,7 @@
 """Configuration of the ReMoE language model."""
 
 import math
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +14,8 @@ from remoe.routing import ROUTERS, Router, router_options
 from remoe.sparsity import NORMALIZATIONS, RULES
 
 SPARSITY = {"rule": "sign", "lambda_init": 1e-8, "alpha": 1.2, "fast_start": False}
+# What registers our models with transformers' Auto classes; nothing in an export's copy, which has an `auto_map`.
+BEFORE_A_CONFIG: list[Callable[[], None]] = []
 # Names of version 0.1.0, which config.json of its checkpoints and exports has.
 _OLD_SPARSITY = {
     "sparsity_rule": "rule",
@@ -95,8 +96,8 @@ class RemoeConfig(PreTrainedConfig):
     backend: str = "auto"
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        if __name__ == "remoe.models.configuration_remoe":  # an export's copy is found by its `auto_map`
-            import_module("remoe.integrations.auto").register_models()
+        for call in BEFORE_A_CONFIG:
+            call()
         return super().__new__(cls)
 
     def __post_init__(self, **kwargs):

@@ -8,6 +8,8 @@ Legend: B batch, S sequence, T = B S tokens, D model width, V vocabulary.
 
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +140,15 @@ class RemoePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What is steered in small steps stays float32 whatever the model's dtype: lambda, and the routers' buffers.
     _keep_in_fp32_modules_strict = {"sparsity", "bias_E", "cutoff_E"}
+
+    def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
+        """As transformers does; a model that came with its code (`remoe export`) is written with it again."""
+        if getattr(self, "hf_quantizer", None) is not None:  # transformers cannot take back how it read such weights
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # A model of the code in such a folder has it copied by transformers.
+        if getattr(self.config, "auto_map", None) and __name__ == "remoe.models.modeling_remoe":
+            import_module("remoe.models.bundle").write_bundle(Path(save_directory))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Weight-only quantisation by torchao: weights in 8 or 4 bits, everything that is computed in the model's dtype."""
 
 import torch
+from transformers import TorchAoConfig
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from remoe.errors import ConfigError, missing_extra
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -14,6 +16,7 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
 
     The embeddings, the router, the norms and the language-model head keep their dtype. A pass dequantises the active
     experts of one layer at a time. `remoe eval RUN --quantize int8` shows the loss before and after.
+    `save_pretrained` and `from_pretrained` keep the weights as they are.
 
     Args:
         model: in any floating dtype, on a CPU or on CUDA.
@@ -43,10 +46,14 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         raise ConfigError("the model is quantised already")
     try:
         config = Int8WeightOnlyConfig(version=2) if scheme == "int8" else Int4WeightOnlyConfig(group_size=INT4_GROUP)
-        quantize_(model, FqnToConfig(dict.fromkeys(names, config)), filter_fn=None)
+        by_name = FqnToConfig(dict.fromkeys(names, config))
+        quantize_(model, by_name, filter_fn=None)
     except (ImportError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"torchao cannot quantise to {scheme} on {model.device.type}: {reason}") from error
+    # With these, `save_pretrained` writes the weights as they are, and `from_pretrained` reads them so.
+    model.config.quantization_config = TorchAoConfig(by_name)
+    model.hf_quantizer = TorchAoHfQuantizer(model.config.quantization_config, pre_quantized=True)
     return model.eval()
 
 

@@ -85,13 +85,15 @@ class ReLUNormRouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = x_TD.shape[0] if seq_len is None else seq_len
         if self.penalty == "chunk":
-            options = {"seq_len": seq_len, "chunk": self.chunk, "document_T": document_T}
-            regularizer = chunk_sparsity_loss(open_TE, mask_T, num_tokens=num_tokens, **options)
+            regularizer = chunk_sparsity_loss(
+                open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens, document_T=document_T
+            )
         else:
             regularizer = load_balanced_l1_loss(normed_TE, active_TE.sum(dim=0), k=self.k, num_tokens=num_tokens)
         extra_loss = None
         if self.locality and self.training:
-            options = {"seq_len": seq_len, "sharpness": self.sharpness, "document_T": document_T}
-            extra_loss = self.locality * locality_loss(logits_TE, mask_T, **options)
+            extra_loss = self.locality * locality_loss(
+                logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness, document_T=document_T
+            )
         assignment = Assignment.from_gates(gate_TE, active_TE)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss)

@@ -18,9 +18,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
-from remoe.lab.export.bundle import PACKAGE, flat_name, relocated, write_bundle
 from remoe.lab.export.card import _what
 from remoe.lab.training.folder import RunFolder
+from remoe.models.bundle import PACKAGE, flat_name, relocated, write_bundle
 from remoe.routing import ROUTERS
 
 WITHOUT_REMOE = """
@@ -81,6 +81,29 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
     causal = "RemoeForCausalLM"
     assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+@pytest.mark.slow
+def test_a_model_fine_tuned_from_the_folder_keeps_its_code(exported, tmp_path, monkeypatch):
+    _, folder = exported
+    model = remoe.RemoeForCausalLM.from_pretrained(folder).train()
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "tuned")
+    assert {p.name for p in (tmp_path / "tuned").glob("*.py")} == {p.name for p in folder.glob("*.py")}
+    ids, result = load_without_remoe(tmp_path / "tuned", tmp_path, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    remoe.RemoeForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained(tmp_path / "classes")
+    assert (tmp_path / "classes" / "classification_remoe.py").is_file()
+
+
+def test_a_model_without_code_is_written_without(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_experts": 4}
+    remoe.RemoeForCausalLM(remoe.RemoeConfig(**sizes)).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
 
 
 def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):

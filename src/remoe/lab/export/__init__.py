@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from remoe.errors import CheckpointError, ConfigError
-from remoe.lab.export.bundle import AUTO_MAP, write_bundle
 from remoe.lab.export.card import write_card
 from remoe.lab.files import check_new_folder, new_folder
 from remoe.lab.training.folder import run_of
 from remoe.lab.training.load import load_run
+from remoe.models.bundle import AUTO_MAP, write_bundle
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
 

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 ENTRIES = {
     "remoe.models.configuration_remoe": "configuration_remoe",
     "remoe.models.modeling_remoe": "modeling_remoe",
