@@ -2,9 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from remoe.errors import CheckpointError, ConfigError, DataError
 from remoe.lab import files
@@ -20,6 +23,27 @@ def test_a_folder_within_a_folder_can_be_entered(tmp_path: Path) -> None:
         (folder / "templates" / "tool.jinja").chmod(0o600)
     assert (out / "templates").stat().st_mode & 0o111 == out.stat().st_mode & 0o111
     assert (out / "templates" / "tool.jinja").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "private" / "vocabulary").write_text("x")
+    (tmp_path / "private" / "vocabulary").chmod(0o400)
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            shutil.copytree(tmp_path / "private", folder, dirs_exist_ok=True)
+            shutil.copytree(tmp_path / "private", folder / "tokenizer")
+            save_file({"x": np.zeros(2)}, folder / "model.safetensors")
+        atomic_write(tmp_path / "page.html", b"x")
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    modes = {path: path.stat().st_mode & 0o777 for path in (out, *out.rglob("*"), tmp_path / "page.html")}
+    assert len(modes) == 6
+    assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,9 +47,12 @@ def replacing(path: Path, *, error: type[RemoeError] = DataError) -> Iterator[Pa
         workspace.mkdir()
         try:
             yield written
+            # The umask decides, as it has for the workspace: safetensors lets only the owner read its files, and a
+            # copied folder has the mode of the first.
+            mode = stat.S_IMODE(workspace.stat().st_mode)
             for part in (written, *(written.rglob("*") if written.is_dir() else ())):
-                if part.is_file():
-                    part.chmod(workspace.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                if not part.is_symlink():
+                    part.chmod(mode if part.is_dir() else mode & 0o666)
                 sync(part)
             os.replace(written, path)
             sync(path.parent)

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from tiny_run import FLAGS
 
 import remoe
+from remoe.errors import CheckpointError
 from remoe.lab.cli.main import main
 from remoe.lab.data import PrepareOptions, prepare
 from remoe.lab.files import locked, temporary_name
-from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
+from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint, verify
 from remoe.lab.training.folder import RunFolder, run_of
+from remoe.lab.training.load import load_run
 
 STEPS = 24
 
@@ -184,6 +186,80 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(corpus, uninterrupted, tmp
     assert path.read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def checkpoints(corpus, tmp_path_factory) -> Path:
+    """A run with checkpoints of steps 8, 16 and 24 that has no summary yet."""
+    out = tmp_path_factory.mktemp("runs") / "three"
+    assert train(corpus, out, "--checkpoint.every", "8", "--checkpoint.keep", "9") == 0
+    (out / "summary.json").unlink()
+    return out
+
+
+def flip_a_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+PARTS = ["model.safetensors", "training.safetensors", "training.json", "config.json"]
+
+
+@pytest.mark.parametrize("damage", [*PARTS, "checksums.json", "stray", "empty", "folder"])
+def test_the_newest_whole_checkpoint_is_used_and_that_is_said(
+    corpus, uninterrupted, checkpoints, tmp_path, caplog, damage
+):
+    out = shutil.copytree(checkpoints, tmp_path / "run")
+    folder, whole = out / "checkpoints", "step-00000016"
+    newest = folder / "step-00000024"
+    if damage == "stray":
+        newest, whole = folder / "step-00000099", "step-00000024"
+        newest.mkdir()
+    elif damage == "empty":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    elif damage == "folder":
+        (newest / "model.safetensors").unlink()
+        (newest / "model.safetensors").mkdir()
+    elif damage == "checksums.json":
+        (newest / damage).write_text("{")
+    else:
+        flip_a_bit(newest / damage)
+    assert load_run(out)[2] == folder / whole
+    assert f"the newest whole one is {folder / whole}" in caplog.text
+    assert newest.name in caplog.text
+    caplog.clear()
+    assert train(corpus, out, "--resume", "--checkpoint.every", "2", "--checkpoint.keep", "1") == 0
+    assert f"the newest whole one is {folder / whole}" in caplog.text
+    last = folder / "step-00000024"
+    assert all(torch.equal(a, weights(uninterrupted)[name]) for name, a in load_file(last / PARTS[0]).items())
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_two_checkpoints_are_not_mixed(checkpoints, tmp_path, capsys, part):
+    out = shutil.copytree(checkpoints, tmp_path / "run")
+    for step in (16, 24):
+        shutil.copy(out / "checkpoints" / "step-00000008" / part, out / "checkpoints" / f"step-{step:08}" / part)
+    if part == "config.json":  # equal in all of them
+        for step in (16, 24):
+            flip_a_bit(out / "checkpoints" / f"step-{step:08}" / part)
+    assert load_run(out)[2].name == "step-00000008"
+    with pytest.raises(CheckpointError, match=f"{part} is damaged, or of another checkpoint"):
+        load_run(out / "checkpoints" / "step-00000024")
+
+
+def test_another_tokenizer_does_not_belong_to_a_checkpoint(checkpoints, tmp_path):
+    out = shutil.copytree(checkpoints, tmp_path / "run")
+    copy = shutil.copytree(out / "checkpoints" / "step-00000024", tmp_path / "alone")
+    verify(copy)
+    flip_a_bit(out / "tokenizer" / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged, or of another checkpoint"):
+        load_run(out)
+    shutil.copy(copy / "model.safetensors", copy / "model-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002\.safetensors does not belong"):
+        verify(copy)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -242,6 +318,7 @@ def test_time_and_memory_are_those_of_all_processes_of_a_run(corpus, uninterrupt
     saved = json.loads(state.read_text())
     assert 0 < saved["seconds"] <= json.loads((uninterrupted / "summary.json").read_text())["seconds"]
     state.write_text(json.dumps(saved | {"seconds": 1e6, "peak_memory_bytes": 2**60}))
+    (state.parent / "checksums.json").unlink()  # as in version 0.1.0
     (out / "summary.json").unlink()
     assert train(corpus, out, "--resume") == 0
     summary = json.loads((out / "summary.json").read_text())

@@ -14,6 +14,7 @@ from rich.table import Table
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
+from remoe.lab.outputs import check_output, json_with, write_output
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,11 @@ def _start(arguments: Common) -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    if arguments.out is not None and arguments.out.is_dir():  # checked before the work, not after it
-        raise ConfigError(f"--out {arguments.out} is a folder; name a file")
+    if arguments.out is not None:  # checked before the work, not after it
+        check_output("--out", arguments.out, json_with("machine", "rows"))
 
 
 def _write(arguments: Common, measured: dict) -> None:
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
+        write_output(arguments.out, (json.dumps(measured, indent=2) + "\n").encode())

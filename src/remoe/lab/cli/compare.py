@@ -9,6 +9,7 @@ import tyro
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.outputs import check_output, json_with
 from remoe.lab.training.config import NamedValues
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def compare_command(argv: list[str]) -> int:
         raise ConfigError("--limit must be at least 1")
     if options.out is not None and Path(options.out).exists() and not Path(options.out).is_dir():
         raise ConfigError(f"--out {options.out} is not a folder")
+    for name, folder in (("pool", options.pool), ("records", options.records)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ConfigError(f"--{name} {folder} is not a folder")
     if options.workers < 1:
         raise ConfigError("--workers must be at least 1")
     if options.workers > 1 and os.name != "posix":
@@ -90,6 +94,8 @@ def compare_command(argv: list[str]) -> int:
     from remoe.lab.compare.experiment import load_experiment
 
     experiment = load_experiment(options.experiment, options.base)
+    out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
+    _check_results(out)
 
     from remoe.lab.compare.live import Live
     from remoe.lab.compare.output import pack_records, write
@@ -129,7 +135,6 @@ def compare_command(argv: list[str]) -> int:
             return exit_code(stopped)
     elif not any(pool.summary(run) for run in experiment.runs):
         raise ConfigError(f"no run of {options.experiment} is finished yet")
-    out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
     live.console.print("writing tables and figures")
     report = write(experiment, pool, data, out, options.device, dataset)
     if records is not None:
@@ -140,6 +145,15 @@ def compare_command(argv: list[str]) -> int:
     print(f"figures      {out / 'figures.md'}")
     print(f"runs         {pool.path}")
     return 1 if live.failures else 0
+
+
+def _check_results(out: Path) -> None:
+    """Checks that only an earlier comparison's files would be replaced; of those, results.json is written first."""
+    numbers = out / "results.json"
+    check_output("--out", numbers, json_with("title", "reference", "data"))
+    if not numbers.exists():
+        for name in ("results.md", "figures.md"):
+            check_output("--out", out / name, lambda content: False)
 
 
 def _tasks(options: CompareOptions) -> "Tasks | None":

@@ -9,6 +9,7 @@ import tyro
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.outputs import check_output, json_with, write_output
 
 if TYPE_CHECKING:
     from remoe.lab.evaluation.sweep import SweepPoint
@@ -71,13 +72,18 @@ def eval_command(argv: list[str]) -> int:
         raise ConfigError("--data, --max-tokens and --split do not go with --tasks; use --task-data and --limit")
     if options.tasks is not None and not (options.sweep_threshold is options.max_experts is options.quantize is None):
         raise ConfigError("--sweep-threshold, --max-experts and --quantize do not go with --tasks")
-    if options.json and not Path(options.json).parent.is_dir():  # checked before the work, not after it
-        raise ConfigError(f"--json {options.json}: {Path(options.json).parent} is not a folder")
-    if options.json and Path(options.json).is_dir():
-        raise ConfigError(f"--json {options.json} is a folder")
+    if options.json:  # checked before the work, not after it
+        _check_json(Path(options.json))
     if options.sweep_threshold is not None:
         return _sweep(options, options.sweep_threshold)
     return _evaluate_domains(options) if options.tasks is None else _evaluate_tasks(options, options.tasks)
+
+
+def _check_json(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: {path.parent} is not a folder")
+    kinds = [json_with("checkpoint", part) for part in ("all", "points", "tasks")]
+    check_output("--json", path, lambda content: any(kind(content) for kind in kinds))
 
 
 def _evaluate_domains(options: EvalOptions) -> int:
@@ -104,7 +110,7 @@ def _evaluate_domains(options: EvalOptions) -> int:
         figures["before_quantisation"] = before["all"]
         print(f"loss {before['all']['loss']:.4f} before {options.quantize}, {results['all']['loss']:.4f} after")
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=2))
+        write_output(Path(options.json), json.dumps(figures, indent=2).encode())
     return 0
 
 
@@ -134,7 +140,7 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
     _print_sweep(f"{checkpoint} on {options.split} data of {dataset}", points)
     if options.json:
         figures = {"checkpoint": str(checkpoint), "points": [asdict(point) for point in points]}
-        Path(options.json).write_text(json.dumps(figures, indent=2))
+        write_output(Path(options.json), json.dumps(figures, indent=2).encode())
     return 0
 
 
@@ -162,7 +168,7 @@ def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
             "tasks": {name: asdict(result) for name, result in found.tasks.items()},
             "mean_acc": found.mean_acc,
         }
-        Path(options.json).write_text(json.dumps(figures, indent=2))
+        write_output(Path(options.json), json.dumps(figures, indent=2).encode())
     return 0
 
 

@@ -8,6 +8,7 @@ import tyro
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.outputs import check_output, is_report
 
 PROG = "remoe report"
 
@@ -40,8 +41,10 @@ def report_command(argv: list[str]) -> int:
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
     out = None if options.out is None else Path(options.out)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # checked before the work, not after it
-        raise ConfigError(f"--out {out} is a folder" if out.is_dir() else f"--out {out}: {out.parent} is not a folder")
+    if out is not None:  # checked before the work, not after it
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out {out}: {out.parent} is not a folder")
+        check_output("--out", out, is_report)
 
     from remoe.lab.report import write_report
 

@@ -21,7 +21,7 @@ from remoe.lab.analysis.collect import collect
 from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.summary import CHUNK, RoutingSummary, routing_of
 from remoe.lab.evaluation.trained import Trained, open_trained
-from remoe.lab.files import atomic_write
+from remoe.lab.outputs import check_output, is_report, write_output
 from remoe.lab.report.contents import (
     Excerpt,
     excerpts,
@@ -57,7 +57,9 @@ def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: i
     trained = open_trained(path, data)
     # Read first, because a run that is still training soon deletes the checkpoint.
     step = saved_step(trained.checkpoint) if trained.run else None
-    out = out or _place(trained, Path(path), step)
+    if out is None:
+        out = _place(trained, Path(path), step)
+        check_output("--out", out, is_report)  # the default may be a file of the user's own
     if not os.access(out.parent, os.W_OK):  # checked before the work, not after it
         raise DataError(f"{out.parent} cannot be written: choose a file with --out")
     windows = trained.windows("validation")
@@ -69,7 +71,7 @@ def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: i
             record, trained.model.config.active_per_token, lambda token: trained.tokenizer.decode([token])
         )
         texts = excerpts(trained, windows, excerpt_tokens)
-    atomic_write(out, _page(trained, step, routing, texts).encode())
+    write_output(out, _page(trained, step, routing, texts).encode())
     return out
 
 

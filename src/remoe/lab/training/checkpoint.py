@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `step-00000200` that transformers can load (`config.json`, `model.safetensors`), with
 `training.safetensors` (optimiser moments, random state) and `training.json` (step, fingerprint of the data). No pickle.
+`checksums.json` has the sha256 of each of these files, and of the run's tokenizer: together they are one checkpoint.
 """
 
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -15,16 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from remoe.errors import CheckpointError, DataError
-from remoe.lab.files import TEMPORARY, replacing, temporary_name
+from remoe.lab.files import TEMPORARY, remove_whole, replacing
 
 _PREFIX = "step-"
 _LEFT_OVERS = (f".*{TEMPORARY}", ".partial-*")  # of a process that was killed: today's names, and those of 0.1.0
 _COST = ("seconds", "peak_memory_bytes")  # 0 in old checkpoints, which do not have them
+CHECKSUMS = "checksums.json"
+_TOKENIZER = "tokenizer"  # a folder of the run
+_HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The checkpoints in a folder by their names, oldest first; `check_whole` tells whether one is damaged."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit())
 
 
@@ -70,11 +74,15 @@ def save_checkpoint(
     final = folder / f"{_PREFIX}{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_whole(final)  # damaged, otherwise the run would have been resumed from it
         with replacing(final) as partial:
             model.save_pretrained(partial)
             tensors = _training_tensors(model, optimizer) | {_COURSE: torch.tensor(course_of_sparsity)}
             save_file(tensors, partial / "training.safetensors")
             (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
+            parts = {path.name: path for path in partial.iterdir()} | _tokenizer_files(folder.parent)
+            checksums = {name: _sha256(path) for name, path in sorted(parts.items())}
+            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
     except (OSError, DataError, SafetensorError) as error:
         kept = list_checkpoints(folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
@@ -94,6 +102,7 @@ def load_training_state(
     Raises:
         CheckpointError: when a file is missing or damaged, or tensors do not fit the model.
     """
+    verify(path)
     try:
         info = json.loads((path / "training.json").read_text())
         weights = {
@@ -125,14 +134,80 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
             optimizer.state[parameter][key] = state[f"{name}.{key}"].to(parameter.device)
 
 
-def clean(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Deletes left-overs, and every checkpoint but the newest `keep` and those at multiples of `keep_every` steps."""
+def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
+    """Deletes left-overs, and checkpoints up to step `newest` but the last `keep` and those every `keep_every` steps.
+
+    Folders of later steps stay: they are damaged, or a user's.
+    """
     for pattern in _LEFT_OVERS:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in list_checkpoints(folder)[:-keep]:
+    for path in [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest][:-keep]:
         if not (keep_every and checkpoint_step(path) % keep_every == 0):
-            _remove(path)
+            remove_whole(path)
+
+
+def verify(path: Path) -> None:
+    """Compares every file of a checkpoint, and the tokenizer of its run, with the checksums that were saved with it.
+
+    A checkpoint of version 0.1.0 has no checksums; only the headers of its weights are read.
+
+    Raises:
+        CheckpointError: naming a file that is missing, damaged, or of another checkpoint.
+    """
+    check_weights(path)
+    listed = path / CHECKSUMS
+    if not listed.exists():
+        return
+    try:
+        checksums = json.loads(listed.read_bytes())
+        if not isinstance(checksums, dict) or not checksums:
+            raise ValueError("not a list of checksums")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{listed} is damaged ({error})") from error
+    in_run = (path.parent.parent / _TOKENIZER).is_dir()  # a checkpoint may be copied out of its run
+    for name, expected in checksums.items():
+        inside = name.startswith(f"{_TOKENIZER}/")
+        if inside and not in_run:
+            continue
+        file = (path.parent.parent if inside else path) / name
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}), but belongs to {path}") from error
+        if found != expected:
+            raise CheckpointError(f"{file} is damaged, or of another checkpoint than {path}: its checksum differs")
+    if foreign := sorted({file.name for file in path.glob("model*.safetensors")} - checksums.keys()):
+        raise CheckpointError(f"{path / foreign[0]} does not belong to this checkpoint")
+
+
+def check_whole(path: Path) -> None:
+    """Raises CheckpointError unless a run can be resumed from a checkpoint: as `verify`, and no file is missing."""
+    verify(path)
+    saved_step(path)
+    for name in ("config.json", "training.safetensors"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing")
+    _check_header(path / "training.safetensors")
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint that `check_whole` accepts, and what is wrong with each newer one; None without any.
+
+    Raises:
+        CheckpointError: when there are checkpoints, but none of them is whole: about the newest.
+    """
+    errors: list[CheckpointError] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            check_whole(path)
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            return path, errors
+    if errors:
+        raise errors[0]
+    return None, []
 
 
 def check_weights(path: Path) -> None:
@@ -141,11 +216,30 @@ def check_weights(path: Path) -> None:
     if not files:
         raise CheckpointError(f"{path} holds no model.safetensors")
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}") from error
+        _check_header(file)
+
+
+def _check_header(file: Path) -> None:
+    try:
+        # opened by Python first: safetensors says of a file that may not be read that it does not exist
+        with file.open("rb"), safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
+def _tokenizer_files(run: Path) -> dict[str, Path]:
+    """The files of a run's tokenizer by their names from the run's folder; none for a folder that is not a run's."""
+    files = [path for path in (run / _TOKENIZER).rglob("*") if path.is_file()]
+    return {path.relative_to(run).as_posix(): path for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -157,11 +251,3 @@ def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach()
     return tensors
-
-
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint; a crash on the way cannot leave half of it under its name."""
-    doomed = path.with_name(temporary_name(path.name))
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

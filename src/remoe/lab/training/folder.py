@@ -9,15 +9,18 @@ RUN/sample.txt             text written by the trained model
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.files import atomic_write, check_new_folder, new_folder
-from remoe.lab.training.checkpoint import list_checkpoints
+from remoe.lab.training.checkpoint import newest_whole
 from remoe.lab.training.config import TrainConfig, config_from_yaml
 from remoe.lab.training.yaml_files import to_yaml
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -83,10 +86,19 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml")
         return config_from_yaml(self.config)
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        found = list_checkpoints(self.checkpoints)
-        return found[-1] if found else None
+    def last_checkpoint(self, *, say: bool = False) -> Path | None:
+        """The newest whole checkpoint, or None for a run without any.
+
+        Args:
+            say: whether to log a warning about each newer one, which is damaged.
+
+        Raises:
+            CheckpointError: when every checkpoint is damaged.
+        """
+        found, errors = newest_whole(self.checkpoints)
+        for error in errors if say else ():
+            logger.warning("%s: this checkpoint is left out; the newest whole one is %s", error, found)
+        return found
 
 
 def _options(config: TrainConfig) -> bytes:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from remoe.convert.relufy.model import MODEL_TYPE, load_relufied
 from remoe.errors import CheckpointError
 from remoe.lab.data import load_tokenizer
-from remoe.lab.training.checkpoint import check_weights
+from remoe.lab.training.checkpoint import verify
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
@@ -24,10 +24,11 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
     run = run_of(path) or RunFolder(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist or is not a folder")
-    checkpoint = path if run.path != path else run.last_checkpoint()
+    checkpoint = path if run.path != path else run.last_checkpoint(say=True)
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run")
-    check_weights(checkpoint)
+    if checkpoint == path:
+        verify(checkpoint)
     if not (checkpoint / "config.json").is_file() or not run.tokenizer.is_dir():
         raise CheckpointError(f"{run.path} is incomplete: {checkpoint / 'config.json'} or {run.tokenizer} is missing")
     try:

@@ -87,7 +87,7 @@ class Trainer:
             DataError: when the data was prepared with another tokenizer.
         """
         self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
-        checkpoint = self.run.last_checkpoint()
+        checkpoint = self.run.last_checkpoint(say=True)
         if checkpoint is None:
             return
         info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
@@ -246,7 +246,7 @@ class Trainer:
         }
         path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info, self.sparsities)
         self.saved_step = self.step
-        clean(self.run.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        clean(self.run.checkpoints, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         return path
 
     def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
@@ -256,7 +256,7 @@ class Trainer:
         )
 
     def _last_checkpoint(self) -> str:
-        last = self.run.last_checkpoint()
+        last = self.run.last_checkpoint() if self.saved_step else None
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
 
     def _report_dead(self, dead_steps_L: list[float]) -> None:
