@@ -31,6 +31,7 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
+from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Float32State, Router
 from remoe.sparsity import SparsityController
@@ -142,10 +143,14 @@ class RemoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"sparsity", "bias_E", "cutoff_E"}
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
-        """As transformers does; a model that came with its code (`remoe export`) is written with it again."""
+        """As transformers does, but the umask decides who may read the weights.
+
+        A model that came with its code (`remoe export`) is written with it again.
+        """
         if getattr(self, "hf_quantizer", None) is not None:  # transformers cannot take back how it read such weights
             kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with umask_decides(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
         # A model of the code in such a folder has it copied by transformers.
         if getattr(self.config, "auto_map", None) and __name__ == "remoe.models.modeling_remoe":
             import_module("remoe.models.bundle").write_bundle(Path(save_directory))

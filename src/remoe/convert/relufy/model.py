@@ -19,6 +19,7 @@ from remoe.convert.relufy import experts as experts_function
 from remoe.errors import ConfigError
 from remoe.models.loss import is_padding_mask
 from remoe.models.routed import keep_statistics_local
+from remoe.models.saving import umask_decides
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController
 
@@ -138,7 +139,7 @@ class RelufiedMixin:
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, with a model type that only `remoe.load_relufied` knows: no TopK model will load it."""
-        with _written_as_relufied(self.config):
+        with _written_as_relufied(self.config), umask_decides(save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def _set_gradient_checkpointing(self, *args: object, **kwargs: object) -> None:
