@@ -95,4 +95,4 @@ def test_messages_of_errors_are_one_visible_line(capsys):
     assert main(["data", "prepare", "no\x1b[31m\nsuch\udcff", "--out", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert r"no\x1b[31m\nsuch\udcff: no such file or folder" in error
+    assert r"no\x1b[31m\nsuch\udcff: this name is not UTF-8; rename it" in error

@@ -15,6 +15,7 @@ from remoe.lab.compare.experiment import experiment_from_dict
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
 from remoe.lab.compare.runner import Worker, _Matrix, _why, check_device, train_missing
+from remoe.lab.compare.starter import Starter
 
 WORKERS = [Worker("cpu", 1)] * 2
 
@@ -34,7 +35,7 @@ def test_a_run_that_finishes_in_spite_of_a_signal_is_finished_whoever_waits_for_
     finish(pool, second, 4.0, 1.0)
     pool._save(second, whole(pool, second))
     interrupt = SimpleNamespace(received=None)
-    matrix = _Matrix(experiment, pool, None, Live(experiment, pool, 2), interrupt)
+    matrix = _Matrix(experiment, pool, None, Live(experiment, pool, 2), interrupt, Starter())
 
     def train(matrix, run, worker, lock):
         time.sleep(0.2)  # the other worker has found that only this run is left

@@ -212,7 +212,7 @@ def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
     (run / "checkpoints" / "best" / "training.json").unlink()
     capsys.readouterr()
     assert main(["report", str(run / "checkpoints" / "best")]) == 2
-    assert "training.json is missing or damaged" in capsys.readouterr().err
+    assert "training.json cannot be read (No such file" in capsys.readouterr().err
 
 
 def test_a_report_does_not_make_an_old_run_the_newest(run, tmp_path, monkeypatch):

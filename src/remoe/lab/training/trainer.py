@@ -29,6 +29,7 @@ from remoe.lab.training.metrics import MetricsWriter
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.validate import Evaluation, evaluate, total
+from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 from remoe.stages import stage
@@ -93,6 +94,8 @@ class Trainer:
         info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
+        # A run that 0.1.0 began counts the ids that no token has to its end.
+        self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
         self.step = self.saved_step = info["step"]
         self._seconds_before, self._peak_before = info["seconds"], info["peak_memory_bytes"]
 
