@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remoe.lab.data.batches import TrainBatches, ValidationWindows
-    from remoe.lab.data.dataset import Dataset, Split, open_dataset, verify_hashes
+    from remoe.lab.data.dataset import Dataset, Split, open_dataset, spot_check, verify_hashes
     from remoe.lab.data.documents import TOTAL, Document
     from remoe.lab.data.options import PrepareOptions
     from remoe.lab.data.preparation import prepare
@@ -25,6 +25,7 @@ _HOMES = {
     "load_tokenizer": "tokenizer",
     "open_dataset": "dataset",
     "prepare": "preparation",
+    "spot_check": "dataset",
     "tokenizer_fingerprint": "tokenizer",
     "verify_hashes": "dataset",
 }
@@ -40,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "open_dataset",
     "prepare",
+    "spot_check",
     "tokenizer_fingerprint",
     "verify_hashes",
 ]

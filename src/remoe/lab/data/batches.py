@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from remoe.errors import ConfigError, DataError
-from remoe.lab.data.dataset import Split
+from remoe.lab.data.dataset import Split, check_ids
+from remoe.lab.data.manifest import Shard
 
 IGNORED_TARGET = -100  # which torch's cross entropy ignores
 
@@ -44,15 +45,20 @@ class TrainBatches:
         return int(self._first_window[-1])
 
     def batch(self, step: int) -> torch.Tensor:
-        """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one."""
+        """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one.
+
+        Raises DataError, which names the shard, for an id outside of the vocabulary.
+        """
         tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
         first = step * self.batch_size
         for row in range(self.batch_size):
             epoch, place = divmod(first + row, self.windows_per_epoch)
             window = int(self._epoch_order(epoch)[place])
-            shard = int(np.searchsorted(self._first_window, window, side="right")) - 1
-            start = (window - int(self._first_window[shard])) * self.seq_len
-            tokens_BS[row] = self.split.shards[shard].tokens[start : start + self.seq_len + 1]
+            number = int(np.searchsorted(self._first_window, window, side="right")) - 1
+            start = (window - int(self._first_window[number])) * self.seq_len
+            shard = self.split.shards[number]
+            tokens_BS[row] = shard.tokens[start : start + self.seq_len + 1]
+            check_ids(shard, start, tokens_BS[row], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -82,7 +88,7 @@ class ValidationWindows:
 
     def num_predictions(self, domain: str, max_tokens: int | None = None) -> int:
         """Number of targets in `batches` with the same arguments."""
-        return sum(len(run) for run in self._runs(domain, max_tokens)) - 1
+        return sum(end - start for _, start, end in self._runs(domain, max_tokens)) - 1
 
     def shares(self, max_tokens: int | None) -> dict[str, int | None]:
         """About `max_tokens` divided among the domains in proportion to their sizes; None means everything."""
@@ -107,16 +113,17 @@ class ValidationWindows:
 
         Where the mask is False, the input is padding (0) and the target is -100. With `max_tokens`, only the first
         whole documents that together have at most that many tokens, but at least one document. Raises DataError
-        for a domain that the split does not have.
+        for a domain that the split does not have, and one that names the shard for an id outside of the vocabulary.
         """
         size = batch_size * self.seq_len
         pending = np.empty(0, np.int64)
-        for run in self._runs(domain, max_tokens):
-            start = 0
-            while start < len(run):
-                stop = start + size + 1 - len(pending)
-                pending = np.concatenate([pending, run[start:stop].astype(np.int64)])
-                start = min(stop, len(run))
+        for shard, start, end in self._runs(domain, max_tokens):
+            while start < end:
+                stop = min(start + size + 1 - len(pending), end)
+                tokens_T = shard.tokens[start:stop].astype(np.int64)
+                check_ids(shard, start, tokens_T, self.split.vocab_size)
+                pending = np.concatenate([pending, tokens_T])
+                start = stop
                 if len(pending) == size + 1:
                     yield self._windows(pending)
                     pending = pending[-1:]
@@ -134,15 +141,15 @@ class ValidationWindows:
         mask_NS.reshape(-1)[:predictions] = True
         return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
 
-    def _runs(self, domain: str, max_tokens: int | None) -> Iterator[np.ndarray]:
-        """The domain's tokens in order, as slices of the memory maps; neighbouring documents share a slice."""
+    def _runs(self, domain: str, max_tokens: int | None) -> Iterator[tuple[Shard, int, int]]:
+        """Where the domain's tokens are, in order: shard, first token and end; neighbouring documents share a run."""
         for number, documents in self._document_spans(domain, max_tokens):
             shard = self.split.shards[number]
             starts, ends = shard.document_offsets[documents], shard.document_offsets[documents + 1]
             breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
             firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(documents)]]) - 1
             for first, last in zip(firsts, lasts, strict=True):
-                yield shard.tokens[starts[first] : ends[last]]
+                yield shard, int(starts[first]), int(ends[last])
 
     def _document_spans(self, domain: str, max_tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Shard number and document numbers (int64) of the domain, up to `max_tokens`."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from remoe.errors import DataError
 from remoe.lab.data.manifest import (
     MANIFEST_NAME,
@@ -21,6 +23,9 @@ from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WHOLE_BYTES = 64 * 2**20  # shards of so many bytes altogether are read in well under a second
+SAMPLED_BLOCKS, BLOCK_TOKENS, SAMPLED_DOCUMENTS = 16, 8192, 64
+
 
 @dataclass(frozen=True)
 class Split:
@@ -31,6 +36,7 @@ class Split:
     domains: tuple[str, ...]
     shards: tuple[Shard, ...]
     record: SplitRecord
+    vocab_size: int
 
     @property
     def num_tokens(self) -> int:
@@ -122,7 +128,10 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 def verify_hashes(dataset: Dataset) -> None:
-    """Read every shard and compare it with its sha256; raises DataError naming every shard that differs."""
+    """Read every shard and compare it with its sha256; raises DataError naming every shard that differs.
+
+    Raises DataError also for a shard with a token id that is outside of the vocabulary.
+    """
     damaged = []
     for split in (dataset.train, dataset.validation):
         for shard, record in zip(split.shards, split.record.shards, strict=True):
@@ -131,12 +140,71 @@ def verify_hashes(dataset: Dataset) -> None:
                 damaged.append(record.file)
     if damaged:
         raise DataError(f"{dataset.path}: damaged (sha256 differs): {', '.join(damaged)}")
+    for split in (dataset.train, dataset.validation):
+        for shard in split.shards:
+            for start in range(0, shard.num_tokens, WHOLE_BYTES):
+                check_ids(shard, start, shard.tokens[start : start + WHOLE_BYTES], split.vocab_size)
+
+
+def spot_check(dataset: Dataset) -> None:
+    """Look for damage in at most about a second; `verify_hashes` finds all, but reads everything.
+
+    A small dataset is verified whole. Of each shard of a larger one some blocks are read: their token ids must be in
+    the vocabulary; its documents must be of a domain, follow one another and end with the EOS token. Raises
+    DataError naming the shard.
+    """
+    shards = [(split, shard) for split in (dataset.train, dataset.validation) for shard in split.shards]
+    if sum(shard.path.stat().st_size for _, shard in shards) <= WHOLE_BYTES:
+        verify_hashes(dataset)
+        return
+    for split, shard in shards:
+        for start in _spread(shard.num_tokens, SAMPLED_BLOCKS, BLOCK_TOKENS):
+            check_ids(shard, start, shard.tokens[start : start + BLOCK_TOKENS], split.vocab_size)
+        for first in _spread(shard.num_documents, SAMPLED_BLOCKS, SAMPLED_DOCUMENTS):
+            _check_documents(shard, first, dataset)
+
+
+def check_ids(shard: Shard, start: int, tokens_T: np.ndarray, vocab_size: int) -> None:
+    """Raise DataError, which names the shard, if one of its tokens from number `start` on is not in the vocabulary."""
+    if len(tokens_T) and int(tokens_T.max()) >= vocab_size:
+        place = int(np.argmax(tokens_T >= vocab_size))
+        raise DataError(
+            f"{shard.path}: damaged: token {start + place} has id {tokens_T[place]}, but the vocabulary has"
+            f" {vocab_size} ids; `remoe data check` finds all damage"
+        )
+
+
+def _spread(count: int, blocks: int, size: int) -> list[int]:
+    """Starts of at most `blocks` blocks of `size` items, evenly spread over `count` items, both ends among them."""
+    return sorted({round(start) for start in np.linspace(0, max(count - size, 0), blocks)})
+
+
+def _check_documents(shard: Shard, first: int, dataset: Dataset) -> None:
+    last = min(first + SAMPLED_DOCUMENTS, shard.num_documents)
+    offsets_N = shard.document_offsets[first : last + 1]
+    domain_N, bytes_N = shard.document_domain[first:last], shard.document_bytes[first:last]
+    ordered = (offsets_N[0] == 0 if first == 0 else offsets_N[0] > 0) and bool((np.diff(offsets_N) > 0).all())
+    ordered &= offsets_N[-1] == shard.num_tokens if last == shard.num_documents else offsets_N[-1] < shard.num_tokens
+    known = bool(((domain_N >= 0) & (domain_N < len(dataset.domains)) & (bytes_N >= 0)).all())
+    if not (ordered and known and _end_with_eos(shard, offsets_N, dataset.eos_token_id)):
+        raise DataError(
+            f"{shard.path}: damaged: documents {first} to {last - 1} are not as they were written;"
+            " `remoe data check` finds all damage"
+        )
+
+
+def _end_with_eos(shard: Shard, offsets_N: np.ndarray, eos: int) -> bool:
+    """Whether the documents end with EOS, and do not all begin with it: EOS is often 0, which lost pages hold."""
+    starts, ends = offsets_N[:-1], offsets_N[1:]
+    starts = starts[ends - starts > 1]
+    lost = len(starts) > 0 and bool((shard.tokens[starts] == eos).all())
+    return not lost and bool((shard.tokens[ends - 1] == eos).all())
 
 
 def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
     record = manifest.splits[name]
     shards = tuple(_open_shard(folder, manifest, name, number, entry) for number, entry in enumerate(record.shards))
-    return Split(name, folder, tuple(manifest.domains), shards, record)
+    return Split(name, folder, tuple(manifest.domains), shards, record, manifest.vocab_size)
 
 
 def _open_shard(folder: Path, manifest: Manifest, split: SplitName, number: int, record: ShardRecord) -> Shard:

@@ -12,7 +12,7 @@ import torch
 import remoe
 from remoe.errors import CheckpointError
 from remoe.experts.cpu import build as kernels
-from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare
+from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare, spot_check
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
@@ -61,6 +61,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
+    spot_check(dataset)
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
