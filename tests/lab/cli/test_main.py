@@ -1,6 +1,7 @@
 """The entry point: `remoe`, `python -m remoe`, and what it says when a package is missing."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -30,6 +31,18 @@ def test_a_missing_package_is_one_line_that_names_the_extra(command, package):
     done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
     expected = f"remoe: error: this command needs {package}: pip install 'remoe[lab]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
+@pytest.mark.parametrize("command", ["train --router bogus", "plan tiny", "generate nowhere", "eval nowhere"])
+def test_a_terminal_shows_at_once_that_libraries_are_loaded(command):
+    ours, terminal = pty.openpty()
+    argv = [sys.executable, "-m", "remoe", *command.split()]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=terminal):
+        os.close(terminal)
+        assert os.read(ours, 100).startswith(b"loading PyTorch")
+    os.close(ours)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

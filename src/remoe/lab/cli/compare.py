@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with
 from remoe.lab.training.config import NamedValues
 
@@ -97,16 +97,16 @@ def compare_command(argv: list[str]) -> int:
     out = Path(options.out) if options.out else Path("runs/compare") / experiment.name
     _check_results(out)
 
-    from remoe.lab.compare.live import Live
-    from remoe.lab.compare.output import pack_records, write
-    from remoe.lab.compare.pool import Pool
-    from remoe.lab.compare.record import DataDescription
-    from remoe.lab.compare.runner import check_device, check_models, train_missing, workers_on
-    from remoe.lab.machine import keep_freed_memory, pick_device
-    from remoe.lab.training.build import wants_bfloat16
-    from remoe.lab.training.interrupt import exit_code
+    with importing():
+        from remoe.lab.compare.live import Live
+        from remoe.lab.compare.output import pack_records, write
+        from remoe.lab.compare.pool import Pool
+        from remoe.lab.compare.record import DataDescription
+        from remoe.lab.compare.runner import check_device, check_models, train_missing, workers_on
+        from remoe.lab.machine import keep_freed_memory, pick_device
+        from remoe.lab.training.build import wants_bfloat16
+        from remoe.lab.training.interrupt import exit_code
 
-    quiet_transformers()
     keep_freed_memory()
     tasks = _tasks(options)  # reports errors before hours of work
     device = pick_device(options.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,11 +120,11 @@ def megatron_command(argv: list[str]) -> int:
     options = parse(MegatronOptions, argv, prog="remoe convert megatron")
     out = _new_folder(options.out)
 
-    import remoe
-    from remoe.lab.data import load_tokenizer
-    from remoe.lab.data.tokenizer import vocabulary_size
+    with importing():
+        import remoe
+        from remoe.lab.data import load_tokenizer
+        from remoe.lab.data.tokenizer import vocabulary_size
 
-    quiet_transformers()
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     model = remoe.load_megatron(options.source, options.iteration)
     known, tokens = model.config.vocab_size, 0 if tokenizer is None else vocabulary_size(tokenizer)
@@ -156,9 +156,9 @@ def _dataset(data: str, count: int) -> "Dataset":
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A model and its tokenizer; a source that does not exist here is a name on the Hugging Face hub."""
-    from remoe.lab.training.load import load_model
+    with importing():
+        from remoe.lab.training.load import load_model
 
-    quiet_transformers()
     if not Path(source).exists():
         print(f"{source} is not a folder here: looking on the Hugging Face hub", flush=True)
     model, tokenizer, _ = load_model(source, hub=True)

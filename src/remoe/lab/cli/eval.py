@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with, write_output
 
 if TYPE_CHECKING:
@@ -87,9 +87,8 @@ def _check_json(path: Path) -> None:
 
 
 def _evaluate_domains(options: EvalOptions) -> int:
-    from remoe.lab.evaluation.trained import evaluate_run
-
-    quiet_transformers()
+    with importing():
+        from remoe.lab.evaluation.trained import evaluate_run
 
     def evaluated(scheme: str | None):
         return evaluate_run(
@@ -124,9 +123,9 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
                 f"--sweep-threshold takes numbers separated by commas, or auto, not {thresholds}"
             ) from None
 
-    from remoe.lab.evaluation.sweep import sweep_run
+    with importing():
+        from remoe.lab.evaluation.sweep import sweep_run
 
-    quiet_transformers()
     checkpoint, dataset, points = sweep_run(
         options.run,
         options.data,
@@ -145,10 +144,10 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
 
 
 def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
-    from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
-    from remoe.lab.machine import keep_freed_memory, pick_device
+    with importing():
+        from remoe.lab.evaluation.zeroshot import evaluate_model, load_tasks, parse_tasks
+        from remoe.lab.machine import keep_freed_memory, pick_device
 
-    quiet_transformers()
     loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))
     keep_freed_memory()
     found = evaluate_model(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 
 PROG = "remoe export"
 
@@ -24,9 +24,9 @@ def export_command(argv: list[str]) -> int:
     """Writes the folder and prints how to load it."""
     options = parse(ExportOptions, argv, prog=PROG)
 
-    from remoe.lab.export import export_run
+    with importing():
+        from remoe.lab.export import export_run
 
-    quiet_transformers()
     out = export_run(options.run, options.out)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")

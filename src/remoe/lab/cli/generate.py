@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.generation import SamplingOptions
 from remoe.lab.text import lines
 
@@ -30,10 +30,10 @@ def generate_command(argv: list[str]) -> int:
     options = parse(GenerateOptions, argv, prog=PROG)
     options.sampling.check()
 
-    from remoe.lab.generation import generate_text
-    from remoe.lab.training.load import load_model
+    with importing():
+        from remoe.lab.generation import generate_text
+        from remoe.lab.training.load import load_model
 
-    quiet_transformers()
     model, tokenizer, _ = load_model(options.run)
     text = options.prompt + generate_text(model, tokenizer, options.prompt, options.sampling)
     print(lines(text) if sys.stdout.isatty() else text)

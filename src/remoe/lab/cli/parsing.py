@@ -5,6 +5,8 @@ import difflib
 import io
 import itertools
 import re
+import sys
+from collections.abc import Iterator
 from typing import TypeVar
 
 import tyro
@@ -85,8 +87,17 @@ def _not_a_number(said: re.Match) -> str:
     return f"{said[1]} must be a {kind}, but is {said[3]}"
 
 
-def quiet_transformers() -> None:
-    """Turns off the progress bars that transformers shows for every file that it reads or writes."""
-    from transformers.utils import logging
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Context of imports that take seconds, which a terminal is told; then transformers shows no progress bars."""
+    note = "transformers" not in sys.modules and sys.stderr.isatty()
+    if note:
+        print("loading PyTorch and transformers ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
+        logging.disable_progress_bar()
+    finally:
+        if note:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

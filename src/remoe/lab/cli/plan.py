@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.training.presets import preset
 
 PROG = "remoe plan"
@@ -50,8 +50,9 @@ def plan_command(argv: list[str]) -> int:
     if options.intermediate_size is not None:
         model["intermediate_size"] = options.intermediate_size
 
-    from remoe.models.configuration_remoe import RemoeConfig
-    from remoe.models.plan import plan
+    with importing():
+        from remoe.models.configuration_remoe import RemoeConfig
+        from remoe.models.plan import plan
 
     def planned(router: str):
         config = RemoeConfig(

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, is_report
 
 PROG = "remoe report"
@@ -46,9 +46,9 @@ def report_command(argv: list[str]) -> int:
             raise ConfigError(f"--out {out}: {out.parent} is not a folder")
         check_output("--out", out, is_report)
 
-    from remoe.lab.report import write_report
+    with importing():
+        from remoe.lab.report import write_report
 
-    quiet_transformers()
     page = write_report(options.run, options.data, out, max_tokens=options.max_tokens, excerpt_tokens=options.excerpt)
     print(f"report       {page}   (open it in a browser)")
     return 0

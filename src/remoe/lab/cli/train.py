@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import parse, quiet_transformers
+from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 
 PROG = "remoe train"
@@ -13,7 +13,8 @@ def train_command(argv: list[str]) -> int:
     """Trains or continues a run; returns 128 plus the signal's number when a signal stopped it."""
     given = parse(TrainConfig, argv, prog=PROG)  # only to find the preset, file or run that the flags are laid over
 
-    from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
+    with importing():
+        from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
         raise ConfigError("--resume uses the options of the run: leave --config out")
@@ -37,7 +38,7 @@ def train_command(argv: list[str]) -> int:
             print(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
     config.out = str(run.path)
 
-    from remoe.lab.training.train import run_training
+    with importing():
+        from remoe.lab.training.train import run_training
 
-    quiet_transformers()
     return run_training(config, run, saved)
