@@ -38,8 +38,7 @@ class MoE(nn.Module):
         max_experts: at evaluation, the largest number of experts executed per token; None for no limit.
 
     Raises:
-        ConfigError: for a size that is not a whole number, k > E, an unknown router or backend, a granularity that does
-            not divide d_ffn.
+        ConfigError: for sizes that are not whole numbers or do not fit together, and an unknown router or backend.
     """
 
     def __init__(
@@ -82,12 +81,7 @@ class MoE(nn.Module):
             self.shared_expert.reset_parameters(std)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        token_ids: Tensor | None = None,
-        documents: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | None = None, *, token_ids: Tensor | None = None, documents: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """Runs the layer.
 

@@ -145,8 +145,8 @@ class SparsityController(Float32State):
         of several kinds raise a ConfigError.
         """
         layers = tuple(layers)
-        routers = [_router_of(layer) for layer in layers]
-        check(bool(routers), "a controller needs at least one layer")
+        check(bool(layers), "a controller needs at least one layer")
+        routers = [layer if isinstance(layer, Router) else layer.router for layer in layers]
         kinds = {(type(router), router.num_experts, router.k) for router in routers}
         check(len(kinds) == 1, f"a controller is for layers of one kind, but these are of {len(kinds)} kinds")
         router = routers[0]
@@ -156,7 +156,7 @@ class SparsityController(Float32State):
     @property
     def routers(self) -> list[Router]:
         """The routers of the layers that the controller was made for."""
-        return [_router_of(layer) for layer in self.layers]
+        return [layer if isinstance(layer, Router) else layer.router for layer in self.layers]
 
     @property
     def target(self) -> float:
@@ -169,10 +169,7 @@ class SparsityController(Float32State):
         return self.lam.clone() if self.steered else torch.full_like(self.lam, self.router_aux_loss_coef)
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
-        """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9 and 11), or their sum.
-
-        Raises ConfigError for another number of routings than layers.
-        """
+        """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9, 11), or their sum; one routing a layer."""
         L = self.load_LE.shape[0]
         check(len(routings) == L, f"a routing is needed for each of {L} layers, but {len(routings)} were given")
         total = self._stacked(routings, "regularizer").sum()
@@ -286,7 +283,3 @@ class SparsityController(Float32State):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, target={self.target:.4g}"
-
-
-def _router_of(layer: "MoE | Router") -> Router:
-    return layer if isinstance(layer, Router) else layer.router
