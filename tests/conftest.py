@@ -1,6 +1,7 @@
 """Shared by all tests: no network, fixed seeds, one small corpus."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import pytest
 import torch
 
 from remoe.lab.data import PrepareOptions, prepare
+
+# As in a terminal, even if the tests run in the background or under nohup: commands inherit what is ignored here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

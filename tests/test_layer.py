@@ -1,5 +1,7 @@
 """The layer against the paper's formulas in float64 loops: output, penalty and every gradient."""
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -224,9 +226,11 @@ def test_inputs_of_a_wrong_shape_are_named(x, others, words):
         remoe.MoE(6, 8, 4, 1)(torch.randn(x), **given)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "naive", "grouped"])
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [*itertools.product(("training", "evaluation", "pruned"), ("cpu", "naive", "grouped")), ("compiled", "cpu")],
+)
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "lory"])
-@pytest.mark.parametrize("mode", ["training", "evaluation", "pruned", "compiled"])
 def test_nan_stays_visible_in_its_token_alone(router, backend, mode):
     layer = remoe.MoE(16, 32, 4, 2, router, backend=backend, init_std=0.3).train(mode in ("training", "compiled"))
     if mode == "pruned":

@@ -24,7 +24,7 @@ def load_own_routers(files: str) -> None:
             raise ConfigError(f"REMOE_ROUTERS names {path}, which is not a Python file")
         try:
             spec.loader.exec_module(module_from_spec(spec))
-        except Exception as error:  # whatever a user's file can raise
+        except (Exception, SystemExit) as error:  # whatever a user's file can raise
             raise ConfigError(f"REMOE_ROUTERS: {path}: {type(error).__name__}: {error}") from error
         if before == ROUTERS:
             raise ConfigError(f"REMOE_ROUTERS: {path} puts no router into remoe.routing.ROUTERS")

@@ -35,6 +35,7 @@ def test_a_short_text_with_rare_tokens_and_a_domain_without_any(trial, tmp_path)
     assert not any("Fig. 7" in title for title in drawn)
 
 
+@pytest.mark.slow
 def test_a_system_that_looks_ahead_in_training_is_marked(tmp_path):
     variants = {"relu": {}, "choice": {"router": "expert_choice"}}
     trial = experiment_from_dict({"title": "T", "variants": variants}, "trial", "trial.yaml")

@@ -27,6 +27,7 @@ def test_output_folder_and_exit_code(tmp_path, monkeypatch):
     assert forked.start(["--version"], tmp_path / "output", tmp_path / "errors").wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(corpus, tmp_path):
     """Its session, threads and environment are its own, it holds what it is given, and outlives what started it."""
     log, lock = tmp_path / "log", tmp_path / "lock"

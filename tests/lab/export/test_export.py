@@ -69,6 +69,7 @@ def load_without_remoe(folder, tmp_path, monkeypatch):
     return ids, torch.load(tmp_path / "result.pt")
 
 
+@pytest.mark.slow
 def test_loads_without_this_package(exported, tmp_path, monkeypatch):
     _, folder = exported
     ids, result = load_without_remoe(folder, tmp_path, monkeypatch)
@@ -124,6 +125,7 @@ def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, 
     assert len({loss.item() for loss in losses}) == 1
 
 
+@pytest.mark.slow
 def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):
     run, folder = exported
     data = RunFolder(run).load_config().data

@@ -135,6 +135,7 @@ def test_no_output_loses_a_run(corpus, uninterrupted, tmp_path, encoding, closed
     same_run(uninterrupted, out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # then the first line, before any step, meets the closed pipe
 def test_a_closed_output_saves_and_stops(corpus, uninterrupted, tmp_path, monkeypatch, capsys, unbuffered):

@@ -121,7 +121,7 @@ def _iteration_folder(folder: Path, iteration: int | None) -> Path:
     elif not (folder / TRACKER).is_file():
         raise ConfigError(f"{folder} holds no checkpoint of Megatron: {TRACKER} is missing")
     else:
-        newest = (folder / TRACKER).read_text().strip()
+        newest = (folder / TRACKER).read_text(errors="replace").strip()
         if newest != "release" and not newest.isdecimal():
             raise ConfigError(f"{folder / TRACKER} names no iteration but {newest!r}")
         path = folder / (newest if newest == "release" else f"iter_{int(newest):07d}")

@@ -8,6 +8,7 @@ A checkpoint is a folder `step-00000200` that transformers can load (`config.jso
 import hashlib
 import json
 import shutil
+from operator import index
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def saved_step(path: Path) -> int:
         CheckpointError: when `training.json` is missing or damaged.
     """
     try:
-        return int(json.loads((path / "training.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return index(json.loads((path / "training.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / 'training.json'} is missing or damaged ({error})") from error
 
 
@@ -114,7 +115,7 @@ def load_training_state(
         if wrong := [*(set(missing) - tied), *unexpected]:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
         _restore_training(state, model, optimizer)
-        info = {"step": info["step"], "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
+        info = {"step": index(info["step"]), "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error

@@ -23,6 +23,11 @@ from remoe.lab.training.yaml_files import to_yaml
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
+# Numbers that every summary has.
+_FIGURES = (
+    "steps", "total_parameters", "active_parameters", "tokens", "flops", "peak_memory_bytes", "seconds",
+    "validation_loss", "target_sparsity", "final_sparsity",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -70,11 +75,20 @@ class RunFolder:
         return max(place.stat().st_mtime for place in places if place.exists())
 
     def load_summary(self) -> dict:
-        """The final figures; an empty dict for a run that is not finished."""
+        """The final figures; an empty dict for a run that is not finished.
+
+        A file that is damaged or lacks a figure counts as none, with a warning: resuming the run writes it again.
+        """
         try:
-            return json.loads(self.summary.read_text())
-        except (FileNotFoundError, ValueError):  # 0.1.0 could leave half a file when it was killed
+            found = json.loads(self.summary.read_text())
+        except FileNotFoundError:
             return {}
+        except (ValueError, RecursionError):  # 0.1.0 could leave half a file when it was killed
+            found = None
+        if _is_summary(found):
+            return found
+        logger.warning("%s is damaged: the run is taken as not finished; --resume writes it again", self.summary)
+        return {}
 
     def load_config(self) -> TrainConfig:
         """The run's options.
@@ -136,3 +150,14 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     checkpoint = Path(os.path.abspath(checkpoint))
     run = RunFolder(checkpoint.parent.parent)
     return run if checkpoint.parent.name == run.checkpoints.name and run.config.exists() else None
+
+
+def _is_summary(found: object) -> bool:
+    try:
+        rows = found["validation"]
+        numbers = (
+            [found[name] for name in _FIGURES] + [row["loss"] for row in rows.values()] + [rows["all"]["sparsity"]]
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
+    return all(isinstance(number, int | float) for number in numbers)

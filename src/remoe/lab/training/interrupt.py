@@ -29,7 +29,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for number in ENDS:
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -84,15 +84,15 @@ def iterate_metrics(path: Path) -> Iterator[dict]:
     Raises:
         RemoeError: when another line is not JSON, or is not a record of a step.
     """
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 if next(file, None) is None:
                     return
                 raise RemoeError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(record, dict) or "step" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise RemoeError(f"{path}, line {number}: not a record of a step")
             yield record
 

@@ -49,6 +49,8 @@ def read_yaml(path: str | Path, kind: str) -> Any:
         return yaml.load(Path(path).read_text(), StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {kind} {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"cannot read {kind} {path}: it is nested too deep") from error
     except (ValueError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
