@@ -39,9 +39,10 @@ def test_a_missing_package_is_one_line_that_names_the_extra(command, package):
 def test_a_terminal_shows_at_once_that_libraries_are_loaded(command):
     ours, terminal = pty.openpty()
     argv = [sys.executable, "-m", "remoe", *command.split()]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=terminal):
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=terminal) as process:
         os.close(terminal)
         assert os.read(ours, 100).startswith(b"loading PyTorch")
+        process.kill()
     os.close(ours)
 
 
