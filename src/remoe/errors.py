@@ -53,7 +53,7 @@ def check(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_whole(least: int, **values: object) -> None:
+def check_integers(least: int, **values: object) -> None:
     """Raises ConfigError unless each of the values, given by its name, is a whole number of at least `least`."""
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool):

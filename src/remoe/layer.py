@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check, check_whole
+from remoe.errors import ConfigError, check, check_integers
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
@@ -56,8 +56,8 @@ class MoE(nn.Module):
         router_options: dict[str, object] | None = None,
     ) -> None:
         super().__init__()
-        check_whole(1, d_model=d_model, d_ffn=d_ffn, num_experts=num_experts, k=k, granularity=granularity)
-        check_whole(0, shared_expert_size=shared_expert_size)
+        check_integers(1, d_model=d_model, d_ffn=d_ffn, num_experts=num_experts, k=k, granularity=granularity)
+        check_integers(0, shared_expert_size=shared_expert_size)
         check(d_ffn % granularity == 0, f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
         check(k <= num_experts, f"k = {k} is more than the number of experts, {num_experts}")
         check(0 <= init_std < math.inf, f"init_std must be finite and not negative, but is {init_std}")

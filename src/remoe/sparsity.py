@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check, check_choice, check_whole
+from remoe.errors import ConfigError, check, check_choice, check_integers
 from remoe.routing.assignment import Routing
 from remoe.routing.base import Float32State, Router
 
@@ -113,7 +113,7 @@ class SparsityController(Float32State):
         super().__init__()
         check_choice("sparsity rule", rule, RULES)
         check_choice("regularizer_normalization", regularizer_normalization, NORMALIZATIONS)
-        check_whole(1, num_layers=num_layers, num_experts=num_experts, k=k)
+        check_integers(1, num_layers=num_layers, num_experts=num_experts, k=k)
         check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
         finite = 0 < lambda_init < math.inf and 1 < alpha < math.inf
         check(finite, f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")

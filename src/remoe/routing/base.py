@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import check, check_whole
+from remoe.errors import check, check_integers
 from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 
@@ -74,7 +74,7 @@ class Router(Float32State, ABC):
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
-        check_whole(1, d_model=d_model, num_experts=num_experts, k=k)
+        check_integers(1, d_model=d_model, num_experts=num_experts, k=k)
         check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
         self.d_model, self.num_experts, self.k = d_model, num_experts, k
 
