@@ -17,23 +17,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
-from remoe.layer import MoE
-from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import Routing
-from remoe.routing.base import Float32State, Router
+from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
 
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
@@ -73,57 +70,6 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
     lm_loss: Tensor | None = None
     reg_loss: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
-
-
-def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwen3Attention:
-    """LLaMA's attention, or with norms on queries and keys Qwen3's; its projections by the faster matrix product."""
-    attention = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
-    for name, module in list(attention.named_children()):
-        if isinstance(module, nn.Linear):
-            setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
-    return attention
-
-
-class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
-    """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
-
-
-class RemoeDecoderLayer(GradientCheckpointingLayer):
-    """Attention and mixture of experts, each behind a norm and beside a residual connection."""
-
-    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = build_attention(config, layer_idx)
-        self.mlp = MoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            config.k,
-            config.router,
-            config.granularity,
-            backend=config.backend,
-            init_std=config.initializer_range,
-            shared_expert_size=config.shared_expert_size,
-            router_options=config.router_options,
-        )
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_BSD: Tensor,
-        token_mask_BS: Tensor | None = None,
-        ids_BS: Tensor | None = None,
-        document_BS: Tensor | None = None,
-        **attention,
-    ) -> tuple[Tensor, Routing, Tensor | None]:
-        # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
-        attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
-        hidden_BSD = hidden_BSD + attended_BSD
-        normed_BSD = self.post_attention_layernorm(hidden_BSD)
-        given = {} if document_BS is None else {"documents": document_BS}
-        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given)
-        return hidden_BSD + expert_BSD, routing, weights_BHSS
 
 
 class RemoePreTrainedModel(PreTrainedModel):
@@ -424,7 +370,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)
 
 
-def _refuse_reentrant_recomputation(layer: GradientCheckpointingLayer) -> None:
+def _refuse_reentrant_recomputation(layer: RemoeDecoderLayer) -> None:
     """Reentrant checkpointing follows tensors, not objects that hold them: it would cut the router's gradients off."""
     recompute = getattr(layer, "_gradient_checkpointing_func", None)
     if layer.gradient_checkpointing and getattr(recompute, "keywords", {}).get("use_reentrant"):

@@ -1,0 +1,66 @@
+"""One layer of the ReMoE language model: attention and mixture of experts.
+
+Legend: B batch, S sequence, D model width, H attention heads.
+"""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from remoe.layer import MoE
+from remoe.matmul import Linear
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.routing import Routing
+from remoe.routing.base import Float32State
+
+
+def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwen3Attention:
+    """LLaMA's attention, or with norms on queries and keys Qwen3's; its projections by the faster matrix product."""
+    attention = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
+    for name, module in list(attention.named_children()):
+        if isinstance(module, nn.Linear):
+            setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
+    return attention
+
+
+class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
+    """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
+
+
+class RemoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention and mixture of experts, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = build_attention(config, layer_idx)
+        self.mlp = MoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            config.k,
+            config.router,
+            config.granularity,
+            backend=config.backend,
+            init_std=config.initializer_range,
+            shared_expert_size=config.shared_expert_size,
+            router_options=config.router_options,
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        token_mask_BS: Tensor | None = None,
+        ids_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        **attention,
+    ) -> tuple[Tensor, Routing, Tensor | None]:
+        # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
+        attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
+        hidden_BSD = hidden_BSD + attended_BSD
+        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        given = {} if document_BS is None else {"documents": document_BS}
+        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given)
+        return hidden_BSD + expert_BSD, routing, weights_BHSS
