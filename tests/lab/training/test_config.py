@@ -4,7 +4,8 @@ import pytest
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
-from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml, renamed
+from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
+from remoe.lab.training.renamed import renamed
 from remoe.lab.training.yaml_files import to_yaml
 
 DEFAULTS_OF_0_1_0 = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}

@@ -17,6 +17,7 @@ import tyro
 from remoe.errors import ConfigError, check
 from remoe.lab.generation import check_prompt
 from remoe.lab.training.presets import preset
+from remoe.lab.training.renamed import renamed
 from remoe.lab.training.yaml_files import read_yaml
 
 
@@ -282,8 +283,6 @@ _HOLDS = {
     "finite and above 0": lambda value: 0 < value < math.inf,
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
-# Options of the model in 0.1.0 that have another name or place today, with their defaults.
-RENAMED = {"experts_backend": "auto", "load_balance": True, "max_experts_per_token": None}
 # Options that have no influence on the trained weights.
 _FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
@@ -330,40 +329,6 @@ def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is not a mapping of options")
     return config_from_dict({**values, **overrides}, str(path))
-
-
-def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested options with those of version 0.1.0 under today's names.
-
-    `model.experts_backend` became `model.backend`; `model.load_balance` and `model.max_experts_per_token` became
-    options of the router. An old name with its default value is dropped, so `values` must be complete: merge a base
-    with what is laid over it first. An option under its new name takes precedence. Backend "loop" became "cpu".
-    """
-    model = values.get("model")
-    if not isinstance(model, dict):
-        return values
-    if model.get("backend") == "loop":
-        model = {**model, "backend": "cpu"}
-        values = {**values, "model": model}
-    if not model.keys() & RENAMED.keys():
-        return values
-    old = {name: value for name, value in model.items() if value != RENAMED.get(name, value)}
-    model = {name: value for name, value in model.items() if name not in RENAMED}
-    if "experts_backend" in old:
-        backend = old.pop("experts_backend")
-        model.setdefault("backend", "cpu" if backend == "loop" else backend)
-    if "load_balance" in old and not _has_option(str(values.get("router", "relu")), "load_balance"):
-        del old["load_balance"]  # 0.1.0 ignored it for such routers
-    given = values.get("router_options") or {}
-    if not old or not isinstance(given, dict):
-        return {**values, "model": model}
-    return {**values, "model": model, "router_options": {**old, **given}}
-
-
-def _has_option(router: str, option: str) -> bool:
-    from remoe.routing import ROUTERS, router_options  # needs torch
-
-    return router in ROUTERS and option in router_options(ROUTERS[router])
 
 
 def preset_values(name: str) -> dict[str, Any]:
