@@ -101,9 +101,8 @@ def load_training_state(
         `info` as given to `save_checkpoint`, with "step"; and S of each step so far.
 
     Raises:
-        CheckpointError: when a file is missing or damaged, or tensors do not fit the model.
+        CheckpointError: when a file is missing or unreadable, or tensors do not fit the model. `verify` finds damage.
     """
-    verify(path)
     try:
         info = json.loads((path / "training.json").read_text())
         weights = {
@@ -182,9 +181,14 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path / foreign[0]} does not belong to this checkpoint")
 
 
-def check_whole(path: Path) -> None:
-    """Raises CheckpointError unless a run can be resumed from a checkpoint: as `verify`, and no file is missing."""
-    verify(path)
+def check_whole(path: Path, *, verified: bool) -> None:
+    """Raises CheckpointError if a run cannot be resumed from a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        verified: also `verify` it, which reads all of it; otherwise only whether all files and headers are there.
+    """
+    (verify if verified else check_weights)(path)
     saved_step(path)
     for name in ("config.json", "training.safetensors"):
         if not (path / name).is_file():
@@ -192,7 +196,7 @@ def check_whole(path: Path) -> None:
     _check_header(path / "training.safetensors")
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+def newest_whole(folder: Path, *, verified: bool) -> tuple[Path | None, list[CheckpointError]]:
     """The newest checkpoint that `check_whole` accepts, and what is wrong with each newer one; None without any.
 
     Raises:
@@ -201,7 +205,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
     errors: list[CheckpointError] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            check_whole(path)
+            check_whole(path, verified=verified)
         except CheckpointError as error:
             errors.append(error)
         else:

@@ -100,17 +100,18 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml")
         return config_from_yaml(self.config)
 
-    def last_checkpoint(self, *, say: bool = False) -> Path | None:
-        """The newest whole checkpoint, or None for a run without any.
+    def last_checkpoint(self, *, verified: bool = False) -> Path | None:
+        """The newest checkpoint with all its files, or None for a run without any.
 
         Args:
-            say: whether to log a warning about each newer one, which is damaged.
+            verified: the newest whose checksums are right too, for which it is read; with a warning about each newer
+                one, which is damaged.
 
         Raises:
             CheckpointError: when every checkpoint is damaged.
         """
-        found, errors = newest_whole(self.checkpoints)
-        for error in errors if say else ():
+        found, errors = newest_whole(self.checkpoints, verified=verified)
+        for error in errors if verified else ():
             logger.warning("%s: this checkpoint is left out; the newest whole one is %s", error, found)
         return found
 

@@ -24,7 +24,7 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
     run = run_of(path) or RunFolder(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist or is not a folder")
-    checkpoint = path if run.path != path else run.last_checkpoint(say=True)
+    checkpoint = path if run.path != path else run.last_checkpoint(verified=True)
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint yet" if run.config.exists() else f"{path} is not a run")
     if checkpoint == path:

@@ -112,8 +112,10 @@ def _follow_the_data(run: RunFolder, saved: TrainConfig, data: str) -> None:
 
 def _is_finished(run: RunFolder, steps: int) -> bool:
     """Whether the run has its summary, and its newest checkpoint, if it has any, is that of the last step."""
-    checkpoint = run.last_checkpoint()
-    return run.load_summary().get("steps") == steps and (checkpoint is None or checkpoint_step(checkpoint) == steps)
+    if run.load_summary().get("steps") != steps:
+        return False
+    checkpoint = run.last_checkpoint(verified=True)
+    return checkpoint is None or checkpoint_step(checkpoint) == steps
 
 
 def _print_header(trainer: Trainer) -> None:

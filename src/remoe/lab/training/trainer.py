@@ -88,7 +88,7 @@ class Trainer:
             DataError: when the data was prepared with another tokenizer.
         """
         self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
-        checkpoint = self.run.last_checkpoint(say=True)
+        checkpoint = self.run.last_checkpoint(verified=True)
         if checkpoint is None:
             return
         info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
