@@ -2,21 +2,17 @@
 
 import json
 import os
-import pty
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import FLAGS
+from whole_run import STEPS, arguments, same_run, start, steps_recorded, train, wait_for, weights
 
 import remoe
 from remoe.errors import CheckpointError
@@ -26,53 +22,6 @@ from remoe.lab.files import locked, temporary_name
 from remoe.lab.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint, verify
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_run
-
-STEPS = 24
-
-
-def train(corpus, out, *flags):
-    return main(["train", "--data", str(corpus), "--out", str(out), "--steps", str(STEPS), *FLAGS, *flags])
-
-
-def arguments(corpus, out, *flags) -> list[str]:
-    command = ["train", "--data", str(corpus), "--out", str(out), "--steps", str(STEPS), *FLAGS]
-    return [*command, "--checkpoint.every", "5", *flags]
-
-
-def start(argv, folder):
-    return forked.start(argv, folder / "output", folder / "errors")
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it ended too early"
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-
-
-def steps_recorded(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors")
-
-
-def same_run(a: Path, b: Path):
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for x, y in zip(*(map(json.loads, (p / "metrics.jsonl").read_text().splitlines()) for p in (a, b)), strict=True):
-        assert {**x, "tokens_per_second": 0} == {**y, "tokens_per_second": 0}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(corpus, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(corpus, out) == 0
-    return out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes and signals of POSIX")
@@ -85,70 +34,6 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(corpus, uninterrupt
     process.wait(60)
     assert steps_recorded(out) < STEPS
     assert train(corpus, out, "--resume", "--checkpoint.every", "5") == 0
-    same_run(uninterrupted, out)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="processes and signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_exits_with_its_number(corpus, uninterrupted, tmp_path, number):
-    out = tmp_path / "stopped"
-    process = start(arguments(corpus, out, "--checkpoint.every", "1000"), tmp_path)
-    wait_for(lambda: steps_recorded(out) >= 3, process)
-    process.send_signal(number)
-    process.wait(60)
-    errors = (tmp_path / "errors").read_text()
-    assert process.returncode == 128 + number, errors
-    assert "--resume" in (tmp_path / "output").read_text()
-    assert "stopping after this step" in errors
-    assert list_checkpoints(out / "checkpoints")
-    assert train(corpus, out, "--resume") == 0
-    same_run(uninterrupted, out)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
-def test_a_closed_terminal_saves_and_stops(corpus, uninterrupted, tmp_path):
-    """Whatever is printed then is an error of the system, without a signal if the terminal is not the session's own."""
-    out = tmp_path / "stopped"
-    ours, terminal = pty.openpty()
-    argv = arguments(corpus, out, "--checkpoint.every", "1000", "--print-every", "1")
-    process = forked.starter().start(argv, os.environ, stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    wait_for(lambda: os.read(ours, 1 << 16) and steps_recorded(out) >= 3, process)
-    os.close(ours)
-    assert process.wait(60) == 141
-    assert list_checkpoints(out / "checkpoints")
-    assert train(corpus, out, "--resume") == 0
-    same_run(uninterrupted, out)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
-@pytest.mark.parametrize(("encoding", "closed"), [("ascii", ""), ("utf-8", ">&- 2>&-")])
-def test_no_output_loses_a_run(corpus, uninterrupted, tmp_path, encoding, closed):
-    out = tmp_path / "r\u00e9sum\u00e9"  # the end of a run prints this name
-    command = shlex.join([sys.executable, "-m", "remoe", *arguments(corpus, out)])
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert b"Traceback" not in done.stderr
-    assert (b"r\\xe9sum\\xe9" in done.stdout) == (encoding == "ascii")
-    same_run(uninterrupted, out)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # then the first line, before any step, meets the closed pipe
-def test_a_closed_output_saves_and_stops(corpus, uninterrupted, tmp_path, monkeypatch, capsys, unbuffered):
-    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "remoe", *arguments(corpus, out, "--checkpoint.every", "1000")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert (process.wait(timeout=60), errors) == (141, "")
-    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ([] if unbuffered else ["step-00000001"])
-    assert train(corpus, out, "--resume") == 0
-    assert ("no checkpoint yet: starting from the beginning" in capsys.readouterr().out) == bool(unbuffered)
     same_run(uninterrupted, out)
 
 
