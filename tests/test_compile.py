@@ -24,7 +24,10 @@ def losses_and_gradients(model, call, token_BS):
     return [out.loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("router", ["relu", "topk", "dense", "sparsemixer", "lory"])
+@pytest.mark.parametrize(
+    "router",
+    ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "dense", "sparsemixer", "lory"))],
+)
 def test_model_compiles_into_one_graph(router):
     torch.compiler.reset()
     model = tiny_model(router).train()

@@ -115,6 +115,7 @@ def test_of_the_experts_that_a_relufied_model_lists_it_keeps_the_wanted_ones(tmp
     assert kept == [wanted] * (2 * len(report.routers))
 
 
+@pytest.mark.slow
 def test_a_relufied_model_compiles_in_one_graph():
     model, ids = build("mixtral"), token_ids(2)
     remoe.relufy(model, [ids], max_loss_increase=None)

@@ -200,6 +200,7 @@ def test_finds_the_module_in_its_wrappers(wrap):
     assert routed_module(nn.Sequential(wrapped)) is model
 
 
+@pytest.mark.slow
 def test_compiled_model_trains(tmp_path):
     trainer = train(tiny(), tmp_path, torch_compile=True, torch_compile_backend="eager")
     plain = train(tiny(), tmp_path)

@@ -47,6 +47,7 @@ def test_no_more_is_written_than_there_is_room_for():
     assert torch.equal(token_N, torch.cat((torch.arange(40), torch.arange(10))))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs already")
 def test_in_the_interpreter():
     triton = pytest.importorskip("triton")

@@ -114,6 +114,7 @@ def found(folder: Path, limit: int) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_and_resumed(folder: Path, found: dict) -> None:
     # journal, tokenizer and journal, two for each of at least four shards, manifest and journal
     assert found["kills"] > 10
@@ -121,6 +122,7 @@ def test_killed_at_every_step_and_resumed(folder: Path, found: dict) -> None:
     assert not list((folder / "killed").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line_and_loses_nothing(folder: Path, found: dict) -> None:
     code, message = found["stopped"]
     assert code == 2

@@ -107,6 +107,7 @@ def test_a_model_without_code_is_written_without(tmp_path):
     assert not list(tmp_path.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):
     _, folder = exported
     shutil.copytree(folder, tmp_path / "modèle-2")
@@ -144,6 +145,7 @@ def test_eval_and_generate_take_the_folder(exported, tmp_path, capsys):
     assert "name a folder with --data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
     run, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -186,6 +188,7 @@ def test_other_routers_load_without_this_package(router, tmp_path, monkeypatch):
         torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_code_names_nothing_of_this_package(exported):
     _, folder = exported
     for path in folder.glob("*.py"):
@@ -193,6 +196,7 @@ def test_code_names_nothing_of_this_package(exported):
         assert not [line for line in lines if line.lstrip().startswith(("from remoe", "import remoe"))], path.name
 
 
+@pytest.mark.slow
 def test_code_imports_only_what_transformers_brings(exported):
     """transformers refuses to load a folder of the hub whose modules, any of them, import what is not installed."""
     _, folder = exported
@@ -257,6 +261,7 @@ def test_imports_that_the_folder_cannot_have_are_refused(line):
         relocated(line.encode())
 
 
+@pytest.mark.slow
 def test_folder_has_the_backends_that_need_torch_alone(exported, tmp_path, monkeypatch):
     _, folder = exported
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -279,6 +284,7 @@ def test_no_source_names_its_operators_in_another_way():
     assert not any(re.search(r'custom_op\(\s*"', source) for source in sources)
 
 
+@pytest.mark.slow
 def test_card_says_what_the_model_is(exported):
     run, folder = exported
     card = (folder / "README.md").read_text()
@@ -299,10 +305,10 @@ def test_card_says_what_the_model_is(exported):
 
 
 @pytest.mark.slow
-def test_unfinished_run_has_a_card_without_results(tmp_path):
+def test_unfinished_run_has_a_card_without_results(corpus, tmp_path):
     run = tmp_path / "run"
     flags = ["--steps", "4", "--validate.every", "4", "--checkpoint.every", "2", "--out", str(run)]
-    assert main(["train", *FLAGS, *flags]) == 0
+    assert main(["train", "--data", str(corpus), *FLAGS, *flags]) == 0
     metrics = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(metrics[: len(metrics) - 40])  # killed while it wrote the last record
     assert main(["export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
@@ -311,6 +317,7 @@ def test_unfinished_run_has_a_card_without_results(tmp_path):
     assert "not the last of its run" in card
 
 
+@pytest.mark.slow
 def test_full_folder_and_missing_run_are_refused(exported, tmp_path, capsys):
     run, folder = exported
     assert main(["export", str(run), str(folder)]) == 2
