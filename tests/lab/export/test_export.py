@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
-from remoe.lab.export.card import _what
+from remoe.lab.export.card import _data_name, _what
 from remoe.lab.training.folder import RunFolder
 from remoe.models.bundle import PACKAGE, flat_name, relocated, write_bundle
 from remoe.routing import ROUTERS
@@ -51,12 +51,29 @@ torch.save({"logits": logits, "written": written, "lam": model.sparsity.lam, "na
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     run, out = folder / "run", folder / "My model"
-    assert main(["train", *FLAGS, "--steps", "6", "--validate.every", "6", "--out", str(run)]) == 0
+    flags = ["--steps", "6", "--validate.every", "6", "--out", str(run)]
+    assert main(["train", "--data", str(corpus), *FLAGS, *flags]) == 0
     assert main(["export", str(run), str(out)]) == 0
     return run, out
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Code of folders is loaded as in a new process, from a cache of the test's own, and forgotten afterwards."""
+
+    def forget():
+        names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = forget()
+    yield
+    forget()
+    sys.modules.update(before)
 
 
 def load_without_remoe(folder, tmp_path, monkeypatch):
@@ -108,11 +125,10 @@ def test_a_model_without_code_is_written_without(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("own_modules")
+def test_two_folders_in_one_process_do_not_touch_each_other(exported, tmp_path):
     _, folder = exported
     shutil.copytree(folder, tmp_path / "modèle-2")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     name = "modeling_remoe.RemoeForCausalLM"
     classes = [get_class_from_dynamic_module(name, str(place)) for place in (folder, tmp_path / "modèle-2")]
     assert len({remoe.RemoeForCausalLM, *classes}) == 3  # the exported code, twice
@@ -171,6 +187,11 @@ def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
 )
 def test_the_cards_sentence_is_of_the_model(options, words):
     assert words in _what(remoe.RemoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **options))
+
+
+def test_the_card_names_the_data_without_its_place():
+    assert _data_name("/home/me/texts-bpe4096") == "texts-bpe4096"
+    assert _data_name("data/stdlib-3.11.7-bpe4096") == "stdlib-3.11.7-bpe4096: Python's standard library"
 
 
 @pytest.mark.slow
@@ -262,10 +283,9 @@ def test_imports_that_the_folder_cannot_have_are_refused(line):
 
 
 @pytest.mark.slow
-def test_folder_has_the_backends_that_need_torch_alone(exported, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("own_modules")
+def test_folder_has_the_backends_that_need_torch_alone(exported):
     _, folder = exported
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     cls = get_class_from_dynamic_module("modeling_remoe.RemoeForCausalLM", str(folder))
     package = cls.__module__.rpartition(".")[0]
     names = ("remoe_experts_dispatch", "remoe_routing_pairs", "remoe_models_loss")
@@ -294,8 +314,7 @@ def test_card_says_what_the_model_is(exported):
         "6 of 6",
         "validation loss",
         "| sparsity, target |",
-        "| docstrings |",
-        "standard library",
+        "| farm |",
     ):
         assert text in card
     assert str(run.parent) not in card.replace(str(folder), "")
