@@ -36,6 +36,17 @@ def forked_runs(monkeypatch):
     monkeypatch.setattr("remoe.lab.compare.runner.Starter", forked.Shared)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """`remoe compare` in this process writes its tables alone: drawing takes longer than tiny runs."""
+
+    def draw(experiment, results, records, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return {}
+
+    monkeypatch.setattr("remoe.lab.compare.output.draw", draw)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Prepared data for training: two domains of made-up, regular text."""

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from matplotlib.figure import Figure
 from tiny_run import FLAGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -257,10 +256,9 @@ def test_a_folder_without_a_model_is_one_line(damage, model, tokenizer, data, tm
 
 
 @pytest.mark.slow
-def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd, monkeypatch):
+@pytest.mark.usefixtures("forked_runs", "no_figures")
+def test_a_comparison_evaluates_every_run_once(corpus, data, tmp_path, capfd):
     """Table 2 of the paper with one command; what is finished is asked for no task twice."""
-    for draw in ("savefig", "draw_without_rendering"):  # half of the time, for figures that this test does not look at
-        monkeypatch.setattr(Figure, draw, lambda *_, **__: None)
     experiment = {
         "title": "Trial",
         "base": {"steps": 4, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "num_experts": 4}

@@ -1,7 +1,8 @@
 """The style of every figure, with colours that colour-blind readers can tell apart, and how figures are saved."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -9,6 +10,8 @@ from typing import BinaryIO, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -151,19 +154,27 @@ def save(fig: Figure, path: Path | str) -> None:
         path: path without a suffix, in an existing folder.
     """
     write_svg(fig, f"{path}.svg")
-    with mpl.rc_context(STYLE):
-        fig.savefig(f"{path}.png", metadata={"Software": None})
+    with _printing(fig):
+        FigureCanvasAgg(fig).print_png(f"{path}.png", metadata={"Software": None})
 
 
 def write_svg(fig: Figure, file: BinaryIO | str) -> None:
     """Writes the figure as SVG as `save` does."""
-    # Ticks are created when drawn, so the style must apply here too.
+    # Run the layout only once: each run moves the axes by a rounding error, and the ids in the SVG hash positions.
     with mpl.rc_context(STYLE):
-        # Run the layout only once: each run moves the axes by a rounding error, and the ids in the SVG hash positions.
         fig.draw_without_rendering()
-        fig.set_layout_engine("none")
-        _round_positions(fig)
-        fig.savefig(file, format="svg", metadata={"Date": None})
+    fig.set_layout_engine("none")
+    _round_positions(fig)
+    with _printing(fig):
+        FigureCanvasSVG(fig).print_svg(file, metadata={"Date": None})
+
+
+@contextmanager
+def _printing(fig: Figure) -> Iterator[None]:
+    """For a method of a canvas, which draws the figure once; `savefig` would draw it twice, for a layout."""
+    fig.set_dpi(STYLE["savefig.dpi"])
+    with mpl.rc_context(STYLE):  # ticks are created when drawn, so the style must apply here too
+        yield
 
 
 def _round_positions(fig: Figure | SubFigure) -> None:
