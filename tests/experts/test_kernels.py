@@ -31,6 +31,11 @@ def fresh(monkeypatch, tmp_path):
         function.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def with_kernels():
+    return output()
+
+
 def output():
     torch.manual_seed(0)
     active = torch.rand(9, 3) < 0.5
@@ -39,15 +44,23 @@ def output():
 
 
 @pytest.mark.slow
-def test_built_once_and_found_again(fresh):
-    if kernels.compiled_kernels(torch.float32) is None:
+def test_built_once_and_found_again(fresh, monkeypatch):
+    if not kernels._compilers():
+        assert not kernels.to_be_built()
         pytest.skip("no compiler here")
+    assert kernels.to_be_built()
+    assert kernels.compiled_kernels(torch.float32) is not None
+    assert not kernels.to_be_built()
     (library,) = fresh.glob("*/*")
     before = library.stat().st_mtime_ns
     for function in (kernels._library, kernels.compiled_kernels):
         function.cache_clear()
     assert kernels.compiled_kernels(torch.bfloat16) is not None
     assert library.stat().st_mtime_ns == before
+    library.unlink()
+    assert kernels.to_be_built()
+    monkeypatch.setenv("REMOE_KERNELS", "0")
+    assert not kernels.to_be_built()
 
 
 def test_switched_off(fresh, monkeypatch):
@@ -57,32 +70,16 @@ def test_switched_off(fresh, monkeypatch):
     assert not list(fresh.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["none", "fails"])
-def test_without_a_working_compiler_the_result_is_the_same(fresh, monkeypatch, tmp_path, caplog, trouble):
-    expected = output()
-    for function in (kernels._library, kernels.compiled_kernels, kernels.compiled_passes):
-        function.cache_clear()
+def test_without_a_working_compiler_the_result_is_the_same(with_kernels, fresh, monkeypatch, tmp_path, caplog, trouble):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho no such processor >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: str(compiler) if trouble == "fails" else None)
     with caplog.at_level(logging.INFO, logger="remoe.experts.cpu.build"):
-        assert reference.relative_error(output(), expected) < 1e-5
+        assert reference.relative_error(output(), with_kernels) < 1e-5
     words = "no such processor" if trouble == "fails" else "no C++ compiler"
     assert sum(words in record.getMessage() for record in caplog.records) == 1
-
-
-@pytest.mark.slow
-def test_whether_kernels_will_be_compiled_is_known_before(fresh, monkeypatch):
-    if not kernels._compilers():
-        assert not kernels.to_be_built()
-        pytest.skip("no compiler here")
-    assert kernels.to_be_built()
-    assert kernels.compiled_kernels(torch.float32) is not None
-    assert not kernels.to_be_built()
-    monkeypatch.setenv("REMOE_KERNELS", "0")
-    assert not kernels.to_be_built()
 
 
 def test_linked_to_torchs_own_openmp_whatever_other_packages_bring(monkeypatch):
