@@ -2,12 +2,10 @@
 
 import copy
 import json
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 
 import remoe
@@ -250,7 +248,6 @@ def test_documented_plain_loop_equals_the_trainer(tmp_path):
 
 
 def _ddp(rank, folder, accumulate):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     trainer = train(
         tiny(router_options={"load_balance": False}),
@@ -261,24 +258,12 @@ def _ddp(rank, folder, accumulate):
     )
     record = {"log": [logged(trainer, n) for n in ("lambda", "sparsity")], "lam": trainer.model.sparsity.lam}
     torch.save(record | {"weights": trainer.model.state_dict()}, folder / f"{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may wait forever for each other where Python takes the group apart
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_have_the_lambda_of_one(tmp_path, monkeypatch, accumulate):
-    for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(key, value)
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, tmp_path, accumulate)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(key)
+def test_two_processes_have_the_lambda_of_one(tmp_path, accumulate):
+    run_ranks(_ddp, tmp_path, accumulate)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first["lam"], second["lam"])
     assert first["log"][0] == second["log"][0] or not second["log"][0]  # ranks but the first may log nothing
@@ -288,12 +273,6 @@ def test_two_processes_have_the_lambda_of_one(tmp_path, monkeypatch, accumulate)
     assert torch.equal(single.model.sparsity.lam, first["lam"])
     for name, value in single.model.state_dict().items():
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5)
-
-
-def _rank(rank, folder, accumulate):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    _ddp(rank, folder, accumulate)
 
 
 def test_model_is_left_as_it_was(tmp_path):

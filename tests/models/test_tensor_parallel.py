@@ -1,12 +1,8 @@
 """transformers' tensor parallelism over two processes: logits, gradients and a step are those of one process."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 import remoe
 
@@ -45,19 +41,14 @@ def step(model):
     return {"logits": logits, "gradients": gradients, "lam": model.sparsity.lam, "sparsity": model.sparsity.sparsity}
 
 
-def work(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def work(rank, folder):
     config = transformers_distributed.DistributedConfig(tp_size=2, tp_plan="auto")
     model = remoe.RemoeForCausalLM.from_pretrained(folder, distributed_config=config)
     local = model.model.layers[0].mlp.experts.down_proj
     local = local.to_local() if hasattr(local, "to_local") else local
     result = step(model) | {"local": tuple(local.shape)}
     if rank == 0:
-        torch.save(result, f"{folder}/result.pt")
-    dist.destroy_process_group()
+        torch.save(result, folder / "result.pt")
 
 
 gathers_gradients = pytest.mark.skipif(
@@ -79,10 +70,7 @@ def test_two_processes_compute_what_one_does(options, tmp_path):
     model = remoe.RemoeForCausalLM(remoe.RemoeConfig(**SIZES, **options))
     model.save_pretrained(tmp_path)
     expected = step(remoe.RemoeForCausalLM.from_pretrained(tmp_path))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(str(tmp_path), port), nprocs=2)
+    run_ranks(work, tmp_path)
     result = torch.load(tmp_path / "result.pt")
     assert result["local"][-1] == (128 if options.get("router") == "dense" else 64)
     for key in ("logits", "lam", "sparsity"):
