@@ -170,7 +170,7 @@ def test_autocast_and_its_gradients(router):
         ((D, F, 5, 1), {"granularity": 1.5}, "granularity must be a whole number"),
         ((D, F, 5, 1), {"granularity": 0}, "granularity must be at least 1, but is 0"),
         ((D, F, 5, 1), {"shared_expert_size": 2.5}, "shared_expert_size must be a whole number"),
-        ((D, F, 5, 1), {"init_std": float("nan")}, "init_std must be finite and not negative"),
+        ((D, F, 5, 1), {"init_std": float("nan")}, "init_std must be a finite number of at least 0, but is nan"),
         ((D, F, 5, 1), {"router": "soft"}, "unknown router 'soft'"),
         ((D, F, 5, 1), {"granularity": 5}, "granularity must divide d_ffn = 36"),
         ((D, F, 5, 1), {"backend": "fast"}, "unknown experts backend 'fast'"),

@@ -1,8 +1,9 @@
 """The errors that a user can cause. The command line prints each of them in one line and exits with code 2."""
 
+import math
 import sys
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class RemoeError(Exception):
@@ -61,7 +62,14 @@ def check_integers(least: int, **values: object) -> None:
         check(int(value) >= least, f"{name} must be at least {least}, but is {value}")
 
 
+def check_numbers(least: float, **values: object) -> None:
+    """Raises ConfigError unless each of the values, given by its name, is a finite number of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < math.inf:
+            raise ConfigError(f"{name} must be a finite number of at least {least}, but is {value!r}")
+
+
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Raises ConfigError for a value that is none of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"unknown {what} {value!r}; choose one of: {', '.join(choices)}")

@@ -3,12 +3,11 @@
 Legend: T tokens, D model width, E experts.
 """
 
-import math
 
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check, check_integers
+from remoe.errors import ConfigError, check, check_integers, check_numbers
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
@@ -60,7 +59,8 @@ class MoE(nn.Module):
         check_integers(0, shared_expert_size=shared_expert_size)
         check(d_ffn % granularity == 0, f"granularity must divide d_ffn = {d_ffn}, but is {granularity}")
         check(k <= num_experts, f"k = {k} is more than the number of experts, {num_experts}")
-        check(0 <= init_std < math.inf, f"init_std must be finite and not negative, but is {init_std}")
+        check_numbers(0, init_std=init_std)
+        check(isinstance(router_options, dict | None), f"router_options must be a dict, but is {router_options!r}")
         E, F, K = split_by_granularity(num_experts, d_ffn, k, granularity)
         self.router = build_router(router, d_model, E, K, **(router_options or {}))
         experts = MergedExperts if self.router.merges else Experts

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from remoe.errors import ConfigError, check, check_choice, check_integers
+from remoe.errors import ConfigError, check, check_choice, check_integers, check_numbers
 from remoe.routing.assignment import Routing
 from remoe.routing.base import Float32State, Router
 
@@ -115,8 +115,8 @@ class SparsityController(Float32State):
         check_choice("regularizer_normalization", regularizer_normalization, NORMALIZATIONS)
         check_integers(1, num_layers=num_layers, num_experts=num_experts, k=k)
         check(1 <= k <= num_experts, f"k must be between 1 and E, but k = {k} and E = {num_experts}")
-        finite = 0 < lambda_init < math.inf and 1 < alpha < math.inf
-        check(finite, f"need finite lambda_init > 0 and alpha > 1, but they are {lambda_init} and {alpha}")
+        check_numbers(0, lambda_init=lambda_init, alpha=alpha, router_aux_loss_coef=router_aux_loss_coef)
+        check(lambda_init > 0 and alpha > 1, f"need lambda_init > 0 and alpha > 1, not {lambda_init} and {alpha}")
         self.layers = tuple(layers)  # a tuple, so that their parameters are not this module's too
         self.steered = all(router.steered for router in self.routers)
         self.num_experts, self.target_density = num_experts, k / num_experts

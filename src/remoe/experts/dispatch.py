@@ -54,10 +54,10 @@ def check_backend(name: str) -> str:
     Raises:
         ConfigError: unless it is "auto", a backend or an alias.
     """
-    name = ALIASES.get(name, name)
-    if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"unknown experts backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    return name
+    known = ("auto", *BACKENDS)
+    if not isinstance(name, str) or ALIASES.get(name, name) not in known:
+        raise ConfigError(f"unknown experts backend {name!r}; choose one of: {', '.join(known)}")
+    return ALIASES.get(name, name)
 
 
 @cache

@@ -61,7 +61,7 @@ def router_class(name: str) -> type[Router]:
     Raises:
         ConfigError: for a name that is not in ROUTERS.
     """
-    if name not in ROUTERS:
+    if not isinstance(name, str) or name not in ROUTERS:
         known = ", ".join(ROUTERS)
         raise ConfigError(f"unknown router {name!r}; choose one of: {known} (files of own ones: REMOE_ROUTERS)")
     return ROUTERS[name]

@@ -1,5 +1,7 @@
 """A mistake in a command is one line and exit code 2, found before any work."""
 
+import os
+
 import pytest
 
 from remoe.lab.cli.main import COMMANDS, main
@@ -65,7 +67,7 @@ from remoe.lab.cli.main import COMMANDS, main
         (["train", "--seed"], "error: --seed needs a value"),
         (["data", "prepare", "x"], "error: --out missing"),
         (["data", "prepare", "--out", "d", "--vocab-size", "3"], "error: --vocab-size must be"),
-        (["bench", "layer", "--threads", "0"], "--threads must be at least 1, but is 0"),
+        (["bench", "layer", "--threads", "0"], "--threads must be from 1 to 4096, but is 0"),
         (["bench", "layer", "--backends", "foo"], "unknown experts backend 'foo'"),
         (["bench", "decode", "--repetitions", "0"], "--repetitions must be at least 1, but is 0"),
         (["eval", "nowhere", "--json", "nodir/x.json"], "nodir is not a folder"),
@@ -132,3 +134,18 @@ def test_what_cannot_be_trained_is_found_before_any_data_is_prepared(flags, tmp_
     assert main(["train", *flags]) == 2
     error = capsys.readouterr().err
     assert any(words in error for words in ("error: unknown", "has no option 'a'", "'triton' cannot run here"))
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "options.yaml")
+    for command in (["compare"], ["train", "--config"]):
+        assert main([*command, str(tmp_path / "options.yaml")]) == 2
+        assert "options.yaml: it is a pipe" in capsys.readouterr().err
+
+
+def test_a_message_does_not_repeat_a_whole_text(capsys):
+    assert main(["train", "--router", "x" * 5000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 1100
+    assert line.startswith("remoe: error: unknown router 'xxx")
+    assert line.endswith("(files of own ones: REMOE_ROUTERS)")

@@ -16,6 +16,8 @@ from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
 
+MOST_THREADS = 4096  # torch takes any number, and fails later
+
 
 @dataclass(frozen=True)
 class Common:
@@ -202,8 +204,8 @@ def _start(arguments: Common) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: otherwise its profiler prints,
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory allocated before it started
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, but is {arguments.threads}")
+        if not 1 <= arguments.threads <= MOST_THREADS:
+            raise ConfigError(f"--threads must be from 1 to {MOST_THREADS}, but is {arguments.threads}")
         import torch
 
         torch.set_num_threads(arguments.threads)

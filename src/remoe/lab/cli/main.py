@@ -18,8 +18,10 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
-from remoe.lab.text import visible
+from remoe.lab.text import short_name
 from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
+
+LONGEST_ERROR = 1000  # characters: more than that is an argument, of which the ends tell enough
 
 # name: (module, function, help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -188,7 +190,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _fail(message: str) -> int:
     """Prints one line of error; returns exit code 2."""
     with contextlib.suppress(OSError):  # the terminal is closed
-        print(f"remoe: error: {visible(message)}", file=sys.stderr)
+        print(f"remoe: error: {short_name(message, LONGEST_ERROR)}", file=sys.stderr)
     return 2
 
 

@@ -1,6 +1,9 @@
 """YAML files of options, read strictly and written so that they are read back unchanged."""
 
+import errno
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ def read_yaml(path: str | Path, kind: str) -> Any:
         ConfigError: in one line, when the file cannot be read or is not valid YAML.
     """
     try:
+        # Reading a pipe of the file system waits for somebody who writes; a shell's <(command), a link, has one.
+        if stat.S_ISFIFO(os.lstat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe")
         return yaml.load(Path(path).read_text(), StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {kind} {path}: {error.strerror}") from error
