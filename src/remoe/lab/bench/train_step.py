@@ -21,6 +21,7 @@ import torch
 
 from remoe.errors import ConfigError, RemoeError, missing_extra
 from remoe.lab.data import Dataset, TrainBatches, open_dataset
+from remoe.lab.data.corpus import open_data
 from remoe.lab.machine import keep_freed_memory, pick_device
 from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
@@ -89,7 +90,7 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
     if options.data is None:
         dataset = default_dataset(Path("runs"), config.vocab_size)
     else:
-        dataset = open_dataset(Path(options.data))
+        dataset = open_data(options.data, Path("runs"), config.vocab_size)
     model = model_config(
         config, dataset.vocab_size, dataset.eos_token_id
     )  # raises its errors before any process starts

@@ -75,7 +75,8 @@ class TrainStepArguments(Common):
     preset: str = "mini"
     """Model size, batch size and schedule of every contestant."""
     data: str | None = None
-    """Folder written by `remoe data prepare`. By default the standard library is prepared in runs/data."""
+    """Text, which is prepared in runs/data, or a folder written by `remoe data prepare`. By default the standard
+    library."""
     settle: int = 120
     """Training steps before ReLU routing is measured: it starts with half of its experts active."""
     rounds: int = 7

@@ -37,7 +37,7 @@ class CompareOptions:
     """Text to prepare: a folder with train/ and validation/, or any source of `remoe data prepare`. Default: Python's
     standard library."""
     data: str | None = None
-    """Folder written by `remoe data prepare`, instead of --corpus."""
+    """Folder written by `remoe data prepare`, instead of --corpus; raw text is prepared as by --corpus."""
     out: str | None = None
     """Folder for results.md, results.json, figures.md and figures/. Default: runs/compare/NAME."""
     pool: str = "runs/pool"
@@ -188,11 +188,13 @@ def _recorded_data(options: CompareOptions, experiment: "Experiment", bfloat16: 
 def _dataset(options: CompareOptions, vocab_size: int) -> "Dataset":
     from remoe.lab.data import open_dataset
     from remoe.lab.data.corpus import open_corpus
+    from remoe.lab.data.sources import is_raw
     from remoe.lab.training.train import default_dataset
 
-    if options.data is not None:
-        return open_dataset(Path(options.data))
-    if options.corpus is None:
+    if options.data is not None and not is_raw(options.data):
+        return open_dataset(options.data)
+    corpus = options.corpus or options.data
+    if corpus is None:
         return default_dataset(Path(options.pool), vocab_size, wait=True)
     as_prepared = options.report_only or options.list
-    return open_corpus(options.corpus, Path(options.pool), vocab_size, as_prepared=as_prepared)
+    return open_corpus(corpus, Path(options.pool), vocab_size, as_prepared=as_prepared)

@@ -85,7 +85,7 @@ def upcycle_command(argv: list[str]) -> int:
     """Writes the folder and prints what is in it."""
     options = parse(UpcycleOptions, argv, prog="remoe convert upcycle")
     out = _new_folder(options.out)
-    dataset = _dataset(options.data, options.sample_tokens) if options.data else None
+    dataset = _dataset(options) if options.data else None
 
     import remoe
 
@@ -103,7 +103,7 @@ def relufy_command(argv: list[str]) -> int:
     """Writes the folder and prints how close the new gates are to the old ones."""
     options = parse(RelufyOptions, argv, prog="remoe convert relufy")
     out = _new_folder(options.out)
-    dataset = _dataset(options.data, options.sample_tokens)
+    dataset = _dataset(options)
 
     import remoe
 
@@ -146,12 +146,14 @@ def _new_folder(name: str) -> Path:
     return out
 
 
-def _dataset(data: str, count: int) -> "Dataset":
+def _dataset(options: UpcycleOptions | RelufyOptions) -> "Dataset":
     from remoe.lab.data import open_dataset
+    from remoe.lab.training.folder import RunFolder
 
-    if count < 2:
-        raise ConfigError(f"--sample-tokens must be at least 2, but is {count}")
-    return open_dataset(data)
+    if options.sample_tokens < 2:
+        raise ConfigError(f"--sample-tokens must be at least 2, but is {options.sample_tokens}")
+    run = RunFolder(options.source)
+    return open_dataset(options.data, tokenizer=run.tokenizer if run.tokenizer.is_dir() else options.source)
 
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

@@ -1,5 +1,6 @@
 """Opening a prepared dataset, with checks that no file is missing, foreign or damaged."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from remoe.errors import DataError
+from remoe.lab.data.documents import known_suffix
 from remoe.lab.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -18,6 +20,7 @@ from remoe.lab.data.manifest import (
     read_manifest,
     read_shard,
 )
+from remoe.lab.data.sources import is_raw
 from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -108,13 +111,18 @@ class Dataset:
         return tokenizer
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Dataset:
     """Open a dataset that `prepare` made, with every check that does not read the tokens.
 
     Raises DataError for a missing or unfinished dataset, and for a shard that is missing, truncated, made with
-    another tokenizer, of another split, or different from the one that dataset.json lists.
+    another tokenizer, of another split, or different from the one that dataset.json lists. If the path is that of
+    raw text, the error says how to prepare it, with `tokenizer` if that is given.
     """
     folder = Path(path)
+    if _has_text(folder):
+        options = "" if tokenizer is None else f" --tokenizer {shlex.quote(str(tokenizer))}"
+        command = f"remoe data prepare {shlex.quote(str(folder))} --out DIR{options}"
+        raise DataError(f"{folder}: raw text, and this needs a dataset; this command makes one: {command}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such dataset folder; `remoe data prepare` makes one")
     if not (folder / MANIFEST_NAME).exists():
@@ -125,6 +133,14 @@ def open_dataset(path: str | Path) -> Dataset:
     return Dataset(
         folder, manifest, _open_split(folder, manifest, "train"), _open_split(folder, manifest, "validation")
     )
+
+
+def _has_text(path: Path) -> bool:
+    """Whether this is text that can be prepared: a file, or a folder that has such files near its top."""
+    if not is_raw(str(path)):
+        return False
+    found = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+    return any(known_suffix(file) for file in found)
 
 
 def verify_hashes(dataset: Dataset) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 ABOUT = "readme.md"  # tells of a folder's texts and is none of them
+# What only folders of this package and of models have: datasets, runs, exports.
+_NOT_TEXT = ("dataset.json", "preparation.json", "tokenizer_config.json", "tokenizer/tokenizer_config.json")
 
 
 class Source(Protocol):
@@ -139,6 +141,14 @@ def resolve_dataset(name: str, columns: Columns) -> DatasetSource:
 def is_saved_dataset(path: Path) -> bool:
     """Whether `path` is a folder that `datasets` wrote with save_to_disk."""
     return path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def is_raw(name: str) -> bool:
+    """Whether `--data` names text, in a file, in a folder or on the hub, rather than a dataset, a run or a model."""
+    path = Path(name)
+    if not path.is_dir():
+        return path.exists() or name == "stdlib" or name.startswith("hf:")
+    return not any((path / mark).exists() for mark in _NOT_TEXT)
 
 
 def _saved_source(name: str, folder: Path, config: str, split: str, columns: Columns) -> DatasetSource:

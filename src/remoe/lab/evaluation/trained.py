@@ -100,6 +100,6 @@ def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trai
     folder = data or (run and run.load_config().data)
     if folder is None:
         raise CheckpointError(f"{path} does not say on which data it was trained; name a folder with --data")
-    dataset = open_dataset(Path(folder))
+    dataset = open_dataset(folder, tokenizer=run.tokenizer if run else path)
     dataset.check_tokenizer(tokenizer, path)
     return Trained(model, tokenizer, checkpoint, dataset, run)

@@ -161,7 +161,8 @@ class TrainConfig:
     preset: str = "tiny"
     """Model size and training settings: tiny, mini, 182m, 469m or 978m."""
     data: str | None = None
-    """Folder written by `remoe data prepare`. By default the standard library is prepared, next to the run."""
+    """Your text: a file or folder of .txt, .md, .jsonl, .csv, .parquet, ..., which is prepared once, next to the run;
+    or a folder written by `remoe data prepare`. By default Python's standard library."""
     out: str | None = None
     """Folder of the run; a new one named runs/PRESET-ROUTER-seedN by default."""
     steps: int = 500
@@ -193,8 +194,7 @@ class TrainConfig:
     """Sequences per forward and backward pass; must divide the batch size (gradient accumulation). By default the
     largest divisor of the batch size that is at most the preset's value."""
     vocab_size: int = 4096
-    """Vocabulary size of the tokenizer that is trained for the default data. With --data, the tokenizer of that data is
-    used."""
+    """Vocabulary size of the tokenizer that is trained for text. Data of `remoe data prepare` has its own tokenizer."""
     device: str = "auto"
     """auto (cuda if available, otherwise cpu), cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"

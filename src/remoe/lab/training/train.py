@@ -13,6 +13,7 @@ import remoe
 from remoe.errors import CheckpointError
 from remoe.experts.cpu import build as kernels
 from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare, spot_check
+from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
@@ -58,7 +59,10 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is None:
         run.check_new()
     keep_freed_memory()
-    dataset = open_dataset(Path(config.data)) if config.data else default_dataset(run.path.parent, config.vocab_size)
+    if config.data:
+        dataset = open_data(config.data, run.path.parent, config.vocab_size)
+    else:
+        dataset = default_dataset(run.path.parent, config.vocab_size)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
