@@ -144,8 +144,8 @@ def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path, capsys):
 
 
 def test_a_message_does_not_repeat_a_whole_text(capsys):
-    assert main(["train", "--router", "x" * 5000]) == 2
+    assert main(["plan", "x" * 5000]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert len(line) < 1100
-    assert line.startswith("remoe: error: unknown router 'xxx")
-    assert line.endswith("(files of own ones: REMOE_ROUTERS)")
+    assert line.startswith("remoe: error: unknown preset 'xxx")
+    assert line.endswith("choose one of: tiny, mini, 182m, 469m, 978m")
