@@ -37,8 +37,8 @@ class SamplingOptions:
             raise ConfigError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
         if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf) or not 0 < self.top_p <= 1:
             raise ConfigError("--temperature must be 0 or at least 0.001, and --top-p above 0 and at most 1")
-        if self.top_k < 0 or not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError("--top-k must be at least 0, and --repetition-penalty above 0")
+        if self.top_k < 0 or not 1e-3 <= self.repetition_penalty < math.inf:
+            raise ConfigError("--top-k must be at least 0, and --repetition-penalty at least 0.001")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed must be from 0 to 2**63 - 1, but is {self.seed}")
 

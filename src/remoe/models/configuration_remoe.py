@@ -169,6 +169,9 @@ class RemoeConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        experts = self.num_hidden_layers * self.num_experts * self.intermediate_size
+        if self.hidden_size * max(self.vocab_size, experts, self.hidden_size) >= 2**60:  # torch counts in 64 bits
+            raise ConfigError("these sizes give a weight with more numbers than any machine can hold")
         if self.tokenizer_size is not None and not 1 <= self.tokenizer_size <= self.vocab_size:
             raise ConfigError(
                 f"tokenizer_size must be between 1 and vocab_size = {self.vocab_size}, but is {self.tokenizer_size}"

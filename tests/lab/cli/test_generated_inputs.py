@@ -25,7 +25,7 @@ WHOLE = ["-1", "0", "1", "3", "7", "1e3", "1.5", "", "nan", "0x10", "1_0", "٣",
 NUMBERS = ["-1", "0", "1", "0.5", "1e-320", "1e400", "-inf", "nan", "", "1,5", "0x1p3", "½", "--"]
 WORDS = [
     "", " ", "none", "None", "..", "a,b", "[]", "{", "\x1b[31mred", "a\nb", "\udcff", "ü" * 3000, "x" * 300,
-    "/dev/null", "/proc/self/mem", "ROOM/text", "ROOM/text/a.txt", "ROOM/bytes.bin", "ROOM/empty.json", "ROOM/pipe",
+    "/dev/null", "/proc/self/mem", "ROOM/text", "ROOM/text/a.txt", "ROOM/bytes.bin", "ROOM/other.json", "ROOM/pipe",
     "ROOM/run", "ROOM/run/config.yaml", "ROOM/data", "ROOM/data/dataset.json", "ROOM/export", "ROOM/export/config.json",
     "ROOM/dense", "ROOM/missing/deep", "ROOM/trial.yaml",
 ]  # fmt: skip
@@ -65,7 +65,7 @@ def room(corpus, tmp_path_factory):
     shutil.copytree(corpus.parent / "text" / "farm", room / "text")
     (room / "text" / "a.txt").write_text("cow sheep\n" * 500)
     (room / "bytes.bin").write_bytes(bytes(range(256)) * 9)
-    (room / "empty.json").write_text("")
+    (room / "other.json").write_text("{}")
     os.mkfifo(room / "pipe")
     base = {"steps": 1, "seq_len": 32, "batch_size": 2, "model": {"hidden_size": 32, "num_hidden_layers": 1}}
     (room / "trial.yaml").write_text(json.dumps({"base": base, "variants": {"relu": {}}, "equal_flops": False}))
