@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from remoe.lab.analysis.style import quantity
 from remoe.lab.cli.main import main
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
-from remoe.lab.report.contents import POINTS, excerpts, texts_of, thinned
+from remoe.lab.report.contents import POINTS, excerpts, outcome, texts_of, thinned
 from remoe.lab.report.page import percent, script_json
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
@@ -96,6 +98,25 @@ def test_a_page_needs_no_other_file(run):
     assert not re.search(r"url\(|@import|//[a-z]", "".join(page.scripts[1:]) + text[: text.index("</style>")])
     assert page.title.endswith("A <run> & more")
     assert {"text", "map", "measures", "picture-course", "picture-flips"} <= set(page.sections)
+
+
+def test_the_page_begins_with_how_the_run_went(run):
+    text, summary = (run / "report.html").read_text(), json.loads((run / "summary.json").read_text())
+    header = text[text.index("<header>") : text.index("</header>")]
+    assert [unescape(sentence) for sentence in re.findall(r"<li>(.*?)</li>", header)] == summary["outcome"]
+    assert summary["outcome"][0].startswith("Sparsity has not settled")
+    crossed = [sum(mark == "×" for at, _, mark in Page(text).experts if at == layer) for layer in range(2)]
+    assert crossed == summary["inactive_experts_per_layer"]
+
+
+@pytest.mark.parametrize("said", [None, "words", [1, {}], {}])
+def test_a_summary_of_0_1_0_and_a_damaged_one_have_no_words_on_how_it_went(said):
+    summary = {"steps": 6} | ({} if said is None else {"outcome": said})
+    trained = SimpleNamespace(run=SimpleNamespace(load_summary=lambda: summary))
+    assert outcome(trained, 6) == []
+    summary["outcome"] = ["All is well."]
+    assert outcome(trained, 6) == ["All is well."]
+    assert outcome(trained, 3) == outcome(SimpleNamespace(run=None), None) == []
 
 
 def test_no_text_ends_the_script():

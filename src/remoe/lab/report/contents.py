@@ -113,6 +113,13 @@ def facts(trained: Trained, step: int | None) -> dict[str, str]:
     return found
 
 
+def outcome(trained: Trained, step: int | None) -> list[str]:
+    """Sentences of the run's summary on how it went; none for another checkpoint than the last, and from 0.1.0."""
+    summary = trained.run.load_summary() if trained.run else {}
+    said = summary.get("outcome") if summary.get("steps") == step else None
+    return [sentence for sentence in said if isinstance(sentence, str)] if isinstance(said, list) else []
+
+
 def training_records(trained: Trained, step: int | None) -> list[dict]:
     """Records of the run's metrics.jsonl up to the checkpoint's step; none for a model that is not part of a run."""
     if trained.run is None or not trained.run.metrics.is_file():

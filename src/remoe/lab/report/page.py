@@ -26,6 +26,7 @@ from remoe.lab.report.contents import (
     Excerpt,
     excerpts,
     facts,
+    outcome,
     thinned,
     training_records,
 )
@@ -92,6 +93,7 @@ def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, te
     return environment.get_template("page.html").render(
         title=short_name((trained.run.path if trained.run else trained.checkpoint).resolve().name),
         facts=facts(trained, step),
+        outcome=outcome(trained, step),
         config=c,
         steered=c.steered and c.sparsity["rule"] != "none",
         experts=c.experts_per_layer,

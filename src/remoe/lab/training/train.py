@@ -25,6 +25,7 @@ from remoe.lab.training.config import TrainConfig, changes_result, differences
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
 from remoe.lab.training.metrics import iterate_metrics
+from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
 from remoe.models.plan import training_flops
@@ -164,7 +165,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
     sample = prompt + generate_text(trainer.model, tokenizer, prompt, SamplingOptions(seed=config.seed))
     trainer.run.sample.write_text(sample, encoding="utf-8")
-    return {
+    figures = {
         "steps": trainer.step,
         "router": config.router,
         **_cost(trainer, total(validation).sparsity),
@@ -179,10 +180,12 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
         "settling_step": None if settled is None else settled + 1,
         "sparsity_mean": after.mean().item() if len(after) else None,
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
+        **experts_in_use(trainer.model.config, total(validation)),
         "sample": sample,
         "checkpoint": str(trainer.run.last_checkpoint()),
         "machine": machine(trainer.device),
     }
+    return figures | {"outcome": outcome(config, trainer.model.config, figures)}
 
 
 def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
@@ -218,8 +221,8 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     )
     for domain in trainer.windows.domains:
         print(f"  {short_name(domain):<16} {summary['validation'][domain]['loss']:.4f}")
-    if trainer.model.config.steered:
-        print(_sparsity_line(summary))
+    for sentence in summary["outcome"]:
+        print(sentence)
     print(f"\nsample:\n{lines(summary['sample'])}\n")
     print(f"run          {run.path}")
     print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
@@ -228,14 +231,3 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
     print(f"see it       remoe report {path}   (writes a page that shows what the experts do)")
     words = shlex.quote(visible(" ".join(summary["sample"].split()[:2]) or "The"))
     print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
-
-
-def _sparsity_line(summary: dict) -> str:
-    begin = summary["sparse_step"]
-    target = f"target {summary['target_sparsity']:.4g}; {f'sparse from step {begin}' if begin else 'not yet sparse'}"
-    if summary["settling_step"] is None:
-        return f"sparsity has not settled; last {summary['final_sparsity']:.4f}, {target}"
-    return (
-        f"sparsity after settling: mean {summary['sparsity_mean']:.4f}, deviation {summary['sparsity_deviation']:.4f}, "
-        f"{target}, settled at step {summary['settling_step']}"
-    )

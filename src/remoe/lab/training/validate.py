@@ -1,12 +1,13 @@
 """The loss of a model on validation data, overall and per domain.
 
-Legend: N sequences, S sequence length.
+Legend: N sequences, S sequence length, L layers, E experts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from remoe.lab.data import ValidationWindows
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -21,15 +22,15 @@ class Evaluation:
         nats: summed cross-entropy.
         targets: predicted tokens.
         text_bytes: UTF-8 bytes of the predicted text.
-        pairs: routed pairs over all layers.
-        slots: tokens * experts over all layers.
+        tokens: tokens that went through each layer.
+        count_LE: (L, E) int64, tokens that each expert got.
     """
 
     nats: float
     targets: int
     text_bytes: int
-    pairs: int
-    slots: int
+    tokens: int
+    count_LE: Tensor = field(compare=False)
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
         return Evaluation(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -52,7 +53,12 @@ class Evaluation:
     @property
     def sparsity(self) -> float:
         """S over these tokens: the share of (token, expert) pairs that were not executed."""
-        return 1 - self.pairs / self.slots
+        return 1 - self.count_LE.sum().item() / (self.tokens * self.count_LE.numel())
+
+    @property
+    def share_LE(self) -> Tensor:
+        """(L, E) float64: share of the tokens that each expert got."""
+        return self.count_LE.double() / self.tokens
 
     def to_dict(self) -> dict[str, float]:
         """The figures by name."""
@@ -88,7 +94,8 @@ def evaluate(
     with evaluating(model):
         for domain, limit in windows.shares(max_tokens).items():
             nats = torch.zeros((), dtype=torch.float64, device=device)
-            counted = torch.zeros(3, dtype=torch.int64, device=device)  # read once: reading is a host sync
+            counted = torch.zeros(2, dtype=torch.int64, device=device)  # read once: reading is a host sync
+            count_LE: Tensor | int = 0
             for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
                 target_NS = target_NS.to(device)
                 with autocast or torch.autocast(device.type, enabled=False):
@@ -102,14 +109,13 @@ def evaluate(
                     )
                 nats += out.lm_loss.double()
                 counted[0] += (target_NS != -100).sum()
-                for routing in out.routings:
-                    counted[1] += routing.count_E.sum().to(device)
-                    counted[2] += routing.num_tokens.to(device) * routing.assignment.num_experts
-            targets, pairs, slots = counted.tolist()
-            results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), pairs, slots)
+                counted[1] += out.routings[0].num_tokens.to(device)
+                count_LE = count_LE + torch.stack([routing.count_E.to(device) for routing in out.routings])
+            targets, tokens = counted.tolist()
+            results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), tokens, count_LE.cpu())
     return results
 
 
 def total(results: dict[str, Evaluation]) -> Evaluation:
     """All domains together: each token has the same weight."""
-    return sum(results.values(), Evaluation(0.0, 0, 0, 0, 0))
+    return sum(results.values(), Evaluation(0.0, 0, 0, 0, torch.tensor(0)))
