@@ -125,6 +125,62 @@ def test_smooth_rule_settles_a_trained_layer_closer_to_the_target_than_the_sign_
     assert deviation["smooth"] < 0.5 * deviation["sign"]
 
 
+def route_toy_data(num_experts, warmup, steps, lr):
+    """Largest lambda, and 40-step means of S, of a router whose learning rate rises for `warmup` steps."""
+    torch.manual_seed(0)
+    E, D, T = num_experts, 32, 128
+    router = remoe.ReLURouter(D, E, 1)
+    router.reset_parameters(std=0.02)
+    value_ED = torch.nn.Parameter(torch.randn(E, D) * 0.02)
+    controller = SparsityController.of([router], rule="smooth")
+    optimizer = torch.optim.AdamW([router.weight, value_ED], betas=(0.9, 0.95))
+    centers, goals, offset = torch.randn(4 * E, D), torch.randn(4 * E, D), torch.randn(D)
+    lambdas, course = [], []
+    for step in range(1, steps + 1):
+        fraction = min(1.0, step / warmup)
+        optimizer.param_groups[0]["lr"] = lr * fraction
+        kind = torch.randint(4 * E, (T,))
+        x = torch.nn.functional.rms_norm(centers[kind] + offset + torch.randn(T, D) * 0.3, (D,))
+        routing = router(x)
+        loss = (routing.gate_TE @ value_ED - goals[kind]).square().mean() + controller.loss_terms([routing]).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.observe([routing])
+        controller.update(lr_fraction=fraction)
+        lambdas.append(controller.lam.clone())
+        course.append(controller.sparsity.clone())
+    return max(lambdas).item(), torch.stack(course).unfold(0, 40, 1).mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "warmup", "steps", "lr"),
+    [(16, 1000, 430, 4e-3), (8, 10, 200, 8e-3)],
+    ids=["slow warm-up", "large learning rate"],
+)
+def test_smooth_rule_holds_the_target_at_every_pace_of_the_learning_rate(num_experts, warmup, steps, lr):
+    largest, mean_S = route_toy_data(num_experts, warmup, steps, lr)
+    error = (mean_S - (1 - 1 / num_experts)).abs()
+    settled = (error < 0.01).nonzero()[0].item()
+    assert settled < len(error) - 40
+    assert error[settled:].max() < 0.02
+    assert largest < 1  # what holds S is 0.1; a lambda that grew at its own pace would pass 1e4 in the slow warm-up
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_the_learning_rate_is_a_fraction_of_its_peak(fraction):
+    with pytest.raises(ConfigError, match="lr_fraction must be between 0 and 1"):
+        SparsityController(1, 8, 1).update(lr_fraction=fraction)
+
+
+def test_only_the_smooth_rule_follows_the_learning_rate():
+    for rule, expected in (("smooth", 1.0), ("sign", 1.2), ("official", 1.2), ("none", 1.0)):
+        controller = SparsityController(1, 8, 1, rule=rule, lambda_init=1.0)
+        controller.observe([batch(400)])
+        controller.update(lr_fraction=0.0)
+        assert controller.lam.item() == pytest.approx(expected)
+
+
 def test_fast_start_sets_the_penalty_once_and_then_leaves_the_rule_alone():
     controller = SparsityController(2, 8, 1, fast_start=True)
     first, second = batch(400), batch(200)

@@ -24,8 +24,8 @@ RULES = ("sign", "official", "smooth", "none")
 NORMALIZATIONS = ("paper", "official")
 
 # Smooth rule: weight of the newest batch in the averaged error of log density (batches differ); step of log lambda
-# per unit of that average and per unit of its change; largest step; and the least lambda, a penalty that does nothing
-# but from which lambda is quickly back when experts open again.
+# per unit of that average and per unit of its change; largest step, of the first of these two and of both; and the
+# least lambda, a penalty that does nothing but from which lambda is quickly back when experts open again.
 SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_DAMPING = 0.3, 0.4, 2.0
 SMOOTH_MAX_STEP = math.log(1.5)
 SMOOTH_LAMBDA_MIN = 1e-8
@@ -75,8 +75,9 @@ class SparsityController(Float32State):
     Args:
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
-            code. "smooth": a step of log lambda proportional to the averaged error of log density, damped and bounded;
-            lambda stays at or above 1e-8, or its start if that is lower. "none": lambda stays; S is only measured.
+            code. "smooth": a step of log lambda proportional to the averaged error of log density and to the learning
+            rate, bounded and damped; lambda stays at or above 1e-8, or its start if that is lower. "none": lambda
+            stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
@@ -213,12 +214,21 @@ class SparsityController(Float32State):
         self._passes += 1
 
     @torch.no_grad()
-    def update(self, group: dist.ProcessGroup | None = None) -> None:
+    def update(self, group: dist.ProcessGroup | None = None, *, lr_fraction: float = 1.0) -> None:
         """Moves lambda, and every router's own state, by the statistics since the last call; no host sync.
 
         Without any token since then nothing changes. If torch.distributed is initialised, statistics are summed over
         the ranks of `group`, by default all.
+
+        Args:
+            group: of ranks.
+            lr_fraction: the step's learning rate divided by the peak of its schedule. The smooth rule moves lambda in
+                proportion to it: while routers can hardly move, S does not answer, and lambda would rise far too high.
+
+        Raises:
+            ConfigError: for a fraction outside 0..1.
         """
+        check(0 <= lr_fraction <= 1, f"lr_fraction must be between 0 and 1, but is {lr_fraction}")
         self.penalised = False
         sums = [getattr(self, name) for name in self.statistics()]
         if dist.is_available() and dist.is_initialized():
@@ -226,7 +236,7 @@ class SparsityController(Float32State):
                 dist.all_reduce(tensor, group=group)
         pairs_LE, tokens_L, passes = self._pairs_LE, self._tokens_L, self._passes.clamp(min=1)
         seen, S = tokens_L.sum() > 0, sparsity(pairs_LE, tokens_L)
-        factor, mean_error = self._factor(S)
+        factor, mean_error = self._factor(S, lr_fraction)
         lam = self.lam * factor
         if self.fast_start:
             penalty = self._regularizer_sum / passes
@@ -250,14 +260,16 @@ class SparsityController(Float32State):
         for router, load_E, statistic_E in loads:
             router.step(load_E, statistic_E, seen)
 
-    def _factor(self, S: Tensor) -> tuple[Tensor, Tensor]:
+    def _factor(self, S: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
         """0-dim float32 each: what lambda is multiplied by, and the averaged error of log density."""
         density = (1 - S).float().clamp(min=self.target_density / 100)  # an empty batch is very sparse, not infinitely
         error = (density / self.target_density).log()  # positive: too dense, lambda must rise
         last = torch.where(self.sparsity == UNKNOWN, error, self.mean_error)
         mean = last + SMOOTH_AVERAGE * (error - last)
         if self.rule == "smooth":
-            step = SMOOTH_GAIN * mean + SMOOTH_DAMPING * (mean - last)
+            # Bounded by itself: with many experts the first term would outweigh any damping.
+            pull = (SMOOTH_GAIN * mean).clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP) * lr_fraction
+            step = pull + SMOOTH_DAMPING * (mean - last)
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean
         if self.rule == "none":
             return torch.ones_like(self.lam), mean

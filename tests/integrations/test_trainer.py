@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 def count_updates(model, monkeypatch):
     module, calls = routed_module(model), []
     update = module.update_routing
-    monkeypatch.setattr(module, "update_routing", lambda *a: (calls.append(1), update(*a)))
+    monkeypatch.setattr(module, "update_routing", lambda **k: (calls.append(k["lr_fraction"]), update(**k)))
     return calls
 
 
@@ -39,6 +39,17 @@ def test_lambda_moves_once_per_optimiser_step(tmp_path, monkeypatch, accumulate)
         expected.append(value)
     assert logged(trainer, "lambda") == pytest.approx(expected, rel=1e-5)
     assert model.sparsity.lam.item() == pytest.approx(expected[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant", "cosine"])
+def test_the_controller_gets_the_learning_rate_as_a_fraction_of_its_peak(tmp_path, monkeypatch, scheduler):
+    model = tiny(sparsity={"rule": "smooth"})
+    fractions = count_updates(model, monkeypatch)
+    warmup = {} if scheduler == "constant" else {"warmup_steps": 2}
+    train(model, tmp_path, lr_scheduler_type=scheduler, learning_rate=3e-3, max_steps=4, **warmup)
+    after = {"linear": [1, 1 / 2], "constant": [1, 1], "cosine": [1, 1 / 2]}[scheduler]
+    before = [1, 1] if scheduler == "constant" else [0, 1 / 2]
+    assert fractions == pytest.approx(before + after)
 
 
 def test_eval_loss_is_the_cross_entropy(tmp_path):

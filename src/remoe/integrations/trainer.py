@@ -37,7 +37,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 model(**part, num_items_in_batch=targets(batch)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            routed_module(model).update_routing()
+            routed_module(model).update_routing()  # with a schedule and the smooth rule: lr_fraction=lr / peak
 
     Raises:
         ConfigError: when training begins, for a model without routers to steer; after the first step, if the loss of
@@ -76,7 +76,12 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self._penalised_head = PenalisedFusedHead(self._module, args)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **_: object,
     ) -> None:
         """Moves lambda by the statistics of the step's micro-batches, of all ranks."""
         module = self._module
@@ -89,7 +94,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                     f"compute_loss_func bring their own): without the penalty in it sparsity cannot be controlled"
                 )
             self._checked = True
-        module.update_routing()
+        module.update_routing(lr_fraction=_lr_fraction(optimizer))
 
     def on_log(
         self,
@@ -116,6 +121,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         """What `trainer_state.json` keeps: lambda and the routers' steered state, exactly."""
         routing = {} if self._module is None else {k: v.tolist() for k, v in _steered_state(self._module).items()}
         return {"args": {}, "attributes": {"routing": routing}}
+
+
+def _lr_fraction(optimizer: torch.optim.Optimizer | None) -> float:
+    """Present learning rate over its peak, which PyTorch's schedulers write into the groups; 1 where none did."""
+    groups = getattr(optimizer, "param_groups", [])
+    peaks = [(float(group["lr"]), float(group.get("max_lr", group.get("initial_lr", 0)))) for group in groups]
+    return min(1.0, max((lr / peak for lr, peak in peaks if peak > 0), default=1.0))
 
 
 def routed_module(model: nn.Module) -> nn.Module:

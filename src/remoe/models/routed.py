@@ -40,14 +40,14 @@ class RoutedModel:
     config: RemoeConfig
     sparsity: SparsityController
 
-    def update_routing(self, group: "ProcessGroup | None" = None) -> None:
+    def update_routing(self, group: "ProcessGroup | None" = None, *, lr_fraction: float = 1.0) -> None:
         """Moves lambda and the routers' own state by the statistics since the last call; no host sync.
 
         Args:
-            group: as in `SparsityController.update`.
+            group, lr_fraction: as in `SparsityController.update`.
         """
         self.sparsity.layers = tuple(layer.mlp for layer in self.model.layers)  # one may have been replaced or wrapped
-        self.sparsity.update(group)
+        self.sparsity.update(group, lr_fraction=lr_fraction)
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.

@@ -133,9 +133,15 @@ class RelufiedMixin:
                 module.context = self._routing_context
         recompute_with_masks(self, self._routing_context)
 
-    def update_routing(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
-        """Moves lambda by the statistics since the last call; once per optimiser step."""
-        self.sparsity.update(group)
+    def update_routing(
+        self, group: "torch.distributed.ProcessGroup | None" = None, *, lr_fraction: float = 1.0
+    ) -> None:
+        """Moves lambda by the statistics since the last call; once per optimiser step.
+
+        Args:
+            group, lr_fraction: as in `SparsityController.update`.
+        """
+        self.sparsity.update(group, lr_fraction=lr_fraction)
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, with a model type that only `remoe.load_relufied` knows: no TopK model will load it."""

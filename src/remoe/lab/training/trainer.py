@@ -162,7 +162,7 @@ class Trainer:
         coefficient = controller.coefficient
         lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
-        self.model.update_routing()
+        self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
         scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
         L, E = controller.load_LE.shape
