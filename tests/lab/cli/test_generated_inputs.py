@@ -161,6 +161,7 @@ def fault(command, capfd):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_every_command_line_gives_a_result_or_one_line(name, room, tmp_path, monkeypatch, capfd, nothing_measured):
     before, faults = contents(room), {}
     for number, command in enumerate(generated(name)):
