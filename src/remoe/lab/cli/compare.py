@@ -122,7 +122,7 @@ def compare_command(argv: list[str]) -> int:
         check_device(experiment, pool, device)
     live = Live(experiment, pool, options.workers)
     if records is not None and not records.exists():  # perhaps a typing error, which would train everything again
-        print(f"records: {records} is new; it has no finished runs")
+        live.console.print(f"records: {records} is new; it has no finished runs")
     if options.list:
         live.console.print(live.table())
         live.console.print(live.count())
@@ -141,7 +141,7 @@ def compare_command(argv: list[str]) -> int:
         pack_records(experiment, pool, data)
     if not live.console.is_terminal:
         live.console.print(live.table())
-    print(f"tables       {report}   (numbers: {report.with_name('results.json')})")
+    print(f"tables       {report}\nnumbers      {report.with_name('results.json')}")
     print(f"figures      {out / 'figures.md'}")
     print(f"runs         {pool.path}")
     return 1 if live.failures else 0

@@ -50,7 +50,7 @@ def check_command(argv: list[str]) -> int:
     dataset.load_tokenizer()
     table = Table("split", "domain", title=str(options.path), title_justify="left")
     for name in ("documents", "tokens", "MB", "tokens per byte"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for split in (dataset.train, dataset.validation):
         for domain, counts in [*split.record.domains.items(), ("all", split.record)]:
             table.add_row(
@@ -66,8 +66,6 @@ def check_command(argv: list[str]) -> int:
     console.print(table)
     console.print(
         f"vocabulary of {dataset.vocab_size}, {dataset.manifest.token_dtype}; fingerprint"
-        f" {dataset.fingerprint[:16]}; all shards and the tokenizer are intact",
-        highlight=False,
-        soft_wrap=True,
+        f" {dataset.fingerprint[:16]}; all shards and the tokenizer are intact"
     )
     return 0

@@ -14,6 +14,7 @@ def train_command(argv: list[str]) -> int:
     given = parse(TrainConfig, argv, prog=PROG)  # only to find the preset, file or run that the flags are laid over
 
     with importing():
+        from remoe.lab.console import say
         from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
@@ -35,7 +36,7 @@ def train_command(argv: list[str]) -> int:
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:
-            print(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
+            say(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
     config.out = str(run.path)
 
     with importing():
