@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import COMPARE
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with
 from remoe.lab.training.config import NamedValues
@@ -71,7 +72,7 @@ class CompareOptions:
 
 def compare_command(argv: list[str]) -> int:
     """Trains the missing runs, then writes tables and figures; returns 1 if a run failed, 130 or 143 after a signal."""
-    options = parse(CompareOptions, argv, prog=PROG)
+    options = parse(CompareOptions, argv, prog=PROG, brief=COMPARE)
     os.environ.setdefault("TQDM_DISABLE", "1")  # keeps the harness's bars out of the table; read at import
     if options.data is not None and options.corpus is not None:
         raise ConfigError("--data and --corpus cannot be combined")

@@ -7,6 +7,7 @@ from typing import Annotated
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from remoe.lab.cli.helps import PREPARE
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.data.options import PrepareOptions
@@ -33,7 +34,7 @@ class CheckArguments:
 
 def prepare_command(argv: list[str]) -> int:
     """Run `remoe data prepare`; returns the exit code, raises DataError or ConfigError for bad input."""
-    options = parse(PrepareArguments, argv, prog="remoe data prepare")
+    options = parse(PrepareArguments, argv, prog="remoe data prepare", brief=PREPARE)
     from remoe.lab.data.preparation import prepare
 
     prepare(options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import EVAL
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with, write_output
 
@@ -58,7 +59,7 @@ class EvalOptions:
 
 def eval_command(argv: list[str]) -> int:
     """Prints a table with a row for each domain, threshold or task."""
-    options = parse(EvalOptions, argv, prog=PROG)
+    options = parse(EvalOptions, argv, prog=PROG, brief=EVAL)
     if options.split not in ("validation", "train"):
         raise ConfigError(f"unknown --split {options.split!r}; choose one of: validation, train")
     if options.batch_size < 1 or (options.max_tokens is not None and options.max_tokens < 1):

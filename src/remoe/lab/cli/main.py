@@ -218,7 +218,7 @@ def _help(group: str = "") -> str:
     lines = [
         "remoe: mixture-of-experts with ReLU routing (arXiv 2412.14711)",
         "",
-        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains every option",
+        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains the options",
         "",
     ]
     for name, (_, _, text) in COMMANDS.items():
