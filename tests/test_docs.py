@@ -118,10 +118,10 @@ def test_options_in_the_text_exist(capsys):
     known = set(OTHER_PROGRAMS)
     for name in COMMANDS:
         with pytest.raises(SystemExit):
-            main([*name.split(), "--help"])
+            main([*name.split(), "--help-all"])
         known |= set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     named = {(option, page) for page in PAGES for code in inline_code(page) for option in option_names(code)}
-    assert {(option, page) for option, page in named if option not in known | {"--help"}} == set()
+    assert {(option, page) for option, page in named if option not in known | {"--help", "--help-all"}} == set()
 
 
 def option_names(code):

@@ -1,5 +1,8 @@
 """Text of a user's data reaches a terminal and Markdown as text alone."""
 
+import io
+import logging
+import os
 import random
 import re
 import sys
@@ -9,12 +12,12 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.table import Table
 
-from remoe.lab.cli.main import main
+from remoe.lab.cli.main import COMMANDS, main
 from remoe.lab.console import Console
 from remoe.lab.export.card import _domains
 from remoe.lab.report.contents import Excerpt
 from remoe.lab.report.page import _content
-from remoe.lab.text import lines, markdown, short_name, visible
+from remoe.lab.text import RED, for_terminal, lines, markdown, short_name, visible
 
 STRANGE = [
     "| a |", "# Heading", "a\nb", "- item", "1. one", "> quote", "`code", "<b>bold</b>", "&amp;", "[a](http://b.c)",
@@ -96,3 +99,54 @@ def test_messages_of_errors_are_one_visible_line(capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert r"no\x1b[31m\nsuch\udcff: this name is not UTF-8; rename it" in error
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_message_on_a_terminal_is_broken_between_words_and_coloured(monkeypatch):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    message = "remoe: error: --steps must be at least 1, but is -1234567, see a/rather/long/path/of/some/file.yaml"
+    shown = for_terminal(message, Terminal(), RED)
+    assert shown.startswith("\x1b[31mremoe: error:")
+    assert shown.endswith("\x1b[0m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    lines = for_terminal(message, Terminal(), RED).split("\n")
+    assert " ".join(lines) == message
+    assert all(len(line) <= 30 or " " not in line for line in lines)
+    assert for_terminal(message, io.StringIO(), RED) == message
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in for_terminal(message, Terminal(), RED)
+
+
+def test_a_warning_reaches_standard_error_once(capsys, monkeypatch):
+    def warn(argv):
+        logging.getLogger("remoe.lab").warning("all is %s lost", "\x1b[1m")
+        return 0
+
+    monkeypatch.setitem(sys.modules, "warning_command", SimpleNamespace(warn=warn))
+    monkeypatch.setitem(COMMANDS, "warn", ("warning_command", "warn", ""))
+    assert main(["warn"]) == 0
+    assert capsys.readouterr().err == "all is \\x1b[1m lost\n"
+    assert not logging.getLogger("remoe").handlers
+
+
+def test_no_number_is_broken_in_a_narrow_terminal():
+    file = io.StringIO()
+    console = Console(width=40, file=file, force_terminal=True, color_system=None)
+    console.print("the largest is 1,234,567 and another one is 9,876,543.21, which is larger")
+    table = Table("domain")
+    table.add_column("tokens", no_wrap=True)
+    table.add_row("a name that needs more than one line of this table", "1,234,567.89")
+    console.print(table)
+    shown = file.getvalue()
+    assert all(len(line) <= 40 for line in shown.splitlines())
+    assert all(number in shown for number in ("1,234,567", "9,876,543.21", "1,234,567.89"))
+    file = io.StringIO()
+    Console(width=40, file=file).print("word " * 30)
+    assert file.getvalue().count("\n") == 1

@@ -20,14 +20,16 @@ Advance = Callable[[int], None]
 class Console(console.Console):
     """Rich's console without its markup: text in square brackets or between colons, such as a name, is printed as is.
 
-    Control characters, which a name may contain too, are escaped, so that they do not reach the terminal.
+    Control characters, which a name may contain too, are escaped, so that they do not reach the terminal. A terminal
+    gets lines that are broken between words; elsewhere each line stays whole.
 
     Raises:
         BrokenPipeError: from any output once nobody reads it, as `print` does; rich would end the process.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"markup": False, "emoji": False} | options)
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
+        self.soft_wrap = not self.is_terminal
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(lines(text), **options)
@@ -37,12 +39,17 @@ class Console(console.Console):
         raise BrokenPipeError
 
 
+def say(text: str) -> None:
+    """Print a line to standard output: broken between words on a terminal, whole elsewhere."""
+    Console().print(text)
+
+
 class Reporter:
     """Log lines and progress on stderr: a bar on a terminal, an occasional line elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True)
 
     def line(self, text: str) -> None:
         """Write a line, unless quiet."""

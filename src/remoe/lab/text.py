@@ -3,8 +3,14 @@
 HTML needs nothing more than Jinja's own escapes; file names consist of names that `remoe.lab.compare` checks.
 """
 
+import os
 import re
+import shutil
+import textwrap
 import unicodedata
+from typing import TextIO
+
+RED, YELLOW = 31, 33  # of ANSI
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats such as overrides of direction, half characters, new lines
 _HARMLESS = "\u061c\u200c\u200d\u200e\u200f"  # marks and joiners, with which words of several scripts are spelled
@@ -23,6 +29,17 @@ def visible(text: str, keep: str = "") -> str:
 def lines(text: str) -> str:
     """`visible` for text of several lines, which stay."""
     return visible(text, keep="\n\t")
+
+
+def for_terminal(text: str, stream: TextIO, colour: int) -> str:
+    """A line as it is written to `stream`: on a terminal broken between words, and coloured where colours are shown."""
+    if not stream.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    shown = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return shown
+    return f"\033[{colour}m{shown}\033[0m"
 
 
 def short_name(text: str, longest: int = 40) -> str:

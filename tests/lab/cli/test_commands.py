@@ -185,14 +185,40 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
     ],
 )
 def test_help_names_positional_arguments_and_every_router(command, name, capsys):
-    with pytest.raises(SystemExit):
-        main([*command.split(), "--help"])
-    out = capsys.readouterr().out
-    assert out.splitlines()[0].endswith(f"] {name}")
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([*command.split(), flag])
+        out = capsys.readouterr().out
+        assert out.splitlines()[0].endswith(f"] {name}")
     if command == "train":
         known = re.search(r"relu, relu_norm.*?dense_wide", out, re.DOTALL)[0]
         assert re.findall(r"[a-z]\w+", known.replace(" or ", " ")) == list(ROUTERS)
         assert all(f"'{rule}'" in out for rule in RULES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_two_screens_and_tells_the_truth(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            main([*name.split(), flag])
+        assert stop.value.code == 0
+        texts.append(capsys.readouterr().out)
+    brief, everything = texts
+    assert len(brief.splitlines()) <= 50
+    known = set(re.findall(r"--[a-z][\w.-]*", everything)) | {"--help-all"}
+    assert set(re.findall(r"--[a-z][\w.-]*", brief)) <= known
+    if brief == everything:
+        return
+    assert all(len(line) <= 80 for line in brief.splitlines())
+    assert f"remoe {name} --help-all" in brief
+    flat = " ".join(re.sub("[│╭╰─╮╯]", " ", everything).split())
+    entries = [" ".join(entry.split("\n\n")[0].split()) for entry in re.split(r"\n  (?=--)", brief)[1:]]
+    defaults = {entry.split()[0]: found[1] for entry in entries if (found := re.search(r"\(default (.*?)\)", entry))}
+    assert len(defaults) >= 2
+    for flag, default in defaults.items():
+        assert default == re.search(rf" {flag} [A-Z{{].*?\(default: (.*?)\)", flat)[1], flag
 
 
 @pytest.mark.parametrize("damage", ["no tokenizer", "empty tokenizer", "no config", "other config", "garbage config"])

@@ -24,7 +24,7 @@ def test_rows_are_told_apart_in_a_narrow_terminal(pool):
     asked = {"variants": {"relu": {}, "topk": {"router": "topk"}}, "seeds": [0, 1], "base": {"steps": 5}}
     axes = {"num_experts": [4, 16], "optim.lr": [0.0015, 0.0025]}
     live = Live(experiment_from_dict(asked | {"axes": axes}, "x", "x"), pool)
-    console = Console(width=80, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(live.table())
     text = console.file.getvalue()
     assert all(text.count(value) == 4 for value in ("0.0015", "0.0025")), text

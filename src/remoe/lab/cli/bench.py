@@ -108,7 +108,7 @@ def train_step_command(argv: list[str]) -> int:
     table = Table(title="training step", title_justify="left")
     table.add_column("implementation")
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(row["name"], *("" if row[c] is None else _figure(row[c]) for c in columns))
     Console().print(table)
@@ -155,9 +155,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     console.print(
         f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {name}: "
         f"GEMM {roofline.gemm_flops / 1e9:,.0f} GFLOP/s "
-        f"(torch.mm {roofline.default_gemm_flops / 1e9:,.0f}), memory reads {roofline.read_bytes / 1e9:,.1f} GB/s",
-        highlight=False,
-        soft_wrap=True,
+        f"(torch.mm {roofline.default_gemm_flops / 1e9:,.0f}), memory reads {roofline.read_bytes / 1e9:,.1f} GB/s"
     )
     for case in cases:
         row = bench(case, device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)

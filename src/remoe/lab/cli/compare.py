@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import COMPARE
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with
 from remoe.lab.training.config import NamedValues
@@ -71,7 +72,7 @@ class CompareOptions:
 
 def compare_command(argv: list[str]) -> int:
     """Trains the missing runs, then writes tables and figures; returns 1 if a run failed, 130 or 143 after a signal."""
-    options = parse(CompareOptions, argv, prog=PROG)
+    options = parse(CompareOptions, argv, prog=PROG, brief=COMPARE)
     os.environ.setdefault("TQDM_DISABLE", "1")  # keeps the harness's bars out of the table; read at import
     if options.data is not None and options.corpus is not None:
         raise ConfigError("--data and --corpus cannot be combined")
@@ -122,7 +123,7 @@ def compare_command(argv: list[str]) -> int:
         check_device(experiment, pool, device)
     live = Live(experiment, pool, options.workers)
     if records is not None and not records.exists():  # perhaps a typing error, which would train everything again
-        print(f"records: {records} is new; it has no finished runs")
+        live.console.print(f"records: {records} is new; it has no finished runs")
     if options.list:
         live.console.print(live.table())
         live.console.print(live.count())
@@ -141,7 +142,7 @@ def compare_command(argv: list[str]) -> int:
         pack_records(experiment, pool, data)
     if not live.console.is_terminal:
         live.console.print(live.table())
-    print(f"tables       {report}   (numbers: {report.with_name('results.json')})")
+    print(f"tables       {report}\nnumbers      {report.with_name('results.json')}")
     print(f"figures      {out / 'figures.md'}")
     print(f"runs         {pool.path}")
     return 1 if live.failures else 0

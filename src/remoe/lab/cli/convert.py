@@ -199,6 +199,6 @@ def _say(model: "PreTrainedModel", out: Path, data: str | None) -> None:
     print(f"wrote        {out}")
     path, on = shlex.quote(str(out)), shlex.quote(data or "DATA")
     if isinstance(model, RemoeForCausalLM):
-        print(f"next         remoe eval {path} --data {on}   |   remoe report {path} --data {on}")
+        print(f"next         remoe eval {path} --data {on}\n             remoe report {path} --data {on}")
     else:
-        print(f"next         remoe.load_relufied({str(out)!r})   |   remoe generate {path}")
+        print(f"next         remoe.load_relufied({str(out)!r})\n             remoe generate {path}")

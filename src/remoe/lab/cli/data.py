@@ -7,6 +7,7 @@ from typing import Annotated
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from remoe.lab.cli.helps import PREPARE
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.data.options import PrepareOptions
@@ -33,7 +34,7 @@ class CheckArguments:
 
 def prepare_command(argv: list[str]) -> int:
     """Run `remoe data prepare`; returns the exit code, raises DataError or ConfigError for bad input."""
-    options = parse(PrepareArguments, argv, prog="remoe data prepare")
+    options = parse(PrepareArguments, argv, prog="remoe data prepare", brief=PREPARE)
     from remoe.lab.data.preparation import prepare
 
     prepare(options)
@@ -50,7 +51,7 @@ def check_command(argv: list[str]) -> int:
     dataset.load_tokenizer()
     table = Table("split", "domain", title=str(options.path), title_justify="left")
     for name in ("documents", "tokens", "MB", "tokens per byte"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for split in (dataset.train, dataset.validation):
         for domain, counts in [*split.record.domains.items(), ("all", split.record)]:
             table.add_row(
@@ -66,8 +67,6 @@ def check_command(argv: list[str]) -> int:
     console.print(table)
     console.print(
         f"vocabulary of {dataset.vocab_size}, {dataset.manifest.token_dtype}; fingerprint"
-        f" {dataset.fingerprint[:16]}; all shards and the tokenizer are intact",
-        highlight=False,
-        soft_wrap=True,
+        f" {dataset.fingerprint[:16]}; all shards and the tokenizer are intact"
     )
     return 0

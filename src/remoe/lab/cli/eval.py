@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import EVAL
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.outputs import check_output, json_with, write_output
 
@@ -58,7 +59,7 @@ class EvalOptions:
 
 def eval_command(argv: list[str]) -> int:
     """Prints a table with a row for each domain, threshold or task."""
-    options = parse(EvalOptions, argv, prog=PROG)
+    options = parse(EvalOptions, argv, prog=PROG, brief=EVAL)
     if options.split not in ("validation", "train"):
         raise ConfigError(f"unknown --split {options.split!r}; choose one of: validation, train")
     if options.batch_size < 1 or (options.max_tokens is not None and options.max_tokens < 1):
@@ -179,7 +180,7 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
 
     table = Table("domain", title=title, title_justify="left")
     for column in ("loss", "perplexity", "bits per byte", "sparsity", "tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for domain, row in results.items():
         table.add_row(
             short_name(domain),
@@ -189,7 +190,7 @@ def _print_table(title: str, results: dict[str, dict[str, float]]) -> None:
             f"{row['sparsity']:.4f}",
             f"{row['tokens']:,}",
         )
-    Console(soft_wrap=True).print(table)
+    Console().print(table)
 
 
 def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
@@ -199,7 +200,7 @@ def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
 
     table = Table(title=title, title_justify="left")
     for column in ("gate threshold", "loss", "active experts", "tokens/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for point in points:
         table.add_row(
             f"{point.threshold:.4g}",
@@ -207,7 +208,7 @@ def _print_sweep(title: str, points: list["SweepPoint"]) -> None:
             f"{point.active_experts:.3f}",
             f"{point.tokens_per_second:,.0f}",
         )
-    Console(soft_wrap=True).print(table)
+    Console().print(table)
 
 
 def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> None:
@@ -217,7 +218,7 @@ def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> N
 
     table = Table("task", title=title, title_justify="left")
     for column in ("acc", "stderr", "acc_norm", "chance", "examples", "truncated"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
             name,
@@ -231,4 +232,4 @@ def _print_tasks(title: str, results: dict[str, "TaskResult"], mean: float) -> N
         )
     chance = sum(result.chance for result in results.values()) / len(results)
     table.add_row("mean", f"{mean:.4f}", "", "", f"{chance:.4f}", "", "")
-    Console(soft_wrap=True).print(table)
+    Console().print(table)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
-from remoe.lab.text import short_name
+from remoe.lab.text import RED, YELLOW, for_terminal, short_name, visible
 from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
 
 LONGEST_ERROR = 1000  # characters: more than that is an argument, of which the ends tell enough
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; those of the process by default.
     """
     _open_streams()
-    with _signals_end_it():
+    with _signals_end_it(), _warnings_shown():
         code = 0
         try:
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -190,8 +191,29 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _fail(message: str) -> int:
     """Prints one line of error; returns exit code 2."""
     with contextlib.suppress(OSError):  # the terminal is closed
-        print(f"remoe: error: {short_name(message, LONGEST_ERROR)}", file=sys.stderr)
+        line = f"remoe: error: {short_name(message, LONGEST_ERROR)}"
+        print(for_terminal(line, sys.stderr, RED), file=sys.stderr)
     return 2
+
+
+class _Warnings(logging.Handler):
+    """Writes warnings of this package to standard error, as Python does by itself, but in a terminal's colours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(for_terminal(visible(record.getMessage()), sys.stderr, YELLOW), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    handler = _Warnings(logging.WARNING)
+    logging.getLogger("remoe").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("remoe").removeHandler(handler)
 
 
 def _help(group: str = "") -> str:
@@ -199,10 +221,12 @@ def _help(group: str = "") -> str:
     lines = [
         "remoe: mixture-of-experts with ReLU routing (arXiv 2412.14711)",
         "",
-        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains every option",
+        "usage: remoe COMMAND [OPTIONS]      remoe COMMAND --help explains the options",
         "",
     ]
-    lines += [f"  {name:<18}{text}" for name, (_, _, text) in COMMANDS.items() if name.startswith(group)]
+    for name, (_, _, text) in COMMANDS.items():
+        if name.startswith(group):
+            lines += textwrap.wrap(f"  {name:<18}{text}", 80, subsequent_indent=20 * " ", break_on_hyphens=False)
     return "\n".join(lines)
 
 

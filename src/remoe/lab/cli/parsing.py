@@ -19,7 +19,7 @@ UNKNOWN = "Unrecognized options: "
 NO_NUMBER = r"^Error parsing (\S+): (invalid literal for int\(\) with base 10|could not convert string to float): (.*)"
 
 
-def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
+def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None, brief: str | None = None) -> T:
     """Parses flags into a dataclass.
 
     Args:
@@ -27,11 +27,16 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
         argv: arguments after the command's name.
         prog: the command's name in `--help`.
         default: values of flags that are not given; `cls()` by default.
+        brief: the text of `--help`, where it does not show all flags; `--help-all` always does.
 
     Raises:
         ConfigError: for unknown flags and invalid values.
-        SystemExit: with code 0 after `--help`.
+        SystemExit: with code 0 after `--help` and `--help-all`.
     """
+    if brief is not None and {"-h", "--help"} & set(argv):
+        print(brief)
+        raise SystemExit(0)
+    argv = ["--help" if word == "--help-all" else word for word in argv]
     complaint = io.StringIO()
     options = {} if default is None else {"default": default}
     try:

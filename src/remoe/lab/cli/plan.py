@@ -98,7 +98,7 @@ def _print_table(title: str, columns: dict) -> None:
         rows = [(label, value) for label, value in rows if label != DENSE_STAGE]
     table = Table("", title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label, value in rows:
         table.add_row(label, *(value(p) for p in columns.values()))
-    Console(soft_wrap=True).print(table)
+    Console().print(table)

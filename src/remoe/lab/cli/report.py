@@ -50,5 +50,5 @@ def report_command(argv: list[str]) -> int:
         from remoe.lab.report import write_report
 
     page = write_report(options.run, options.data, out, max_tokens=options.max_tokens, excerpt_tokens=options.excerpt)
-    print(f"report       {page}   (open it in a browser)")
+    print(f"report       {page}\nopen it in a browser")
     return 0

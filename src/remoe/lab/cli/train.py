@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import TRAIN
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 
@@ -11,9 +12,12 @@ PROG = "remoe train"
 
 def train_command(argv: list[str]) -> int:
     """Trains or continues a run; returns 128 plus the signal's number when a signal stopped it."""
-    given = parse(TrainConfig, argv, prog=PROG)  # only to find the preset, file or run that the flags are laid over
+    given = parse(
+        TrainConfig, argv, prog=PROG, brief=TRAIN
+    )  # only to find the preset, file or run that the flags are laid over
 
     with importing():
+        from remoe.lab.console import say
         from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
@@ -35,7 +39,7 @@ def train_command(argv: list[str]) -> int:
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:
-            print(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
+            say(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")
     config.out = str(run.path)
 
     with importing():

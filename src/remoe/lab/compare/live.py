@@ -31,7 +31,7 @@ class Live:
 
     def __init__(self, experiment: Experiment, pool: Pool, workers: int = 1) -> None:
         self.experiment, self.pool, self.workers = experiment, pool, workers
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console()
         self.failures: dict[str, str] = {}
         self._begin: dict[RunSpec, float] = {}  # of the runs in progress
         self._waiting = self._stopping = False

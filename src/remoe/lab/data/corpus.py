@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
+from remoe.lab.console import say
 from remoe.lab.data.dataset import Dataset, open_dataset
 from remoe.lab.data.journal import FORMAT, JOURNAL_NAME, VERSION, ChangedError, Journal
 from remoe.lab.data.manifest import MANIFEST_NAME, read_record
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.preparation import prepare
 from remoe.lab.data.sources import is_raw
-from remoe.lab.text import visible
 
 ADVICE = "delete that folder or use another --pool; runs on the old text are not comparable with new ones"
 
@@ -40,7 +40,7 @@ def open_data(data: str, parent: Path, vocab_size: int) -> Dataset:
     while True:
         begun, finished = (out / JOURNAL_NAME).exists(), (out / MANIFEST_NAME).exists()
         if not begun:
-            print(f"preparing the text of {visible(data)} in {out}; later runs with it find it there", flush=True)
+            say(f"preparing the text of {data} in {out}; later runs with it find it there")
         try:
             dataset = _open_prepared(data, out, vocab_size, as_prepared=False, quiet=finished)
         except ChangedError:
@@ -50,7 +50,7 @@ def open_data(data: str, parent: Path, vocab_size: int) -> Dataset:
             out = first.with_name(f"{first.name}-{number}")
         else:
             if begun:
-                print(f"the text of {visible(data)} is prepared in {out}")
+                say(f"the text of {data} is prepared in {out}")
             return dataset
 
 

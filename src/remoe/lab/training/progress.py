@@ -4,10 +4,14 @@ import sys
 from collections import deque
 
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from remoe.lab.console import Console, duration
 from remoe.lab.training.config import TrainConfig
 from remoe.routing import ROUTERS
+
+STAGES = {"dense": "magenta", "sparsifying": "yellow", "sparse": "green"}  # their colours
+WIDTH_WITH_BAR = 140
 
 
 class ProgressLine:
@@ -24,10 +28,10 @@ class ProgressLine:
         self._config = config
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._steps = 0
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = Console()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
+            *([BarColumn(bar_width=30)] if self._console.width >= WIDTH_WITH_BAR else []),
             console=self._console,
             transient=True,
             disable=not sys.stdout.isatty(),
@@ -51,7 +55,9 @@ class ProgressLine:
         line = self._line(record, step)
         self._bar.update(self._task, completed=step, description=line)
         if step == 1 or step % self._config.print_every == 0 or step == self._config.steps:
-            self._console.print(line)
+            shown = Text(line)
+            shown.highlight_words([f"  {record['stage']} "], STAGES.get(record["stage"], ""))
+            self._console.print(shown)
         if "validation_loss" in record:
             per_domain = record["validation_loss_per_domain"].items()
             domains = "  ".join(f"{domain} {loss:.3f}" for domain, loss in per_domain)
@@ -62,12 +68,23 @@ class ProgressLine:
         self._bar.stop()
 
     def _line(self, record: dict, step: int) -> str:
+        """The longest of three forms that fits a terminal; elsewhere always the longest."""
         tokens = sum(tokens for tokens, _ in self._recent)
         seconds = sum(seconds for _, seconds in self._recent)
-        left = (self._config.steps - step) * seconds / len(self._recent)
-        steered = f"lambda {record['lambda']:.2e}  " if ROUTERS[self._config.router].steered else ""
-        return (
-            f"step {step:>6}/{self._config.steps}  loss {record['lm_loss']:.4f}  {steered}"
-            f"sparsity {record['sparsity']:.4f}  {record['stage']:<11}  "
-            f"{tokens / seconds:>7,.0f} tokens/s" + (f"  left {duration(left)}" if self._steps > 1 else "")
+        left = duration((self._config.steps - step) * seconds / len(self._recent))
+        some_left = self._steps > 1  # otherwise the speed is not known yet
+        steps, steered = self._config.steps, ROUTERS[self._config.router].steered
+        loss, sparsity, speed = record["lm_loss"], record["sparsity"], tokens / seconds
+        stage = f"  {record['stage']:<11}  "
+        line = (
+            (f"step {step:>6}/{steps}  loss {loss:.4f}" + f"  lambda {record['lambda']:.2e}" * steered)
+            + f"  sparsity {sparsity:.4f}{stage}{speed:>7,.0f} tokens/s"
+            + f"  left {left}" * some_left
         )
+        if not self._console.is_terminal or len(line) <= self._console.width:
+            return line
+        short = (
+            f"{step:>{len(str(steps))}}/{steps}  loss {loss:.4f}" + f"  lambda {record['lambda']:.1e}" * steered
+        ) + f"  S {sparsity:.4f}{stage}"
+        line = f"{short}{speed:,.0f} tok/s" + f"  {left}" * some_left
+        return line if len(line) <= self._console.width else short + left * some_left

@@ -12,6 +12,7 @@ import torch
 import remoe
 from remoe.errors import CheckpointError
 from remoe.experts.cpu import build as kernels
+from remoe.lab.console import say
 from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare, spot_check
 from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
@@ -127,13 +128,13 @@ def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
     parameters = sum(p.numel() for p in model.parameters())
     dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
-    print(
+    say(
         f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
         f"experts backend {_experts(trainer)}"
     )
     passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
-    print(
+    say(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
         f"domains {', '.join(map(short_name, dataset.domains))}; device {trainer.device} ({dtype}, "
         f"{torch.get_num_threads()} threads); "
@@ -151,7 +152,7 @@ def _experts(trainer: Trainer) -> str:
     if name != "cpu" or trainer.device.type != "cpu":
         return name
     if kernels.to_be_built():
-        print("compiling the experts' kernels for this machine; this happens once and takes seconds", flush=True)
+        say("compiling the experts' kernels for this machine; this happens once and takes seconds")
     compiled = kernels.compiled_kernels(torch.float32) is not None
     return f"{name} ({'compiled kernels' if compiled else 'plain torch operations'})"
 
@@ -214,20 +215,25 @@ def _validation_prompt(trainer: Trainer, tokenizer) -> str:
 
 def _print_summary(summary: dict, trainer: Trainer) -> None:
     run, everything = trainer.run, summary["validation"][TOTAL]
-    print(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes")
-    print(
+    say(f"\nfinished: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes")
+    say(
         f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
         f"bits per byte {everything['bits_per_byte']:.4f}"
     )
     for domain in trainer.windows.domains:
-        print(f"  {short_name(domain):<16} {summary['validation'][domain]['loss']:.4f}")
+        say(f"  {short_name(domain):<16} {summary['validation'][domain]['loss']:.4f}")
     for sentence in summary["outcome"]:
-        print(sentence)
+        say(sentence)
     print(f"\nsample:\n{lines(summary['sample'])}\n")
-    print(f"run          {run.path}")
-    print(f"checkpoint   {summary['checkpoint']}   (RemoeForCausalLM.from_pretrained loads it)")
     path = shlex.quote(str(run.path))
-    print(f"metrics      {run.metrics}   tensorboard --logdir {path}/tensorboard")
-    print(f"see it       remoe report {path}   (writes a page that shows what the experts do)")
     words = shlex.quote(visible(" ".join(summary["sample"].split()[:2]) or "The"))
-    print(f"next         remoe generate {path} --prompt {words}   |   remoe eval {path}")
+    for what, where in (  # whole, so that they can be copied
+        ("run", run.path),
+        ("checkpoint", summary["checkpoint"]),
+        ("metrics", run.metrics),
+        ("curves", f"tensorboard --logdir {path}/tensorboard"),
+        ("see it", f"remoe report {path}"),
+        ("measure it", f"remoe eval {path}"),
+        ("try it", f"remoe generate {path} --prompt {words}"),
+    ):
+        print(f"{what:<12} {where}")

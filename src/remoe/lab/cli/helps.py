@@ -1,0 +1,139 @@
+"""The help of commands with many options: examples, then the options used most. `--help-all` shows every option."""
+
+TRAIN = """\
+usage: remoe train [-h] [OPTIONS]
+
+Train a ReMoE language model. Without options: a small model, in minutes, on
+the source code of Python's standard library.
+
+examples:
+  remoe train
+  remoe train --data my_texts/ --steps 2000
+  remoe train --preset mini --num-experts 32 --k 2 --out runs/mine
+  remoe train --router topk --seed 1
+  remoe train --out runs/mine --resume
+
+the model and its data:
+  --data PATH             your text, a file or a folder of .txt, .md, .jsonl,
+                          .csv, .parquet, ...; or a folder written by `remoe
+                          data prepare`
+  --preset NAME           size of the model, and defaults of all other options:
+                          tiny, mini, 182m, 469m or 978m (default tiny)
+  --router NAME           how tokens choose experts: relu, topk, dense and more
+                          (default relu)
+  --router-options NAME VALUE ...
+                          options of the router; docs/routers.md lists them
+  --num-experts INT       experts E per layer (default 8)
+  --k INT                 target number of active experts per token (default 1)
+  --granularity INT       split each expert into this many (default 1)
+
+its training:
+  --steps INT             optimiser steps (default 500)
+  --batch-size INT        sequences per step (default 16)
+  --micro-batch-size INT  sequences at a time; a smaller number, which must
+                          divide the batch size, needs less memory
+  --seq-len INT           tokens per sequence (default 256)
+  --optim.lr FLOAT        peak learning rate (default 0.002)
+  --seed INT              seed of weights and of the order of data (default 0)
+  --device NAME           auto, cpu, cuda, cuda:N or mps (default auto)
+  --recompute             less memory, a third more compute
+
+its run:
+  --out DIR               folder of the run; a new one in runs/ by default
+  --resume                continue the run in --out, by default the newest
+  --config FILE           YAML file with any options; flags take precedence
+  --validate.every INT    steps between validations (default 100)
+  --checkpoint.every INT  steps between checkpoints (default 100)
+
+The defaults are those of --preset tiny. All options, also of the groups model,
+optim, sparsity, validate and checkpoint: remoe train --help-all"""
+
+COMPARE = """\
+usage: remoe compare [-h] [OPTIONS] EXPERIMENT
+
+Train a matrix of runs (routers, seeds, sizes or any other option) from one YAML
+file, and compare them at equal tokens and at equal training FLOPs. After an
+interruption the same command continues, and repeats nothing.
+
+examples:
+  remoe compare mine.yaml --corpus my_texts/
+  remoe compare mine.yaml --corpus my_texts/ --workers 2 --base steps 200
+  remoe compare mine.yaml --list
+
+EXPERIMENT has `variants` (name: options of `remoe train`) and, if you like,
+title, base (options of all), seeds, reference, axes (option: values),
+equal_flops and figures. docs/guides/compare.md explains them.
+
+  --corpus PATH           text to prepare: a folder, also one with train/ and
+                          validation/, or a file
+  --data DIR              folder written by `remoe data prepare`, instead
+  --out DIR               folder for tables and figures
+                          (by default runs/compare/NAME)
+  --pool DIR              folder of the runs, which experiments may share
+                          (default runs/pool)
+  --base NAME VALUE ...   options that override the experiment's base
+  --workers INT           runs to train at the same time (default 1)
+  --device NAME           auto, cpu, cuda, cuda:N or mps (default auto)
+  --list                  show the runs and their progress; train nothing
+  --report-only           tables and figures of the finished runs; train nothing
+
+All options, also of records and zero-shot tasks: remoe compare --help-all"""
+
+PREPARE = """\
+usage: remoe data prepare [-h] [OPTIONS] [SOURCE ...]
+
+Convert text into token shards for `remoe train --data DIR`. If the command is
+stopped, give it again: it continues where it was.
+
+examples:
+  remoe data prepare my_texts/ --out DATA
+  remoe data prepare books.jsonl --validation held_out.jsonl --out DATA
+  remoe data prepare hf:NAME --out DATA --tokenizer TOKENIZER
+
+SOURCE is a file (.txt, .md, .jsonl, .csv, .parquet, also .gz and .zst), a
+folder of them, hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or stdlib,
+the standard library of the running Python (the default).
+
+  --out DIR               folder for the shards; it must be new or empty
+  --validation SOURCE ... text for validation; by default some of the documents
+                          are held out
+  --validation-fraction FLOAT
+                          their share (default 0.02)
+  --tokenizer NAME        folder or hub name of a tokenizer; by default a
+                          byte-level BPE is trained on the text
+  --vocab-size INT        size of that BPE (default 4096)
+  --text-column NAME      column or key that contains the text (default text)
+  --domain-column NAME    column of the domain, such as books (default domain)
+  --overwrite             discard an earlier preparation in the folder
+  --quiet                 print nothing
+
+All options: remoe data prepare --help-all"""
+
+EVAL = """\
+usage: remoe eval [-h] [OPTIONS] RUN
+
+Evaluate a trained model: loss, perplexity, bits per byte and sparsity, overall
+and per domain; with --tasks zero-shot accuracy instead.
+
+examples:
+  remoe eval runs/mine
+  remoe eval runs/mine --sweep-threshold auto
+  remoe eval DIR --data DATA
+  remoe eval DIR --tasks arc_easy,piqa
+
+RUN is the folder of a run (its newest checkpoint is used), one of its
+checkpoints, or a model's folder with its tokenizer.
+
+  --data DIR              folder written by `remoe data prepare` with the
+                          model's tokenizer; by default the data of the run
+  --split NAME            validation or train (default validation)
+  --max-tokens INT        tokens to evaluate; all by default
+  --max-experts INT       the most experts that a token may use
+  --sweep-threshold LIST  loss and speed as experts with small gates are left
+                          out: gate thresholds, or auto
+  --quantize SCHEME       int8 or int4 weights; the loss before and after
+  --tasks LIST            tasks of the lm-eval harness; needs the extra eval
+  --batch-size INT        sequences per forward pass (default 32)
+  --json FILE             file to write the figures to
+
+All options: remoe eval --help-all"""

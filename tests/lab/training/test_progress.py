@@ -1,0 +1,67 @@
+"""The lines of a run on terminals of every width, and elsewhere."""
+
+import io
+import re
+
+import pytest
+
+from remoe.lab.console import Console
+from remoe.lab.training import progress as module
+from remoe.lab.training.config import config_from_dict
+from remoe.lab.training.progress import ProgressLine
+
+RECORD = {
+    "lm_loss": 10.97531, "lambda": 1.8e-5, "sparsity": 0.64804, "stage": "sparsifying", "validation_loss": 4.18704,
+    "validation_loss_per_domain": {f"a domain {number}": number / 7 for number in range(9)},
+}  # fmt: skip
+
+
+def shown(monkeypatch, options, width=None, record=RECORD, tokens=123_456):
+    """What a step's record prints; without a width not on a terminal."""
+    terminal = {} if width is None else {"force_terminal": True, "width": width, "color_system": "standard"}
+    file = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda: Console(file=file, **terminal))
+    config = config_from_dict(options, "test")
+    line = ProgressLine(config, 0)
+    for _ in range(2):
+        line.add(tokens, 1.0)
+    line.show(record, config.print_every)
+    line.close()
+    return file.getvalue()
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize("router", ["relu", "topk"])
+@pytest.mark.parametrize("steps", [40, 500, 60_000, 100_000_000])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_step_is_one_line_of_a_terminal(monkeypatch, router, steps, width):
+    lines = plain(shown(monkeypatch, {"steps": steps, "router": router}, width)).splitlines()
+    assert all(len(line) <= width for line in lines), lines
+    (step,) = [line for line in lines if f"20/{steps}" in line]
+    for words in ("loss 10.9753", "0.6480", "sparsifying"):
+        assert words in step
+    assert ("lambda 1.8" in step) == (router == "relu")
+    for number in RECORD["validation_loss_per_domain"].values():
+        assert any(f"{number:.3f}" in re.split("[ ()]+", line) for line in lines)  # not broken in two
+
+
+def test_elsewhere_a_line_is_whole(monkeypatch):
+    text = shown(monkeypatch, {"steps": 500})
+    assert text.startswith(
+        "step     20/500  loss 10.9753  lambda 1.80e-05  sparsity 0.6480  sparsifying  123,456 tokens/s  left 8:00\n"
+    )
+    assert text.count("\n") == 2
+    assert "\x1b" not in text
+
+
+def test_stages_have_colours_where_a_terminal_has_them(monkeypatch):
+    found = set()
+    for stage in ("dense", "sparsifying", "sparse"):
+        text = shown(monkeypatch, {}, 120, RECORD | {"stage": stage})
+        found.add(re.search(rf"\x1b\[(\d+)m\s+{stage} ", text)[1])
+    assert len(found) == 3
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[\d+m", shown(monkeypatch, {}, 120))
