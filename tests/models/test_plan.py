@@ -1,12 +1,18 @@
 """The paper's figures (arXiv 2412.14711, section 4), and the plan against a model that really ran."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import remoe
+from remoe import costs
+from remoe.experts import STORED_RATIO
+from remoe.lab.cli.plan import PlanOptions, _sizes
 from remoe.lab.training.presets import PRESETS
-from remoe.models.plan import plan, training_flops
+from remoe.models.plan import parameters, plan, sizes_of, training_flops
+from remoe.routing.lory import SEGMENT
 
 # preset: dense parameters (M), parameters with E = 8 (M), GFLOPs per sequence
 PAPER = {"182m": (182.5, 777, 995.4), "469m": (469.8, 2584, 2873.3), "978m": (978.4, 5735, 5991.5)}
@@ -16,7 +22,6 @@ def config(name, **options):
     return remoe.RemoeConfig(**PRESETS[name]["model"], vocab_size=PRESETS[name]["vocab_size"], **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_figures(name):
     dense_parameters, total_parameters, gflops = PAPER[name]
@@ -54,8 +59,50 @@ def test_flops_of_a_run_count_the_pairs_of_each_step():
     assert ragged - dense == pytest.approx(6 * tokens * (pair * 8 * 3 / S + L * D * 8), rel=1e-9)  # 100 + 100 + 56
 
 
+def stored_bytes(settings, ids):
+    """What autograd saves in a training step, without the weights."""
+    model = remoe.RemoeForCausalLM(settings).train()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    stored = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(ids, labels=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in stored.values())
+
+
+@pytest.mark.parametrize("router", remoe.ROUTERS)
+def test_every_router_is_planned_as_its_class_says(router):
+    """The plan of `remoe plan`, which loads no class, against weights, FLOPs and memory of a model."""
+    options = PlanOptions("tiny", granularity=1 if router == "lory" else 2, shared_expert_size=64)
+    settings = config("tiny", router=router, granularity=options.granularity, shared_expert_size=64)
+    quick, exact = _sizes(options, PRESETS["tiny"], router), sizes_of(settings)
+    for place in ((0.125, 300), (0.6, 256)):
+        assert quick.executed_experts(*place) == exact.executed_experts(*place)
+    same = quick.executed_experts
+    assert replace(quick, executed_experts=same) == replace(exact, executed_experts=same)
+    assert parameters(settings)[0] == sum(p.numel() for p in remoe.RemoeForCausalLM(settings).parameters())
+    ids = torch.randint(0, 4096, (2, 300))
+    planned = plan(settings, 300, 2)
+    # Not the same: some routers keep a few more numbers for each of the E logits, which weigh most in a small model.
+    assert planned.dense_stage_activation_bytes == pytest.approx(stored_bytes(settings, ids), rel=0.05)
+
+
+def test_other_shapes_are_planned_too():
+    changes = {"qk_norm": True, "head_dim": 48, "attention_bias": True, "tie_word_embeddings": True}
+    settings = config("tiny", router="dense", **changes)
+    assert parameters(settings)[0] == sum(p.numel() for p in remoe.RemoeForCausalLM(settings).parameters())
+    ids = torch.randint(0, 4096, (2, 30))
+    assert plan(settings, 30, 2).activation_bytes == pytest.approx(stored_bytes(settings, ids), rel=1e-3)
+    assert (costs.STORED_RATIO, costs.SEGMENT) == (STORED_RATIO, SEGMENT)
+
+
 @pytest.mark.parametrize("router", ["topk", "dense"])
-def test_flops_and_activations_of_a_step_that_ran(router, monkeypatch):
+def test_flops_of_a_step_that_ran(router, monkeypatch):
     # The counter knows PyTorch's own products: no compiled experts, no fused loss, no products by oneDNN.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     settings = config("tiny", router=router, attn_implementation="eager", backend="naive")
@@ -67,16 +114,3 @@ def test_flops_and_activations_of_a_step_that_ran(router, monkeypatch):
     planned = 2 * plan(settings, 64, 2).flops_per_sequence
     # Some versions of transformers make the rotary angles with a small matrix product.
     assert counter.get_total_flops() == pytest.approx(planned + router_flops, rel=1e-5)
-
-    settings = config("tiny", router=router)
-    model = remoe.RemoeForCausalLM(settings).train()
-    stored = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids, labels=ids, use_cache=False)
-    assert plan(settings, 64, 2).activation_bytes == pytest.approx(sum(s.nbytes() for s in stored.values()), rel=0.01)

@@ -296,9 +296,10 @@ def test_an_interrupt_is_one_word_and_exit_code_130_at_any_time(tmp_path, when):
     assert done.stdout == ("" if when == "import" else "cleaned up\n")
 
 
-def test_every_command_has_help_that_starts_without_torch():
+def test_every_command_has_help_that_starts_without_torch_and_so_does_a_plan():
     code = (
         "import sys; from remoe.lab.cli.main import COMMANDS, main\n"
+        "assert main(['plan', '182m', '--router', 'lory']) == 0\n"
         "for name in COMMANDS:\n"
         "    print('===')\n"
         "    try: main([*name.split(), '--help'])\n"

@@ -1,11 +1,13 @@
 """`remoe plan`."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from remoe.errors import ConfigError
+from remoe.costs import ROUTER_SIZES, ModelSizes, Plan, check_sizes, executed_experts, plan
+from remoe.errors import ConfigError, check
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.training.presets import preset
 
@@ -46,24 +48,8 @@ def plan_command(argv: list[str]) -> int:
     if seq_len < 1 or micro_batch_size < 1:
         raise ConfigError("--seq-len and --micro-batch-size must be at least 1")
 
-    model = settings["model"] | {"shared_expert_size": options.shared_expert_size}
-    if options.intermediate_size is not None:
-        model["intermediate_size"] = options.intermediate_size
-
-    with importing():
-        from remoe.models.configuration_remoe import RemoeConfig
-        from remoe.models.plan import plan
-
-    def planned(router: str):
-        config = RemoeConfig(
-            **model,
-            vocab_size=settings["vocab_size"],
-            router=router,
-            num_experts=options.num_experts,
-            num_experts_per_tok=options.k,
-            granularity=options.granularity,
-        )
-        return plan(config, seq_len, micro_batch_size)
+    def planned(router: str) -> Plan:
+        return plan(_sizes(options, settings, router), seq_len, micro_batch_size)
 
     columns = {router: planned(router) for router in dict.fromkeys((options.router, "dense"))}
     title = (
@@ -72,6 +58,44 @@ def plan_command(argv: list[str]) -> int:
     )
     _print_table(title, columns)
     return 0
+
+
+def _sizes(options: PlanOptions, settings: dict, router: str) -> ModelSizes:
+    """The sizes of the preset's model; those with a router of a user's own are known once its class is loaded."""
+    model = settings["model"]
+    D, heads, d_ffn = model["hidden_size"], model["num_attention_heads"], options.intermediate_size
+    E, k, G, shared = options.num_experts, options.k, options.granularity, options.shared_expert_size
+    if router not in ROUTER_SIZES or os.environ.get("REMOE_ROUTERS"):
+        with importing():
+            from remoe.models.configuration_remoe import RemoeConfig
+            from remoe.models.plan import sizes_of
+
+        names = {"num_experts": E, "num_experts_per_tok": k, "granularity": G, "shared_expert_size": shared}
+        config = RemoeConfig(**model | names, intermediate_size=d_ffn, vocab_size=settings["vocab_size"], router=router)
+        return sizes_of(config)
+    d_ffn = 4 * D if d_ffn is None else d_ffn
+    check_sizes(num_experts=E, k=k, granularity=G, d_ffn=d_ffn, shared=shared)
+    known = ROUTER_SIZES[router]
+    check(not known.merges or k * G == 1, f"{router} merges its experts into one: k times granularity must be 1")
+    return ModelSizes(
+        vocab_size=settings["vocab_size"],
+        d_model=D,
+        layers=model["num_hidden_layers"],
+        heads=heads,
+        groups=model["num_key_value_heads"],
+        head_dim=D // heads,
+        d_ffn=d_ffn,
+        num_experts=E,
+        k=k,
+        granularity=G,
+        shared=shared,
+        expert_width=d_ffn * (E if known.network == "all" else k),
+        router_weights=E * G * (D * known.has_weights + known.has_scale),
+        executed_experts=executed_experts(known, E, k),
+        steered=known.steered,
+        routes_pairs=known.routes_pairs,
+        merges=known.merges,
+    )
 
 
 def _print_table(title: str, columns: dict) -> None:
@@ -90,7 +114,7 @@ def _print_table(title: str, columns: dict) -> None:
         ("weights, gradients, AdamW (float32)", lambda p: gib(p.state_bytes)),
         ("activations of a micro-batch (float32)", lambda p: gib(p.activation_bytes)),
         (DENSE_STAGE, lambda p: gib(p.dense_stage_activation_bytes)),
-        ("training memory, at most", lambda p: gib(p.state_bytes + p.dense_stage_activation_bytes)),
+        ("training memory, at most", lambda p: gib(p.training_bytes)),
     ]
     if all(
         p.dense_stage_flops_per_sequence == p.flops_per_sequence for p in columns.values()
