@@ -29,6 +29,8 @@ SIGNALS = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGHUP] * 3
 VARIES = re.compile(  # in files of text: times, speeds, memory, and what says how often a run was continued
     r'"[a-z_]*(seconds|second|time|date|bytes|minutes|started|machine|resumed)[a-z_]*": *("[^"]*"|\{[^}]*\}|[^,}\n]*)'
 )
+# Of a result; of SIGKILL; of the others while the program works, and before it has begun or after its end.
+CODES = (0, -9, 129, 143, -1, -15)
 # Checksums, tables and records contain such times; the files that they are of are compared themselves.
 LEFT_OUT = re.compile(r"tensorboard|\.log$|\.lock$|checksums\.json$|results\.md$|^pool/[^/]*\.json$")
 TINY = {
@@ -45,6 +47,8 @@ class Options:
     """Folder for everything that the commands write; emptied first."""
     results: Path | None = None
     """JSON file to write."""
+    tasks: tuple[str, ...] = ("train", "prepare", "compare", "export")
+    """What to interrupt; the rest of a results file that is there already stays."""
     seed: int = 0
     """Seed of the moments and of the order of the signals."""
 
@@ -110,9 +114,8 @@ def interrupt(task: str, work: Path, choose: random.Random) -> dict:
         share = round(choose.random(), 3)
         code, _ = run(command(task, work, disturbed), log, None if number is None else share * seconds, number or 0)
         event = {"signal": number and number.name, "after": share, "exit_code": code}
-        if (
-            code == 0
-        ):  # it was left alone, or the signal came too late: what it wrote is whole, and the next begins anew
+        # It was left alone, or the signal came too late: now compare, and begin anew. An export is there or it is not.
+        if code == 0 or (task == "export" and disturbed.exists()):
             found = files_of(disturbed)
             names = expected.keys() | found.keys()
             event["differ"] = sorted(name for name in names if expected.get(name) != found.get(name))
@@ -136,14 +139,15 @@ def main(options: Options) -> int:
     log = work / "begin.log"
     assert run(command("prepare", work, work / "data"), log)[0] == 0, f"see {log}"
     assert run(command("train", work, work / "run"), log)[0] == 0, f"see {log}"
-    choose, tasks = random.Random(options.seed), {}
-    for task in ("train", "prepare", "compare", "export"):
-        tasks[task] = interrupt(task, work, choose)
+    there = options.results is not None and options.results.exists()
+    tasks = json.loads(options.results.read_text())["tasks"] if there else {}
+    for task in options.tasks:
+        tasks[task] = interrupt(task, work, random.Random(f"{task} {options.seed}"))
         if options.results:
             record = {"date": str(date.today()), "machine": machine(pick_device("cpu")), "seed": options.seed}
             options.results.write_text(json.dumps(record | {"tasks": tasks}, indent=1) + "\n")
     events = [event for task in tasks.values() for event in task["events"]]
-    wrong = [event for event in events if event.get("differ") or event["exit_code"] not in (0, -9, 129, 143)]
+    wrong = [event for event in events if event.get("differ") or event["exit_code"] not in CODES]
     print(f"{len(events) - len(tasks)} signals, {sum('differ' in event for event in events)} ends, {len(wrong)} wrong")
     return int(bool(wrong))
 

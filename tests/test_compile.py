@@ -71,37 +71,29 @@ def test_layer_compiles_under_autocast_and_recomputation():
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_exported_model_takes_other_batch_sizes(router):
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = tiny_model(router).eval()
-
-        def forward(self, token_BS):
-            return self.model(token_BS, use_cache=False).logits
-
-    module, token_BS = Logits(), torch.randint(0, 128, (5, 17))
+    model, token_BS = tiny_model(router).eval(), torch.randint(0, 128, (5, 17))
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
     with torch.no_grad():
-        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
-        exported = torch.export.export(module, (token_BS[:2],), dynamic_shapes=shapes)
-        torch.testing.assert_close(exported.module()(token_BS), module(token_BS))
+        for more in ({}, {"labels": token_BS}):
+            few = {name: ids[:2] for name, ids in more.items()}
+            shapes = {"input_ids": batch, "use_cache": None} | dict.fromkeys(more, batch)
+            exported = torch.export.export(model, (token_BS[:2],), {"use_cache": False} | few, dynamic_shapes=shapes)
+            found = exported.module()(token_BS, use_cache=False, **more)
+            expected = model(token_BS, use_cache=False, **more)
+            torch.testing.assert_close(dict(found), dict(expected))
+            assert set(found) == {"logits"} | ({"loss", "lm_loss"} if more else set())
 
 
 @pytest.mark.parametrize("tokens", [6, 33])
 def test_layer_exports_with_gradients_and_any_number_of_tokens(tokens):
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = remoe.MoE(16, 32, 4, 2)
-
-        def forward(self, x):
-            return self.layer(x)[0]
-
-    layer = Layer()
+    layer = remoe.MoE(16, 32, 4, 2)
     shapes = ({0: torch.export.Dim("tokens", min=2)},)
     exported = torch.export.export(layer, (torch.randn(tokens, 16),), dynamic_shapes=shapes).module()
     for T in (2, 5, 12, 64):
         x = torch.randn(T, 16)
-        torch.testing.assert_close(exported(x), layer(x))
+        (y, routing), (expected, expected_routing) = exported(x), layer(x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(routing.gate_TE, expected_routing.gate_TE)
 
 
 def test_operators_follow_their_contract():

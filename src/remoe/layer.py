@@ -3,7 +3,6 @@
 Legend: T tokens, D model width, E experts.
 """
 
-
 import torch
 from torch import Tensor, nn
 

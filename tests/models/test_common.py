@@ -5,7 +5,12 @@ import inspect
 import pytest
 import torch
 from common_models import HEADS, LAYERS, SIZES, VOCAB, WIDTH, build, every_class, first, run, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from transformers.cache_utils import Cache
 
 import remoe
 from remoe.errors import ConfigError
@@ -40,6 +45,48 @@ def test_tuple_and_dict_agree(cls):
 
 
 @every_class
+def test_outputs_for_inference_hold_tensors_and_the_cache_alone(cls):
+    model, ids = build(cls), tokens()
+    labels = {} if cls is remoe.RemoeModel else {"labels": ids if cls is remoe.RemoeForCausalLM else ids[:, 0] % 2}
+    with torch.no_grad():
+        outputs = model(ids, output_hidden_states=True, **labels)
+    values = [value for item in outputs.to_tuple() for value in (item if isinstance(item, tuple) else (item,))]
+    assert all(isinstance(value, torch.Tensor | Cache) for value in values)
+    assert len(outputs.routings) == LAYERS
+    assert {"routings"} <= set(model.train()(ids, **labels))
+
+
+def tokenizer_of_letters():
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", *"abcdefgh"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@every_class
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_pipelines_take_batches(cls, batch_size):
+    task, options = {
+        remoe.RemoeModel: ("feature-extraction", {}),
+        remoe.RemoeForCausalLM: ("text-generation", {"max_new_tokens": 2, "do_sample": False}),
+        remoe.RemoeForSequenceClassification: ("text-classification", {}),
+    }[cls]
+    model = build(cls, pad_token_id=0, num_hidden_layers=1)
+    run_pipeline = pipeline(task, model=model, tokenizer=tokenizer_of_letters())
+    texts = ["a b c", "d e f", "g h a", "b b b"]
+    for alone, together in zip(texts, run_pipeline(texts, batch_size=batch_size, **options), strict=True):
+        expected = run_pipeline(alone, **options)
+        if task == "feature-extraction":
+            torch.testing.assert_close(torch.tensor(together), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        elif task == "text-generation":
+            assert together == expected
+        else:
+            assert together["label"] == expected[0]["label"]
+            assert together["score"] == pytest.approx(expected[0]["score"], rel=1e-4)
+
+
+@every_class
 def test_hidden_states_of_every_layer(cls):
     model = build(cls)
     states = model(tokens(), output_hidden_states=True).hidden_states
@@ -55,6 +102,48 @@ def test_attentions_of_every_layer(cls):
     assert [tuple(weight.shape) for weight in weights] == [(3, HEADS, 9, 9)] * LAYERS
     torch.testing.assert_close(weights[0].sum(dim=-1), torch.ones(3, HEADS, 9))
     assert not weights[0].triu(1).any()
+
+
+def test_left_padding_with_attentions_returned_changes_nothing():
+    model, ids = build(attn_implementation="eager"), tokens()
+    mask = torch.ones(3, 13, dtype=torch.int64)
+    mask[:, :4] = 0
+    padded = torch.cat((ids.new_zeros(3, 4), ids), dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    outputs = model(padded, attention_mask=mask, position_ids=positions, output_attentions=True)
+    torch.testing.assert_close(outputs.logits[:, 4:], model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not any(weights.isnan().any() for weights in outputs.attentions)
+
+
+def test_the_cache_has_its_older_name_too():
+    model, ids = build(), tokens()
+    expected = model(ids).logits[:, -1:]
+    before = model(ids[:, :-1], use_cache=True)
+    assert before.past_key_values is before["past_key_values"]
+    torch.testing.assert_close(
+        model(ids[:, -1:], past_key_values=before.past_key_values).logits, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weights_of_another_shape_are_replaced_only_on_request(tmp_path):
+    build(remoe.RemoeForSequenceClassification, num_labels=3).save_pretrained(tmp_path)
+    load, ids = AutoModelForSequenceClassification.from_pretrained, tokens()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path, num_labels=42)
+    model = load(tmp_path, num_labels=42, ignore_mismatched_sizes=True)
+    assert model(ids[:1]).logits.shape == (1, 42)
+    base = AutoModel.from_pretrained(tmp_path, vocab_size=10, ignore_mismatched_sizes=True)
+    assert base(ids % 10).last_hidden_state.isfinite().all()
+
+
+@every_class
+@pytest.mark.parametrize("router", ["relu", "sigmoid", "threshold"])
+def test_what_is_kept_in_float32_is_in_the_model(cls, router):
+    model = build(cls, router=router)
+    names = {part for name, _ in model.named_buffers() for part in name.split(".")}
+    kept = {"relu": set(), "sigmoid": {"bias_E"}, "threshold": {"cutoff_E"}}[router]
+    kept |= set() if cls is remoe.RemoeModel else {"sparsity"}
+    assert model._keep_in_fp32_modules_strict == kept <= names
 
 
 def test_attentions_of_an_attention_without_weights_are_refused():

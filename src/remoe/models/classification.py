@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import padding_mask
 from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
-from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
+from remoe.models.routed import RoutedModel, add_routing, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
 
@@ -28,7 +28,8 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
         reg_loss: the regulariser over all layers, without its coefficient.
-        routings: one `Routing` a layer.
+        routings: one `Routing` a layer. This and `reg_loss` are items of the output in training mode, otherwise
+            attributes alone.
     """
 
     task_loss: Tensor | None = None
@@ -96,16 +97,15 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
             loss = task_loss
             if self.training:
                 loss = loss + self.sparsity.loss_terms(outputs.routings).total.to(loss.device)
-        return RemoeClassifierOutput(
+        output = RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             task_loss=task_loss,
-            reg_loss=reg_loss,
-            routings=outputs.routings,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return add_routing(output, self.training, reg_loss=reg_loss, routings=outputs.routings)
 
     def _last_token(self, hidden_BSD: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B,) int64: the last position that is not padding, on either side."""

@@ -27,7 +27,7 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.packing import packed_documents, packed_mask_options
-from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
+from remoe.models.routed import RoutedModel, add_routing, build_controller, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -48,7 +48,7 @@ class RemoeModelOutput(BaseModelOutputWithPast):
         cache: the KV cache, when used; `past_key_values` before transformers 5.24.
         hidden_states: (B, S, D) before each layer and at the end, when asked for.
         attentions: (B, H, S, past + S) weights of each layer, when asked for; needs attention "eager".
-        routings: one `Routing` a layer.
+        routings: one `Routing` a layer; an item of the output in training mode, otherwise an attribute alone.
     """
 
     routings: tuple[Routing, ...] | None = None
@@ -64,7 +64,8 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
         reg_loss: the regulariser over all layers, without its coefficient.
-        routings: one `Routing` a layer.
+        routings: one `Routing` a layer. This and `reg_loss` are items of the output in training mode, otherwise
+            attributes alone.
     """
 
     lm_loss: Tensor | None = None
@@ -85,8 +86,6 @@ class RemoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # What is steered in small steps stays float32 whatever the model's dtype: lambda, and the routers' buffers.
-    _keep_in_fp32_modules_strict = {"sparsity", "bias_E", "cutoff_E"}
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, but the umask decides who may read the weights.
@@ -123,6 +122,9 @@ class RemoeModel(RemoePreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        states = [state for layer in self.layers for state in layer.mlp.router.named_buffers()]
+        # They are steered in small steps, as lambda.
+        self._keep_in_fp32_modules_strict = {name for name, state in states if state.is_floating_point()}
         self.post_init()
 
     @can_return_tuple
@@ -210,13 +212,13 @@ class RemoeModel(RemoePreTrainedModel):
         hidden_BSD = self.norm(hidden_BSD)
         if output_hidden_states:
             states.append(hidden_BSD)
-        return RemoeModelOutput(
+        output = RemoeModelOutput(
             last_hidden_state=hidden_BSD,
             hidden_states=tuple(states) or None,
             attentions=tuple(weights) or None,
-            routings=tuple(routings),
             **{CACHE_NAME: cache},
         )
+        return add_routing(output, self.training, routings=tuple(routings))
 
 
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
@@ -309,16 +311,15 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             terms = self.sparsity.loss_terms(outputs.routings, share)
             reg_loss = terms.regularizer
             loss = lm_loss + terms.total.to(lm_loss.device) if self.training else lm_loss
-        return RemoeCausalLMOutput(
+        output = RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
-            reg_loss=reg_loss,
-            routings=outputs.routings,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return add_routing(output, self.training, reg_loss=reg_loss, routings=outputs.routings)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # transformers reads its signature
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict[str, object]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.utils import ModelOutput
 
 from remoe.errors import ConfigError
 from remoe.layer import MoE
@@ -34,11 +35,26 @@ def keep_statistics_local(model: nn.Module) -> None:
     model._ddp_params_and_buffers_to_ignore = names
 
 
+def add_routing(output: ModelOutput, as_items: bool, **values: object) -> ModelOutput:
+    """The output with further attributes, which are items of it too where `as_items` holds: in training mode.
+
+    Otherwise items would be in the way: transformers' pipelines take each apart by sequence, and its tests and
+    `torch.export` expect tensors.
+    """
+    for name, value in values.items():
+        if as_items:
+            output[name] = value
+        else:
+            object.__setattr__(output, name, value)  # that of ModelOutput would make it an item
+    return output
+
+
 class RoutedModel:
     """A mixin for models with `config`, `model` (a `RemoeModel`) and `sparsity`."""
 
     config: RemoeConfig
     sparsity: SparsityController
+    _keep_in_fp32_modules_strict = {"sparsity"}  # lambda moves in small steps
 
     def update_routing(self, group: "ProcessGroup | None" = None, *, lr_fraction: float = 1.0) -> None:
         """Moves lambda and the routers' own state by the statistics since the last call; no host sync.

@@ -115,6 +115,10 @@ class Routing:
         return 1 - (self.count_E.sum() / slots).float()
 
 
+for kind in (Assignment, Routing):  # so that `torch.export` captures modules that return them
+    torch.export.register_dataclass(kind)
+
+
 def largest(score_TE: Tensor, k: int) -> Tensor:
     """(T, E) bool: the k largest scores of each token."""
     chosen_Tk = score_TE.topk(k, dim=1).indices

@@ -37,6 +37,9 @@ class MergedRouting(Routing):
     order_T: Tensor | None = None
 
 
+torch.export.register_dataclass(MergedRouting)
+
+
 class LoryRouter(LinearRouter):
     """Weights of all experts from the mean hidden state of the previous segment: softmax(mean W).
 

@@ -101,7 +101,7 @@ def options_of(name):
     """Flags of a command and the kind of their value, from its help."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        main([*name.split(), "--help"])
+        main([*name.split(), "--help-all"])
     found = re.findall(r"^[ │]{1,2}(--[a-z][\w.-]*) +(?:\{None\}\|)?([A-Z]+|\[STR)", shown.getvalue(), re.MULTILINE)
     assert found or name in ("export", "data check")
     return found
