@@ -219,7 +219,6 @@ class SparsityController(Float32State):
         Without any token since then nothing changes. If torch.distributed is initialised, statistics are summed over
         the ranks of `group`, by default all.
         """
-        self.penalised = False
         sums = [getattr(self, name) for name in self.statistics()]
         if dist.is_available() and dist.is_initialized():
             for tensor in sums:
@@ -244,8 +243,7 @@ class SparsityController(Float32State):
         for name, value in new.items():
             buffer = getattr(self, name)
             buffer.copy_(torch.where(seen, value, buffer))
-        for tensor in sums:
-            tensor.zero_()
+        self.discard_statistics()
         loads = zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers))
         for router, load_E, statistic_E in loads:
             router.step(load_E, statistic_E, seen)
@@ -270,6 +268,13 @@ class SparsityController(Float32State):
     def statistics(self) -> list[str]:
         """Names of the buffers that each rank sums up on its own until `update`."""
         return [name for name in self._buffers if name[0] == "_"]
+
+    @torch.no_grad()
+    def discard_statistics(self) -> None:
+        """Forgets the forward passes since the last `update`, as those of a step that was broken off."""
+        self.penalised = False
+        for name in self.statistics():
+            getattr(self, name).zero_()
 
     @torch.no_grad()
     def reset(self) -> None:
