@@ -218,18 +218,11 @@ class SparsityController(Float32State):
         """Moves lambda, and every router's own state, by the statistics since the last call; no host sync.
 
         Without any token since then nothing changes. If torch.distributed is initialised, statistics are summed over
-        the ranks of `group`, by default all.
-
-        Args:
-            group: of ranks.
-            lr_fraction: the step's learning rate divided by the peak of its schedule. The smooth rule moves lambda in
-                proportion to it: while routers can hardly move, S does not answer, and lambda would rise far too high.
-
-        Raises:
-            ConfigError: for a fraction outside 0..1.
+        the ranks of `group`, by default all. `lr_fraction`, 0 to 1, is the step's learning rate over the peak of its
+        schedule: the smooth rule moves lambda in proportion to it, because S does not answer where routers can hardly
+        move, and lambda would rise far too high.
         """
         check(0 <= lr_fraction <= 1, f"lr_fraction must be between 0 and 1, but is {lr_fraction}")
-        self.penalised = False
         sums = [getattr(self, name) for name in self.statistics()]
         if dist.is_available() and dist.is_initialized():
             for tensor in sums:
@@ -254,8 +247,7 @@ class SparsityController(Float32State):
         for name, value in new.items():
             buffer = getattr(self, name)
             buffer.copy_(torch.where(seen, value, buffer))
-        for tensor in sums:
-            tensor.zero_()
+        self.discard_statistics()
         loads = zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers))
         for router, load_E, statistic_E in loads:
             router.step(load_E, statistic_E, seen)
@@ -282,6 +274,13 @@ class SparsityController(Float32State):
     def statistics(self) -> list[str]:
         """Names of the buffers that each rank sums up on its own until `update`."""
         return [name for name in self._buffers if name[0] == "_"]
+
+    @torch.no_grad()
+    def discard_statistics(self) -> None:
+        """Forgets the forward passes since the last `update`, as those of a step that was broken off."""
+        self.penalised = False
+        for name in self.statistics():
+            getattr(self, name).zero_()
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -2,30 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import VOCAB, build, token_ids
+from tiny_models import build, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import remoe
 from remoe.errors import ConfigError
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
 
-STEPS, BATCH = 4, 4
-SETTINGS = {
-    "per_device_train_batch_size": BATCH, "max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1,
-    "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 0, "bf16": False,
-    "gradient_checkpointing": False, "remove_unused_columns": False,
-}  # fmt: skip
-
-
-def remoe_model(router):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = remoe.RemoeConfig(
-        **sizes, vocab_size=VOCAB, num_experts=4, router=router, sparsity={"lambda_init": 1e-2}, initializer_range=0.3
-    )
-    return remoe.RemoeForCausalLM(config)
+import datasets
+import trl
+from tiny_sft import BATCH, SETTINGS, STEPS, arguments, collate, remoe_model, rows, tokenizer
 
 
 def relufied_model(name):
@@ -43,19 +31,6 @@ MODELS = {
 }
 
 
-def rows():
-    ids = token_ids(STEPS * BATCH, 12)
-    return [{"input_ids": row[: 12 - i % 4].tolist()} for i, row in enumerate(ids)]
-
-
-def collate(examples):
-    width = max(len(example["input_ids"]) for example in examples)
-    pad = [width - len(example["input_ids"]) for example in examples]
-    ids = torch.tensor([e["input_ids"] + [0] * n for e, n in zip(examples, pad, strict=True)])
-    mask = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
 def plain(model, folder, **options):
     args = TrainingArguments(output_dir=str(folder), **SETTINGS | options)
     callback = remoe.SparsityCallback()
@@ -65,10 +40,9 @@ def plain(model, folder, **options):
 
 
 def supervised(model, folder, callbacks=(), **options):
-    settings = SETTINGS | {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}} | options
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(output_dir=str(folder), **settings),
+        arguments(folder, **options),
         train_dataset=datasets.Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows()]),
         processing_class=tokenizer(),
         data_collator=collate,
@@ -76,17 +50,6 @@ def supervised(model, folder, callbacks=(), **options):
     )
     trainer.train()
     return trainer
-
-
-def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), pad_token="<pad>", eos_token="</s>"
-    )
 
 
 def logged(trainer, name):

@@ -9,6 +9,7 @@ accumulation and scaling.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -19,6 +20,7 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Routing
 
 Penalised = RemoeForCausalLM | RelufiedMixin
+ACTING = "_penalised_fused_head"
 
 
 def has_fused_head(module: nn.Module, args: TrainingArguments) -> bool:
@@ -28,7 +30,9 @@ def has_fused_head(module: nn.Module, args: TrainingArguments) -> bool:
 
 
 class PenalisedFusedHead:
-    """Puts statistics and penalty back into a patched forward pass; `remove` takes them out again.
+    """Puts statistics and penalty back into a patched forward pass, and leaves out ids that no token has.
+
+    A model has at most one that acts: the last that was made. `remove` takes it out again.
 
     Args:
         model: whose `forward` a trainer has patched.
@@ -41,12 +45,18 @@ class PenalisedFusedHead:
     def __init__(self, model: Penalised, args: TrainingArguments) -> None:
         if getattr(args, "loss_type", "nll") == "dft":
             raise ConfigError("loss_type='dft' weights each target, the penalty with it; choose loss_type='nll'")
+        left = vars(model).get(ACTING)  # of training that was broken off
+        if left is not None:
+            left.remove()
         self._model = model
         self._patched = patched = model.forward
 
         @wraps(patched)
         def forward(*args: object, **kwargs: object) -> object:
-            with _recorded_routings(model, kwargs) as routings:
+            # A trainer may have wrapped a forward pass of ours that was left: that one must not add the penalty too.
+            if vars(model).get(ACTING) is not self:
+                return patched(*args, **kwargs)
+            with _recorded_routings(model, kwargs) as routings, _head_of_tokens(model):
                 outputs = patched(*args, **kwargs)
             if getattr(outputs, "log_probs", None) is None:
                 return outputs  # the model's own forward pass, which has done all this
@@ -55,11 +65,37 @@ class PenalisedFusedHead:
                 outputs.log_probs = outputs.log_probs - penalty.to(outputs.log_probs.device) * outputs.label_mask
             return outputs
 
-        model.forward = forward
+        self._forward = model.forward = forward
+        setattr(model, ACTING, self)
 
     def remove(self) -> None:
         """Restores the patched forward pass."""
-        self._model.forward = self._patched
+        if self._model.forward is self._forward:
+            self._model.forward = self._patched
+        if vars(self._model).get(ACTING) is self:
+            delattr(self._model, ACTING)
+
+
+class _Head(NamedTuple):
+    """What TRL reads of a language-model head."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@contextmanager
+def _head_of_tokens(model: Penalised) -> Iterator[None]:
+    """Inside, the model's output embeddings have no rows for ids that no token has."""
+    size, head = getattr(model.config, "tokenizer_size", None), model.get_output_embeddings()
+    if size is None or size == head.weight.shape[0]:
+        yield
+        return
+    cut = _Head(head.weight[:size], None if head.bias is None else head.bias[:size])
+    model.get_output_embeddings = lambda: cut
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.errors import ConfigError
 from remoe.integrations.fused_head import PenalisedFusedHead, has_fused_head
 from remoe.routing.base import Router
@@ -43,7 +44,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
         ConfigError: when training begins, for a model without routers to steer; after the first step, if the loss of
             the trainer does not contain the penalty. A `compute_loss` of your own around a `RemoeForCausalLM` must add
             `routed_module(model).sparsity.loss_terms(output.routings).total` and divide the sum by the micro-batches of
-            a step. Outputs of relufied models have no routings.
+            a step. Outputs of relufied models have no routings. When training begins, for a `router_aux_loss_coef` of
+            the trainer that is not the model's.
     """
 
     def __init__(self) -> None:
@@ -61,9 +63,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: object
     ) -> None:
-        """Finds the routers, and restores their state where the run is resumed."""
+        """Finds the routers, and restores their state where the run is resumed.
+
+        What training that was broken off has left is undone: its forward pass, and the statistics of its last step.
+        """
+        self._remove_head()
         self._module = routed_module(model)
-        self._module.sparsity.penalised = self._checked = False
+        self._module.sparsity.discard_statistics()
+        self._checked = False
+        _keep_coefficient(self._module, args)
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
         if isinstance(saved, list):
@@ -113,6 +121,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Leaves the model as it was found."""
+        self._remove_head()
+
+    def _remove_head(self) -> None:
         if self._penalised_head is not None:
             self._penalised_head.remove()
             self._penalised_head = None
@@ -141,6 +152,19 @@ def routed_module(model: nn.Module) -> nn.Module:
         if "sparsity" in own and callable(getattr(module, "update_routing", None)):
             return module
     raise ConfigError(f"SparsityCallback needs {NEEDED}: {type(model).__name__} has no `sparsity` and `update_routing`")
+
+
+def _keep_coefficient(module: nn.Module, args: TrainingArguments) -> None:
+    """TRL writes its `router_aux_loss_coef` into the model's config, for a loss that our routers do not have."""
+    given = getattr(args, "router_aux_loss_coef", None)
+    own = 0.0 if isinstance(module, RelufiedMixin) else module.sparsity.router_aux_loss_coef
+    if given is None or given == own:
+        return
+    module.config.router_aux_loss_coef = own
+    raise ConfigError(
+        f"router_aux_loss_coef of the trainer is {given}, but the model's loss has its own, {own}: "
+        f"leave it out of {type(args).__name__}"
+    )
 
 
 @torch.no_grad()

@@ -122,7 +122,21 @@ class RemoeConfig(PreTrainedConfig):
         if not self.router_class.supports_cache:
             self.use_cache = False
         self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers leaves it out of config.json
+        self.auto_map = kwargs.pop("auto_map", None) or {}  # TRL looks for it in every config of another package
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # TRL gives it to every config with a `router_aux_loss_coef`, and takes a config that has it for one of a model
+        # that returns `router_logits`. Ours returns routings, always.
+        if name != "output_router_logits":
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, object]:
+        """As transformers' method, without an empty `auto_map`."""
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, object], **kwargs: object) -> "RemoeConfig":
