@@ -195,11 +195,7 @@ class SparsityController(Float32State):
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Adds the statistics of one forward pass, one routing per layer; recomputed passes are not counted again.
-
-        Raises:
-            ConfigError: for another number of layers or experts.
-        """
+        """Adds the statistics of a forward pass, not of a recomputed one; ConfigError unless one routing a layer."""
         L, E = self.load_LE.shape
         if len(routings) != L or any(routing.count_E.shape[0] != E for routing in routings):
             sizes = ", ".join(str(routing.count_E.shape[0]) for routing in routings)

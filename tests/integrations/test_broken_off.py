@@ -96,7 +96,10 @@ def test_a_smaller_batch_after_one_without_memory_starts_from_nothing(tmp_path):
     trainer = Full(tiny(), arguments(tmp_path, **options), train_dataset=plain_rows(), callbacks=[callback])
     seen = []
     update = trainer.model.update_routing
-    trainer.model.update_routing = lambda *args: (seen.append(trainer.model.sparsity._passes.item()), update(*args))
+    trainer.model.update_routing = lambda *args, **options: (
+        seen.append(trainer.model.sparsity._passes.item()),
+        update(*args, **options),
+    )
     trainer.train()
     assert seen == [1]
 

@@ -9,12 +9,7 @@ from torch import Tensor
 
 
 def l1_loss(gate_TE: Tensor, *, num_tokens: Tensor | int) -> Tensor:
-    """Plain L1 penalty, 0-dim.
-
-    Args:
-        gate_TE: (T, E) gates, zero for padding.
-        num_tokens: T without padding, the normaliser.
-    """
+    """Plain L1 penalty, 0-dim, of (T, E) gates that are zero for padding; `num_tokens` is T without it."""
     return gate_TE.abs().sum() / at_least_one(num_tokens)  # Eq. 9: 1/T sum_t sum_e |R(x_t)_e|
 
 
