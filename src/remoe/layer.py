@@ -110,6 +110,7 @@ class MoE(nn.Module):
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
         packed = {} if documents is None else {"document_T": documents.reshape(-1)}
+        self.router.keep_float32()
         routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
         if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
             routing = routing.pruned(self.gate_threshold, self.max_experts)

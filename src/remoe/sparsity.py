@@ -171,6 +171,7 @@ class SparsityController(Float32State):
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
         """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9, 11), or their sum; one routing a layer."""
+        self.keep_float32()
         L = self.load_LE.shape[0]
         check(len(routings) == L, f"a routing is needed for each of {L} layers, but {len(routings)} were given")
         total = self._stacked(routings, "regularizer").sum()

@@ -27,6 +27,10 @@ def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwe
 class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
     """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
 
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self.keep_float32()
+        return super().forward(*args, **kwargs)
+
 
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Attention and mixture of experts, each behind a norm and beside a residual connection."""
