@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from remoe.errors import ConfigError, check, check_choice, check_integers, check_numbers
 from remoe.routing.assignment import Routing
-from remoe.routing.base import Float32State, Router
+from remoe.routing.base import Router
+from remoe.routing.float32 import Float32State
 
 if TYPE_CHECKING:
     from remoe.layer import MoE

@@ -12,7 +12,7 @@ from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.routing import Routing
-from remoe.routing.base import Float32State
+from remoe.routing.float32 import Float32State
 
 
 def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwen3Attention:
