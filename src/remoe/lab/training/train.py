@@ -39,6 +39,7 @@ from remoe.stages import first_sparse_step, settling_time
 
 logger = logging.getLogger(__name__)
 
+MANY_LAYERS = 1_000
 _MEMORY_ONLY = ("micro_batch_size", "recompute")  # what they change, a resumed run may change
 
 
@@ -69,6 +70,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     device = pick_device(config.device)
     if warning := check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), device):
         logger.warning(warning)
+    if config.model.num_hidden_layers > MANY_LAYERS:
+        logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
     experts_backend(model_without_values(config), config.dtype, device)
     if saved is None:
         run.check_new()

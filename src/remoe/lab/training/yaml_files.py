@@ -8,6 +8,8 @@ import yaml
 
 from remoe.errors import ConfigError
 
+LARGEST = 1 << 20  # bytes, of which a second reads a tenth
+
 
 class StrictLoader(yaml.SafeLoader):
     """Rejects a key that is given twice: plain YAML would silently keep the second value."""
@@ -45,6 +47,8 @@ def read_yaml(path: str | Path, kind: str) -> Any:
     Raises:
         ConfigError: in one line, when the file cannot be read or is not valid YAML.
     """
+    if Path(path).is_file() and (size := Path(path).stat().st_size) > LARGEST:
+        raise ConfigError(f"cannot read {kind} {path}: {size:,} bytes, and a file of options has at most {LARGEST:,}")
     try:
         return yaml.load(Path(path).read_text(), StrictLoader)
     except OSError as error:
