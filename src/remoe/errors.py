@@ -22,6 +22,10 @@ class CheckpointError(RemoeError):
     """A checkpoint or a run's folder that is missing, incomplete or belongs to something else."""
 
 
+class OutOfMemory(RemoeError):
+    """Memory ran out in work whose size options decide."""
+
+
 class ExtraError(RemoeError, ImportError):
     """A package is missing that one of this package's extras installs."""
 

@@ -102,6 +102,7 @@ def test_what_cannot_be_converted_leaves_nothing(corpus, tmp_path, capsys):
     for arguments, words in (
         ([*relufy, "--max-loss-increase", "-9"], "by more than max_loss_increase = -9"),
         ([*relufy[:-1], "1"], "--sample-tokens must be at least 2, but is 1"),
+        ([*relufy[:-1], "1000000000000"], "--sample-tokens 1,000,000,000,000 is more than "),
         (["convert", "upcycle", source, str(out)], "mixtral"),
         (["convert", "upcycle", "no/such-model", str(out)], "cannot load no/such-model"),
         (["convert", "relufy", source, str(out)], "--data missing"),

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST_PROMPT = 16_384  # tokens, for models of shorter sequences; attention over ten times as many takes minutes
+LONGEST_TEXT = 1_000_000  # tokens
+MANY_TOKENS = 2_000  # more take so long that a line says what is being done
+
 
 @dataclass
 class SamplingOptions:
@@ -33,8 +37,8 @@ class SamplingOptions:
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
+        if not 1 <= self.max_new_tokens <= LONGEST_TEXT:
+            raise ConfigError(f"--max-new-tokens must be from 1 to {LONGEST_TEXT:,}, but is {self.max_new_tokens}")
         if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf) or not 0 < self.top_p <= 1:
             raise ConfigError("--temperature must be 0 or at least 0.001, and --top-p above 0 and at most 1")
         if self.top_k < 0 or not 1e-3 <= self.repetition_penalty < math.inf:
@@ -66,8 +70,8 @@ def generate_text(
         The continuation, without the prompt.
 
     Raises:
-        ConfigError: for sampling options out of range, a prompt that is not valid Unicode, or, for a model that is not
-            ours, more tokens than its longest sequence.
+        ConfigError: for sampling options out of range, a prompt that is not valid Unicode or longer than the model's
+            longest sequence and LONGEST_PROMPT, or, for a model that is not ours, more tokens than that sequence.
     """
     import torch  # not at the top: the command line's help must not wait for it
 
@@ -82,6 +86,10 @@ def generate_text(
     ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
+    if len(ids) > (longest := max(context or 0, LONGEST_PROMPT)):
+        raise ConfigError(f"the prompt has {len(ids):,} tokens; this model takes at most {longest:,}")
+    if options.max_new_tokens > MANY_TOKENS:
+        logger.warning("writing up to %d tokens, which takes a while", options.max_new_tokens)
     if context is not None and len(ids) + options.max_new_tokens > context:
         if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
             raise ConfigError(

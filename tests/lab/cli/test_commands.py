@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from tiny_run import FLAGS
@@ -40,6 +41,20 @@ def test_generate_options_and_empty_prompt(run, capsys):
     greedy = capsys.readouterr().out
     assert main(["generate", str(run), "--top-k", "1", "--max-new-tokens", "5", "--seed", "7"]) == 0
     assert capsys.readouterr().out == greedy
+
+
+def test_a_prompt_and_a_text_have_bounds(run, capsys, monkeypatch):
+    begin = time.process_time()
+    assert main(["generate", str(run), "--prompt", 250_000 * "cow "]) == 2
+    assert re.fullmatch(
+        r"remoe: error: the prompt has \d+,\d{3} tokens; this model takes at most 16,384\n", capsys.readouterr().err
+    )
+    assert time.process_time() - begin < 5
+    assert main(["generate", str(run), "--max-new-tokens", "1000000000000"]) == 2
+    assert "--max-new-tokens must be from 1 to 1,000,000, but is 1000000000000" in capsys.readouterr().err
+    monkeypatch.setattr("remoe.lab.generation.MANY_TOKENS", 4)
+    assert main(["generate", str(run), "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().err == "writing up to 5 tokens, which takes a while\n"
 
 
 def test_eval_agrees_with_the_run_and_with_itself(run, tmp_path, capsys):

@@ -1,10 +1,14 @@
 """The experiment file: what it asks for, and every mistake in it said in one line."""
 
+import time
+
 import pytest
 import yaml
 
 from remoe.errors import ConfigError
+from remoe.lab.compare import experiment as module
 from remoe.lab.compare.experiment import experiment_from_dict, load_experiment
+from remoe.lab.training.config import config_from_yaml
 
 
 def experiment(**given):
@@ -115,6 +119,31 @@ def test_mistakes_are_named(given, message):
         experiment(**given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_too_many_runs_are_refused_at_once_and_many_are_announced(caplog, monkeypatch):
+    some = [0.001 + number * 1e-6 for number in range(516)]
+    given = {"variants": {"relu": {}, "topk": {"router": "topk", "seeds": [1]}}, "seeds": [0, 1]}
+    axes = {"optim.lr": some, "optim.beta2": [1 - value for value in some]}
+    begin = time.process_time()
+    with pytest.raises(ConfigError, match=r"x: 798,768 runs, of 266,256 points; an experiment has at most 10,000"):
+        experiment_from_dict(given | {"axes": axes}, "x", "x")
+    assert time.process_time() - begin < 1
+    assert caplog.messages == []
+    monkeypatch.setattr(module, "MANY_RUNS", 10)
+    assert len(experiment_from_dict(given | {"axes": {"optim.lr": some[:5]}}, "x", "x").runs) == 15
+    assert caplog.messages == ["checking the options of 15 runs, which takes a while"]
+
+
+def test_a_file_of_options_has_a_bound(tmp_path):
+    path = tmp_path / "huge.yaml"
+    path.write_text("steps: [" + 400_000 * "1, " + "1]")
+    begin = time.process_time()
+    with pytest.raises(ConfigError, match=r"huge\.yaml: 1,200,010 bytes, and a file of options has at most 1,048,576"):
+        load_experiment(path)
+    with pytest.raises(ConfigError, match="at most 1,048,576"):
+        config_from_yaml(path)
+    assert time.process_time() - begin < 1
 
 
 def test_numbers_are_numbers_in_any_notation(tmp_path):

@@ -11,10 +11,11 @@ import torch
 from finished_run import EXPERIMENT, finish, whole
 
 from remoe.errors import ConfigError, DataError
+from remoe.lab.compare import runner as module
 from remoe.lab.compare.experiment import experiment_from_dict
 from remoe.lab.compare.live import Live
 from remoe.lab.compare.pool import Pool
-from remoe.lab.compare.runner import Worker, _Matrix, _why, check_device, train_missing
+from remoe.lab.compare.runner import Worker, _Matrix, _why, check_device, check_models, train_missing
 from remoe.lab.compare.starter import Starter
 
 WORKERS = [Worker("cpu", 1)] * 2
@@ -107,3 +108,12 @@ def test_a_finished_run_may_have_been_trained_where_its_experts_run(two):
     finish(pool, elsewhere.runs[0], 4.0, 1.0)
     pool.record(elsewhere.runs[0])
     check_device(elsewhere, pool, torch.device("cpu"))
+
+
+def test_each_model_is_built_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(module, "model_without_values", lambda config: built.append((config.router, config.k)))
+    axes = {"optim.lr": [0.001, 0.002], "batch_size": [16, 32], "k": [1, 2]}
+    given = {"variants": {"relu": {}, "topk": {"router": "topk"}}, "seeds": [0, 1], "axes": axes}
+    check_models(experiment_from_dict(given, "x", "x"))
+    assert sorted(built) == [("relu", 1), ("relu", 2), ("topk", 1), ("topk", 2)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from remoe.lab.data import Dataset
 
 LONGEST_SAMPLE = 512  # tokens of a sequence
+DEFAULT_SAMPLE = 16_384  # tokens; less text is read more than once
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 
@@ -41,7 +42,7 @@ class UpcycleOptions:
     data: str | None = None
     """Folder written by `remoe data prepare --tokenizer SOURCE` from text like that which the model will read. With it
     the routers start at the target sparsity, without it only near it."""
-    sample_tokens: int = 16_384
+    sample_tokens: int = DEFAULT_SAMPLE
     """Tokens of --data to use."""
 
 
@@ -61,7 +62,7 @@ class RelufyOptions:
     data: str
     """Folder written by `remoe data prepare --tokenizer SOURCE` (for a run: --tokenizer RUN/tokenizer) from text like
     that which the model reads."""
-    sample_tokens: int = 16_384
+    sample_tokens: int = DEFAULT_SAMPLE
     """Tokens of --data to use. The fit uses at most 16,384 of them, the loss all."""
     max_loss_increase: float = 0.1
     """The most by which the loss on the sample may rise, in nats per token; beyond it nothing is written."""
@@ -153,7 +154,13 @@ def _dataset(options: UpcycleOptions | RelufyOptions) -> "Dataset":
     if options.sample_tokens < 2:
         raise ConfigError(f"--sample-tokens must be at least 2, but is {options.sample_tokens}")
     run = RunFolder(options.source)
-    return open_dataset(options.data, tokenizer=run.tokenizer if run.tokenizer.is_dir() else options.source)
+    dataset = open_dataset(options.data, tokenizer=run.tokenizer if run.tokenizer.is_dir() else options.source)
+    if options.sample_tokens > max(dataset.train.num_tokens, DEFAULT_SAMPLE):
+        raise ConfigError(
+            f"--sample-tokens {options.sample_tokens:,} is more than {options.data} has: "
+            f"{dataset.train.num_tokens:,} training tokens"
+        )
+    return dataset
 
 
 def _open(source: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

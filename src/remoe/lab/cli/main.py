@@ -19,6 +19,7 @@ from types import FrameType
 
 import remoe
 from remoe.errors import ConfigError, RemoeError, missing_extra
+from remoe.lab.memory import ran_out
 from remoe.lab.text import RED, YELLOW, for_terminal, short_name, visible
 from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
 
@@ -96,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:  # `remoe ... | head`
             discard_output()
             return code or exit_code(SIGPIPE)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            return _fail("out of memory: smaller sizes, such as --batch-size or --max-tokens, need less")
         except OSError as error:  # a missing folder, no permission, a full disk: the user can fix it
             return _fail(" ".join(str(error).split()))
         except KeyboardInterrupt:

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from remoe.lab.training.config import TrainConfig, changes_result, config_from_d
 from remoe.lab.training.yaml_files import read_yaml
 from remoe.routing import ROUTERS, router_options
 
+logger = logging.getLogger(__name__)
+
 Point = tuple[tuple[str, Any], ...]  # (dotted option, value) of each axis
 
 # Options of `remoe train` that an experiment file cannot set, and what sets them instead.
@@ -35,6 +39,7 @@ RESERVED = {
     "device": "use --device",
 }
 LABEL_LENGTH = 60
+MOST_RUNS, MANY_RUNS = 10_000, 1_000  # checking the options of as many takes ten seconds, and one
 VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # also used in the names of figures' files
 FIGURES = 4  # variants drawn if the file names none
 
@@ -184,11 +189,17 @@ def experiment_from_dict(given: dict[str, Any], name: str, source: str) -> Exper
     for variant in variants:
         if not VARIANT_NAME.fullmatch(variant):
             raise ConfigError(f"{source}: variant {variant!r}: a name has only letters, digits, '_', '.' and '-'")
+    points = math.prod(map(len, file.axes.values()))
+    runs = points * sum(len(variant.seeds) for variant in variants.values())
+    if runs > MOST_RUNS:
+        raise ConfigError(f"{source}: {runs:,} runs, of {points:,} points; an experiment has at most {MOST_RUNS:,}")
+    if runs > MANY_RUNS:
+        logger.warning("checking the options of %s runs, which takes a while", f"{runs:,}")
     for axis, values in file.axes.items():
         if any(isinstance(value, dict | list) for value in values):
             raise ConfigError(f"{source}: axes: {axis} needs plain values; write a variant for each mapping")
         _check_options(_nested([(axis, None)]), f"{source}: axes")
-        if not values or any(value in values[:index] for index, value in enumerate(values)):
+        if not values or len(set(values)) < len(values):
             raise ConfigError(f"{source}: axes: {axis} needs at least one value, and each value only once")
     experiment = Experiment(
         name=name,
@@ -347,11 +358,15 @@ def other_keys_of(config: TrainConfig) -> list[str]:
     return keys
 
 
+@functools.cache
+def _preset_options(preset: str) -> dict[str, Any]:
+    return dict(flatten(config_from_dict({"preset": preset}, "preset").to_dict()))
+
+
 def _named_in_0_1_0(config: TrainConfig) -> dict[str, Any]:
     """The options that the key depends on, under the names that they had in version 0.1.0."""
     names = {new: old for old, (new, _) in FORMER_NAMES.items()}
-    preset = flatten(config_from_dict({"preset": config.preset}, "preset").to_dict())
-    defaults = {names.get(name, name): value for name, value in preset}
+    defaults = {names.get(name, name): value for name, value in _preset_options(config.preset).items()}
     defaults |= {old: default for old, (_, default) in FORMER_NAMES.items()}
     router = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
     floats = {f"router_options.{name}" for name, option in router.items() if option.annotation is float}

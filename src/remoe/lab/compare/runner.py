@@ -1,9 +1,10 @@
 """Trains the missing runs; each worker has one `remoe train` at a time, in a process of its own."""
 
+import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ def check_models(experiment: Experiment) -> None:
     Raises:
         ConfigError: naming the run.
     """
-    for run in experiment.runs:
+    for run in _one_of_each_model(experiment.runs):
         with _named(run):
             model_without_values(run.config)
 
@@ -45,10 +46,19 @@ def check_device(experiment: Experiment, pool: Pool, device: torch.device) -> No
     Raises:
         ConfigError: naming the run.
     """
-    for run in experiment.runs:
-        if not pool.recorded(run):
-            with _named(run):
-                experts_backend(model_without_values(run.config), run.config.dtype, device)
+    for run in _one_of_each_model(run for run in experiment.runs if not pool.recorded(run)):
+        with _named(run):
+            experts_backend(model_without_values(run.config), run.config.dtype, device)
+
+
+def _one_of_each_model(runs: Iterable[RunSpec]) -> list[RunSpec]:
+    """The first of the runs whose models differ in nothing: a model takes much longer to build than to compare."""
+    found: dict[str, RunSpec] = {}
+    for run in runs:
+        options = run.config.to_dict()
+        others = {"seed", "steps", "optim", "validate", "checkpoint", "batch_size", "micro_batch_size"}
+        found.setdefault(json.dumps({name: options[name] for name in options.keys() - others}, sort_keys=True), run)
+    return list(found.values())
 
 
 @contextmanager

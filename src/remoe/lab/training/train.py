@@ -1,16 +1,19 @@
 """From options to a finished run: data, folder, training, summary."""
 
 import json
+import logging
 import shlex
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import remoe
-from remoe.errors import CheckpointError
+from remoe.errors import CheckpointError, OutOfMemory
 from remoe.experts.cpu import build as kernels
 from remoe.lab.console import say
 from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare, spot_check
@@ -19,8 +22,9 @@ from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.machine import keep_freed_memory, machine, pick_device
+from remoe.lab.memory import SMALLER, check_memory, less_memory, ran_out
 from remoe.lab.text import lines, short_name, visible
-from remoe.lab.training.build import experts_backend, model_without_values, wants_bfloat16
+from remoe.lab.training.build import experts_backend, model_config, model_without_values, wants_bfloat16
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
 from remoe.lab.training.folder import RunFolder
@@ -29,8 +33,14 @@ from remoe.lab.training.metrics import iterate_metrics
 from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
-from remoe.models.plan import training_flops
+from remoe.models.plan import sizes_of, training_flops
+from remoe.routing import ROUTERS
 from remoe.stages import first_sparse_step, settling_time
+
+logger = logging.getLogger(__name__)
+
+MANY_LAYERS = 1_000
+_MEMORY_ONLY = ("micro_batch_size", "recompute")  # what they change, a resumed run may change
 
 
 def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None) -> int:
@@ -57,7 +67,12 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         print(f"summary      {run.summary}")
         return 0
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
-    experts_backend(model_without_values(config), config.dtype, pick_device(config.device))
+    device = pick_device(config.device)
+    if warning := check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), device):
+        logger.warning(warning)
+    if config.model.num_hidden_layers > MANY_LAYERS:
+        logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
+    experts_backend(model_without_values(config), config.dtype, device)
     if saved is None:
         run.check_new()
     keep_freed_memory()
@@ -68,13 +83,18 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
+    with _memory_errors_in_words(config, run):
+        return _train(config, dataset, run, saved)
+
+
+def _train(config: TrainConfig, dataset: Dataset, run: RunFolder, saved: TrainConfig | None) -> int:
     trainer = Trainer(config, dataset, run)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
     with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
         if saved is not None:
             trainer.resume()
-            _follow_the_data(run, saved, config.data)
+            _follow(run, saved, config)
         _print_header(trainer)
         validation = trainer.train()
         if validation is None:
@@ -103,17 +123,45 @@ def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dat
     return open_dataset(out)
 
 
+@contextmanager
+def _memory_errors_in_words(config: TrainConfig, run: RunFolder) -> Iterator[None]:
+    """Context in which running out of memory is one line that says with which option to continue."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        option, how = less_memory(config), ""
+        if option and run.config.exists():
+            how = f"; continue with: remoe train --out {shlex.quote(str(run.path))} --resume {option}"
+        raise OutOfMemory(f"out of memory: {option or SMALLER} needs less{how}") from error
+
+
 def _check_unchanged(saved: TrainConfig, config: TrainConfig, run: RunFolder) -> None:
     for name, (old, new) in differences(saved, config).items():
-        if changes_result(name):
+        if changes_result(name) and name not in _MEMORY_ONLY:
             flag = name.replace("_", "-")
             raise CheckpointError(f"cannot resume {run.path} with --{flag} {new}: it was started with {old}")
+    if saved.micro_batch_size != config.micro_batch_size:
+        counts = "what the router counts per micro-batch, such as the load in its loss, may change the run a little"
+        say(
+            f"micro-batches of {config.micro_batch_size} sequences from here on, of {saved.micro_batch_size} before: "
+            + (counts if _counts_per_micro_batch(config) else "this changes rounding alone")
+        )
 
 
-def _follow_the_data(run: RunFolder, saved: TrainConfig, data: str) -> None:
-    """Updates the folder of the data in the run's options."""
-    if saved.data != data:
-        run.write_config(replace(saved, data=data))
+def _counts_per_micro_batch(config: TrainConfig) -> bool:
+    """Whether the router, or its loss, may depend on which tokens it sees together."""
+    router = ROUTERS[config.router]
+    plain = router.steered and config.router_options.get("load_balance") is False  # Eq. 9, a sum over tokens
+    return router.routes_pairs and not plain
+
+
+def _follow(run: RunFolder, saved: TrainConfig, config: TrainConfig) -> None:
+    """Updates the folder of the data, and what may change on resuming, in the run's options."""
+    changed = {name: getattr(config, name) for name in ("data", *_MEMORY_ONLY)}
+    if replace(saved, **changed) != saved:
+        run.write_config(replace(saved, **changed))
 
 
 def _is_finished(run: RunFolder, steps: int) -> bool:

@@ -11,6 +11,8 @@ import yaml
 
 from remoe.errors import ConfigError
 
+LARGEST = 1 << 20  # bytes, of which a second reads a tenth
+
 
 class StrictLoader(yaml.SafeLoader):
     """Rejects a key that is given twice: plain YAML would silently keep the second value."""
@@ -48,6 +50,8 @@ def read_yaml(path: str | Path, kind: str) -> Any:
     Raises:
         ConfigError: in one line, when the file cannot be read or is not valid YAML.
     """
+    if Path(path).is_file() and (size := Path(path).stat().st_size) > LARGEST:
+        raise ConfigError(f"cannot read {kind} {path}: {size:,} bytes, and a file of options has at most {LARGEST:,}")
     try:
         # Reading a pipe of the file system waits for somebody who writes; a shell's <(command), a link, has one.
         if stat.S_ISFIFO(os.lstat(path).st_mode):

@@ -1,0 +1,93 @@
+"""Memory: what a training run needs, what the machine has, and the errors that say that it ran out.
+
+Imports nothing but Python's own modules, so that the command line can tell such errors from others.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from remoe.costs import ModelSizes, plan
+from remoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from remoe.lab.training.config import TrainConfig
+
+GIB = 2**30
+_RAN_OUT = re.compile(r"can(no|')t allocate memory|not enough memory|out of memory|bad_alloc", re.I)
+SMALLER = "a smaller model or --seq-len"
+_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, PyTorch's on any device, or the system's."""
+    says_so = isinstance(error, RuntimeError) and _RAN_OUT.search(str(error)) is not None
+    return says_so or isinstance(error, MemoryError)
+
+
+def machine_memory(device: "torch.device") -> tuple[int, int] | None:
+    """Bytes that this process can have at most, and those that are free; None where the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
+    total, free = found["MemTotal"] + found["SwapTotal"], found["MemAvailable"] + found["SwapFree"]
+    limits = [Path(place).read_text().strip() for place in _CGROUP if Path(place).exists()]
+    total = min([total, *(int(limit) for limit in limits if limit.isdigit()), *_address_space()])
+    return total, min(total, free)
+
+
+def _address_space() -> list[int]:
+    import resource  # only on POSIX
+
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return [] if soft == resource.RLIM_INFINITY else [soft]
+
+
+def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device") -> str | None:
+    """What to say of a run's memory before it starts; None where it fits.
+
+    Args:
+        config: options of the run.
+        sizes: of its model.
+        device: where it will train.
+
+    Raises:
+        ConfigError: when the machine could not even hold weights, gradients and optimiser.
+    """
+    memory = machine_memory(device)
+    if memory is None:
+        return None
+    total, free = memory
+    planned = plan(sizes, config.seq_len, config.micro_batch_size)
+    if planned.state_bytes > total:
+        raise ConfigError(
+            f"weights, gradients and optimiser of this model take {_gib(planned.state_bytes)}, and this machine has "
+            f"{_gib(total)}: choose a smaller model (`remoe plan` shows what one takes)"
+        )
+    needed = planned.training_bytes
+    if config.recompute:  # the inputs of all layers, and what one layer stores
+        L, inputs = sizes.layers, 4 * config.micro_batch_size * config.seq_len * sizes.d_model
+        needed = planned.state_bytes + planned.dense_stage_activation_bytes // L + L * inputs
+    if needed <= free:
+        return None
+    return f"training may take {_gib(needed)}, and {_gib(free)} are free: {less_memory(config) or SMALLER} needs less"
+
+
+def less_memory(config: "TrainConfig") -> str | None:
+    """The option with which a run, also one that is resumed, takes less memory; None if it has them all."""
+    size = next((n for n in range(config.micro_batch_size - 1, 0, -1) if config.batch_size % n == 0), None)
+    if size is not None:
+        return f"--micro-batch-size {size}"
+    return None if config.recompute else "--recompute"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.1f} GiB"
