@@ -116,6 +116,55 @@ def test_ready_masks_of_flex_attention_are_taken_as_such():
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@every_class
+def test_entries_of_outputs_are_tensors_with_a_row_for_each_input(cls):
+    model, ids = build(cls), tokens()
+    outputs = model(ids, use_cache=False, output_hidden_states=True)
+    for name, entry in outputs.items():
+        for tensor in entry if isinstance(entry, tuple) else (entry,):
+            assert len(tensor) == len(ids), name
+    assert [routing.gate_TE.shape[0] for routing in outputs.routings] == [ids.numel()] * LAYERS
+    assert len(outputs.to_tuple()) == len(model(ids, use_cache=False, output_hidden_states=True, return_dict=False))
+    assert len(model.train()(ids)["routings"]) == LAYERS
+
+
+@every_class
+def test_both_names_of_the_cache_are_taken(cls):
+    from transformers import DynamicCache
+
+    model, ids = build(cls), tokens()
+    expected = run(model, ids)
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        run(model, ids[:, :-2], **{name: cache})
+        found = run(model, ids[:, -2:], **{name: cache})
+        torch.testing.assert_close(found[:, -1] if found.ndim == 3 else found,
+                                   expected[:, -1] if expected.ndim == 3 else expected)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction", "text-generation"])
+def test_pipelines_take_batches(task):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = Tokenizer(WordLevel({"<pad>": 0} | {f"w{i}": i for i in range(1, VOCAB)}, unk_token="w3"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", padding_side="left")
+    cls = {"text-classification": remoe.RemoeForSequenceClassification, "feature-extraction": remoe.RemoeModel}
+    model = build(cls.get(task, remoe.RemoeForCausalLM), num_hidden_layers=1)
+    options = {"max_new_tokens": 2, "do_sample": False} if task == "text-generation" else {}
+    call = pipeline(task, model=model, tokenizer=tokenizer)
+    texts = ["w4", "w7", "w9"]  # of one length: features of padding are returned too
+    found, expected = call(texts, batch_size=2, **options), [call([text], **options)[0] for text in texts]
+    if task == "text-classification":
+        assert [one["label"] for one in found] == [one["label"] for one in expected]
+        found, expected = ([one["score"] for one in some] for some in (found, expected))
+    if task == "text-generation":
+        assert found == expected
+    else:
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +262,26 @@ def test_a_head_of_another_size_is_made_anew_when_allowed(tmp_path):
     again = remoe.RemoeForSequenceClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert run(again).shape == (3, 7)
     assert torch.equal(again.model.layers[0].mlp.experts.down_proj, model.model.layers[0].mlp.experts.down_proj)
+
+
+def test_a_smaller_vocabulary_is_made_anew_when_allowed(tmp_path):
+    build(tokenizer_size=VOCAB - 1).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        remoe.RemoeForCausalLM.from_pretrained(tmp_path, vocab_size=10)
+    again = remoe.RemoeForCausalLM.from_pretrained(tmp_path, vocab_size=10, ignore_mismatched_sizes=True)
+    assert again.config.tokenizer_size is None
+    assert run(again, tokens() % 10).shape == (3, 9, 10)
+
+
+@every_class
+@pytest.mark.parametrize("router", ["relu", "sigmoid", "threshold"])
+def test_what_stays_float32_is_there(cls, router):
+    model = build(cls, router=router)
+    names = [name for name, _ in model.named_buffers()]
+    kept = model._keep_in_fp32_modules_strict
+    assert all(any(part in name.split(".") for name in names) for part in kept)
+    assert ("sparsity" in kept) == (cls is not remoe.RemoeModel)
+    assert kept & {"bias_E", "cutoff_E"} == {"sigmoid": {"bias_E"}, "threshold": {"cutoff_E"}}.get(router, set())
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

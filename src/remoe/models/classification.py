@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import padding_mask
-from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
+from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel, with_routings
 from remoe.models.routed import RoutedModel, build_controller, keep_statistics_local
 from remoe.routing import Routing
 
@@ -27,8 +27,8 @@ class RemoeClassifierOutput(SequenceClassifierOutputWithPast):
         logits: (B, C).
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         task_loss: mean over the batch, without the regulariser.
-        reg_loss: the regulariser over all layers, without its coefficient.
-        routings: one `Routing` a layer.
+        reg_loss: the regulariser over all layers, without its coefficient, in training mode or when labels are given.
+        routings: as in `RemoeModelOutput`.
     """
 
     task_loss: Tensor | None = None
@@ -89,23 +89,24 @@ class RemoeForSequenceClassification(RoutedModel, RemoePreTrainedModel):
         hidden_BSD = outputs.last_hidden_state
         last_B = self._last_token(hidden_BSD, input_ids, padding_mask(attention_mask, kwargs.get("token_mask")))
         logits_BC = self.score(hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B])
-        reg_loss = self.sparsity.regularizer(outputs.routings)
+        given = self.training or labels is not None
+        reg_loss = self.sparsity.regularizer(outputs.routings) if given else None
         loss = task_loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config, logits=None)
             loss = task_loss
             if self.training:
                 loss = loss + self.sparsity.loss_terms(outputs.routings).total.to(loss.device)
-        return RemoeClassifierOutput(
+        output = RemoeClassifierOutput(
             loss=loss,
             logits=logits_BC,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             task_loss=task_loss,
             reg_loss=reg_loss,
-            routings=outputs.routings,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return with_routings(output, outputs.routings, training=self.training)
 
     def _last_token(self, hidden_BSD: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B,) int64: the last position that is not padding, on either side."""

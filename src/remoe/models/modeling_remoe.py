@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
@@ -36,6 +37,8 @@ from remoe.sparsity import SparsityController
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+Output = TypeVar("Output", bound=ModelOutput)
+
 UNUSED_LOGIT = -1e30  # of an id that no token has
 
 
@@ -48,10 +51,23 @@ class RemoeModelOutput(BaseModelOutputWithPast):
         cache: the KV cache, when used; `past_key_values` before transformers 5.24.
         hidden_states: (B, S, D) before each layer and at the end, when asked for.
         attentions: (B, H, S, past + S) weights of each layer, when asked for; needs attention "eager".
-        routings: one `Routing` a layer.
+        routings: one `Routing` a layer; at evaluation an attribute that is no entry of the output, see `with_routings`.
     """
 
     routings: tuple[Routing, ...] | None = None
+
+
+def with_routings(output: Output, routings: tuple[Routing, ...], *, training: bool) -> Output:
+    """The output with its `routings`, at evaluation only as an attribute.
+
+    Pipelines and other users of outputs take every entry for a tensor, or a tuple of some, with a row for each input.
+    In training they are an entry: what wraps a model for mixed precision makes outputs anew from their entries.
+    """
+    if training:
+        output.routings = routings
+    else:
+        object.__setattr__(output, "routings", routings)
+    return output
 
 
 @dataclass
@@ -63,8 +79,8 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
-        reg_loss: the regulariser over all layers, without its coefficient.
-        routings: one `Routing` a layer.
+        reg_loss: the regulariser over all layers, without its coefficient, in training mode or when labels are given.
+        routings: as in `RemoeModelOutput`.
     """
 
     lm_loss: Tensor | None = None
@@ -85,8 +101,15 @@ class RemoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     # What is steered in small steps stays float32 whatever the model's dtype: lambda, and the routers' buffers.
     _keep_in_fp32_modules_strict = {"sparsity", "bias_E", "cutoff_E"}
+
+    def post_init(self) -> None:
+        """As transformers does; of what stays float32, only what this model has is named."""
+        super().post_init()
+        parts = {part for name, _ in self.named_buffers() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict &= parts
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, but the umask decides who may read the weights.
@@ -210,13 +233,13 @@ class RemoeModel(RemoePreTrainedModel):
         hidden_BSD = self.norm(hidden_BSD)
         if output_hidden_states:
             states.append(hidden_BSD)
-        return RemoeModelOutput(
+        output = RemoeModelOutput(
             last_hidden_state=hidden_BSD,
             hidden_states=tuple(states) or None,
             attentions=tuple(weights) or None,
-            routings=tuple(routings),
             **{CACHE_NAME: cache},
         )
+        return with_routings(output, tuple(routings), training=self.training)
 
 
 class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
@@ -289,7 +312,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         )
         if self.training:
             self.sparsity.observe(outputs.routings)
-        reg_loss = self.sparsity.regularizer(outputs.routings)
+        reg_loss = self.sparsity.regularizer(outputs.routings) if self.training else None
         target_BS = shifted_targets(labels, shift_labels, padding_mask(attention_mask, kwargs.get("token_mask")))
         if return_logits is None:
             return_logits = target_BS is None or not self.training
@@ -309,16 +332,16 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             terms = self.sparsity.loss_terms(outputs.routings, share)
             reg_loss = terms.regularizer
             loss = lm_loss + terms.total.to(lm_loss.device) if self.training else lm_loss
-        return RemoeCausalLMOutput(
+        output = RemoeCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             reg_loss=reg_loss,
-            routings=outputs.routings,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return with_routings(output, outputs.routings, training=self.training)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # transformers reads its signature
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict[str, object]:

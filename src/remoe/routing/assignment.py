@@ -4,13 +4,24 @@ Legend: T tokens, E experts, N listed pairs, of which the first R are routed.
 """
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from remoe.routing.pairs import list_pairs
 
+Dataclass = TypeVar("Dataclass")
 
+
+def tree(cls: type[Dataclass]) -> type[Dataclass]:
+    """A decorator: `torch.export` and FSDP find the tensors in objects of the dataclass."""
+    register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    return cls
+
+
+@tree
 @dataclass(frozen=True)
 class Assignment:
     """The routed (token, expert) pairs of one layer: the currency between routers and experts.
@@ -65,6 +76,7 @@ class Assignment:
         return self.count_E.shape[0]
 
 
+@tree
 @dataclass(frozen=True)
 class Routing:
     """How one layer routed its tokens.
