@@ -69,6 +69,40 @@ def test_layer_compiles_under_autocast_and_recomputation():
         assert reference.relative_error(b, a) < 1e-2  # the graph rounds to bfloat16 at other places
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ["relu", "lory"])
+def test_a_model_is_exported_as_it_is_saved_and_loaded(router, training, tmp_path):
+    model, token_BS = tiny_model(router).train(training), torch.randint(0, 128, (2, 9))
+    exported = torch.export.export(model, (token_BS,), {"use_cache": False})
+    torch.export.save(exported, tmp_path / "model.pt2")
+    for program in (exported, torch.export.load(tmp_path / "model.pt2")):
+        found = program.module()(token_BS, use_cache=False)
+        expected = model(token_BS, use_cache=False)
+        torch.testing.assert_close(found.logits, expected.logits)
+        assert found.keys() == expected.keys()
+        if training:
+            for ours, theirs in zip(found.routings, expected.routings, strict=True):
+                torch.testing.assert_close(ours.gate_TE, theirs.gate_TE)
+
+
+@pytest.mark.slow
+def test_a_step_with_a_static_cache_is_one_graph():
+    from transformers import StaticCache
+
+    assert remoe.RemoeForCausalLM._can_compile_fullgraph
+    torch.compiler.reset()
+    model, token_BS = tiny_model("relu").eval().requires_grad_(False), torch.randint(0, 128, (2, 9))
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for end, begin in ((7, 0), (8, 7)):
+        mask_BS = torch.ones(2, end, dtype=torch.int64)
+        position_BS = torch.arange(begin, end).expand(2, -1)
+        given = {"past_key_values": cache, "attention_mask": mask_BS, "position_ids": position_BS}
+        found = step(token_BS[:, begin:end], **given).logits[:, -1]
+        torch.testing.assert_close(found, model(token_BS[:, :end]).logits[:, -1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_exported_model_takes_other_batch_sizes(router):
     model, token_BS = tiny_model(router).eval(), torch.randint(0, 128, (5, 17))

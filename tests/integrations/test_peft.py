@@ -105,3 +105,16 @@ def test_adapter_is_saved_and_loaded(name, tmp_path):
     again = peft.PeftModel.from_pretrained(MODELS[name][0](), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_glora_takes_projections_that_are_made_plain():
+    model, ids = own(), token_ids(2)
+    expected = model(ids).logits
+    for module in model.modules():
+        if isinstance(module, remoe.matmul.Linear):
+            module.__class__ = torch.nn.Linear
+    config = peft.GloraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    adapted = peft.get_peft_model(model, config).eval()
+    assert adapted(ids).logits.shape == expected.shape
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert any("glora" in name and p.grad is not None for name, p in adapted.named_parameters())

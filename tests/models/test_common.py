@@ -136,6 +136,15 @@ def test_weights_of_another_shape_are_replaced_only_on_request(tmp_path):
     assert base(ids % 10).last_hidden_state.isfinite().all()
 
 
+def test_a_smaller_vocabulary_is_made_anew_when_allowed(tmp_path):
+    build(tokenizer_size=VOCAB - 1).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        remoe.RemoeForCausalLM.from_pretrained(tmp_path, vocab_size=10)
+    again = remoe.RemoeForCausalLM.from_pretrained(tmp_path, vocab_size=10, ignore_mismatched_sizes=True)
+    assert again.config.tokenizer_size is None
+    assert run(again, tokens() % 10).shape == (3, 9, 10)
+
+
 @every_class
 @pytest.mark.parametrize("router", ["relu", "sigmoid", "threshold"])
 def test_what_is_kept_in_float32_is_in_the_model(cls, router):

@@ -228,3 +228,16 @@ def test_options_of_an_own_router_are_checked_where_their_types_are_known(monkey
     assert build_router("own", D, E, 1, size=2, kind="b", gate_scale=2).kind == "b"
     with pytest.raises(ConfigError, match="option size must be a whole number, but is 'a'"):
         build_router("own", D, E, 1, size="a")
+
+
+@pytest.mark.parametrize("router", ["relu", "lory"])
+def test_a_routing_is_a_tree_of_its_tensors(router):
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    routing = build_router(router, 6, 4, 1)(torch.randn(10, 6), seq_len=5)
+    leaves, spec = tree_flatten((routing,))
+    assert any(leaf is routing.gate_TE for leaf in leaves)
+    assert any(leaf is routing.assignment.gate_N for leaf in leaves)
+    (again,) = tree_unflatten(leaves, spec)
+    assert type(again) is type(routing)
+    assert again.assignment.token_N is routing.assignment.token_N

@@ -146,6 +146,8 @@ class RemoeConfig(PreTrainedConfig):
             take_todays_names(options, str(kwargs.get("router", values.get("router", "relu"))))
         for name, value in given.items():
             values[name] = (values.get(name) or {}) | value if isinstance(value, dict) else value
+        if (values.get("tokenizer_size") or 0) > kwargs.get("vocab_size", math.inf):
+            values["tokenizer_size"] = None  # of another vocabulary, whose rows are drawn anew
         return super().from_dict(values, **kwargs)
 
     def _check(self) -> None:

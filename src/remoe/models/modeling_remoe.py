@@ -86,6 +86,7 @@ class RemoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """As transformers does, but the umask decides who may read the weights.

@@ -11,6 +11,13 @@ from torch import Tensor
 from remoe.routing.pairs import list_pairs
 
 
+def tree(kind: type) -> type:
+    """A decorator of dataclasses with tensors: `torch.export` captures modules that return one."""
+    torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    return kind
+
+
+@tree
 @dataclass(frozen=True)
 class Assignment:
     """The routed (token, expert) pairs of one layer: the currency between routers and experts.
@@ -65,6 +72,7 @@ class Assignment:
         return self.count_E.shape[0]
 
 
+@tree
 @dataclass(frozen=True)
 class Routing:
     """How one layer routed its tokens.
@@ -113,10 +121,6 @@ class Routing:
         """0-dim float32: 1 - R / (T E), one layer's share of Eq. 8; padding does not count."""
         slots = (self.num_tokens * self.assignment.num_experts).clamp(min=1)
         return 1 - (self.count_E.sum() / slots).float()
-
-
-for kind in (Assignment, Routing):  # so that `torch.export` captures modules that return them
-    torch.export.register_dataclass(kind)
 
 
 def largest(score_TE: Tensor, k: int) -> Tensor:

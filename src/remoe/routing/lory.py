@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.errors import check, check_choice
-from remoe.routing.assignment import Routing
+from remoe.routing.assignment import Routing, tree
 from remoe.routing.base import LinearRouter
 from remoe.routing.dense import one_expert
 
@@ -20,6 +20,7 @@ SEGMENT = 256  # tokens; the paper's
 FIRST_SEGMENTS = ("own", "uniform")
 
 
+@tree
 @dataclass(frozen=True, kw_only=True)
 class MergedRouting(Routing):
     """A routing whose tokens run through networks merged from all experts, one for each segment of a sequence.
@@ -35,9 +36,6 @@ class MergedRouting(Routing):
     segment: int
     seq_len: int
     order_T: Tensor | None = None
-
-
-torch.export.register_dataclass(MergedRouting)
 
 
 class LoryRouter(LinearRouter):
