@@ -136,6 +136,8 @@ def test_the_machine_has_memory(monkeypatch):
 
 def test_a_model_beyond_the_machine_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert main(["train", "--batch-size", "1000000000000"]) == 2
+    assert "the tokens of one step alone take" in capsys.readouterr().err
     assert main(["train", "--model.num-hidden-layers", "100000000"]) == 2
     assert "choose a smaller model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

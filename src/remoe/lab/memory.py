@@ -38,8 +38,11 @@ def machine_memory(device: "torch.device") -> tuple[int, int] | None:
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
-    total, free = found["MemTotal"] + found["SwapTotal"], found["MemAvailable"] + found["SwapFree"]
+    found = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", meminfo.read_text(), re.M)}
+    if not {"MemTotal", "MemAvailable"} <= found.keys():
+        return None
+    total = found["MemTotal"] + found.get("SwapTotal", 0)
+    free = found["MemAvailable"] + found.get("SwapFree", 0)
     limits = [Path(place).read_text().strip() for place in _CGROUP if Path(place).exists()]
     total = min([total, *(int(limit) for limit in limits if limit.isdigit()), *_address_space()])
     return total, min(total, free)
@@ -72,6 +75,11 @@ def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device
         raise ConfigError(
             f"weights, gradients and optimiser of this model take {_gib(planned.state_bytes)}, and this machine has "
             f"{_gib(total)}: choose a smaller model (`remoe plan` shows what one takes)"
+        )
+    if (ids := 8 * config.batch_size * (config.seq_len + 1)) > total:
+        raise ConfigError(
+            f"the tokens of one step alone take {_gib(ids)}, and this machine has {_gib(total)}: choose a "
+            "smaller --batch-size"
         )
     needed = _training_bytes(config, sizes, config.micro_batch_size)
     if needed <= free:
