@@ -106,7 +106,10 @@ def test_a_run_is_compared_with_the_machine(monkeypatch, recompute):
     if recompute:
         assert said(2 * most, (planned.state_bytes + most) // 2) is None
     words = said(2 * most, planned.state_bytes)
-    assert words.endswith(" are free: --micro-batch-size 4 needs less")
+    assert words.endswith(" are free: --micro-batch-size 1 needs less")  # nothing is free for activations
+    half = (planned.state_bytes + most) // 2
+    if not recompute:  # a quarter of the batch, and the head's gradient, which does not depend on it
+        assert " are free: --micro-batch-size 2 needs less" in said(2 * most, half)
     with pytest.raises(ConfigError, match=r"gradients and optimiser of this model take 0\.1 GiB, and this machine has"):
         said(planned.state_bytes - 1, 10)
     monkeypatch.setattr(memory, "machine_memory", lambda device: None)
@@ -133,6 +136,8 @@ def test_the_machine_has_memory(monkeypatch):
 
 def test_a_model_beyond_the_machine_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert main(["train", "--batch-size", "1000000000000"]) == 2
+    assert "the tokens of one step alone take" in capsys.readouterr().err
     assert main(["train", "--model.num-hidden-layers", "100000000"]) == 2
     assert "choose a smaller model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ Imports nothing but Python's own modules, so that the command line can tell such
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,11 @@ def machine_memory(device: "torch.device") -> tuple[int, int] | None:
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
-    total, free = found["MemTotal"] + found["SwapTotal"], found["MemAvailable"] + found["SwapFree"]
+    found = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", meminfo.read_text(), re.M)}
+    if not {"MemTotal", "MemAvailable"} <= found.keys():
+        return None
+    total = found["MemTotal"] + found.get("SwapTotal", 0)
+    free = found["MemAvailable"] + found.get("SwapFree", 0)
     limits = [Path(place).read_text().strip() for place in _CGROUP if Path(place).exists()]
     total = min([total, *(int(limit) for limit in limits if limit.isdigit()), *_address_space()])
     return total, min(total, free)
@@ -72,21 +76,38 @@ def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device
             f"weights, gradients and optimiser of this model take {_gib(planned.state_bytes)}, and this machine has "
             f"{_gib(total)}: choose a smaller model (`remoe plan` shows what one takes)"
         )
-    needed = planned.training_bytes
-    if config.recompute:  # the inputs of all layers, and what one layer stores
-        L, inputs = sizes.layers, 4 * config.micro_batch_size * config.seq_len * sizes.d_model
-        needed = planned.state_bytes + planned.dense_stage_activation_bytes // L + L * inputs
+    if (ids := 8 * config.batch_size * (config.seq_len + 1)) > total:
+        raise ConfigError(
+            f"the tokens of one step alone take {_gib(ids)}, and this machine has {_gib(total)}: choose a "
+            "smaller --batch-size"
+        )
+    needed = _training_bytes(config, sizes, config.micro_batch_size)
     if needed <= free:
         return None
-    return f"training may take {_gib(needed)}, and {_gib(free)} are free: {less_memory(config) or SMALLER} needs less"
+    less = less_memory(config, lambda size: _training_bytes(config, sizes, size) <= free)
+    return f"training may take {_gib(needed)}, and {_gib(free)} are free: {less or SMALLER} needs less"
 
 
-def less_memory(config: "TrainConfig") -> str | None:
-    """The option with which a run, also one that is resumed, takes less memory; None if it has them all."""
-    size = next((n for n in range(config.micro_batch_size - 1, 0, -1) if config.batch_size % n == 0), None)
-    if size is not None:
-        return f"--micro-batch-size {size}"
+def less_memory(config: "TrainConfig", fits: Callable[[int], bool] = lambda size: True) -> str | None:
+    """The option with which a run, also one that is resumed, takes less memory; None if it has them all.
+
+    Args:
+        config: options of the run.
+        fits: whether a micro-batch of so many sequences is small enough; if none is, the smallest counts.
+    """
+    smaller = [n for n in range(config.micro_batch_size - 1, 0, -1) if config.batch_size % n == 0]
+    if smaller:
+        return f"--micro-batch-size {next(filter(fits, smaller), 1)}"
     return None if config.recompute else "--recompute"
+
+
+def _training_bytes(config: "TrainConfig", sizes: ModelSizes, micro_batch_size: int) -> int:
+    planned = plan(sizes, config.seq_len, micro_batch_size)
+    if not config.recompute:
+        return planned.training_bytes
+    L, inputs = sizes.layers, 4 * micro_batch_size * config.seq_len * sizes.d_model
+    # The inputs of all layers, and what one layer stores.
+    return planned.state_bytes + planned.dense_stage_activation_bytes // L + L * inputs
 
 
 def _gib(count: int) -> str:

@@ -17,6 +17,7 @@ from remoe.lab.data import PrepareOptions
         {"validation_fraction": 0.0},
         {"validation_fraction": 1.0},
         {"vocab_size": 256},
+        {"vocab_size": 10**12},
         {"tokenizer_sample_mb": 0.0},
         {"shard_tokens": 0},
     ],

@@ -8,6 +8,8 @@ from remoe.errors import ConfigError
 
 BYTE_ALPHABET = 256  # a byte-level vocabulary contains every byte, so that it can encode any text
 
+LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; the training allocates memory for it first
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
@@ -58,6 +60,8 @@ class PrepareOptions:
             raise ConfigError(f"--validation-fraction must lie between 0 and 1, not {self.validation_fraction}")
         if self.tokenizer is None and self.vocab_size <= BYTE_ALPHABET:
             raise ConfigError(f"--vocab-size must be at least {BYTE_ALPHABET + 1}, not {self.vocab_size}")
+        if self.tokenizer is None and self.vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(f"--vocab-size must be at most {LARGEST_VOCABULARY}, not {self.vocab_size}")
         if not 0 < self.tokenizer_sample_mb < math.inf:
             raise ConfigError(f"--tokenizer-sample-mb must be positive, not {self.tokenizer_sample_mb}")
         if self.shard_tokens < 1:
