@@ -315,6 +315,7 @@ def test_every_command_has_help_that_starts_without_torch_and_so_does_a_plan():
     code = (
         "import sys; from remoe.lab.cli.main import COMMANDS, main\n"
         "assert main(['plan', '182m', '--router', 'lory']) == 0\n"
+        "for words in ('plan tiny', 'train'): assert main([*words.split(), '--router', 'rleu']) == 2\n"
         "for name in COMMANDS:\n"
         "    print('===')\n"
         "    try: main([*name.split(), '--help'])\n"
@@ -323,6 +324,7 @@ def test_every_command_has_help_that_starts_without_torch_and_so_does_a_plan():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknown router 'rleu'; choose one of: relu, ") == 2
     _, *helps = done.stdout.split("===\n")
     assert len(helps) == len(COMMANDS)
     assert all("usage" in text.lower() for text in helps)

@@ -35,7 +35,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(command, package):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
-@pytest.mark.parametrize("command", ["train --router bogus", "generate nowhere", "eval nowhere"])
+@pytest.mark.parametrize("command", ["train --data nowhere", "generate nowhere", "eval nowhere"])
 def test_a_terminal_shows_at_once_that_libraries_are_loaded(command):
     ours, terminal = pty.openpty()
     argv = [sys.executable, "-m", "remoe", *command.split()]

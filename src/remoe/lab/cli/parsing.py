@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import TypeVar
 
 import tyro
 
-from remoe.errors import ConfigError
+from remoe.costs import ROUTER_SIZES
+from remoe.errors import ConfigError, check_choice
 
 T = TypeVar("T")
 FRAME = " │╭╰╮╯─-|+"  # the characters of boxes and rules
@@ -90,6 +92,12 @@ def _first_sentence(box: str) -> str:
 def _not_a_number(said: re.Match) -> str:
     kind = "whole number" if said[2].startswith("invalid") else "number"
     return f"{said[1]} must be a {kind}, but is {said[3]}"
+
+
+def check_router(name: str) -> None:
+    """Raises ConfigError for an unknown router; if a user's own may be loaded, their classes decide later."""
+    if not os.environ.get("REMOE_ROUTERS") and "remoe.routing" not in sys.modules:
+        check_choice("router", name, ROUTER_SIZES)
 
 
 @contextlib.contextmanager

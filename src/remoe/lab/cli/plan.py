@@ -8,7 +8,7 @@ import tyro
 
 from remoe.costs import ROUTER_SIZES, ModelSizes, Plan, check_sizes, executed_experts, plan
 from remoe.errors import ConfigError, check
-from remoe.lab.cli.parsing import importing, parse
+from remoe.lab.cli.parsing import check_router, importing, parse
 from remoe.lab.training.presets import preset
 
 PROG = "remoe plan"
@@ -42,6 +42,7 @@ class PlanOptions:
 def plan_command(argv: list[str]) -> int:
     """Prints the figures of the model and of its dense counterpart."""
     options = parse(PlanOptions, argv, prog=PROG)
+    check_router(options.router)
     settings = preset(options.preset)
     seq_len = settings["seq_len"] if options.seq_len is None else options.seq_len
     micro_batch_size = settings["micro_batch_size"] if options.micro_batch_size is None else options.micro_batch_size

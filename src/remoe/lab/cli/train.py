@@ -4,7 +4,7 @@ from pathlib import Path
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.helps import TRAIN
-from remoe.lab.cli.parsing import importing, parse
+from remoe.lab.cli.parsing import check_router, importing, parse
 from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 
 PROG = "remoe train"
@@ -12,9 +12,9 @@ PROG = "remoe train"
 
 def train_command(argv: list[str]) -> int:
     """Trains or continues a run; returns 128 plus the signal's number when a signal stopped it."""
-    given = parse(
-        TrainConfig, argv, prog=PROG, brief=TRAIN
-    )  # only to find the preset, file or run that the flags are laid over
+    # Only to find the preset, the file or the run that the flags are laid over.
+    given = parse(TrainConfig, argv, prog=PROG, brief=TRAIN)
+    check_router(given.router)
 
     with importing():
         from remoe.lab.console import say
