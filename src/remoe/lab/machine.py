@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+import remoe
 from remoe.errors import ConfigError
 
-PACKAGES = ("remoe", "torch", "transformers", "triton", "accelerate", "scattermoe", "megablocks", "sonic-moe")
+PACKAGES = ("torch", "transformers", "triton", "accelerate", "scattermoe", "megablocks", "sonic-moe")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -72,6 +73,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "remoe": remoe.__version__,  # of the code that runs, which an old editable install may call otherwise
     }
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
