@@ -132,6 +132,9 @@ def test_a_warning_reaches_standard_error_once(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "warning_command", SimpleNamespace(warn=warn))
     monkeypatch.setitem(COMMANDS, "warn", ("warning_command", "warn", ""))
     assert main(["warn"]) == 0
+    assert capsys.readouterr().err == ""  # the handlers of the tests have it
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert main(["warn"]) == 0
     assert capsys.readouterr().err == "all is \\x1b[1m lost\n"
     assert not logging.getLogger("remoe").handlers
 

@@ -202,9 +202,11 @@ def _fail(message: str) -> int:
 
 
 class _Warnings(logging.Handler):
-    """Writes warnings of this package to standard error, as Python does by itself, but in a terminal's colours."""
+    """Writes warnings to standard error, as Python does where no handler is set, but in a terminal's colours."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers:
+            return
         try:
             print(for_terminal(visible(record.getMessage()), sys.stderr, YELLOW), file=sys.stderr)
         except Exception:

@@ -68,8 +68,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         return 0
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
     device = pick_device(config.device)
-    if warning := check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), device):
-        logger.warning(warning)
+    warning = check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), device)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
     experts_backend(model_without_values(config), config.dtype, device)
@@ -84,11 +83,15 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
     with _memory_errors_in_words(config, run):
-        return _train(config, dataset, run, saved)
+        return _train(config, dataset, run, saved, warning)
 
 
-def _train(config: TrainConfig, dataset: Dataset, run: RunFolder, saved: TrainConfig | None) -> int:
+def _train(
+    config: TrainConfig, dataset: Dataset, run: RunFolder, saved: TrainConfig | None, warning: str | None
+) -> int:
     trainer = Trainer(config, dataset, run)
+    if warning:  # not earlier: an error is one line
+        logger.warning(warning)
     if saved is None:
         run.create(config, dataset.tokenizer_path)
     with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
