@@ -101,9 +101,12 @@ def test_tokenizer_without_end_of_text_is_refused(tokenizer: PreTrainedTokenizer
 
 
 def test_folder_without_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be loaded") as caught:
+    with pytest.raises(DataError, match="holds no tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+    for missing in (tmp_path / "away", str(tmp_path / "away"), "runs/a/tokenizer"):
+        with pytest.raises(DataError, match=r"does not exist$"):
+            load_tokenizer(missing)
 
 
 @pytest.mark.parametrize("size", [10, 5000, 2_000_000])

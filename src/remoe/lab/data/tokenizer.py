@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")  # of every kind that transformers reads
 SAMPLE_CHARACTERS = 65_536  # documents are sampled in pieces of this size, so that a huge one is sampled too
 
 
@@ -114,6 +115,11 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    path = Path(name)
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise DataError(f"{name} holds no tokenizer: tokenizer.json is missing")
+    if not path.exists() and (isinstance(name, Path) or path.is_absolute() or name.count("/") > 1):
+        raise DataError(f"tokenizer {name} does not exist")  # a name on the hub has one slash at most
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # transformers, the hub's client and tokenizers share no base class of errors

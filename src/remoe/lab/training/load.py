@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from remoe.convert.relufy.model import MODEL_TYPE, load_relufied
 from remoe.errors import CheckpointError
 from remoe.lab.data import load_tokenizer
+from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.training.checkpoint import verify
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -18,7 +19,7 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
     """Model (in evaluation mode), tokenizer and checkpoint of a run's folder, or of one of its checkpoints.
 
     Raises:
-        CheckpointError: when there is no checkpoint, or it cannot be read.
+        CheckpointError: when there is no checkpoint, it cannot be read, or the tokenizer has more tokens than it knows.
     """
     path = Path(path)
     run = run_of(path) or RunFolder(path)
@@ -35,7 +36,7 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
         model = RemoeForCausalLM.from_pretrained(checkpoint)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
-    return model.eval(), load_tokenizer(run.tokenizer), checkpoint
+    return model.eval(), _fitting_tokenizer(run.tokenizer, model), checkpoint
 
 
 def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
@@ -46,7 +47,7 @@ def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel,
         hub: whether a path that does not exist is taken as a name on the Hugging Face hub.
 
     Raises:
-        CheckpointError: when there is no model, or it cannot be loaded.
+        CheckpointError: when there is no model, it cannot be loaded, or the tokenizer has more tokens than it knows.
         DataError: when its tokenizer cannot be loaded.
     """
     name, path = str(path), Path(path)
@@ -59,4 +60,14 @@ def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel,
         model = loaders.get(kind, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
     except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
         raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
-    return model.eval(), load_tokenizer(name), path
+    return model.eval(), _fitting_tokenizer(name, model), path
+
+
+def _fitting_tokenizer(name: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A tokenizer without an id that the model does not know."""
+    tokenizer = load_tokenizer(name)
+    size, known = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
+    known = min(known, getattr(model.config, "tokenizer_size", None) or known)
+    if size > known:
+        raise CheckpointError(f"tokenizer {name} has {size:,} tokens, the model {known:,}: it is of another model")
+    return tokenizer
