@@ -55,6 +55,8 @@ from remoe.lab.cli.main import COMMANDS, main
         (["train", "--every", "1"], "perhaps you meant --validate.every or --checkpoint.every (see"),
         (["train", "--foo=1", "--quux"], "unknown options --foo, --quux (see"),
         (["train", "stray"], "unexpected 'stray'"),
+        (["generate", "--steps", "1e3", "x"], "unknown option --steps (see"),
+        (["generate", "--colour", "x"], "unknown option --colour (see"),
         (["train", "--steps", "1e3"], "--steps must be a whole number, but is '1e3'"),
         (["train", "--optim.lr", "fast"], "--optim.lr must be a number, but is 'fast'"),
         (["train", "--sparsity.alpha", "1"], "--sparsity.alpha must be finite and above 1, but is 1.0"),

@@ -18,6 +18,7 @@ from remoe.errors import ConfigError, check_choice
 T = TypeVar("T")
 FRAME = " │╭╰╮╯─-|+"  # the characters of boxes and rules
 UNKNOWN = "Unrecognized options: "
+NO_VALUE = " needs a value"
 NO_NUMBER = r"^Error parsing (\S+): (invalid literal for int\(\) with base 10|could not convert string to float): (.*)"
 
 
@@ -50,6 +51,11 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None,
         said = _first_sentence(complaint.getvalue())
         if said.startswith(UNKNOWN):
             said = _unknown(said.removeprefix(UNKNOWN).split(", "), _options(cls))
+        elif said.endswith(NO_VALUE) and not said.startswith("-"):  # an unknown option before it hides a position
+            known = _options(cls)
+            given = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+            if strays := [name for name in given if name not in known]:
+                said = _unknown(strays, known)
         raise ConfigError(f"{said} (see {prog} --help)") from None
 
 
@@ -84,7 +90,7 @@ def _first_sentence(box: str) -> str:
         named = re.findall(r"^[ │|]{4,6}(--[\w.-]+|[A-Z]{2,}(?= *│?$))", box, re.MULTILINE)
         return f"{' and '.join(named)} missing" if named else " ".join(message)
     if novalue := re.match(r"Missing value for argument '(.+?)'", " ".join(message)):
-        return f"{novalue[1]} needs a value"
+        return novalue[1] + NO_VALUE
     said = re.sub(r"^Error parsing [A-Z]\w+: ", "", " ".join(message) or " ".join(box.split()))
     return re.sub(NO_NUMBER, _not_a_number, said)
 
