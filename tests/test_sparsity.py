@@ -335,6 +335,7 @@ def _rank(rank, folder):
     torch.save((controller.lam.item(), controller.sparsity.item()), folder / str(rank))
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_sum_of_their_statistics(tmp_path):
     run_ranks(_rank, tmp_path)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
@@ -361,6 +362,7 @@ def _wrapped_rank(rank, folder):
     torch.save((pairs, slots, model.sparsity.sparsity.item()), folder / str(rank))
 
 
+@pytest.mark.slow
 def test_ddp_leaves_each_rank_its_statistics(tmp_path):
     run_ranks(_wrapped_rank, tmp_path)
     pairs, slots, sparsities = zip(*(torch.load(tmp_path / str(rank)) for rank in range(2)), strict=True)

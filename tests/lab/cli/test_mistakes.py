@@ -42,7 +42,7 @@ from remoe.lab.cli.main import COMMANDS, main
         (["generate", "nowhere", "--temperature", "nan"], "temperature"),
         (["generate", "nowhere", "--seed", "99999999999999999999999"], "--seed"),
         (["plan", "tiny", "--seq-len", "0"], "at least 1"),
-        (["plan", "tiny", "--intermediate-size", "99999999999999999999"], "more numbers than any machine can hold"),
+        (["train", "--model.intermediate-size", "99999999999999999999"], "more numbers than any machine can hold"),
         (["generate", "nowhere", "--repetition-penalty", "1e-320"], "--repetition-penalty at least 0.001"),
         (["eval", "nowhere"], "nowhere does not exist"),
         (["eval", "nowhere", "--split", "test"], "unknown --split 'test'"),

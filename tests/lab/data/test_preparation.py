@@ -95,7 +95,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, size: int, d
 def test_missing_tokenizer_shows_before_anything_is_written(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two"])
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing: cannot be loaded"):
+    with pytest.raises(DataError, match="nothing holds no tokenizer"):
         prepare(small_options(tmp_path / "out", source, tokenizer=str(tmp_path / "nothing")))
     assert files_of(tmp_path / "out") == {}
 

@@ -233,7 +233,9 @@ def test_a_wrong_file_is_one_line(rows, words, run, tmp_path, capsys):
         (["--tasks", "piqa", "--json", "nowhere/x.json"], "nowhere is not a folder"),
         (["--task-data", "x"], "need --tasks"),
         (["--limit", "3"], "need --tasks"),
-        (["--tasks", "piqa"], "task piqa cannot be loaded from the Hugging Face hub"),
+        pytest.param(
+            ["--tasks", "piqa"], "task piqa cannot be loaded from the Hugging Face hub", marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
