@@ -51,6 +51,24 @@ def test_overrides_are_merged_with_the_file(file, given, tmp_path):
         remoe.RemoeForCausalLM.from_pretrained(tmp_path, sparsity={"rle": "sign"})
 
 
+@pytest.mark.parametrize(("router", "factor"), [("relu", 5.0), ("relu_scaled", 5.0), ("topk", 1.0), ("sigmoid", 1.0)])
+def test_router_std_is_that_of_routers_which_lambda_steers(router, factor):
+    models = []
+    for given in ({}, {"router_std": 0.1}):
+        torch.manual_seed(0)
+        config = remoe.RemoeConfig(**SIZES, router=router, initializer_range=0.02, **given)
+        models.append(remoe.RemoeForCausalLM(config))
+    plain, scaled = (model.model.layers[0].mlp for model in models)
+    torch.testing.assert_close(scaled.router.weight, plain.router.weight * factor)
+    assert torch.equal(scaled.experts.down_proj, plain.experts.down_proj)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_router_std_is_a_finite_number_above_zero(value):
+    with pytest.raises(ConfigError, match="router_std must be finite and above 0"):
+        remoe.RemoeConfig(**SIZES, router_std=value)
+
+
 @pytest.mark.parametrize("given", [{"alpha": "1.2"}, {"fast_start": "no"}, {"lambda_init": None}])
 def test_values_of_another_type_are_named(given):
     (name,) = given

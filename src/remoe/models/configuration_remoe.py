@@ -35,6 +35,8 @@ class RemoeConfig(PreTrainedConfig):
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
             max_position_embeddings, initializer_range, rms_norm_eps, rope_parameters, tie_word_embeddings,
             attention_bias, attention_dropout, use_cache: as in transformers' LlamaConfig; RoPE base 1e6.
+        router_std: standard deviation of the initial weights of routers that lambda steers ("relu" and its kin); None:
+            `initializer_range`, as for all other weights.
         tokenizer_size: tokens of the tokenizer, where `vocab_size` is rounded up. Ids from there on are never sampled
             and have no part in a loss. None: every id is a token.
         intermediate_size: d_ffn, width of one expert before the split by granularity; 4 * hidden_size when None.
@@ -74,6 +76,7 @@ class RemoeConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
     initializer_range: float = 0.01
+    router_std: float | None = None
     rms_norm_eps: float = 1e-5
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -180,6 +183,8 @@ class RemoeConfig(PreTrainedConfig):
             )
         if not 0 <= self.rms_norm_eps < math.inf:
             raise ConfigError(f"rms_norm_eps must be finite and not negative, but is {self.rms_norm_eps}")
+        if self.router_std is not None and not 0 < self.router_std < math.inf:
+            raise ConfigError(f"router_std must be finite and above 0, but is {self.router_std}")
         if self.shared_expert_size < 0:
             raise ConfigError(f"shared_expert_size must not be negative, but is {self.shared_expert_size}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):

@@ -106,7 +106,9 @@ class RemoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (Experts, Router)):
             # transformers guards torch's initialisers here: what was loaded is left alone.
-            module.reset_parameters(self.config.initializer_range)
+            steered = isinstance(module, Router) and module.steered
+            std = self.config.router_std if steered else None
+            module.reset_parameters(self.config.initializer_range if std is None else std)
             if isinstance(module, Router):
                 module.reset_state()
         elif isinstance(module, SparsityController):

@@ -28,6 +28,7 @@ from remoe.lab.cli.main import COMMANDS, main
         (["train", "--optim.warmup-ratio", "-3"], "--optim.warmup-ratio"),
         (["train", "--sparsity.lambda-init", "inf"], "--sparsity.lambda-init"),
         (["train", "--model.initializer-range", "-1"], "--model.initializer-range"),
+        (["train", "--model.router-std", "0"], "--model.router-std"),
         (["train", "--router-options", "max_experts_per_token", "1", "--k", "2"], "at least k = 2"),
         (["train", "--device", "meta"], "unknown device 'meta'; choose auto, cpu, cuda, cuda:N or mps"),
         (["train", "--device", "cuda:999"], "--device cuda:999"),

@@ -37,6 +37,9 @@ class ModelOptions:
     """Width of one expert before the split by granularity; 4 * hidden_size by default."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    router_std: float | None = None
+    """Standard deviation of the initial weights of routers that lambda controls (relu, relu_norm, relu_scaled). By
+    default initializer_range; five times that in the preset tiny."""
     shared_expert_size: int = 0
     """Width of a shared expert, which every token uses in addition to the routed ones; 0 for none."""
     regularizer_normalization: str = "paper"
@@ -257,6 +260,7 @@ class TrainConfig:
             ("sparsity.alpha", "finite and above 1", self.sparsity.alpha),
             ("model.router-aux-loss-coef", "finite and at least 0", self.model.router_aux_loss_coef),
             ("model.initializer-range", above_zero, self.model.initializer_range),
+            ("model.router-std", above_zero, 1.0 if self.model.router_std is None else self.model.router_std),
             ("validate.every", some, self.validate.every),
             ("validate.max-tokens", some, self.validate.max_tokens),
             ("validate.batch-size", some, self.validate.batch_size),
