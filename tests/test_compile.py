@@ -103,7 +103,7 @@ def test_a_step_with_a_static_cache_is_one_graph():
         torch.testing.assert_close(found, model(token_BS[:, :end]).logits[:, -1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ["relu", *(pytest.param(r, marks=pytest.mark.slow) for r in ROUTERS if r != "relu")])
 def test_exported_model_takes_other_batch_sizes(router):
     model, token_BS = tiny_model(router).eval(), torch.randint(0, 128, (5, 17))
     batch = {0: torch.export.Dim("batch", min=1, max=64)}

@@ -20,6 +20,8 @@ from tiny_sft import arguments as sft_arguments
 from tiny_trainer import arguments, tiny
 from tiny_trainer import rows as plain_rows
 
+pytestmark = pytest.mark.slow
+
 
 class Break(TrainerCallback):
     """Ctrl-C in the second micro-batch of the first step."""

@@ -10,6 +10,8 @@ import remoe
 LAMBDA, ALPHA, STEPS = 1e-3, 1.001, 3
 MIXED = MixedPrecision(*[torch.bfloat16] * 3)  # parameters, gradients and, as accelerate has it, buffers
 
+pytestmark = pytest.mark.slow
+
 
 def model(router):
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_under_the_plain_trainer(name, accumulate, tmp_path):
@@ -69,7 +70,7 @@ def test_trains_as_under_the_plain_trainer(name, accumulate, tmp_path):
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", ["relu", "mixtral"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_callback_may_generate_in_between(name, tmp_path):
     class Writes(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -83,7 +84,7 @@ def test_a_callback_may_generate_in_between(name, tmp_path):
     assert logged(found, "loss") == logged(expected, "loss")
 
 
-@pytest.mark.parametrize("name", ["relu", "mixtral"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_eval_loss_has_no_penalty(name, tmp_path):
     model = MODELS[name]()
     trainer = supervised(model, tmp_path, max_steps=1)
@@ -96,7 +97,7 @@ def test_eval_loss_has_no_penalty(name, tmp_path):
         assert trainer.compute_loss(model, dict(batch)) == expected
 
 
-@pytest.mark.parametrize("name", ["relu", "mixtral"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_recomputation_counts_once(name, tmp_path):
     one, two = MODELS[name](), MODELS[name]()
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -105,13 +106,13 @@ def test_recomputation_counts_once(name, tmp_path):
         assert logged(found, figure) == pytest.approx(logged(expected, figure), rel=1e-4), figure
 
 
-@pytest.mark.parametrize("name", ["relu", "mixtral"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_loss_that_would_weight_the_penalty_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="loss_type='dft'"):
         supervised(MODELS[name](), tmp_path, loss_type="dft")
 
 
-@pytest.mark.parametrize("name", ["relu", "mixtral"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_adapters_are_trained_with_the_penalty(name, tmp_path):
     peft = pytest.importorskip("peft")
     runs = []
