@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from remoe.errors import ConfigError
-from remoe.lab.compare.experiment import RunSpec, key_of, other_keys_of
+from remoe.lab.compare.experiment import RunSpec
+from remoe.lab.compare.keys import key_of, other_keys_of
 from remoe.lab.compare.record import RecordFolder, RunRecord, ZeroShot, course_of, options_of, record_of
 from remoe.lab.data import Dataset
 from remoe.lab.files import try_lock

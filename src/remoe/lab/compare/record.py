@@ -19,7 +19,7 @@ import torch
 from remoe.errors import ConfigError
 from remoe.lab.analysis.collect import RoutingRecord, collect
 from remoe.lab.analysis.summary import RoutingFigures, RoutingSummary, rounded, routing_of
-from remoe.lab.compare.experiment import FORMER_NAMES
+from remoe.lab.compare.keys import FORMER_NAMES
 from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.machine import pick_device
