@@ -35,6 +35,8 @@ def test_unused_experts_and_closed_layers_are_counted():
     sentences = said(**SETTLED, experts=32, inactive_experts_per_layer=[0, 5, 1, 0])
     assert sentences[1].startswith("26 of 32 experts are in use (4 layers of 8): the others have less than an eighth ")
     assert len(sentences) == 2
+    one = said(**SETTLED, experts=32, inactive_experts_per_layer=[0, 1, 0, 0])[1]
+    assert one.endswith(": the other has less than an eighth of its share of the validation tokens.")
     sentences = said(**SETTLED, experts=32, inactive_experts_per_layer=[8, 8, 3, 0])
     assert sentences[1].startswith("13 of 32 experts are in use")
     assert sentences[2] == "Layers 0, 1 hardly use any expert."

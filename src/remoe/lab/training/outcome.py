@@ -73,9 +73,10 @@ def _experts(experts: int, unused: list[int]) -> list[str]:
     shape = f"({layers} layer{'s' * (layers > 1)} of {width})"
     if not sum(unused):
         return [f"All {experts} experts are in use {shape}."]
-    used = experts - sum(unused)
-    rest = "the others have less than an eighth of their share of the validation tokens"
-    said = [f"{used} of {experts} experts are in use {shape}: {rest}."]
+    idle = sum(unused)
+    have, their = ("the others have", "their") if idle > 1 else ("the other has", "its")
+    rest = f"{have} less than an eighth of {their} share of the validation tokens"
+    said = [f"{experts - idle} of {experts} experts are in use {shape}: {rest}."]
     if closed := [str(layer) for layer, count in enumerate(unused) if count == width]:
         many = len(closed) > 1
         said.append(f"Layer{'s' * many} {', '.join(closed)} hardly use{'s' * (not many)} any expert.")
