@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,9 +51,9 @@ config = AutoConfig.for_model("remoe", **{SIZES})
 for cls in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
     print(type(cls.from_config(pickle.loads(pickle.dumps(config)))).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == MODELS, done.stderr[-1000:]
-    assert "remoe" not in done.stderr  # no warning either
+    status, output, errors = fresh.run(code)
+    assert (status, output.split()) == (0, MODELS), errors[-1000:]
+    assert "remoe" not in errors  # no warning either
 
 
 @pytest.mark.slow
@@ -64,8 +65,8 @@ config = pickle.loads(pathlib.Path({str(tmp_path / "config.pkl")!r}).read_bytes(
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_config(config)).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == MODELS[:1], done.stderr[-1000:]
+    status, output, errors = fresh.run(code)
+    assert (status, output.split()) == (0, MODELS[:1]), errors[-1000:]
 
 
 @pytest.mark.slow
@@ -76,8 +77,8 @@ from transformers import LlamaForCausalLM, AutoModel, AutoModelForCausalLM, Auto
 for cls in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
     print(type(cls.from_pretrained({str(tmp_path)!r})).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == MODELS, done.stderr[-1000:]
+    status, output, errors = fresh.run(code)
+    assert (status, output.split()) == (0, MODELS), errors[-1000:]
 
 
 def test_import_of_remoe_alone_leaves_transformers_out():
