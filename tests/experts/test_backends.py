@@ -27,7 +27,7 @@ EVERYWHERE = ["cpu", "cpu without passes", "cpu without kernels"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RAGGED = ["grouped", "triton"] if INTERPRETED else ["grouped"]
 if INTERPRETED:  # the interpreter is slow
-    SHAPES = {name: (min(tokens, 35), *rest) for name, (tokens, *rest) in SHAPES.items()}
+    SHAPES = {name: (min(tokens, 20), *rest) for name, (tokens, *rest) in SHAPES.items()}
 SHAPES_16_BIT = {
     "16 bytes": (31, 64, 40, 5, 0.4),
     "odd widths": (31, 61, 35, 5, 0.6),
@@ -151,7 +151,7 @@ def test_windows_of_lists_with_room(backend, density, D, F, stored, monkeypatch)
     """Neither the room behind the pairs nor the number of windows or of stored pairs changes a result."""
     monkeypatch.setattr("remoe.experts.windows.MIN_WINDOW", 16)
     monkeypatch.setattr("remoe.experts.windows.MIN_STORED_WINDOW", 1)
-    leaves, active = problem(19, D, F, 5, density)
+    leaves, active = problem(11 if INTERPRETED else 19, D, F, 5, density)
     active[:, 2] = False
     backend.keywords["stored"] = stored
     check_equals_naive(backend, leaves, active, 1e-5, room=True)
