@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import remoe
+from remoe.errors import CheckpointError
 from remoe.lab.cli.main import main
 from remoe.lab.files import new_folder
 
@@ -44,6 +45,23 @@ def test_a_terminal_shows_at_once_that_libraries_are_loaded(command):
         assert os.read(ours, 100).startswith(b"loading PyTorch")
         process.kill()
     os.close(ours)
+
+
+@pytest.mark.parametrize("command", ["report", "eval", "eval --sweep-threshold auto", "eval --tasks piqa"])
+def test_a_terminal_shows_what_takes_seconds_and_clears_it(command, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        assert capsys.readouterr().err.endswith(" ...")
+        raise CheckpointError("no model")
+
+    for name in ("report.write_report", "evaluation.trained.evaluate_run", "evaluation.sweep.sweep_run",
+                 "evaluation.zeroshot.evaluate_model"):  # fmt: skip
+        monkeypatch.setattr(f"remoe.lab.{name}", fails)
+    monkeypatch.setattr("remoe.lab.evaluation.zeroshot.load_tasks", lambda *_: {})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*command.split(), str(tmp_path)]) == 2
+    before, error = capsys.readouterr().err.split("\r\033[K")
+    assert before == ""
+    assert "no model" in error
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -9,7 +9,7 @@ import tyro
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.helps import EVAL
-from remoe.lab.cli.parsing import importing, parse
+from remoe.lab.cli.parsing import importing, parse, waiting
 from remoe.lab.outputs import check_output, json_with, write_output
 
 if TYPE_CHECKING:
@@ -92,15 +92,16 @@ def _evaluate_domains(options: EvalOptions) -> int:
         from remoe.lab.evaluation.trained import evaluate_run
 
     def evaluated(scheme: str | None):
-        return evaluate_run(
-            options.run,
-            data=options.data,
-            split=options.split,
-            max_tokens=options.max_tokens,
-            batch_size=options.batch_size,
-            max_experts=options.max_experts,
-            scheme=scheme,
-        )
+        with waiting(f"evaluating on {options.split} data"):
+            return evaluate_run(
+                options.run,
+                data=options.data,
+                split=options.split,
+                max_tokens=options.max_tokens,
+                batch_size=options.batch_size,
+                max_experts=options.max_experts,
+                scheme=scheme,
+            )
 
     checkpoint, dataset, results = evaluated(options.quantize)
     figures = {"checkpoint": str(checkpoint), **results}
@@ -127,16 +128,17 @@ def _sweep(options: EvalOptions, thresholds: str) -> int:
     with importing():
         from remoe.lab.evaluation.sweep import sweep_run
 
-    checkpoint, dataset, points = sweep_run(
-        options.run,
-        options.data,
-        given,
-        split=options.split,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        max_experts=options.max_experts,
-        scheme=options.quantize,
-    )
+    with waiting(f"evaluating on {options.split} data"):
+        checkpoint, dataset, points = sweep_run(
+            options.run,
+            options.data,
+            given,
+            split=options.split,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            max_experts=options.max_experts,
+            scheme=options.quantize,
+        )
     _print_sweep(f"{checkpoint} on {options.split} data of {dataset}", points)
     if options.json:
         figures = {"checkpoint": str(checkpoint), "points": [asdict(point) for point in points]}
@@ -151,9 +153,9 @@ def _evaluate_tasks(options: EvalOptions, tasks: str) -> int:
 
     loaded = load_tasks(parse_tasks(tasks), None if options.task_data is None else Path(options.task_data))
     keep_freed_memory()
-    found = evaluate_model(
-        options.run, loaded, limit=options.limit, batch_size=options.batch_size, device=pick_device("auto")
-    )
+    sizes = {"limit": options.limit, "batch_size": options.batch_size}
+    with waiting("evaluating the tasks"):
+        found = evaluate_model(options.run, loaded, **sizes, device=pick_device("auto"))
     if not found.causal:
         print("the router looks ahead: sequences are evaluated one by one, and not comparable with other models")
     _print_tasks(f"zero-shot accuracy of {found.checkpoint}", found.tasks, found.mean_acc)

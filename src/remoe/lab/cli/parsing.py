@@ -107,16 +107,23 @@ def check_router(name: str) -> None:
 
 
 @contextlib.contextmanager
+def waiting(text: str, wanted: bool = True) -> Iterator[None]:
+    """Context of work that takes seconds: a terminal shows `text` for as long as it lasts, if `wanted`."""
+    shown = wanted and sys.stderr.isatty()
+    if shown:
+        print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Context of imports that take seconds, which a terminal is told; then transformers shows no progress bars."""
-    note = "transformers" not in sys.modules and sys.stderr.isatty()
-    if note:
-        print("loading PyTorch and transformers ...", end="", file=sys.stderr, flush=True)
-    try:
+    with waiting("loading PyTorch and transformers", wanted="transformers" not in sys.modules):
         yield
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    finally:
-        if note:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from remoe.errors import ConfigError
-from remoe.lab.cli.parsing import importing, parse
+from remoe.lab.cli.parsing import importing, parse, waiting
 from remoe.lab.outputs import check_output, is_report
 
 PROG = "remoe report"
@@ -49,6 +49,8 @@ def report_command(argv: list[str]) -> int:
     with importing():
         from remoe.lab.report import write_report
 
-    page = write_report(options.run, options.data, out, max_tokens=options.max_tokens, excerpt_tokens=options.excerpt)
+    sizes = {"max_tokens": options.max_tokens, "excerpt_tokens": options.excerpt}
+    with waiting("routing validation text and drawing"):
+        page = write_report(options.run, options.data, out, **sizes)
     print(f"report       {page}\nopen it in a browser")
     return 0
