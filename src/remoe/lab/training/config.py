@@ -202,6 +202,10 @@ class TrainConfig:
     """auto (cuda if available, otherwise cpu), cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """auto (bfloat16 autocast on a GPU that supports it, otherwise float32), float32 or bfloat16."""
+    mesh: str | None = None
+    """Train on several processes, started by torchrun: sizes such as fsdp=4,ep=2. fsdp: processes over which the
+    weights are sharded; ep: processes among which the experts are divided; replicate: copies of the model. Each process
+    has an equal part of every batch, and --micro-batch-size is of one process. docs/distributed.md has more."""
     compile: bool = False
     """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False
@@ -288,7 +292,7 @@ _HOLDS = {
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
 # Options that have no influence on the trained weights.
-_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
+_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt", "mesh"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 
