@@ -58,6 +58,10 @@ def _on_ranks(rank, folder, data, names):
         trainer = train(options(name, data, mesh=name.split()[1]), folder / name)
         state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
     torch.save(state, folder / f"state-{rank}.pt")
+    if rank:
+        trainer.model.sparsity.lam *= 1 + 1e-6
+    with pytest.raises(RemoeError, match=f"step {STEPS}: lambda, S or the state of a router of rank 1 differs"):
+        trainer.save()
     error, words = (CheckpointError, "full") if rank == 0 else (RemoeError, "because rank 0 failed")
     with pytest.raises(error, match=words):
         _fail_on_rank_0(trainer.ranks)

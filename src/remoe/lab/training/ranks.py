@@ -136,6 +136,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Raises RemoeError on every rank, naming the first that differs, unless all have the same numbers."""
+        if self.count == 1:
+            return
+        numbers = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).view(torch.int64)  # bits
+        of_ranks = [torch.empty_like(numbers) for _ in range(self.count)]
+        dist.all_gather(of_ranks, numbers)
+        for rank, other in enumerate(of_ranks):
+            if not torch.equal(other, of_ranks[0]):
+                raise RemoeError(f"{what} of rank {rank} differs from that of rank 0")
+
     def agree(self, signal: int | None) -> int | None:
         """The number of a signal that any rank has received; a host sync."""
         if self.count == 1:

@@ -262,6 +262,7 @@ class Trainer:
         finite = all(torch.isfinite(local(parameter)).all() for parameter in self.model.parameters())
         if self.ranks.agree(int(not finite)):
             raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
+        self.ranks.check_equal(self.model.buffers(), f"step {self.step}: lambda, S or the state of a router")
         info = {
             "data": self.dataset.fingerprint,
             "seconds": self.seconds,
