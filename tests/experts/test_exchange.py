@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from experts.cases import with_room
 from ranks import run_ranks
+from torch.autograd.graph import saved_tensors_hooks
 
 from remoe.experts import naive_experts
 from remoe.experts.exchange import exchange_experts, plan_exchange
@@ -70,13 +71,17 @@ def _ranks(rank, folder):
             pairs = Assignment.from_gates(leaves[3], active_TE)
             sent.append(0)
             options = {"group": dist.group.WORLD, "backend": "naive", "receive_rows": CASES[case][3]}
-            y_TD = exchange_experts(*leaves[:3], with_room(pairs) if room else pairs, **options)
+            kept = []
+            with saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor):
+                y_TD = exchange_experts(*leaves[:3], with_room(pairs) if room else pairs, **options)
             sent.append(0)
             y_TD.backward(dy_TD)
             results[case, room] = [y_TD.detach(), *(leaf.grad for leaf in leaves)]
         sent.append(0)
         plan = plan_exchange(pairs.count_E, dist.group.WORLD, CASES[case][3])
         results[case, "bytes"] = sent[-3:-1], plan.bytes_sent(D, 8), plan.num_rounds
+        numbers = {t.untyped_storage().data_ptr(): t.numel() for t in kept if t.is_floating_point()}
+        results[case, "kept"] = sum(numbers.values())
         results[case, "most"] = max(sum(turn.received_P) for turn in plan.rounds())
     torch.save(results, folder / f"{rank}.pt")
 
@@ -119,3 +124,9 @@ def test_no_rank_receives_more_than_its_budget(results, case):
     assert {result[case, "bytes"][2] for result in results} == {results[0][case, "bytes"][2]}
     assert all(result[case, "most"] <= budget for result in results)
     assert (results[0][case, "bytes"][2] > 1) == (CASES[case][3] < MANY)
+
+
+def test_rounds_bound_what_is_kept_for_the_backward_pass(results):
+    for result in results:
+        whole, rounds = (result[f"dense stage{words}", "kept"] for words in ("", " in rounds of a few rows"))
+        assert rounds < whole / 2  # tokens, gates and weights, and the first of six rounds
