@@ -46,18 +46,21 @@ def check_engine() -> None:
         raise ConfigError(f"sharded training needs transformers {oldest} or newer, but {found} is installed")
 
 
-def shard(model: RemoeForCausalLM, device: torch.device, *, replicate: int = 1, fsdp: int = 1, ep: int = 1) -> None:
-    """Spreads a model, whose weights are the same on every rank, over replicate * fsdp ranks; in place.
+def shard(
+    model: RemoeForCausalLM, device: torch.device, *, replicate: int = 1, fsdp: int = 1, ep: int = 1, tp: int = 1
+) -> None:
+    """Spreads a model, whose weights are the same on every rank, over replicate * fsdp * tp ranks; in place.
 
     FSDP averages gradients over the ranks, so a loss that is normalised over all ranks' tokens must be multiplied by
-    replicate * fsdp before its backward pass.
+    replicate * fsdp before its backward pass. The tp ranks of a group, neighbours, must be given the same tokens.
 
     Args:
         model: whole, on any device.
         device: where it will train.
         replicate: copies of the sharded model.
-        fsdp: ranks over which a copy is sharded; replicate * fsdp is the number of ranks in torch.distributed.
+        fsdp: ranks over which a copy is sharded; replicate * fsdp * tp is the number of ranks in torch.distributed.
         ep: ranks among which the experts of a copy are divided; a divisor of fsdp and of the number of experts.
+        tp: ranks among which each matrix of attention, of the experts and of the vocabulary is cut; with ep = 1 only.
     """
     from transformers.distributed import DistributedConfig
     from transformers.distributed.expert_parallel import EPImplementationInterface
@@ -68,11 +71,12 @@ def shard(model: RemoeForCausalLM, device: torch.device, *, replicate: int = 1, 
         dp_replicate_size=replicate,
         fsdp_size=fsdp,
         ep_size=ep,
+        tp_size=tp,
         ep_implementation=EXCHANGE,
         fsdp_plan=FSDP_PLAN,
         ep_plan=EP_PLAN if ep > 1 else None,
     )
-    dense = init_device_mesh(device.type, (1, replicate, fsdp, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    dense = init_device_mesh(device.type, (1, replicate, fsdp, tp), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     experts = init_device_mesh(
         device.type, (1, replicate, config.efsdp_size, ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
     )

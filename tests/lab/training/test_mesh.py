@@ -22,9 +22,11 @@ def config(**options):
 
 
 def test_sizes_are_read_in_any_order():
-    mesh = Mesh.parse("ep=2, fsdp=4,tp=1,replicate=2")
+    mesh = Mesh.parse("ep=2, fsdp=4,replicate=2")
     assert mesh == Mesh(replicate=2, fsdp=4, ep=2)
-    assert mesh.processes == 8
+    assert mesh.processes == mesh.parts == 8
+    mesh = Mesh.parse("tp=2,fsdp=4")
+    assert (mesh.processes, mesh.parts) == (8, 4)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,17 @@ def test_sizes_are_read_in_any_order():
         ("fsdp", {}, "fsdp must be a whole number"),
         ("fsdp=0", {}, "fsdp must be a whole number"),
         ("fsdp=2,fsdp=2", {}, "fsdp is given twice"),
-        ("tp=2", {}, "tensor parallelism"),
+        ("tp=2", {"model": {"num_attention_heads": 3, "hidden_size": 48}}, "tp=2 does not divide .* heads, 3"),
+        ("tp=2", {"model": {"num_key_value_heads": 1}}, "tp=2 does not divide .* key-value heads, 1"),
+        ("tp=2", {"model": {"intermediate_size": 33}}, "tp=2 does not divide the width of an expert, 33"),
+        ("fsdp=2,ep=2,tp=2", {}, "needs 4 processes"),
         ("fsdp=4", {}, "needs 4 processes, but 2 were started"),
         ("fsdp=2,ep=3", {}, "ep=3 does not divide fsdp=2"),
         ("replicate=2,ep=2", {}, "ep=2 does not divide fsdp=1"),
         ("fsdp=2,ep=2", {"num_experts": 3}, "ep=2 does not divide the 3 experts"),
         ("fsdp=2,ep=2", {"router": "dense"}, "router 'dense' does not send tokens to experts"),
         ("fsdp=2,ep=2", {"router": "lory"}, "router 'lory' does not send tokens to experts"),
-        ("fsdp=2", {"batch_size": 9, "micro_batch_size": 1}, "2 processes do not divide --batch-size 9"),
+        ("fsdp=2", {"batch_size": 9, "micro_batch_size": 1}, "2 parts .* do not divide --batch-size 9"),
         ("fsdp=2", {"batch_size": 12, "micro_batch_size": 4}, "--micro-batch-size 4 does not divide the 6 sequences"),
         ("fsdp=2", {"compile": True}, "cannot be compiled yet"),
         ("fsdp=2", {"router": "reluu"}, "reluu"),
@@ -57,6 +62,11 @@ def test_what_cannot_work_is_refused(monkeypatch, text, options, words):
 @pytest.mark.parametrize("text", [None, "fsdp=1", "tp=1"])
 def test_one_process_may_do_everything(text):
     assert mesh_of(config(mesh=text, compile=True, router="dense", batch_size=9, micro_batch_size=9)) == Mesh()
+
+
+def test_tensor_and_expert_parallelism_exclude_each_other():
+    with pytest.raises(ConfigError, match="ep and tp cannot be used together yet"):
+        Mesh(fsdp=2, ep=2, tp=2).check(config())
 
 
 def test_an_older_transformers_is_refused(monkeypatch):
@@ -91,7 +101,7 @@ def test_batches_are_dealt_once_and_evenly(batches):
     dealt = []
     for rank in range(3):
         ranks = Ranks(Mesh(), "cpu")
-        ranks.rank, ranks.count = rank, 3
+        ranks.mesh, ranks.part = Mesh(fsdp=3), rank
         dealt.append(list(ranks.deal(range(batches))))
     assert len({len(share) for share in dealt}) == 1
     assert sorted(batch for share in dealt for batch, counts in share if counts) == list(range(batches))
@@ -101,6 +111,6 @@ def test_rows_of_all_ranks_are_the_batch():
     batch_BS, parts = torch.arange(24).view(6, 4), []
     for rank in range(3):
         ranks = Ranks(Mesh(), "cpu")
-        ranks.rank, ranks.count = rank, 3
+        ranks.mesh, ranks.part = Mesh(fsdp=3), rank
         parts.append(ranks.rows(batch_BS))
     assert torch.equal(torch.cat(parts), batch_BS)

@@ -204,8 +204,9 @@ class TrainConfig:
     """auto (bfloat16 autocast on a GPU that supports it, otherwise float32), float32 or bfloat16."""
     mesh: str | None = None
     """Train on several processes, started by torchrun: sizes such as fsdp=4,ep=2. fsdp: processes over which the
-    weights are sharded; ep: processes among which the experts are divided; replicate: copies of the model. Each process
-    has an equal part of every batch, and --micro-batch-size is of one process. docs/distributed.md has more."""
+    weights are sharded; ep: processes among which the experts are divided; tp: processes among which each matrix is
+    cut; replicate: copies of the model. Each process has an equal part of every batch, and --micro-batch-size is of one
+    process. docs/distributed.md has more."""
     compile: bool = False
     """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False

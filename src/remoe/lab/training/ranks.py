@@ -6,8 +6,10 @@ Every rank runs the same loop on its own rows of each batch; rank 0 alone prints
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -31,7 +33,8 @@ class Ranks:
         device: the value of `--device`; with several GPUs, each process of a machine takes its own.
 
     Attributes:
-        rank, count: this process's number and the number of processes, each of which reads other data.
+        rank, count: this process's number and the number of processes.
+        part: the number of its part of every batch, of `mesh.parts`; processes of tensor parallelism share one.
         first: whether this is rank 0, which prints and writes.
         device: of this process.
 
@@ -46,7 +49,7 @@ class Ranks:
         self.device = pick_device(device)
         if self.count > 1:
             self._join()
-        self.first = self.rank == 0
+        self.first, self.part = self.rank == 0, self.rank // mesh.tp
 
     def _join(self) -> None:
         from remoe.models.sharding import check_engine
@@ -67,6 +70,8 @@ class Ranks:
         if self.rank:
             discard_output()
             logging.getLogger("remoe").setLevel(logging.ERROR)
+        # Of views that would have to be copied before a change in place, which this model makes of none.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
         # Gathering experts for a checkpoint takes two collectives, of whose latency DTensor would warn.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -106,21 +111,21 @@ class Ranks:
         if self.count > 1:
             from remoe.models.sharding import shard
 
-            shard(model, self.device, replicate=self.mesh.replicate, fsdp=self.mesh.fsdp, ep=self.mesh.ep)
+            shard(model, self.device, **asdict(self.mesh))
 
     def rows(self, batch_BS: Tensor) -> Tensor:
         """This rank's sequences of a batch."""
-        size = len(batch_BS) // self.count
-        return batch_BS[self.rank * size : (self.rank + 1) * size]
+        size = len(batch_BS) // self.mesh.parts
+        return batch_BS[self.part * size : (self.part + 1) * size]
 
     def seed_step(self, seed: int, step: int) -> None:
-        """Gives the routers that draw random numbers in training others on each rank, by seed, step and rank alone."""
-        if self.rank:
-            torch.manual_seed(hash((seed, step, self.rank)) % 2**63)
+        """Gives the routers that draw random numbers in training others for each part, by seed, step and part alone."""
+        if self.part:
+            torch.manual_seed(hash((seed, step, self.part)) % 2**63)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradients of a loss that is normalised over the tokens of all ranks."""
-        (loss * self.count if self.count > 1 else loss).backward()  # FSDP averages over the ranks
+        (loss * self.mesh.parts if self.mesh.parts > 1 else loss).backward()  # FSDP averages over the parts
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Clips the gradient; returns the norm that it had, 0-dim float32."""
@@ -131,8 +136,10 @@ class Ranks:
         return clip_gradients(model.parameters(), max_norm)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """A tensor summed over the ranks, in place."""
+        """A tensor summed over the parts, in place."""
         if self.count > 1:
+            if self.rank % self.mesh.tp:
+                tensor.zero_()  # another rank has the same
             dist.all_reduce(tensor)
         return tensor
 
@@ -161,5 +168,5 @@ class Ranks:
         Where there is none left for a rank, it gets one that does not count, so that it takes part in all collectives.
         """
         waiting = iter(batches)
-        while turn := list(itertools.islice(waiting, self.count)):
-            yield turn[min(self.rank, len(turn) - 1)], self.rank < len(turn)
+        while turn := list(itertools.islice(waiting, self.mesh.parts)):
+            yield turn[min(self.part, len(turn) - 1)], self.part < len(turn)
