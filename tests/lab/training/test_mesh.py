@@ -84,6 +84,7 @@ def test_without_torchrun_it_says_how_to_start(tmp_path, capsys):
 
 def test_a_mesh_has_no_influence_on_a_runs_key():
     assert key_of(config(mesh="fsdp=2,ep=2")) == key_of(config())
+    assert key_of(config(mesh="fsdp=2,ep=2", mesh_load="official")) != key_of(config())
 
 
 def test_a_run_goes_on_without_the_mesh_that_it_began_on(uninterrupted, tmp_path, capsys):

@@ -22,11 +22,14 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-RUNS = {  # options; with 8 sequences in a step, two processes have two micro-batches each
+RUNS = {  # options; with 8 sequences in a step, two processes have two micro-batches of two each
     "relu fsdp=2,ep=2": {},
     "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True},
     "sigmoid fsdp=2": {"router": "sigmoid"},
+    "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}},
+    "balanced-topk fsdp=2": {"router": "topk", "recompute": True},
 }
+GLOBAL = {"mesh_load": "global", "micro_batch_size": 4}  # of the last two: equal to one micro-batch of 8
 WIDE = {  # four processes
     "relu replicate=2,fsdp=2,ep=2": {},
     "relu fsdp=2,tp=2": {},
@@ -37,6 +40,7 @@ def options(name, data, **changed):
     model = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     common = {"seq_len": 16, "batch_size": 8, "micro_batch_size": 2, "num_experts": 4, "steps": STEPS, "device": "cpu"}
     common |= {"validate": {"every": 3, "batch_size": 3}, "checkpoint": {"every": 3}, "data": str(data)}
+    common |= {"mesh_load": "official"}
     return config_from_dict({**common, "model": model, **(RUNS | WIDE)[name], **changed}, "test")
 
 
@@ -58,7 +62,8 @@ def _fail_on_rank_0(ranks):
 def _on_ranks(rank, folder, data, names):
     state = {}
     for name in names:
-        trainer = train(options(name, data, mesh=name.split()[1]), folder / name)
+        load = GLOBAL if name.startswith("balanced") else {}
+        trainer = train(options(name, data, mesh=name.split()[1], **load), folder / name)
         state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
     torch.save(state, folder / f"state-{rank}.pt")
     if rank == 1:
@@ -85,7 +90,8 @@ def _resumed(rank, folder, data):
 def alone(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name in RUNS:
-        train(options(name, corpus, recompute=False), folder / name.split()[0])
+        whole = {"micro_batch_size": 8} if name.startswith("balanced") else {}
+        train(options(name, corpus, recompute=False, **whole), folder / name.split()[0])
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pydantic
 import tyro
 
-from remoe.errors import ConfigError, check
+from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
 from remoe.lab.training.presets import preset
 from remoe.lab.training.renamed import renamed
@@ -207,6 +207,9 @@ class TrainConfig:
     weights are sharded; ep: processes among which the experts are divided; tp: processes among which each matrix is
     cut; replicate: copies of the model. Each process has an equal part of every batch, and --micro-batch-size is of one
     process. docs/distributed.md has more."""
+    mesh_load: str = "global"
+    """With --mesh, the tokens among which the load of experts is counted for the router's balanced loss. 'global':
+    those that all processes compute at the same time; 'official': each process's own, as in the authors' code."""
     compile: bool = False
     """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False
@@ -244,6 +247,7 @@ class TrainConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
+        check_choice("--mesh-load", self.mesh_load, ("global", "official"))
         for name, words, value in self._ranges():
             check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:

@@ -106,9 +106,11 @@ class Ranks:
         if self._joined:
             dist.destroy_process_group()
 
-    def shard(self, model: RemoeForCausalLM) -> None:
-        """Spreads a model, the same on every rank, over the mesh; in place."""
+    def shard(self, model: RemoeForCausalLM, *, global_load: bool) -> None:
+        """Spreads a model, the same on every rank, over the mesh, in place; see `Router.global_load`."""
         if self.count > 1:
+            for layer in model.model.layers:
+                layer.mlp.router.global_load = global_load
             from remoe.models.sharding import shard
 
             shard(model, self.device, **asdict(self.mesh))

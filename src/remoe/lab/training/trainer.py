@@ -73,7 +73,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
-        self.ranks.shard(self.model)
+        self.ranks.shard(self.model, global_load=config.mesh_load == "global")
         self.model.train()
         if config.recompute:
             enable_recomputation(self.model)
