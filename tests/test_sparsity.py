@@ -331,8 +331,15 @@ def test_recomputation_of_the_whole_model_counts_once():
 def _rank(rank, folder):
     controller = SparsityController(1, 8, 1)
     controller.observe([batch(400 if rank == 0 else 0, tokens=100 if rank == 0 else 300)])
+    reduced, reduce = [], torch.distributed.all_reduce
+
+    def recorded(tensor, group):
+        reduced.append(tensor.numel())
+        reduce(tensor, group=group)
+
+    torch.distributed.all_reduce = recorded
     controller.update()
-    torch.save((controller.lam.item(), controller.sparsity.item()), folder / str(rank))
+    torch.save((controller.lam.item(), controller.sparsity.item(), reduced), folder / str(rank))
 
 
 @pytest.mark.slow
@@ -341,6 +348,7 @@ def test_ranks_agree_on_the_sum_of_their_statistics(tmp_path):
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert first == second
     assert first[1] == pytest.approx(1 - 400 / 3200)
+    assert first[2] == [8 + 8 + 1 + 1 + 1]  # one collective a step
 
 
 def _wrapped_rank(rank, folder):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from remoe.errors import check, check_integers
@@ -40,6 +41,8 @@ class Router(Float32State, ABC):
         supports_cache: a token's routing needs no more of the past than a KV cache holds.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
+        global_load: in training, losses that weigh experts by their load count it over all ranks of torch.distributed,
+            each of which must then run the router equally often. Set on an instance; otherwise each counts its own.
 
     Raises:
         ConfigError: when k is not in 1..E.
@@ -54,6 +57,7 @@ class Router(Float32State, ABC):
     causal = True
     looks_ahead = False
     merges = False
+    global_load = False
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
@@ -90,6 +94,14 @@ class Router(Float32State, ABC):
             ids_T: (T,) int64 token ids, for routers that need them.
             seq_len: tokens of a sequence, a divisor of T; T when None. For routers that look at neighbouring tokens.
         """
+
+    def load_counts(self, count_E: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What a balanced loss takes the load from, see `global_load`: (E,) and 0-dim int64, as the arguments."""
+        if not (self.global_load and self.training):
+            return count_E, num_tokens
+        total = torch.cat((count_E, num_tokens.reshape(1)))
+        dist.all_reduce(total)
+        return total[:-1], total[-1]
 
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""

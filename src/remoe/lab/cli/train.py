@@ -1,5 +1,6 @@
 """`remoe train`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from remoe.errors import ConfigError
@@ -28,7 +29,8 @@ def train_command(argv: list[str]) -> int:
     deciding = {name: getattr(given, name) for name in ("preset", "batch_size") if name in flags}
     if given.resume:
         run = RunFolder(given.out or newest_run())
-        saved = base = run.load_config()
+        saved = run.load_config()
+        base = replace(saved, mesh=None)  # it may be continued on another mesh
     elif given.config:
         base = config_from_yaml(given.config, **deciding)
         if base.resume:

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from remoe.errors import CheckpointError, DataError
 from remoe.lab.files import TEMPORARY, remove_whole, replacing
+from remoe.models.sharding import is_sharded, sharded_like, unsharded_twin, whole
 
 _PREFIX = "step-"
 _LEFT_OVERS = (f".*{TEMPORARY}", ".partial-*")  # of a process that was killed: today's names, and those of 0.1.0
@@ -57,8 +59,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     info: dict[str, object],
     course_of_sparsity: list[float],
+    *,
+    writes: bool = True,
 ) -> Path:
-    """Writes a checkpoint atomically and durably.
+    """Writes a checkpoint atomically and durably; of a model that is sharded, the same files as of a whole one.
 
     Args:
         folder: the run's `checkpoints`.
@@ -67,18 +71,25 @@ def save_checkpoint(
         optimizer: over `model`'s parameters.
         info: small JSON values, such as the fingerprint of the data.
         course_of_sparsity: S of each step so far.
+        writes: whether this process writes. Every rank with a shard of the model must call this, and one writes.
 
     Raises:
         CheckpointError: when it cannot be written, for example because the disk is full; earlier checkpoints are
             untouched.
     """
     final = folder / f"{_PREFIX}{step:08d}"
+    tensors = _training_tensors(model, optimizer, writes) | {_COURSE: torch.tensor(course_of_sparsity)}
+    weights = _gathered(model, writes)
+    if not writes:
+        return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_whole(final)  # damaged, otherwise the run would have been resumed from it
         with replacing(final) as partial:
-            model.save_pretrained(partial)
-            tensors = _training_tensors(model, optimizer) | {_COURSE: torch.tensor(course_of_sparsity)}
+            if weights is None:
+                model.save_pretrained(partial)
+            else:
+                unsharded_twin(model).save_pretrained(partial, state_dict=weights)
             save_file(tensors, partial / "training.safetensors")
             (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
             parts = {path.name: path for path in partial.iterdir()} | _tokenizer_files(folder.parent)
@@ -109,6 +120,8 @@ def load_training_state(
             name: value for file in sorted(path.glob("model*.safetensors")) for name, value in load_file(file).items()
         }
         state = load_file(path / "training.safetensors")
+        own = model.state_dict()
+        weights = {name: sharded_like(value, own[name]) if name in own else value for name, value in weights.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         if wrong := [*(set(missing) - tied), *unexpected]:
@@ -131,7 +144,9 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
             continue
         for key in ("step", "exp_avg", "exp_avg_sq"):
             # Fused AdamW keeps its step counter beside the parameter.
-            optimizer.state[parameter][key] = state[f"{name}.{key}"].to(parameter.device)
+            value = state[f"{name}.{key}"]
+            value = value if key == "step" else sharded_like(value, parameter)
+            optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
@@ -247,12 +262,27 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _gathered(model: nn.Module, kept: bool) -> dict[str, Tensor] | None:
+    """The whole weights of a sharded model on the CPU, where they are `kept`; None for a model that is whole."""
+    if not is_sharded(model):
+        return None
+    tied, weights = set(getattr(model, "all_tied_weights_keys", None) or ()), {}
+    for name, tensor in model.state_dict().items():
+        value = whole(tensor)
+        if kept and name not in tied:
+            weights[name] = value.cpu()
+    return weights
+
+
+def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, Tensor]:
+    """Random state and optimiser state, gathered from all ranks and on the CPU where the model is sharded."""
     tensors = {_RNG_CPU: torch.get_rng_state()}
     device = next(model.parameters()).device
     if device.type == "cuda":
         tensors[_RNG_CUDA] = torch.cuda.get_rng_state(device)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach()
+            value, sharded = whole(value.detach()), isinstance(value, DTensor)
+            if kept:
+                tensors[f"{name}.{key}"] = value.cpu() if sharded else value
     return tensors

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pydantic
 import tyro
 
-from remoe.errors import ConfigError, check
+from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
 from remoe.lab.training.presets import preset
 from remoe.lab.training.renamed import renamed
@@ -202,6 +202,14 @@ class TrainConfig:
     """auto (cuda if available, otherwise cpu), cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """auto (bfloat16 autocast on a GPU that supports it, otherwise float32), float32 or bfloat16."""
+    mesh: str | None = None
+    """Train on several processes, started by torchrun: sizes such as fsdp=4,ep=2. fsdp: processes over which the
+    weights are sharded; ep: processes among which the experts are divided; tp: processes among which each matrix is
+    cut; replicate: copies of the model. Each process has an equal part of every batch, and --micro-batch-size is of one
+    process. docs/distributed.md has more."""
+    mesh_load: str = "global"
+    """With --mesh, the tokens among which the load of experts is counted for the router's balanced loss. 'global':
+    those that all processes compute at the same time; 'official': each process's own, as in the authors' code."""
     compile: bool = False
     """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False
@@ -239,6 +247,7 @@ class TrainConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
+        check_choice("--mesh-load", self.mesh_load, ("global", "official"))
         for name, words, value in self._ranges():
             check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:
@@ -288,7 +297,7 @@ _HOLDS = {
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
 # Options that have no influence on the trained weights.
-_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt"}
+_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt", "mesh"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 

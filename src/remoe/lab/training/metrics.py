@@ -71,6 +71,19 @@ class MetricsWriter:
             file.writelines(json.dumps(r) + "\n" for r in iterate_metrics(self.path) if r["step"] < first_step)
 
 
+class NoMetrics:
+    """Takes records as a `MetricsWriter` and writes nothing: for processes beside the one that does."""
+
+    def write(self, record: dict[str, object]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(path: Path) -> list[dict]:
     """All records of a metrics.jsonl; see `iterate_metrics`."""
     return list(iterate_metrics(path))

@@ -10,13 +10,15 @@ from remoe.lab.training.config import OptimOptions
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
     """Fused AdamW with weight decay for matrices but not for vectors (norms); set the learning rate at each step."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
+    for p in sorted(model.parameters(), key=lambda p: p.ndim < 2):
+        if p.requires_grad:  # the fused update takes shards of one mesh only
+            groups.setdefault((p.ndim >= 2, getattr(p, "device_mesh", None)), []).append(p)
+    decayed = [
+        {"params": group, "weight_decay": options.weight_decay if matrices else 0.0}
+        for (matrices, _), group in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    return torch.optim.AdamW(decayed, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:

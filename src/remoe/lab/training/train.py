@@ -6,7 +6,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
-from remoe.lab.machine import keep_freed_memory, machine, pick_device
+from remoe.lab.machine import keep_freed_memory, machine
 from remoe.lab.memory import SMALLER, check_memory, less_memory, ran_out
 from remoe.lab.text import lines, short_name, visible
 from remoe.lab.training.build import experts_backend, model_config, model_without_values, wants_bfloat16
@@ -29,8 +29,10 @@ from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
+from remoe.lab.training.mesh import mesh_of
 from remoe.lab.training.metrics import iterate_metrics
 from remoe.lab.training.outcome import experts_in_use, outcome
+from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
 from remoe.models.plan import sizes_of, training_flops
@@ -62,48 +64,61 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is not None:
         _check_unchanged(saved, config, run)
     config.check()
-    if saved is not None and differences(saved, config).keys() <= {"out", "resume"} and _is_finished(run, config.steps):
+    ranks = Ranks(mesh_of(config), config.device)
+    unchanged = saved is not None and differences(saved, config).keys() <= {"out", "resume", "mesh"}
+    if unchanged and _is_finished(run, config.steps):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
+        ranks.leave()
         return 0
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
-    device = pick_device(config.device)
-    warning = check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), device)
+    warning = check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), ranks.device)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
-    experts_backend(model_without_values(config), config.dtype, device)
+    experts_backend(model_without_values(config), config.dtype, ranks.device)
     if saved is None:
         run.check_new()
     keep_freed_memory()
-    if config.data:
-        dataset = open_data(config.data, run.path.parent, config.vocab_size)
-    else:
-        dataset = default_dataset(run.path.parent, config.vocab_size)
+    dataset = ranks.in_turn(lambda: _open_data(config, run))
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
     with _memory_errors_in_words(config, run):
-        return _train(config, dataset, run, saved, warning)
+        trainer = Trainer(config, dataset, run, ranks)
+        if warning:  # not earlier: an error is one line
+            logger.warning(warning)
+        code = _train(trainer, saved)
+        ranks.leave()
+        return code
 
 
-def _train(
-    config: TrainConfig, dataset: Dataset, run: RunFolder, saved: TrainConfig | None, warning: str | None
-) -> int:
-    trainer = Trainer(config, dataset, run)
-    if warning:  # not earlier: an error is one line
-        logger.warning(warning)
-    if saved is None:
-        run.create(config, dataset.tokenizer_path)
-    with locked(run.path, CheckpointError(f"{run.path}: another process is training this run")):
+def _open_data(config: TrainConfig, run: RunFolder) -> Dataset:
+    if config.data:
+        return open_data(config.data, run.path.parent, config.vocab_size)
+    return default_dataset(run.path.parent, config.vocab_size)
+
+
+def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
+    config, run, ranks = trainer.config, trainer.run, trainer.ranks
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                if saved is None:
+                    run.create(config, trainer.dataset.tokenizer_path)
+                taken = CheckpointError(f"{run.path}: another process is training this run")
+                stack.enter_context(locked(run.path, taken))
         if saved is not None:
             trainer.resume()
-            _follow(run, saved, config)
+            if ranks.first:
+                _follow(run, saved, config)
         _print_header(trainer)
         validation = trainer.train()
         if validation is None:
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
             print(f"continue with: remoe train --out {shlex.quote(str(run.path))} --resume")
             return exit_code(trainer.stopped_by)
+        if not ranks.first:
+            return 0
         summary = _summarise(trainer, validation)
         atomic_write(run.summary, json.dumps(summary, indent=2).encode())
         _print_summary(summary, trainer)
@@ -215,7 +230,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
     tokenizer = trainer.dataset.load_tokenizer()
     prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
-    sample = prompt + generate_text(trainer.model, tokenizer, prompt, SamplingOptions(seed=config.seed))
+    sample = prompt + generate_text(trainer.whole_model(), tokenizer, prompt, SamplingOptions(seed=config.seed))
     trainer.run.sample.write_text(sample, encoding="utf-8")
     figures = {
         "steps": trainer.step,

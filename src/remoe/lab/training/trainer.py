@@ -19,23 +19,27 @@ from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
 from remoe.lab.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
-from remoe.lab.machine import peak_memory, pick_device
+from remoe.lab.machine import peak_memory
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import Interrupt
-from remoe.lab.training.metrics import MetricsWriter
+from remoe.lab.training.mesh import Mesh
+from remoe.lab.training.metrics import MetricsWriter, NoMetrics
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
 from remoe.lab.training.progress import ProgressLine
+from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
+from remoe.models.sharding import local, reshard
 from remoe.stages import stage
 
 logger = logging.getLogger(__name__)
 
+ON_SIGNAL = "stopping after this step; a second signal stops at once, without saving"
 DEAD_AFTER_STEPS = 100
 LAMBDA_TOO_LARGE = 1e3  # of a loss in nats; no run of ours that went well came near
 
@@ -51,22 +55,25 @@ class Trainer:
         config: checked options.
         dataset: prepared data.
         run: the run's folder; it must exist by the time that `train` is called.
+        ranks: the processes that train the model, each with a trainer of its own; this one alone by default.
 
     Raises:
         ConfigError: for a model that cannot be built, a device that this machine does not have, or too little data.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder, ranks: Ranks | None = None) -> None:
         config.check()
         self.config, self.dataset, self.run = config, dataset, run
+        self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
         self.batches = TrainBatches(dataset.train, config.seq_len, config.batch_size, config.seed)
         self.windows = ValidationWindows(dataset.validation, config.seq_len)
-        self.device = pick_device(config.device)
+        self.device = self.ranks.device
         self.autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
         )
         torch.manual_seed(config.seed)
         self.model = RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
+        self.ranks.shard(self.model, global_load=config.mesh_load == "global")
         self.model.train()
         if config.recompute:
             enable_recomputation(self.model)
@@ -117,12 +124,12 @@ class Trainer:
             CheckpointError: when a checkpoint cannot be written.
         """
         steps = self.config.steps
-        metrics = MetricsWriter(self.run.path, self.step + 1)
+        metrics = MetricsWriter(self.run.path, self.step + 1) if self.ranks.first else NoMetrics()
         progress = ProgressLine(self.config, self.step)
         validation = None
         try:
-            with Interrupt("stopping after this step; a second signal stops at once, without saving") as interrupt:
-                while self.step < steps and not interrupt.received:
+            with Interrupt(ON_SIGNAL if self.ranks.first else "") as interrupt:
+                while self.step < steps and not (stopped := self.ranks.agree(interrupt.received)):
                     before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
                     record = self._train_step(progress)
                     if before_LTE is not None:
@@ -147,7 +154,7 @@ class Trainer:
             metrics.close()
             progress.close()
         if self.step < steps:
-            self.stopped_by = interrupt.received
+            self.stopped_by = stopped
             return None
         return validation or self.validate(final=True)
 
@@ -159,9 +166,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.seed_step(config.seed, step)
         coefficient = controller.coefficient
         lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip)
+        grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
         scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
@@ -197,8 +205,12 @@ class Trainer:
         }
 
     def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Accumulates the batch's gradients; returns language model loss, regulariser and total loss, 0-dim float32."""
-        config = self.config
+        """Accumulates the gradients of this rank's part of the batch.
+
+        Returns:
+            Language model loss, regulariser and total loss of the whole batch, 0-dim float32.
+        """
+        config, token_BS = self.config, self.ranks.rows(token_BS)
         if self.device.type == "cuda":
             token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
         token_BS = token_BS.to(self.device, non_blocking=True)
@@ -212,10 +224,11 @@ class Trainer:
                     num_items_in_batch=items,
                     use_cache=False,
                 )
-            out.loss.backward()
+            self.ranks.backward(out.loss)
             lm_loss = lm_loss + out.lm_loss.detach()
             reg_loss = reg_loss + out.reg_loss.detach()
             loss = loss + out.loss.detach()
+        lm_loss, reg_loss, loss = self.ranks.sum(torch.stack([lm_loss, reg_loss, loss])).unbind()
         return lm_loss, reg_loss, loss
 
     def validate(self, final: bool) -> dict[str, Evaluation]:
@@ -223,7 +236,12 @@ class Trainer:
         options = self.config.validate
         limit = None if final else options.max_tokens
         return evaluate(
-            self.model, self.windows, batch_size=options.batch_size, max_tokens=limit, autocast=self.autocast
+            self.model,
+            self.windows,
+            batch_size=options.batch_size,
+            max_tokens=limit,
+            autocast=self.autocast,
+            ranks=self.ranks,
         )
 
     def _measures_flips(self, step: int) -> bool:
@@ -240,17 +258,29 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step, and deletes those that need not be kept."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        reshard(self.model)
+        finite = all(torch.isfinite(local(parameter)).all() for parameter in self.model.parameters())
+        if self.ranks.agree(int(not finite)):
             raise NonFiniteLoss(f"step {self.step}: weights are not finite, not saved; {self._last_checkpoint()}")
+        self.ranks.check_equal(self.model.buffers(), f"step {self.step}: lambda, S or the state of a router")
         info = {
             "data": self.dataset.fingerprint,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        path = save_checkpoint(self.run.checkpoints, self.step, self.model, self.optimizer, info, self.sparsities)
+        folder, writes = self.run.checkpoints, self.ranks.first
+        with self.ranks.together():
+            path = save_checkpoint(folder, self.step, self.model, self.optimizer, info, self.sparsities, writes=writes)
         self.saved_step = self.step
-        clean(self.run.checkpoints, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        if writes:
+            clean(folder, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         return path
+
+    def whole_model(self) -> RemoeForCausalLM:
+        """The trained model in this process alone; read from the last checkpoint where it is sharded over several."""
+        if self.ranks.count == 1:
+            return self.model
+        return RemoeForCausalLM.from_pretrained(self.run.last_checkpoint()).to(self.device)
 
     def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
         return NonFiniteLoss(

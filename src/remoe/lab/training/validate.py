@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from remoe.lab.data import ValidationWindows
+from remoe.lab.training.mesh import Mesh
+from remoe.lab.training.ranks import Ranks
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 
@@ -78,6 +80,7 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     autocast: torch.autocast | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates a model on each domain; `total` sums the results up.
 
@@ -88,15 +91,17 @@ def evaluate(
         max_tokens: roughly, in total; each domain contributes a prefix of whole documents, in proportion to its size.
             None for everything.
         autocast: context of the forward pass.
+        ranks: processes that share the work, each of which must call this; all get the same result.
     """
+    ranks = Ranks(Mesh()) if ranks is None else ranks
     device = next(model.parameters()).device
     results = {}
     with evaluating(model):
         for domain, limit in windows.shares(max_tokens).items():
             nats = torch.zeros((), dtype=torch.float64, device=device)
             counted = torch.zeros(2, dtype=torch.int64, device=device)  # read once: reading is a host sync
-            count_LE: Tensor | int = 0
-            for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
+            count_LE: Tensor = torch.zeros((), dtype=torch.int64, device=device)
+            for (input_NS, target_NS, mask_NS), counts in ranks.deal(windows.batches(domain, batch_size, limit)):
                 target_NS = target_NS.to(device)
                 with autocast or torch.autocast(device.type, enabled=False):
                     out = model(
@@ -107,10 +112,11 @@ def evaluate(
                         use_cache=False,
                         return_logits=False,
                     )
-                nats += out.lm_loss.double()
-                counted[0] += (target_NS != -100).sum()
-                counted[1] += out.routings[0].num_tokens.to(device)
-                count_LE = count_LE + torch.stack([routing.count_E.to(device) for routing in out.routings])
+                nats += out.lm_loss.double() * counts
+                counted[0] += (target_NS != -100).sum() * counts
+                counted[1] += out.routings[0].num_tokens.to(device) * counts
+                count_LE = count_LE + torch.stack([routing.count_E.to(device) for routing in out.routings]) * counts
+            nats, counted, count_LE = ranks.sum(nats), ranks.sum(counted), ranks.sum(count_LE)
             targets, tokens = counted.tolist()
             results[domain] = Evaluation(nats.item(), targets, windows.bytes(domain, limit), tokens, count_LE.cpu())
     return results

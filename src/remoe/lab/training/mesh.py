@@ -1,0 +1,102 @@
+"""`--mesh`: over how many processes a model is spread, and in which way."""
+
+import os
+from dataclasses import dataclass, fields
+
+from remoe.errors import ConfigError, check, check_choice
+from remoe.lab.training.build import VOCAB_MULTIPLE
+from remoe.lab.training.config import TrainConfig
+from remoe.routing import ROUTERS
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the ways in which a model is spread over processes; all 1 for a single process.
+
+    Attributes:
+        replicate: copies of the model.
+        fsdp: processes over which the weights of a copy are sharded.
+        ep: processes among which the experts of a copy are divided; a divisor of fsdp.
+        tp: processes among which each matrix of attention, experts and vocabulary is cut. They read the same data.
+    """
+
+    replicate: int = 1
+    fsdp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Mesh":
+        """The mesh that `--mesh` describes, such as "fsdp=4,ep=2"; ConfigError for what is not understood."""
+        known = [field.name for field in fields(cls)]
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, size = (piece.strip() for piece in part.partition("="))
+            if name not in known:
+                raise ConfigError(f"--mesh: unknown size {name!r}; choose of: {', '.join(known)}, as in fsdp=4,ep=2")
+            check(name not in sizes, f"--mesh: {name} is given twice")
+            check(size.isdecimal() and int(size) >= 1, f"--mesh: {name} must be a whole number of at least 1")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    @property
+    def processes(self) -> int:
+        """How many processes it needs."""
+        return self.parts * self.tp
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts, each of other data, a batch is divided."""
+        return self.replicate * self.fsdp
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises ConfigError for a run that cannot be spread so, before anything is allocated."""
+        check_choice("router", config.router, ROUTERS)
+        router, E = ROUTERS[config.router], config.experts_per_layer
+        check(self.fsdp % self.ep == 0, f"--mesh: ep={self.ep} does not divide fsdp={self.fsdp}")
+        check(E % self.ep == 0, f"--mesh: ep={self.ep} does not divide the {E} experts of a layer")
+        check(
+            self.ep == 1 or router.routes_pairs,
+            f"--mesh: router {config.router!r} does not send tokens to experts, so these cannot be divided (ep=1)",
+        )
+        check(self.ep == 1 or self.tp == 1, "--mesh: ep and tp cannot be used together yet")
+        for name, size in self._cut(config):
+            check(size % self.tp == 0, f"--mesh: tp={self.tp} does not divide {name}, {size}")
+        check(
+            config.batch_size % self.parts == 0,
+            f"--mesh: {self.parts} parts (replicate x fsdp) do not divide --batch-size {config.batch_size}",
+        )
+        rows = config.batch_size // self.parts
+        micro = min(config.micro_batch_size, rows)
+        check(
+            rows % micro == 0,
+            f"--micro-batch-size {micro} does not divide the {rows} sequences that each process has of a batch",
+        )
+        check(not config.compile, "--mesh: a model that is spread over processes cannot be compiled yet")
+
+    def _cut(self, config: TrainConfig) -> list[tuple[str, int]]:
+        """Sizes that tensor parallelism divides, by name."""
+        model = config.model
+        width = (model.intermediate_size or 4 * model.hidden_size) // config.granularity
+        return [
+            ("the number of attention heads", model.num_attention_heads),
+            ("the number of key-value heads", model.num_key_value_heads),
+            ("the width of an expert", width),
+            ("the multiple to which the vocabulary is padded", VOCAB_MULTIPLE),
+        ]
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The mesh of a run, checked; ConfigError unless as many processes were started as it needs."""
+    mesh, started = Mesh() if config.mesh is None else Mesh.parse(config.mesh), int(os.environ.get("WORLD_SIZE", 1))
+    if config.mesh is None:
+        check(started == 1, f"{started} processes were started: say with --mesh how, for example fsdp={started}")
+        return mesh
+    check(
+        mesh.processes == started,
+        f"--mesh {config.mesh} needs {mesh.processes} processes, but {started} were started: "
+        f"torchrun --nproc-per-node {mesh.processes} -m remoe train ...",
+    )
+    if mesh.processes > 1:
+        mesh.check(config)
+    return mesh

@@ -1,0 +1,166 @@
+"""Training on several processes gives what one process gives, with the same micro-batches."""
+
+import shutil
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from remoe.errors import CheckpointError, RemoeError
+from remoe.lab.data import open_dataset
+from remoe.lab.training.checkpoint import list_checkpoints
+from remoe.lab.training.config import config_from_dict
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.mesh import mesh_of
+from remoe.lab.training.metrics import read_metrics
+from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.train import run_training
+from remoe.lab.training.trainer import Trainer
+from remoe.models.modeling_remoe import RemoeForCausalLM
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+RUNS = {  # options; with 8 sequences in a step, two processes have two micro-batches of two each
+    "relu fsdp=2,ep=2": {},
+    "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True},
+    "sigmoid fsdp=2": {"router": "sigmoid"},
+    "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}},
+    "balanced-topk fsdp=2": {"router": "topk", "recompute": True},
+}
+GLOBAL = {"mesh_load": "global", "micro_batch_size": 4}  # of the last two: equal to one micro-batch of 8
+WIDE = {  # four processes
+    "relu replicate=2,fsdp=2,ep=2": {},
+    "relu fsdp=2,tp=2": {},
+}
+
+
+def options(name, data, **changed):
+    model = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common = {"seq_len": 16, "batch_size": 8, "micro_batch_size": 2, "num_experts": 4, "steps": STEPS, "device": "cpu"}
+    common |= {"validate": {"every": 3, "batch_size": 3}, "checkpoint": {"every": 3}, "data": str(data)}
+    common |= {"mesh_load": "official"}
+    return config_from_dict({**common, "model": model, **(RUNS | WIDE)[name], **changed}, "test")
+
+
+def train(config, out):
+    ranks, run, dataset = Ranks(mesh_of(config), "cpu"), RunFolder(out), open_dataset(config.data)
+    trainer = Trainer(config, dataset, run, ranks)
+    if ranks.first:
+        run.create(config, dataset.tokenizer_path)
+    trainer.train()
+    return trainer
+
+
+def _fail_on_rank_0(ranks):
+    with ranks.together():
+        if ranks.first:
+            raise CheckpointError("the disk is full")
+
+
+def _on_ranks(rank, folder, data, names):
+    state = {}
+    for name in names:
+        load = GLOBAL if name.startswith("balanced") else {}
+        trainer = train(options(name, data, mesh=name.split()[1], **load), folder / name)
+        state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
+    torch.save(state, folder / f"state-{rank}.pt")
+    if rank == 1:
+        trainer.model.sparsity.lam *= 1 + 1e-6
+    with pytest.raises(RemoeError, match=f"step {STEPS}: lambda, S or the state of a router of rank 1 differs"):
+        trainer.save()
+    error, words = (CheckpointError, "full") if rank == 0 else (RemoeError, "because rank 0 failed")
+    with pytest.raises(error, match=words):
+        _fail_on_rank_0(trainer.ranks)
+
+
+def _resumed(rank, folder, data):
+    """A run of one process goes on with two, which first save what they have read."""
+    config = options("relu fsdp=2,ep=2", data, mesh="fsdp=2,ep=2", resume=True)
+    trainer = Trainer(config, open_dataset(data), RunFolder(folder / "resumed"), Ranks(mesh_of(config), "cpu"))
+    trainer.resume()
+    trainer.run = RunFolder(folder / "again")
+    trainer.save()
+    trainer.ranks.wait()
+    assert run_training(config, RunFolder(folder / "resumed"), options("relu fsdp=2,ep=2", data)) == 0
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    for name in RUNS:
+        whole = {"micro_batch_size": 8} if name.startswith("balanced") else {}
+        train(options(name, corpus, recompute=False, **whole), folder / name.split()[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    run_ranks(_on_ranks, folder, corpus, list(RUNS))
+    return folder
+
+
+def check_equal_courses(one, several):
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (one, several))
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    for ours, record in zip(found, expected, strict=True):
+        for name in {"lm_loss", "loss", "reg_loss", "lambda", "sparsity", "validation_loss"} & record.keys():
+            assert ours[name] == pytest.approx(record[name], rel=1e-5), name
+        assert ours["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_does(alone, together, name):
+    check_equal_courses(alone / name.split()[0], together / name)
+    states = [torch.load(together / f"state-{rank}.pt")[name] for rank in range(2)]
+    assert states[0] == states[1]  # lambda and S, bit for bit
+
+
+def check_equal_checkpoints(one, several):
+    ours, expected = (list_checkpoints(folder / "checkpoints")[0] for folder in (several, one))
+    for file in ("model.safetensors", "training.safetensors"):
+        found, wanted = load_file(ours / file), load_file(expected / file)
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
+            difference, size = (t.double().norm() for t in (value.double() - wanted[name].double(), wanted[name]))
+            assert difference <= 1e-2 * size, name  # Adam amplifies the rounding of gradients near zero
+    assert (ours / "config.json").read_text() == (expected / "config.json").read_text()
+    RemoeForCausalLM.from_pretrained(ours)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_is_that_of_one_process(alone, together, name):
+    check_equal_checkpoints(alone / name.split()[0], together / name)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(corpus, alone, together, tmp_path):
+    name = "relu fsdp=2,ep=2"
+    shutil.copytree(together / name, tmp_path / "run")
+    shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    config = options(name, corpus, resume=True)
+    assert run_training(config, RunFolder(tmp_path / "run"), options(name, corpus)) == 0
+    check_equal_courses(alone / "relu", tmp_path / "run")
+
+
+def test_a_run_of_one_process_goes_on_with_two(corpus, alone, tmp_path):
+    shutil.copytree(alone / "relu", tmp_path / "resumed")
+    shutil.rmtree(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1])
+    run_ranks(_resumed, tmp_path, corpus)
+    (ours,) = list_checkpoints(tmp_path / "again" / "checkpoints")
+    before = list_checkpoints(alone / "relu" / "checkpoints")[0]
+    for file in ("model.safetensors", "training.safetensors"):  # what was read is what is written, bit for bit
+        found, expected = load_file(ours / file), load_file(before / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    check_equal_courses(alone / "relu", tmp_path / "resumed")
+    assert (tmp_path / "resumed" / "summary.json").exists()
+
+
+def test_four_processes_with_replicas_or_tensor_parallelism(corpus, alone, tmp_path):
+    run_ranks(_on_ranks, tmp_path, corpus, list(WIDE), world_size=4)
+    for name in WIDE:
+        check_equal_courses(alone / "relu", tmp_path / name)
+        check_equal_checkpoints(alone / "relu", tmp_path / name)
