@@ -221,8 +221,11 @@ class SparsityController(Float32State):
         move, and lambda would rise far too high.
         """
         check(0 <= lr_fraction <= 1, f"lr_fraction must be between 0 and 1, but is {lr_fraction}")
-        if dist.is_available() and dist.is_initialized():
-            self._sum_over_ranks(group)
+        if dist.is_available() and dist.is_initialized():  # one collective; float64 holds counts exactly up to 2^53
+            sums = [getattr(self, name) for name in self.statistics()]
+            dist.all_reduce(total := torch.cat([tensor.flatten().double() for tensor in sums]), group=group)
+            for tensor, part in zip(sums, total.split([tensor.numel() for tensor in sums]), strict=True):
+                tensor.copy_(part.view_as(tensor))
         pairs_LE, tokens_L, passes = self._pairs_LE, self._tokens_L, self._passes.clamp(min=1)
         seen, S = tokens_L.sum() > 0, sparsity(pairs_LE, tokens_L)
         factor, mean_error = self._factor(S, lr_fraction)
@@ -247,14 +250,6 @@ class SparsityController(Float32State):
         loads = zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers))
         for router, load_E, statistic_E in loads:
             router.step(load_E, statistic_E, seen)
-
-    def _sum_over_ranks(self, group: dist.ProcessGroup | None) -> None:
-        """Sums the statistics in one collective; float64 holds their counts exactly up to 2^53."""
-        sums = [getattr(self, name) for name in self.statistics()]
-        total = torch.cat([tensor.flatten().double() for tensor in sums])
-        dist.all_reduce(total, group=group)
-        for tensor, part in zip(sums, total.split([tensor.numel() for tensor in sums]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
     def _factor(self, S: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
         """0-dim float32 each: what lambda is multiplied by, and the averaged error of log density."""

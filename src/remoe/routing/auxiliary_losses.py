@@ -10,14 +10,7 @@ from torch.nn import functional as F
 from remoe.routing.regularizers import at_least_one
 
 
-def switch_loss(
-    prob_TE: Tensor,
-    count_E: Tensor,
-    *,
-    k: int | Tensor,
-    num_tokens: Tensor | int,
-    load_tokens: Tensor | int | None = None,
-) -> Tensor:
+def switch_loss(prob_TE: Tensor, count_E: Tensor, *, k: int | Tensor, num_tokens: Tensor | int) -> Tensor:
     """Load-balance loss of the Switch Transformer (arXiv 2101.03961, Eq. 4 to 6), for k experts per token.
 
     Args:
@@ -25,13 +18,12 @@ def switch_loss(
         count_E: (E,) tokens routed to each expert.
         k: experts per token.
         num_tokens: T without padding.
-        load_tokens: tokens among which `count_E` counts, where these are more than the T given here.
 
     Returns:
         0-dim: E * sum_e (count_e / (k T)) * (sum_t prob_te / T); 1 at perfect balance.
     """
     num_tokens = at_least_one(num_tokens)
-    share_E = count_E.detach() / (k * (num_tokens if load_tokens is None else at_least_one(load_tokens)))
+    share_E = count_E.detach() / (k * num_tokens)
     return prob_TE.shape[1] * (share_E * prob_TE.sum(dim=0) / num_tokens).sum()
 
 

@@ -41,8 +41,8 @@ class Router(Float32State, ABC):
         supports_cache: a token's routing needs no more of the past than a KV cache holds.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
-        global_load: in training, losses that weigh experts by their load count it over all ranks of torch.distributed,
-            each of which must then run the router equally often. Set on an instance; otherwise each counts its own.
+        global_load: in training, losses balance the load of all ranks of torch.distributed, scaled to as many tokens as
+            this rank has; all must then run the router equally often. Set on an instance; otherwise each its own.
 
     Raises:
         ConfigError: when k is not in 1..E.
@@ -95,13 +95,13 @@ class Router(Float32State, ABC):
             seq_len: tokens of a sequence, a divisor of T; T when None. For routers that look at neighbouring tokens.
         """
 
-    def load_counts(self, count_E: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What a balanced loss takes the load from, see `global_load`: (E,) and 0-dim int64, as the arguments."""
-        if not (self.global_load and self.training):
-            return count_E, num_tokens
-        total = torch.cat((count_E, num_tokens.reshape(1)))
-        dist.all_reduce(total)
-        return total[:-1], total[-1]
+    def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+        """(E,) tokens of each expert, from which a balanced loss takes the load; see `global_load`."""
+        count_E = active_TE.sum(dim=0)
+        if self.global_load and self.training:
+            dist.all_reduce(total := torch.cat((count_E, num_tokens.reshape(1))))
+            count_E = total[:-1] * (num_tokens / total[-1].clamp(min=1))
+        return count_E
 
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""

@@ -20,13 +20,7 @@ def relative_load(count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tenso
 
 
 def load_balanced_l1_loss(
-    gate_TE: Tensor,
-    count_E: Tensor,
-    *,
-    k: int,
-    num_tokens: Tensor | int,
-    load_tokens: Tensor | int | None = None,
-    power: float = 1.0,
+    gate_TE: Tensor, count_E: Tensor, *, k: int, num_tokens: Tensor | int, power: float = 1.0
 ) -> Tensor:
     """L1 penalty weighted by each expert's load, 0-dim.
 
@@ -38,10 +32,9 @@ def load_balanced_l1_loss(
         count_E: (E,) tokens routed to each expert.
         k: target experts per token, a mean.
         num_tokens: T without padding.
-        load_tokens: tokens among which `count_E` counts, where these are more than the T given here.
         power: p; each f_e is raised to it. 1 in the paper.
     """
-    f_E = relative_load(count_E, k=k, num_tokens=num_tokens if load_tokens is None else load_tokens)
+    f_E = relative_load(count_E, k=k, num_tokens=num_tokens)
     if power != 1:
         f_E = f_E**power
     return (gate_TE.abs().sum(dim=0) * f_E).sum() / at_least_one(num_tokens)  # Eq. 10: 1/T sum_t sum_e f_e R(x_t)_e

@@ -70,9 +70,8 @@ class ReLURouter(LinearRouter):
         """0-dim: what lambda multiplies."""
         if not self.load_balance:
             return l1_loss(gate_TE, num_tokens=num_tokens)
-        count_E, tokens = self.load_counts(active_TE.sum(dim=0), num_tokens)
-        p = self.load_balance_power
-        return load_balanced_l1_loss(gate_TE, count_E, k=self.k, num_tokens=num_tokens, load_tokens=tokens, power=p)
+        count_E, p = self.load(active_TE, num_tokens), self.load_balance_power
+        return load_balanced_l1_loss(gate_TE, count_E, k=self.k, num_tokens=num_tokens, power=p)
 
     def scaled(self, gate_TE: Tensor) -> Tensor:
         """(T, E): the gates that the experts see."""

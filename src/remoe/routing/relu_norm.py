@@ -89,8 +89,8 @@ class ReLUNormRouter(LinearRouter):
                 open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens, document_T=document_T
             )
         else:
-            count_E, tokens = self.load_counts(active_TE.sum(dim=0), num_tokens)
-            regularizer = load_balanced_l1_loss(normed_TE, count_E, k=self.k, num_tokens=num_tokens, load_tokens=tokens)
+            count_E = self.load(active_TE, num_tokens)
+            regularizer = load_balanced_l1_loss(normed_TE, count_E, k=self.k, num_tokens=num_tokens)
         extra_loss = None
         if self.locality and self.training:
             extra_loss = self.locality * locality_loss(

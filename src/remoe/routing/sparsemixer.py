@@ -48,8 +48,7 @@ class SparseMixerRouter(LinearRouter):
         if mask_T is not None:
             prob_TE = prob_TE.masked_fill(~mask_T[:, None], 0)
         num_tokens = count_tokens(x_TD, mask_T)
-        count_E, tokens = self.load_counts(active_TE.sum(dim=0), num_tokens)
-        regularizer = switch_loss(prob_TE, count_E, k=self.k, num_tokens=num_tokens, load_tokens=tokens)
+        regularizer = switch_loss(prob_TE, self.load(active_TE, num_tokens), k=self.k, num_tokens=num_tokens)
         gate_TE = gate_TE * active_TE
         pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * self.k)
         return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)

@@ -68,8 +68,7 @@ class TopKRouter(LinearRouter):
         if mask_T is not None:
             prob_TE = prob_TE.masked_fill(~mask_T[:, None], 0)
         num_tokens = count_tokens(x_TD, mask_T)
-        count_E, tokens = self.load_counts(active_TE.sum(dim=0), num_tokens)
-        regularizer = switch_loss(prob_TE, count_E, k=k, num_tokens=num_tokens, load_tokens=tokens)
+        regularizer = switch_loss(prob_TE, self.load(active_TE, num_tokens), k=k, num_tokens=num_tokens)
         gate_TE = prob_TE * active_TE
         if self.renormalize:
             gate_TE = gate_TE / gate_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate_TE.dtype).tiny)
