@@ -115,10 +115,10 @@ class Ranks:
 
             shard(model, self.device, **asdict(self.mesh))
 
-    def rows(self, batch_BS: Tensor) -> Tensor:
-        """This rank's sequences of a batch."""
-        size = len(batch_BS) // self.mesh.parts
-        return batch_BS[self.part * size : (self.part + 1) * size]
+    def rows(self, batch_size: int) -> range:
+        """The rows of a batch that this rank reads and computes."""
+        size = batch_size // self.mesh.parts
+        return range(self.part * size, (self.part + 1) * size)
 
     def seed_step(self, seed: int, step: int) -> None:
         """Gives the routers that draw random numbers in training others for each part, by seed, step and part alone."""

@@ -168,7 +168,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.seed_step(config.seed, step)
         coefficient = controller.coefficient
-        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step))
+        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step, self.ranks.rows(config.batch_size)))
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
@@ -210,7 +210,7 @@ class Trainer:
         Returns:
             Language model loss, regulariser and total loss of the whole batch, 0-dim float32.
         """
-        config, token_BS = self.config, self.ranks.rows(token_BS)
+        config = self.config
         if self.device.type == "cuda":
             token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
         token_BS = token_BS.to(self.device, non_blocking=True)
