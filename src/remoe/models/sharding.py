@@ -1,7 +1,8 @@
 """A model spread over ranks by transformers' engine, with plans and an exchange of tokens of ours.
 
 FSDP shards every weight over ranks that read different data; expert parallelism places whole experts on ranks, which
-exchange the routed pairs (`remoe.experts.exchange`); replicas repeat all of it.
+exchange the routed pairs (`remoe.experts.exchange`); tensor parallelism cuts each matrix among ranks that read the same
+data; replicas repeat all of it.
 """
 
 import math
