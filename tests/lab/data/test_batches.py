@@ -42,29 +42,6 @@ def test_batch_depends_on_seed_and_step_alone(opened: Dataset) -> None:
     assert not torch.equal(TrainBatches(opened.train, SEQ_LEN, 5, seed=8).batch(0), batches.batch(0))
 
 
-def test_rows_are_those_of_the_batch(opened):
-    batches = TrainBatches(opened.train, SEQ_LEN, 6, seed=7)
-    steps = range(3 * batches.windows_per_epoch // 6)  # some over the end of an epoch
-    for step in steps:
-        parts = [batches.batch(step, range(first, first + 2)) for first in (0, 2, 4)]
-        assert torch.equal(torch.cat(parts), batches.batch(step))
-    assert batches.batch(0, range(0)).shape == (0, SEQ_LEN + 1)
-
-
-def test_an_order_that_is_not_held_visits_every_window_once_an_epoch(opened, monkeypatch):
-    held = TrainBatches(opened.train, SEQ_LEN, 1, seed=0)
-    epochs = []
-    monkeypatch.setattr("remoe.lab.data.batches.HELD_WINDOWS", 1)
-    computed = TrainBatches(opened.train, SEQ_LEN, 1, seed=0)
-    for epoch in (0, 1):
-        steps = range(epoch * held.windows_per_epoch, (epoch + 1) * held.windows_per_epoch)
-        epochs.append([tuple(computed.batch(step)[0].tolist()) for step in steps])
-    monkeypatch.undo()
-    windows = sorted(tuple(held.batch(step)[0].tolist()) for step in range(held.windows_per_epoch))
-    assert sorted(epochs[0]) == sorted(epochs[1]) == windows
-    assert epochs[0] != epochs[1]
-
-
 def test_batch_size_changes_the_grouping_not_the_order(opened: Dataset) -> None:
     single = TrainBatches(opened.train, SEQ_LEN, 1, seed=3)
     grouped = TrainBatches(opened.train, SEQ_LEN, 7, seed=3)

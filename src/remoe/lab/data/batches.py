@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, N windows, T tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,19 +11,16 @@ import torch
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data.dataset import Split, check_ids
 from remoe.lab.data.manifest import Shard
-from remoe.lab.data.permutation import KeyedPermutation
 
 IGNORED_TARGET = -100  # which torch's cross entropy ignores
-HELD_WINDOWS = 2**24  # most windows whose order is held in memory, 128 MB
 
 
 class TrainBatches:
     """Shuffled training windows; `batch(step)` depends on the seed and the step alone.
 
     A window is `seq_len` + 1 consecutive tokens of one shard, for `seq_len` predictions; windows start every
-    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs. The
-    order of more than HELD_WINDOWS windows is computed place by place (`KeyedPermutation`). Raises DataError if the
-    split is too small for one window.
+    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs.
+    Raises DataError if the split is too small for one window.
     """
 
     def __init__(self, split: Split, seq_len: int, batch_size: int, seed: int) -> None:
@@ -40,46 +37,35 @@ class TrainBatches:
                 f"{split.path}: the {split.name} split has {split.num_tokens} tokens, too few for one"
                 f" window of {seq_len} + 1"
             )
-        self._order: tuple[int, Callable[[np.ndarray], np.ndarray] | None] = (-1, None)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
     def windows_per_epoch(self) -> int:
         """Number of windows in an epoch."""
         return int(self._first_window[-1])
 
-    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
+    def batch(self, step: int) -> torch.Tensor:
         """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one.
 
-        With `rows`, only these of the batch, as each of several processes reads its own. Raises DataError, which names
-        the shard, for an id outside of the vocabulary.
+        Raises DataError, which names the shard, for an id outside of the vocabulary.
         """
-        rows = range(self.batch_size) if rows is None else rows
-        tokens_BS = np.empty((len(rows), self.seq_len + 1), np.int64)
-        for row, window in enumerate(self._windows(step * self.batch_size + np.array(rows, np.int64))):
+        tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
+        first = step * self.batch_size
+        for row in range(self.batch_size):
+            epoch, place = divmod(first + row, self.windows_per_epoch)
+            window = int(self._epoch_order(epoch)[place])
             number = int(np.searchsorted(self._first_window, window, side="right")) - 1
-            start = (int(window) - int(self._first_window[number])) * self.seq_len
+            start = (window - int(self._first_window[number])) * self.seq_len
             shard = self.split.shards[number]
             tokens_BS[row] = shard.tokens[start : start + self.seq_len + 1]
             check_ids(shard, start, tokens_BS[row], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
-    def _windows(self, place_B: np.ndarray) -> np.ndarray:
-        """(B,) int64: the windows at these places, counted over all epochs."""
-        window_B = np.empty_like(place_B)
-        epoch_B, place_B = np.divmod(place_B, self.windows_per_epoch)
-        for epoch in np.unique(epoch_B):
-            window_B[epoch_B == epoch] = self._epoch_order(int(epoch))(place_B[epoch_B == epoch])
-        return window_B
-
-    def _epoch_order(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
-        """From places to windows: a pure function of seed and epoch; the newest is kept."""
-        if self._order[0] != epoch or self._order[1] is None:
-            size, key = self.windows_per_epoch, (self.seed, epoch)
-            if size > HELD_WINDOWS:
-                order = KeyedPermutation(size, *key)
-            else:
-                order = np.random.Generator(np.random.PCG64(key)).permutation(size).__getitem__
-            self._order = (epoch, order)
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        # a cache; the order is a pure function of seed and epoch
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._order = (epoch, generator.permutation(self.windows_per_epoch))
         return self._order[1]
 
 
