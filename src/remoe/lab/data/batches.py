@@ -44,21 +44,26 @@ class TrainBatches:
         """Number of windows in an epoch."""
         return int(self._first_window[-1])
 
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
         """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one.
 
-        Raises DataError, which names the shard, for an id outside of the vocabulary.
+        With `rows`, only the rows with these numbers, of which each is the same whoever asks for it; no others are
+        read, so that each rank of several reads its own part of a batch. Raises ConfigError for a row that the batch
+        does not have, and DataError, which names the shard, for an id outside of the vocabulary.
         """
-        tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
+        rows = range(self.batch_size) if rows is None else rows
+        if any(not 0 <= row < self.batch_size for row in (*rows[:1], *rows[-1:])):
+            raise ConfigError(f"a batch of {self.batch_size} rows has no rows {rows}")
+        tokens_BS = np.empty((len(rows), self.seq_len + 1), np.int64)
         first = step * self.batch_size
-        for row in range(self.batch_size):
+        for i, row in enumerate(rows):
             epoch, place = divmod(first + row, self.windows_per_epoch)
             window = int(self._epoch_order(epoch)[place])
             number = int(np.searchsorted(self._first_window, window, side="right")) - 1
             start = (window - int(self._first_window[number])) * self.seq_len
             shard = self.split.shards[number]
-            tokens_BS[row] = shard.tokens[start : start + self.seq_len + 1]
-            check_ids(shard, start, tokens_BS[row], self.split.vocab_size)
+            tokens_BS[i] = shard.tokens[start : start + self.seq_len + 1]
+            check_ids(shard, start, tokens_BS[i], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
