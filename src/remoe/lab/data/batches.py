@@ -11,15 +11,20 @@ import torch
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data.dataset import Split, check_ids
 from remoe.lab.data.manifest import Shard
+from remoe.lab.data.permutation import KeyedPermutation
 
 IGNORED_TARGET = -100  # which torch's cross entropy ignores
+# Up to so many windows, an epoch's order is an array (128 MiB, made in about a second), as it was in version 0.1.0, so
+# that runs of then keep their order; for more, it is computed as it is used.
+HELD_WINDOWS = 2**24
 
 
 class TrainBatches:
     """Shuffled training windows; `batch(step)` depends on the seed and the step alone.
 
     A window is `seq_len` + 1 consecutive tokens of one shard, for `seq_len` predictions; windows start every
-    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs.
+    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs. The
+    order of up to HELD_WINDOWS windows is held in memory; that of more is a `KeyedPermutation`, which takes none.
     Raises DataError if the split is too small for one window.
     """
 
@@ -37,7 +42,7 @@ class TrainBatches:
                 f"{split.path}: the {split.name} split has {split.num_tokens} tokens, too few for one"
                 f" window of {seq_len} + 1"
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, np.ndarray | KeyedPermutation] = (-1, np.empty(0, np.int64))
 
     @property
     def windows_per_epoch(self) -> int:
@@ -55,22 +60,30 @@ class TrainBatches:
         if any(not 0 <= row < self.batch_size for row in (*rows[:1], *rows[-1:])):
             raise ConfigError(f"a batch of {self.batch_size} rows has no rows {rows}")
         tokens_BS = np.empty((len(rows), self.seq_len + 1), np.int64)
-        first = step * self.batch_size
-        for i, row in enumerate(rows):
-            epoch, place = divmod(first + row, self.windows_per_epoch)
-            window = int(self._epoch_order(epoch)[place])
+        for i, window in enumerate(self._windows(step * self.batch_size + np.array(rows, np.int64))):
             number = int(np.searchsorted(self._first_window, window, side="right")) - 1
-            start = (window - int(self._first_window[number])) * self.seq_len
+            start = (int(window) - int(self._first_window[number])) * self.seq_len
             shard = self.split.shards[number]
             tokens_BS[i] = shard.tokens[start : start + self.seq_len + 1]
             check_ids(shard, start, tokens_BS[i], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def _windows(self, sequence_B: np.ndarray) -> np.ndarray:
+        """int64 (B): the windows that are the run's sequences with these numbers."""
+        epoch_B, place_B = np.divmod(sequence_B, self.windows_per_epoch)
+        window_B = np.empty_like(place_B)
+        for epoch in np.unique(epoch_B):
+            window_B[epoch_B == epoch] = self._epoch_order(int(epoch))[place_B[epoch_B == epoch]]
+        return window_B
+
+    def _epoch_order(self, epoch: int) -> np.ndarray | KeyedPermutation:
         # a cache; the order is a pure function of seed and epoch
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._order = (epoch, generator.permutation(self.windows_per_epoch))
+            if self.windows_per_epoch > HELD_WINDOWS:
+                self._order = (epoch, KeyedPermutation(self.windows_per_epoch, self.seed, epoch))
+            else:
+                generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+                self._order = (epoch, generator.permutation(self.windows_per_epoch))
         return self._order[1]
 
 
