@@ -196,6 +196,8 @@ class TrainConfig:
     micro_batch_size: int = 16
     """Sequences per forward and backward pass; must divide the batch size (gradient accumulation). By default the
     largest divisor of the batch size that is at most the preset's value."""
+    mask_documents: bool = False
+    """Mask the documents of a sequence from each other, in training and in validation."""
     vocab_size: int = 4096
     """Vocabulary size of the tokenizer that is trained for text. Data of `remoe data prepare` has its own tokenizer."""
     device: str = "auto"

@@ -187,7 +187,8 @@ def _print_header(trainer: Trainer) -> None:
     passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
     say(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
-        f"domains {', '.join(map(short_name, dataset.domains))}; device {trainer.device} ({dtype}, "
+        f"domains {', '.join(map(short_name, dataset.domains))}"
+        f"{', documents masked from each other' if config.mask_documents else ''}; device {trainer.device} ({dtype}, "
         f"{torch.get_num_threads()} threads); "
         f"run {trainer.run.path}"
     )

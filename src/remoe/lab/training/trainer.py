@@ -32,6 +32,7 @@ from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
+from remoe.models.packing import document_positions
 from remoe.stages import stage
 
 logger = logging.getLogger(__name__)
@@ -205,9 +206,13 @@ class Trainer:
         items = config.batch_size * config.seq_len
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
         for micro_bS in token_BS.split(config.micro_batch_size):
+            positions_bS = None
+            if config.mask_documents:
+                positions_bS = document_positions(micro_bS[:, :-1], self.dataset.eos_token_id)
             with self.autocast:
                 out = self.forward(
                     micro_bS[:, :-1],
+                    position_ids=positions_bS,
                     shift_labels=micro_bS[:, 1:].contiguous(),
                     num_items_in_batch=items,
                     use_cache=False,
@@ -223,7 +228,12 @@ class Trainer:
         options = self.config.validate
         limit = None if final else options.max_tokens
         return evaluate(
-            self.model, self.windows, batch_size=options.batch_size, max_tokens=limit, autocast=self.autocast
+            self.model,
+            self.windows,
+            batch_size=options.batch_size,
+            max_tokens=limit,
+            autocast=self.autocast,
+            mask_documents=self.config.mask_documents,
         )
 
     def _measures_flips(self, step: int) -> bool:

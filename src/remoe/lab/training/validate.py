@@ -12,6 +12,7 @@ from torch import Tensor
 from remoe.lab.data import ValidationWindows
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
+from remoe.models.packing import document_positions
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     autocast: torch.autocast | None = None,
+    mask_documents: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluates a model on each domain; `total` sums the results up.
 
@@ -88,6 +90,7 @@ def evaluate(
         max_tokens: roughly, in total; each domain contributes a prefix of whole documents, in proportion to its size.
             None for everything.
         autocast: context of the forward pass.
+        mask_documents: whether the documents of a window are masked from each other (see `document_positions`).
     """
     device = next(model.parameters()).device
     results = {}
@@ -97,11 +100,13 @@ def evaluate(
             counted = torch.zeros(2, dtype=torch.int64, device=device)  # read once: reading is a host sync
             count_LE: Tensor | int = 0
             for input_NS, target_NS, mask_NS in windows.batches(domain, batch_size, limit):
-                target_NS = target_NS.to(device)
+                input_NS, target_NS = input_NS.to(device), target_NS.to(device)
+                positions_NS = document_positions(input_NS, model.config.eos_token_id) if mask_documents else None
                 with autocast or torch.autocast(device.type, enabled=False):
                     out = model(
-                        input_NS.to(device),
+                        input_NS,
                         attention_mask=mask_NS.to(device),
+                        position_ids=positions_NS,
                         shift_labels=target_NS,
                         num_items_in_batch=1,  # the sum, not the mean
                         use_cache=False,
