@@ -18,7 +18,7 @@ from torch import Tensor
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
-from remoe.lab.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
+from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer, training_batches
 from remoe.lab.machine import peak_memory, pick_device
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
@@ -60,7 +60,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder) -> None:
         config.check()
         self.config, self.dataset, self.run = config, dataset, run
-        self.batches = TrainBatches(dataset.train, config.seq_len, config.batch_size, config.seed)
+        sizes = (config.seq_len, config.batch_size, config.seed)
+        self.batches = training_batches(dataset.train, *sizes, config.domain_weights)
         self.windows = ValidationWindows(dataset.validation, config.seq_len)
         self.device = pick_device(config.device)
         self.autocast = torch.autocast(
