@@ -5,7 +5,7 @@ import torch
 
 import remoe
 from remoe.errors import ConfigError
-from remoe.models.packing import packed_documents
+from remoe.models.packing import document_positions, packed_documents
 
 LENGTHS = (7, 1, 9, 4)
 SIZES = {
@@ -83,3 +83,13 @@ def test_a_router_that_merges_segments_takes_one_document_a_row():
             with pytest.raises(ConfigError, match="would mix the documents packed in a row"):
                 model.train(training)(ids, attention_mask=given, position_ids=position_ids)
     assert model(ids, position_ids=torch.arange(ids.shape[1])[None]).logits.isfinite().all()
+
+
+def test_positions_begin_anew_at_each_end_of_text():
+    eos = 9
+    token_BS = torch.tensor([[5, 6, eos, 7, eos, eos, 8, 4], [eos, 1, 2, 3, 4, 5, 6, eos], [1, 2, 3, 4, 5, 6, 7, 8]])
+    assert document_positions(token_BS, eos).tolist() == [
+        [0, 1, 0, 1, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4, 5, 6, 0],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+    ]

@@ -11,6 +11,21 @@ from remoe.errors import ConfigError
 from remoe.models.loss import is_padding_mask
 
 
+def document_positions(token_BS: Tensor, eos_token_id: int) -> Tensor:
+    """(B, S) int64: each token's position in its document, for rows of documents that end with an EOS token.
+
+    The EOS token before a document is its position 0, so that every document's first token is predicted from the EOS
+    token alone, and the last token of the document before predicts EOS: no target is lost, and none sees another
+    document. A row's first document may begin without EOS, or in its middle.
+
+    Args:
+        token_BS: (B, S) int64.
+        eos_token_id: the token that ends every document.
+    """
+    index_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
+    return index_BS - index_BS.where(token_BS == eos_token_id, 0).cummax(dim=1).values
+
+
 def packed_documents(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     """(B, S) int64: which document of its row each token is in; None if every row is one document.
 

@@ -50,6 +50,26 @@ def test_batch_size_changes_the_grouping_not_the_order(opened: Dataset) -> None:
     assert torch.equal(flat, torch.cat([single.batch(step) for step in range(steps * 7)]))
 
 
+def test_ranks_read_only_their_rows_of_the_same_batch(opened: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = TrainBatches(opened.train, SEQ_LEN, 6, seed=3)
+    last = batches.windows_per_epoch // 6  # over the end of the first epoch
+    for step in (0, last):
+        whole = batches.batch(step)
+        for ranks in (1, 2, 3, 6):
+            size = 6 // ranks
+            parts = [batches.batch(step, range(r * size, (r + 1) * size)) for r in range(ranks)]
+            assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(batches.batch(step, range(1, 6, 2)), whole[1::2])
+        assert batches.batch(step, range(2, 2)).shape == (0, SEQ_LEN + 1)
+    read: list[int] = []
+    monkeypatch.setattr("remoe.lab.data.batches.check_ids", lambda shard, start, tokens, size: read.append(len(tokens)))
+    batches.batch(0, range(4, 6))
+    assert read == [SEQ_LEN + 1] * 2
+    for rows in (range(4, 7), range(-1, 2), range(6, 7)):
+        with pytest.raises(ConfigError, match="a batch of 6 rows has no rows"):
+            batches.batch(0, rows)
+
+
 def test_too_few_tokens_for_a_window(opened: Dataset) -> None:
     with pytest.raises(DataError, match=r"the train split has \d+ tokens, too few for one window of 5000 \+ 1"):
         TrainBatches(opened.train, 5000, 1, seed=0)

@@ -4,7 +4,8 @@ import pytest
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
-from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
+from remoe.lab.compare.keys import key_of
+from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml, differences
 from remoe.lab.training.renamed import renamed
 from remoe.lab.training.yaml_files import to_yaml
 
@@ -71,3 +72,20 @@ def test_renaming_leaves_its_argument_and_other_options_alone():
         assert renamed(odd) == odd
     with pytest.raises(ConfigError, match="router_options"):
         config_from_dict({"model": {"load_balance": False}, "router_options": 7}, "test")
+
+
+def test_domain_weights_are_given_by_name(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("domain_weights: {code: 2, my manual: 0.5}\n")
+    found = config_from_yaml(path)
+    assert found.domain_weights == {"code": 2.0, "my manual": 0.5}
+    plain = config_from_dict({}, "test")
+    assert parse(TrainConfig, ["--domain-weights", "code", "2", "my manual", "0.5"], prog="x", default=plain) == found
+    assert key_of(found) != key_of(plain)
+    assert differences(found, plain).keys() == {"domain_weights.code", "domain_weights.my manual"}
+    for words, message in ((["code"], "must alternate"), (["code", "much"], "number")):
+        with pytest.raises(ConfigError, match=message):
+            parse(TrainConfig, ["--domain-weights", *words], prog="x")
+    path.write_text("domain_weights: {code: much}\n")
+    with pytest.raises(ConfigError, match=r"domain_weights.code: .* number"):
+        config_from_yaml(path)

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import FLAGS
 
 from remoe.lab.cli.main import main
-from remoe.lab.data import ValidationWindows, open_dataset
+from remoe.lab.data import ValidationWindows, open_dataset, training_batches
 from remoe.lab.training.checkpoint import list_checkpoints
 from remoe.lab.training.config import OptimOptions, config_from_dict
 from remoe.lab.training.folder import RunFolder
@@ -140,6 +140,25 @@ def test_settling_does_not_depend_on_how_often_records_are_written(corpus, tmp_p
         summaries.append(json.loads((out / "summary.json").read_text()))
     for key in ("final_sparsity", "settling_step", "sparsity_mean", "validation_loss"):
         assert summaries[0][key] == summaries[1][key]
+
+
+def test_a_run_with_weights_says_what_it_reads(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(corpus, out, "--domain-weights", "farm", "3", "town", "1", steps=6) == 0
+    expected = {"farm": 0.75, "town": 0.25}
+    windows = training_batches(open_dataset(corpus).train, 32, 4, 0, expected).windows
+    epochs = {domain: 6 * 4 * share / windows(domain) for domain, share in expected.items()}
+    mixture = json.loads((out / "summary.json").read_text())["mixture"]
+    assert {domain: part["share"] for domain, part in mixture.items()} == expected
+    assert {domain: part["epochs"] for domain, part in mixture.items()} == pytest.approx(epochs)
+    said = f"(times read): farm 0.75 ({epochs['farm']:.2g}), town 0.25 ({epochs['town']:.2g}); device cpu"
+    assert said in capsys.readouterr().out
+    flags = ["--out", str(out), "--resume", "--domain-weights", "farm", "2", "town", "1"]
+    assert main(["train", *flags]) == 2
+    assert "with --domain-weights.farm 2.0: it was started with 3.0" in capsys.readouterr().err
+    assert train(corpus, tmp_path / "other", "--domain-weights", "farm", "3") == 2
+    assert "no weight for town; 0 leaves a domain out" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):

@@ -20,7 +20,7 @@ import pydantic
 
 from remoe.errors import ConfigError
 from remoe.lab.compare.keys import FORMER_NAMES, key_of
-from remoe.lab.training.config import TrainConfig, config_from_dict, flatten, merge
+from remoe.lab.training.config import FREE_NAMES, TrainConfig, config_from_dict, flatten, merge
 from remoe.lab.training.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -274,10 +274,10 @@ def _check_options(options: dict[str, Any], source: str) -> None:
 
 
 def _names(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of options and groups; the content of `router_options` is left to the router."""
+    """Dotted names of options and groups, without the names in FREE_NAMES."""
     for key, value in options.items():
         yield f"{prefix}{key}"
-        if isinstance(value, dict) and key != "router_options":
+        if isinstance(value, dict) and key not in FREE_NAMES:
             yield from _names(value, f"{prefix}{key}.")
 
 

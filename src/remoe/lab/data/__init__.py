@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from remoe.lab.data.batches import TrainBatches, ValidationWindows
     from remoe.lab.data.dataset import Dataset, Split, open_dataset, spot_check, verify_hashes
     from remoe.lab.data.documents import TOTAL, Document
+    from remoe.lab.data.mixture import MixedBatches, training_batches
     from remoe.lab.data.options import PrepareOptions
     from remoe.lab.data.preparation import prepare
     from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Dataset": "dataset",
     "Document": "documents",
+    "MixedBatches": "mixture",
     "PrepareOptions": "options",
     "Split": "dataset",
     "TOTAL": "documents",
@@ -27,6 +29,7 @@ _HOMES = {
     "prepare": "preparation",
     "spot_check": "dataset",
     "tokenizer_fingerprint": "tokenizer",
+    "training_batches": "mixture",
     "verify_hashes": "dataset",
 }
 
@@ -34,6 +37,7 @@ __all__ = [
     "TOTAL",
     "Dataset",
     "Document",
+    "MixedBatches",
     "PrepareOptions",
     "Split",
     "TrainBatches",
@@ -43,6 +47,7 @@ __all__ = [
     "prepare",
     "spot_check",
     "tokenizer_fingerprint",
+    "training_batches",
     "verify_hashes",
 ]
 

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, N windows, T tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -11,15 +11,20 @@ import torch
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data.dataset import Split, check_ids
 from remoe.lab.data.manifest import Shard
+from remoe.lab.data.permutation import KeyedPermutation
 
 IGNORED_TARGET = -100  # which torch's cross entropy ignores
+# Up to so many windows, an epoch's order is an array (128 MiB, made in about a second), as it was in version 0.1.0, so
+# that runs of then keep their order; for more, it is computed as it is used.
+HELD_WINDOWS = 2**24
 
 
 class TrainBatches:
     """Shuffled training windows; `batch(step)` depends on the seed and the step alone.
 
     A window is `seq_len` + 1 consecutive tokens of one shard, for `seq_len` predictions; windows start every
-    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs.
+    `seq_len` tokens. Each epoch visits every window once, in a different order, and a batch may span two epochs. The
+    order of up to HELD_WINDOWS windows is held in memory; that of more is a `KeyedPermutation`, which takes none.
     Raises DataError if the split is too small for one window.
     """
 
@@ -37,36 +42,66 @@ class TrainBatches:
                 f"{split.path}: the {split.name} split has {split.num_tokens} tokens, too few for one"
                 f" window of {seq_len} + 1"
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, np.ndarray | KeyedPermutation] = (-1, np.empty(0, np.int64))
 
     @property
     def windows_per_epoch(self) -> int:
         """Number of windows in an epoch."""
         return int(self._first_window[-1])
 
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
         """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one.
 
-        Raises DataError, which names the shard, for an id outside of the vocabulary.
+        With `rows`, only the rows with these numbers, of which each is the same whoever asks for it; no others are
+        read, so that each rank of several reads its own part of a batch. Raises ConfigError for a row that the batch
+        does not have, and DataError, which names the shard, for an id outside of the vocabulary.
         """
-        tokens_BS = np.empty((self.batch_size, self.seq_len + 1), np.int64)
-        first = step * self.batch_size
-        for row in range(self.batch_size):
-            epoch, place = divmod(first + row, self.windows_per_epoch)
-            window = int(self._epoch_order(epoch)[place])
+        sequence_B = sequence_numbers(step, self.batch_size, rows)
+        tokens_BS = np.empty((len(sequence_B), self.seq_len + 1), np.int64)
+        for i, window in enumerate(in_epochs(sequence_B, self.windows_per_epoch, self._epoch_order)):
             number = int(np.searchsorted(self._first_window, window, side="right")) - 1
-            start = (window - int(self._first_window[number])) * self.seq_len
+            start = (int(window) - int(self._first_window[number])) * self.seq_len
             shard = self.split.shards[number]
-            tokens_BS[row] = shard.tokens[start : start + self.seq_len + 1]
-            check_ids(shard, start, tokens_BS[row], self.split.vocab_size)
+            tokens_BS[i] = shard.tokens[start : start + self.seq_len + 1]
+            check_ids(shard, start, tokens_BS[i], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def _epoch_order(self, epoch: int) -> np.ndarray | KeyedPermutation:
         # a cache; the order is a pure function of seed and epoch
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._order = (epoch, generator.permutation(self.windows_per_epoch))
+            if self.windows_per_epoch > HELD_WINDOWS:
+                self._order = (epoch, KeyedPermutation(self.windows_per_epoch, self.seed, epoch))
+            else:
+                generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+                self._order = (epoch, generator.permutation(self.windows_per_epoch))
         return self._order[1]
+
+
+def sequence_numbers(step: int, batch_size: int, rows: range | None = None) -> np.ndarray:
+    """int64 (B): numbers, counted over the whole run, of the sequences in all or some rows of a step's batch.
+
+    Raises ConfigError for a row that the batch does not have.
+    """
+    rows = range(batch_size) if rows is None else rows
+    if any(not 0 <= row < batch_size for row in (*rows[:1], *rows[-1:])):
+        raise ConfigError(f"a batch of {batch_size} rows has no rows {rows}")
+    return step * batch_size + np.array(rows, np.int64)
+
+
+def in_epochs(number_B: np.ndarray, count: int, order: Callable[[int], np.ndarray | KeyedPermutation]) -> np.ndarray:
+    """int64 (B): the items with these numbers, of `count` items that are read in `order(epoch)` epoch after epoch."""
+    epoch_B, place_B = np.divmod(number_B, count)
+    item_B = np.empty_like(place_B)
+    for epoch in np.unique(epoch_B):
+        item_B[epoch_B == epoch] = order(int(epoch))[place_B[epoch_B == epoch]]
+    return item_B
+
+
+def document_runs(shard: Shard, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First tokens and ends (int64) of the runs in which neighbours among a shard's `documents` follow each other."""
+    starts, ends = shard.document_offsets[documents], shard.document_offsets[documents + 1]
+    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    return starts[np.concatenate([[0], breaks])], ends[np.concatenate([breaks, [len(documents)]]) - 1]
 
 
 class ValidationWindows:
@@ -145,11 +180,8 @@ class ValidationWindows:
         """Where the domain's tokens are, in order: shard, first token and end; neighbouring documents share a run."""
         for number, documents in self._document_spans(domain, max_tokens):
             shard = self.split.shards[number]
-            starts, ends = shard.document_offsets[documents], shard.document_offsets[documents + 1]
-            breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-            firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(documents)]]) - 1
-            for first, last in zip(firsts, lasts, strict=True):
-                yield shard, int(starts[first]), int(ends[last])
+            for start, end in zip(*document_runs(shard, documents), strict=True):
+                yield shard, int(start), int(end)
 
     def _document_spans(self, domain: str, max_tokens: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Shard number and document numbers (int64) of the domain, up to `max_tokens`."""

@@ -52,7 +52,9 @@ def evaluate_run(
     model, windows = trained.model, trained.windows(split)
     if max_experts is not None:
         model.set_max_experts(max_experts)
-    results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens)
+    results = evaluate(
+        model, windows, batch_size=batch_size, max_tokens=max_tokens, mask_documents=trained.mask_documents
+    )
     rows = {domain: result.to_dict() for domain, result in results.items()}
     return trained.checkpoint, trained.dataset.path, rows | {TOTAL: total(results).to_dict()}
 
@@ -74,6 +76,11 @@ class Trained:
     checkpoint: Path
     dataset: Dataset
     run: RunFolder | None
+
+    @property
+    def mask_documents(self) -> bool:
+        """Whether the documents of a window are masked from each other: as the run trained; False without a run."""
+        return self.run is not None and self.run.load_config().mask_documents
 
     def windows(self, split: str) -> ValidationWindows:
         """Sequences of the data as long as in the run's training; for a model without a run at most LONGEST_WINDOW."""

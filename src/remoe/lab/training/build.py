@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from remoe.errors import ConfigError
 from remoe.experts import resolve_backend
 from remoe.lab.training.config import TrainConfig
 from remoe.models.configuration_remoe import RemoeConfig
@@ -22,9 +23,9 @@ def model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> Rem
         eos_token_id: the tokenizer's end-of-text token.
 
     Raises:
-        ConfigError: for sizes that do not fit together or unknown names.
+        ConfigError: for sizes that do not fit together, unknown names, or documents masked in segments that mix them.
     """
-    return RemoeConfig(
+    model = RemoeConfig(
         **vars(config.model),
         vocab_size=math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         tokenizer_size=vocab_size,
@@ -37,6 +38,9 @@ def model_config(config: TrainConfig, vocab_size: int, eos_token_id: int) -> Rem
         granularity=config.granularity,
         sparsity=vars(config.sparsity).copy(),
     )
+    if config.mask_documents and model.router_class.merges:
+        raise ConfigError(f"--mask-documents: segments of router {config.router!r} would mix documents")
+    return model
 
 
 def model_without_values(config: TrainConfig) -> RemoeForCausalLM:

@@ -126,9 +126,18 @@ OptionValue = bool | int | float | str | None
 
 def _pairs(words: list[str]) -> dict[str, OptionValue]:
     """`["warmup_k", "6"]` as `{"warmup_k": 6}`."""
+    return {name: _value(word) for name, word in _alternating(words)}
+
+
+def _weights(words: list[str]) -> dict[str, float]:
+    """`["code", "2"]` as `{"code": 2.0}`."""
+    return {name: float(word) for name, word in _alternating(words)}
+
+
+def _alternating(words: list[str]) -> Iterator[tuple[str, str]]:
     if len(words) % 2:
         raise ValueError("names and values must alternate")
-    return {name: _value(word) for name, word in zip(words[::2], words[1::2], strict=True)}
+    return zip(words[::2], words[1::2], strict=True)
 
 
 def _value(word: str) -> OptionValue:
@@ -151,6 +160,20 @@ NamedValues = Annotated[
         str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
     ),
 ]
+
+
+# As `NamedValues`.
+NamedWeights = Annotated[
+    dict[str, float],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME WEIGHT ...",
+        instance_from_str=_weights,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    ),
+]
+FREE_NAMES = ("router_options", "domain_weights")  # the router and the data check the names in these
 
 
 @dataclass
@@ -196,6 +219,12 @@ class TrainConfig:
     micro_batch_size: int = 16
     """Sequences per forward and backward pass; must divide the batch size (gradient accumulation). By default the
     largest divisor of the batch size that is at most the preset's value."""
+    domain_weights: NamedWeights = field(default_factory=dict)
+    """Weights of the domains in training, for example `--domain-weights code 2 manual 0.5`: a domain's share of the
+    sequences is its weight over their sum, and each sequence is of one domain. Every domain needs one; 0 leaves it out.
+    By default each domain has the share of its text, and sequences cross domains."""
+    mask_documents: bool = False
+    """Mask the documents of a sequence from each other, in training and in validation."""
     vocab_size: int = 4096
     """Vocabulary size of the tokenizer that is trained for text. Data of `remoe data prepare` has its own tokenizer."""
     device: str = "auto"
@@ -380,9 +409,9 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of unknown options; the content of `router_options` is checked by the router."""
+    """Dotted names of unknown options, without the names in FREE_NAMES."""
     for key, value in values.items():
         if key not in known:
             yield f"{prefix}{key}"
-        elif isinstance(known[key], dict) and isinstance(value, dict) and key != "router_options":
+        elif isinstance(known[key], dict) and isinstance(value, dict) and key not in FREE_NAMES:
             yield from _unknown(value, known[key], f"{prefix}{key}.")

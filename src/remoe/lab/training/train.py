@@ -16,7 +16,7 @@ import remoe
 from remoe.errors import CheckpointError, OutOfMemory
 from remoe.experts.cpu import build as kernels
 from remoe.lab.console import say
-from remoe.lab.data import TOTAL, Dataset, PrepareOptions, open_dataset, prepare, spot_check
+from remoe.lab.data import TOTAL, Dataset, MixedBatches, PrepareOptions, open_dataset, prepare, spot_check
 from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
@@ -199,10 +199,9 @@ def _print_header(trainer: Trainer) -> None:
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
         f"experts backend {_experts(trainer)}"
     )
-    passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
     say(
-        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, read {passes:.2g} times, "
-        f"domains {', '.join(map(short_name, dataset.domains))}; device {trainer.device} ({dtype}, "
+        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, {_data_read(trainer)}"
+        f"{', documents masked from each other' if config.mask_documents else ''}; device {trainer.device} ({dtype}, "
         f"{torch.get_num_threads()} threads); "
         f"run {trainer.run.path}"
     )
@@ -210,6 +209,28 @@ def _print_header(trainer: Trainer) -> None:
         print(f"resumed at step {trainer.step}")
     elif config.resume:
         print("no checkpoint yet: starting from the beginning")
+
+
+def _data_read(trainer: Trainer) -> str:
+    """How often the run reads its text, and the domains; with weights, each domain's share and how often it is read."""
+    config, dataset = trainer.config, trainer.dataset
+    if mixture := _mixture(trainer):
+        parts = (f"{short_name(name)} {part['share']:.3g} ({part['epochs']:.2g})" for name, part in mixture.items())
+        return f"domains by weight, as shares of the sequences (times read): {', '.join(parts)}"
+    passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
+    return f"read {passes:.2g} times, domains {', '.join(map(short_name, dataset.domains))}"
+
+
+def _mixture(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """Each domain's share of the run's sequences and how often they are read; empty without weights."""
+    batches, config = trainer.batches, trainer.config
+    if not isinstance(batches, MixedBatches):
+        return {}
+    sequences = config.steps * config.batch_size
+    return {
+        domain: {"share": share, "epochs": share * sequences / batches.windows(domain)}
+        for domain, share in batches.shares.items()
+    }
 
 
 def _experts(trainer: Trainer) -> str:
@@ -236,6 +257,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
         "steps": trainer.step,
         "router": config.router,
         **_cost(trainer, total(validation).sparsity),
+        **({"mixture": mixture} if (mixture := _mixture(trainer)) else {}),
         "seconds": trainer.seconds,
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "validation_loss": total(validation).loss,

@@ -18,7 +18,7 @@ from torch import Tensor
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
-from remoe.lab.data import Dataset, TrainBatches, ValidationWindows, load_tokenizer
+from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer, training_batches
 from remoe.lab.machine import peak_memory
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
@@ -34,6 +34,7 @@ from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
+from remoe.models.packing import document_positions
 from remoe.models.sharding import local, reshard
 from remoe.stages import stage
 
@@ -65,7 +66,8 @@ class Trainer:
         config.check()
         self.config, self.dataset, self.run = config, dataset, run
         self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
-        self.batches = TrainBatches(dataset.train, config.seq_len, config.batch_size, config.seed)
+        sizes = (config.seq_len, config.batch_size, config.seed)
+        self.batches = training_batches(dataset.train, *sizes, config.domain_weights)
         self.windows = ValidationWindows(dataset.validation, config.seq_len)
         self.device = self.ranks.device
         self.autocast = torch.autocast(
@@ -217,9 +219,13 @@ class Trainer:
         items = config.batch_size * config.seq_len
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
         for micro_bS in token_BS.split(config.micro_batch_size):
+            positions_bS = None
+            if config.mask_documents:
+                positions_bS = document_positions(micro_bS[:, :-1], self.dataset.eos_token_id)
             with self.autocast:
                 out = self.forward(
                     micro_bS[:, :-1],
+                    position_ids=positions_bS,
                     shift_labels=micro_bS[:, 1:].contiguous(),
                     num_items_in_batch=items,
                     use_cache=False,
@@ -242,6 +248,7 @@ class Trainer:
             max_tokens=limit,
             autocast=self.autocast,
             ranks=self.ranks,
+            mask_documents=self.config.mask_documents,
         )
 
     def _measures_flips(self, step: int) -> bool:

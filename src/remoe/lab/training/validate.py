@@ -14,6 +14,7 @@ from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.ranks import Ranks
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
+from remoe.models.packing import document_positions
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def evaluate(
     max_tokens: int | None = None,
     autocast: torch.autocast | None = None,
     ranks: Ranks | None = None,
+    mask_documents: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluates a model on each domain; `total` sums the results up.
 
@@ -92,6 +94,7 @@ def evaluate(
             None for everything.
         autocast: context of the forward pass.
         ranks: processes that share the work, each of which must call this; all get the same result.
+        mask_documents: whether the documents of a window are masked from each other (see `document_positions`).
     """
     ranks = Ranks(Mesh()) if ranks is None else ranks
     device = next(model.parameters()).device
@@ -102,11 +105,13 @@ def evaluate(
             counted = torch.zeros(2, dtype=torch.int64, device=device)  # read once: reading is a host sync
             count_LE: Tensor = torch.zeros((), dtype=torch.int64, device=device)
             for (input_NS, target_NS, mask_NS), counts in ranks.deal(windows.batches(domain, batch_size, limit)):
-                target_NS = target_NS.to(device)
+                input_NS, target_NS = input_NS.to(device), target_NS.to(device)
+                positions_NS = document_positions(input_NS, model.config.eos_token_id) if mask_documents else None
                 with autocast or torch.autocast(device.type, enabled=False):
                     out = model(
-                        input_NS.to(device),
+                        input_NS,
                         attention_mask=mask_NS.to(device),
+                        position_ids=positions_NS,
                         shift_labels=target_NS,
                         num_items_in_batch=1,  # the sum, not the mean
                         use_cache=False,
