@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence.
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -72,14 +72,13 @@ class MixedBatches:
         for domain in self._weights:
             row_N = [row for row, (name, _) in enumerate(drawn) if name == domain]
             number_N = np.array([drawn[row][1] for row in row_N], np.int64)
-            key = self.split.domains.index(domain)
-            count = self.windows(domain)
-            window_N = in_epochs(
-                number_N, count, lambda epoch, key=key, count=count: KeyedPermutation(count, self.seed, epoch, key)
-            )
+            window_N = in_epochs(number_N, self.windows(domain), partial(self._order, domain))
             for row, window in zip(row_N, window_N, strict=True):
                 self._read(domain, int(window), tokens_BS[row])
         return torch.from_numpy(tokens_BS)
+
+    def _order(self, domain: str, epoch: int) -> KeyedPermutation:
+        return KeyedPermutation(self.windows(domain), self.seed, epoch, self.split.domains.index(domain))
 
     def _read(self, domain: str, window: int, tokens_S: np.ndarray) -> None:
         """Fills `tokens_S` with a window of a domain."""
