@@ -6,7 +6,7 @@ and sums it per token in a fixed order.
 
 A rank may receive far more pairs than usual, E/k times as many while all experts are active. So the pairs travel in
 rounds in which no rank receives more rows than `receive_rows`. The backward pass keeps what the first round computed
-and recomputes the others, exchange included: the activations of one round are all that a rank holds at a time.
+and recomputes the others one by one, exchange included: a rank holds the activations of two rounds at most.
 
 Legend: P ranks, T tokens of this rank, D model width, F expert width, E experts of all ranks, e of one rank, N listed
 pairs, n pairs that this rank sends in a round, m rows that it receives.
