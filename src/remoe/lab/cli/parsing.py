@@ -107,9 +107,9 @@ def check_router(name: str) -> None:
 
 
 @contextlib.contextmanager
-def waiting(text: str, wanted: bool = True) -> Iterator[None]:
-    """Context of work that takes seconds: a terminal shows `text` for as long as it lasts, if `wanted`."""
-    shown = wanted and sys.stderr.isatty()
+def waiting(text: str) -> Iterator[None]:
+    """Context of work that takes seconds: a terminal shows `text` for as long as it lasts."""
+    shown = sys.stderr.isatty()
     if shown:
         print(f"{text} ...", end="", file=sys.stderr, flush=True)
     try:
@@ -122,7 +122,8 @@ def waiting(text: str, wanted: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Context of imports that take seconds, which a terminal is told; then transformers shows no progress bars."""
-    with waiting("loading PyTorch and transformers", wanted="transformers" not in sys.modules):
+    loaded = "transformers" in sys.modules
+    with contextlib.nullcontext() if loaded else waiting("loading PyTorch and transformers"):
         yield
         from transformers.utils import logging
 

@@ -16,7 +16,7 @@ FORMER_NAMES: dict[str, tuple[str, Any]] = {
     "model.max_experts_per_token": ("router_options.max_experts_per_token", None),
 }
 BACKENDS_0_1_0 = {"cpu": "loop"}  # today's name of a backend, and the one of 0.1.0
-# Options that a preset sets otherwise than in 0.1.0: their value of then, which the runs of then have.
+# Options whose value in a preset has changed since 0.1.0: the value that the runs of 0.1.0 have.
 PRESETS_CHANGED = {"model.router_std": None}
 
 

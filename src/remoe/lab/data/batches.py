@@ -14,8 +14,8 @@ from remoe.lab.data.manifest import Shard
 from remoe.lab.data.permutation import KeyedPermutation
 
 IGNORED_TARGET = -100  # which torch's cross entropy ignores
-# Up to so many windows, an epoch's order is an array (128 MiB, made in about a second), as it was in version 0.1.0, so
-# that runs of then keep their order; for more, it is computed as it is used.
+# Up to so many windows, an epoch's order is an array (128 MiB, made in about a second), as in version 0.1.0, whose runs
+# keep their order; for more, it is computed as it is used.
 HELD_WINDOWS = 2**24
 
 

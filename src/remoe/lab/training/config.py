@@ -3,19 +3,18 @@
 Precedence: flags > YAML file (`--config`) > preset. No torch import: `--help` must be quick.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
-import tyro
 
 from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
+from remoe.lab.training.named_values import NamedValues, NamedWeights
 from remoe.lab.training.presets import preset
 from remoe.lab.training.renamed import renamed
 from remoe.lab.training.yaml_files import read_yaml
@@ -117,62 +116,6 @@ class CheckpointOptions:
     """Keep every checkpoint whose step is a multiple of this as well; 0 for none."""
 
 
-# The words that YAML reads as these values.
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None}
-
-
-OptionValue = bool | int | float | str | None
-
-
-def _pairs(words: list[str]) -> dict[str, OptionValue]:
-    """`["warmup_k", "6"]` as `{"warmup_k": 6}`."""
-    return {name: _value(word) for name, word in _alternating(words)}
-
-
-def _weights(words: list[str]) -> dict[str, float]:
-    """`["code", "2"]` as `{"code": 2.0}`."""
-    return {name: float(word) for name, word in _alternating(words)}
-
-
-def _alternating(words: list[str]) -> Iterator[tuple[str, str]]:
-    if len(words) % 2:
-        raise ValueError("names and values must alternate")
-    return zip(words[::2], words[1::2], strict=True)
-
-
-def _value(word: str) -> OptionValue:
-    if word.lower() in FLAGS:
-        return FLAGS[word.lower()]
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(word)
-    return word
-
-
-# One flag with any number of words; without this, tyro would give every key of the default a flag of its own.
-NamedValues = Annotated[
-    dict[str, OptionValue],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME VALUE ...",
-        instance_from_str=_pairs,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
-    ),
-]
-
-
-# As `NamedValues`.
-NamedWeights = Annotated[
-    dict[str, float],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME WEIGHT ...",
-        instance_from_str=_weights,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
-    ),
-]
 FREE_NAMES = ("router_options", "domain_weights")  # the router and the data check the names in these
 
 
