@@ -80,8 +80,14 @@ def _onednn_is_faster() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
+    return Path("/proc/cpuinfo").exists() and not is_intel()
+
+
+@cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's; False where the system does not say (it has no /proc/cpuinfo)."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text()
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
 
 
 def aligned(tensor: Tensor) -> Tensor:

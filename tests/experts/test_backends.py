@@ -17,11 +17,13 @@ from packaging import version
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, resolve_backend, run_experts
 from remoe.experts.contract import Problem
+from remoe.experts.cpu.build import compiled_passes
 from remoe.experts.dispatch import OPERATORS
 from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
+from remoe.matmul import is_intel
 from remoe.routing.assignment import Assignment
 
-EVERYWHERE = ["cpu", "cpu without passes", "cpu without kernels"]
+EVERYWHERE = ["cpu", "cpu with the other product", "cpu without passes", "cpu without kernels"]
 # Triton decides on its first import whether to interpret its kernels, so its tests run in a process of their own, which
 # `test_triton_in_its_interpreter` starts. tests/gpu runs the compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,11 +40,26 @@ SHAPES_16_BIT = {
 def backend(request, monkeypatch):
     """A backend as a function."""
     name, _, variant = request.param.partition(" ")
-    if variant:
+    if variant == "with the other product":
+        request.getfixturevalue("other_product")
+    elif variant:
         monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_passes", lambda dtype: None)
     if variant == "without kernels":
         monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_kernels", lambda dtype: None)
     return functools.partial(run_experts, backend=name)
+
+
+@pytest.fixture
+def other_product(monkeypatch):
+    """The matrix product that processors of other brands use."""
+    if not torch.backends.mkl.is_available():
+        pytest.skip("there is no other product than ours")
+    monkeypatch.setenv("REMOE_PRODUCT", "own" if is_intel() else "mkl")
+    compiled_passes.cache_clear()
+    yield
+    monkeypatch.undo()
+    compiled_passes.cache_clear()
+    compiled_passes(torch.float32)  # which gives the library its product again
 
 
 every_backend = pytest.mark.parametrize("backend", EVERYWHERE + RAGGED, indirect=True)

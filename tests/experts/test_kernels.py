@@ -13,6 +13,7 @@ import pytest
 import reference
 import torch
 
+from remoe.errors import ConfigError
 from remoe.experts import run_experts
 from remoe.experts.cpu import build as kernels
 from remoe.experts.cpu import cache
@@ -68,6 +69,18 @@ def test_switched_off(fresh, monkeypatch):
     assert kernels.compiled_kernels(torch.float32) is None
     assert kernels.compiled_passes(torch.float32) is None
     assert not list(fresh.iterdir())
+
+
+def test_a_product_that_is_not_there_is_refused(fresh, monkeypatch):
+    monkeypatch.setenv("REMOE_PRODUCT", "mlk")
+    with pytest.raises(ConfigError, match="unknown REMOE_PRODUCT 'mlk'; choose one of: own"):
+        kernels._library_sgemm()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setenv("REMOE_PRODUCT", "mkl")
+    with pytest.raises(ConfigError, match="unknown REMOE_PRODUCT 'mkl'; choose one of: own"):
+        kernels._library_sgemm()
+    monkeypatch.delenv("REMOE_PRODUCT")
+    assert kernels._library_sgemm() is None
 
 
 @pytest.mark.parametrize("trouble", ["none", "fails"])

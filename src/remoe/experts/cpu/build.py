@@ -1,7 +1,8 @@
 """The compiled kernels of the cpu backend: built once with the machine's C++ compiler, if it has one.
 
 The shared library is kept in the user's cache folder (`remoe.experts.cpu.cache`), named by a hash of its source,
-compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off.
+compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off. `REMOE_PRODUCT` says whose matrix
+product the passes use in float32: `own` or `mkl`; the default follows from the processor's brand.
 """
 
 import ctypes
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from remoe.errors import check_choice
 from remoe.experts.cpu.cache import find_library, is_kept, make_library
+from remoe.matmul import is_intel
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.h", "gemm.h", "steps.cpp", "passes.cpp"))
+_NAMES = ("rows.h", "gemm.h", "library.h", "steps.cpp", "passes.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _SECONDS = 120  # for each call of the compiler
@@ -81,7 +85,22 @@ def compiled_passes(dtype: torch.dtype) -> Passes | None:
     library = _library() if dtype in _SUFFIXES else None
     if library is None or not hasattr(library, f"experts_forward_{_SUFFIXES[dtype]}"):
         return None
+    library.use_library(_library_sgemm())
     return Passes(library, _SUFFIXES[dtype])
+
+
+def _library_sgemm() -> ctypes.c_void_p | None:
+    """The address of MKL's sgemm in PyTorch where the experts' products are MKL's: by default on Intel's processors.
+
+    Raises:
+        ConfigError: REMOE_PRODUCT is neither `own` nor `mkl`, or it is `mkl` and this PyTorch has no MKL.
+    """
+    carried = torch.backends.mkl.is_available()
+    choice = os.environ.get("REMOE_PRODUCT") or ("mkl" if carried and is_intel() else "own")
+    check_choice("REMOE_PRODUCT", choice, ("own", "mkl") if carried else ("own",))
+    if choice == "own":
+        return None
+    return ctypes.cast(ctypes.CDLL(str(_TORCH / "lib" / "libtorch_cpu.so")).sgemm_, ctypes.c_void_p)
 
 
 @cache

@@ -10,6 +10,7 @@
 // of a window; it has room for W + m.
 
 #include "gemm.h"
+#include "library.h"
 #include "rows.h"
 
 #include <numeric>
@@ -113,10 +114,10 @@ void weight_gradient(const Tile &t, const Factors<X> &a, const Sizes &n, X *dgat
     const int64_t size = t.to - t.from;
     const bool add = !t.first;
     if (t.down)
-        multiply(true, false, size, n.F, t.rows, a.dy_D + t.from, n.D, a.hidden_F, n.F, add,
+        product(true, false, size, n.F, t.rows, a.dy_D + t.from, n.D, a.hidden_F, n.F, add,
                 ddown_EDF + (t.expert * n.D + t.from) * n.F, n.F);
     else
-        multiply(true, false, size, n.D, t.rows, a.dpre_2F + t.from, 2 * n.F, a.x_D, n.D, add,
+        product(true, false, size, n.D, t.rows, a.dpre_2F + t.from, 2 * n.F, a.x_D, n.D, add,
                 dgate_up_E2FD + (t.expert * 2 * n.F + t.from) * n.D, n.D);
 }
 
@@ -177,14 +178,14 @@ void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const floa
             X *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
             X *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
             gather_rows(x_TD, token_N + start, rows, D, x_mD);
-            multiply(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
+            product(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
             for (int64_t j = 0; j < rows; j++)
                 swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
             // Of a block that reaches beyond C its first rows: with other threads the backward pass has other blocks.
             if (start < n.C && start + rows > n.C)
                 std::memcpy(pre_C2F + start * 2 * F, pre_m2F, (n.C - start) * 2 * F * sizeof(X));
             float *out_mD = out_WD + (start - blocks[first].start) * D;
-            multiply(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
+            product(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
         }
         combine(blocks, first, end, out_WD, token_N, n, y_TD);
     }
@@ -225,17 +226,17 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
             gather_rows(x_TD, token_N + start, rows, D, a.x_D);
             gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
             if (start + rows > n.C) {
-                multiply(false, true, rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, false, again_m2F, 2 * F);
+                product(false, true, rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, false, again_m2F, 2 * F);
                 pre_m2F = again_m2F;
             }
-            multiply(false, false, rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, false, dhidden_mF, F);
+            product(false, false, rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, false, dhidden_mF, F);
             for (int64_t j = 0; j < rows; j++) {
                 const Factors<X> row = a.row(j, n);
                 dgate_N[start + j] = swiglu_backward_row(pre_m2F + j * 2 * F, dhidden_mF + j * F, gate_N[start + j], F,
                                                          row.hidden_F, row.dpre_2F);
             }
             float *dx_mD = dx_WD + (start - base) * D;
-            multiply(false, false, rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, false, dx_mD, D);
+            product(false, false, rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, false, dx_mD, D);
             if (whole && weights) {
                 weight_gradient({false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
                 weight_gradient({true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
@@ -266,6 +267,8 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
                                               X *ddown, float *dgate) {                                                \
         backward(dy, x, gate_up, down, gate, token, count, pre, *n, scratch, dx, dgate_up, ddown, dgate);              \
     }
+
+extern "C" void use_library(void *sgemm) { library_sgemm = (Sgemm)sgemm; }
 
 EXPORT(float, float32)
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the latter's products are faster, and oneDNN's
