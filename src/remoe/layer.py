@@ -6,6 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
+from remoe.decoding import decode
 from remoe.errors import ConfigError, check, check_integers, check_numbers
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
@@ -111,15 +112,18 @@ class MoE(nn.Module):
         seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
         packed = {} if documents is None else {"document_T": documents.reshape(-1)}
         self.router.keep_float32()
-        routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
-        if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
-            routing = routing.pruned(self.gate_threshold, self.max_experts)
-        if self.router.merges:
-            y_TD = self.experts(x_TD, routing)
-        elif not self.router.routes_pairs and mask is None:
-            y_TD = self.experts(x_TD)
-        else:
-            y_TD = self.experts(x_TD, routing.assignment, routing.assignment.gate_N)
+        known = {"ids_T": ids_T, "seq_len": seq_len, **packed}
+        y_TD, routing = decode(self, x_TD, mask_T) or self._route_and_run(x_TD, mask_T, known)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
+
+    def _route_and_run(self, x_TD: Tensor, mask_T: Tensor | None, known: dict) -> tuple[Tensor, Routing]:
+        routing = self.router(x_TD, mask_T, **known)
+        if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
+            routing = routing.pruned(self.gate_threshold, self.max_experts)
+        if self.router.merges:
+            return self.experts(x_TD, routing), routing
+        if not self.router.routes_pairs and mask_T is None:
+            return self.experts(x_TD), routing
+        return self.experts(x_TD, routing.assignment, routing.assignment.gate_N), routing

@@ -48,11 +48,6 @@ def sign_rule(S: Tensor, target: float, alpha: float) -> Tensor:
     return alpha ** torch.sign(target - S)  # Eq. 7: lambda_{i+1} = lambda_i alpha^sign((1 - k/E) - S_i)
 
 
-def official_rule(S: Tensor, target: float, alpha: float) -> Tensor:
-    """The same in the authors' code, where S equal to the target counts as too sparse."""
-    return torch.where(target - S > 0, alpha, 1 / alpha)
-
-
 class LossTerms(NamedTuple):
     """What a loss has besides the task's, 0-dim float32 each: `total` = coefficient * regularizer + extra.
 
@@ -264,8 +259,9 @@ class SparsityController(Float32State):
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean
         if self.rule == "none":
             return torch.ones_like(self.lam), mean
-        rule = sign_rule if self.rule == "sign" else official_rule
-        return rule(S, self.target, self.alpha).float(), mean
+        if self.rule == "official":  # as in the authors' code: S equal to the target counts as too sparse
+            return torch.where(self.target - S > 0, self.alpha, 1 / self.alpha).float(), mean
+        return sign_rule(S, self.target, self.alpha).float(), mean
 
     def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
         return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])

@@ -63,7 +63,7 @@ class RemoeCausalLMOutput(CausalLMOutputWithPast):
         logits: (B, S, V); None for a loss in training mode, unless `return_logits` asks for them.
         cache, hidden_states, attentions: as in `RemoeModelOutput`.
         lm_loss: cross-entropy in nats per predicted token.
-        reg_loss: the regulariser over all layers, without its coefficient.
+        reg_loss: the regulariser over all layers, without its coefficient; at evaluation None without labels.
         routings: one `Routing` a layer. This and `reg_loss` are items of the output in training mode, otherwise
             attributes alone.
     """
@@ -294,7 +294,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         )
         if self.training:
             self.sparsity.observe(outputs.routings)
-        reg_loss = self.sparsity.regularizer(outputs.routings)
+        reg_loss = self.sparsity.regularizer(outputs.routings) if self.training else None
         target_BS = shifted_targets(labels, shift_labels, padding_mask(attention_mask, kwargs.get("token_mask")))
         if return_logits is None:
             return_logits = target_BS is None or not self.training

@@ -3,7 +3,10 @@
 Legend: T tokens, E experts, N listed pairs, of which the first R are routed.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,10 +126,45 @@ class Routing:
         return 1 - (self.count_E.sum() / slots).float()
 
 
+class LateRouting(Routing):
+    """A `Routing` that is made when one of its values is first asked for: generation asks for none.
+
+    Args:
+        make: returns it.
+    """
+
+    def __new__(cls, make: Callable[[], Routing] | None = None, **values: Any) -> Any:
+        return super().__new__(cls) if make else Routing(**values)  # the latter for `dataclasses.replace`
+
+    def __init__(self, make: Callable[[], Routing]) -> None:
+        self.__dict__["_make"] = make
+
+    @cached_property
+    def whole(self) -> Routing:
+        """The routing itself."""
+        return self.__dict__.pop("_make")()
+
+    def __reduce__(self) -> tuple:
+        return Routing, tuple(getattr(self, field.name) for field in fields(Routing))
+
+
+def _late(name: str) -> property:
+    return property(lambda self: getattr(self.whole, name))
+
+
+for _field in fields(Routing):
+    setattr(LateRouting, _field.name, _late(_field.name))
+
+
 def largest(score_TE: Tensor, k: int) -> Tensor:
     """(T, E) bool: the k largest scores of each token."""
     chosen_Tk = score_TE.topk(k, dim=1).indices
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
+
+
+def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """`active_TE` without the rows of padding."""
+    return active_TE if mask_T is None else active_TE & mask_T[:, None]
 
 
 def count_tokens(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -95,6 +95,10 @@ class Router(Float32State, ABC):
             seq_len: tokens of a sequence, a divisor of T; T when None. For routers that look at neighbouring tokens.
         """
 
+    def gates(self, x_TD: Tensor) -> Tensor | None:
+        """(T, E) gates of `forward` at evaluation, zero where there is no pair; None where only `forward` knows."""
+        return None
+
     def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         """(E,) tokens of each expert, from which a balanced loss takes the load; see `global_load`."""
         count_E = active_TE.sum(dim=0)
@@ -148,8 +152,3 @@ class LinearRouter(Router):
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-
-def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """`active_TE` without the rows of padding."""
-    return active_TE if mask_T is None else active_TE & mask_T[:, None]

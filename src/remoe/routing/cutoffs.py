@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import check
-from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import LinearRouter, unmasked
+from remoe.routing.assignment import Assignment, Routing, count_tokens, unmasked
+from remoe.routing.base import LinearRouter
 
 
 def choose_tokens(score_TE: Tensor, mask_T: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,7 @@ class CutoffRouter(LinearRouter):
             by_choice: the experts choose among these tokens; otherwise tokens above the cutoffs are active.
         """
         num_tokens, known_E = count_tokens(x_TD, mask_T), self.cutoff_E
-        # With k = E no score is the largest that was not chosen: every token is active.
-        # NaN counts as above, so that it stays visible in the output.
-        above_TE = unmasked(~(score_TE <= self.cutoff_E) | (self.k == self.num_experts), mask_T)
+        above_TE = unmasked(self.above(score_TE), mask_T)
         active_TE = above_TE
         if by_choice is not False:
             chosen_TE, cutoff_E = choose_tokens(score_TE, mask_T, self.k)
@@ -87,6 +85,12 @@ class CutoffRouter(LinearRouter):
         nothing = torch.zeros((), device=x_TD.device)
         assignment = Assignment.from_gates(gate_TE, active_TE)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, nothing, statistic_E=known_E)
+
+    def above(self, score_TE: Tensor) -> Tensor:
+        """(T, E) bool: which scores lie above their expert's cutoff."""
+        # With k = E no score is the largest that was not chosen: every token is active.
+        # NaN counts as above, so that it stays visible in the output.
+        return ~(score_TE <= self.cutoff_E) | (self.k == self.num_experts)
 
     @torch.no_grad()
     def reset_state(self) -> None:

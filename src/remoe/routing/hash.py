@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from remoe.errors import ConfigError
-from remoe.routing.assignment import Assignment, Routing, count_tokens
-from remoe.routing.base import Router, unmasked
+from remoe.routing.assignment import Assignment, Routing, count_tokens, unmasked
+from remoe.routing.base import Router
 
 
 class HashRouter(Router):

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.errors import check
-from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
-from remoe.routing.base import LinearRouter, unmasked
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
+from remoe.routing.base import LinearRouter
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
@@ -49,6 +49,7 @@ class ReLURouter(LinearRouter):
         check(gate_scale > 0, f"gate_scale must be above zero, but is {gate_scale}")
         self.load_balance, self.load_balance_power = load_balance, load_balance_power
         self.gate_scale, self.max_experts_per_token = gate_scale, max_experts_per_token
+        self.cap = max_experts_per_token if (max_experts_per_token or num_experts) < num_experts else None
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, **_: object) -> Routing:
         logits_TE = self.logits(x_TD)
@@ -59,12 +60,14 @@ class ReLURouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         regularizer = self.penalty(gate_TE, active_TE, num_tokens)
         gate_TE = self.scaled(gate_TE)
-
-        cap, most = self.max_experts_per_token, None
-        if cap is not None and cap < self.num_experts:
-            active_TE = unmasked(active_TE & largest(gate_TE.abs(), cap), mask_T)
-            gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * cap
+        most = None
+        if self.cap is not None:
+            active_TE = unmasked(active_TE & largest(gate_TE.abs(), self.cap), mask_T)
+            gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * self.cap
         return Routing(Assignment.from_gates(gate_TE, active_TE, most), gate_TE, logits_TE, num_tokens, regularizer)
+
+    def gates(self, x_TD: Tensor) -> Tensor | None:
+        return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None
 
     def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         """0-dim: what lambda multiplies."""

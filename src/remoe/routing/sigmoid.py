@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import check
-from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
-from remoe.routing.base import LinearRouter, unmasked
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
+from remoe.routing.base import LinearRouter
 
 
 class SigmoidRouter(LinearRouter):
@@ -53,14 +53,22 @@ class SigmoidRouter(LinearRouter):
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE.sigmoid()
         active_TE = unmasked(largest(score_TE + self.bias_E, self.k), mask_T)
-        gate_TE = score_TE * active_TE * self.gate_scale
-        if self.renormalize:
-            total_T1 = (score_TE * active_TE).sum(dim=1, keepdim=True)
-            gate_TE = gate_TE / total_T1.clamp(min=torch.finfo(gate_TE.dtype).tiny)
+        gate_TE = self._gates(score_TE, active_TE)
         num_tokens = count_tokens(x_TD, mask_T)
         nothing = torch.zeros((), device=x_TD.device)
         pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * self.k)
         return Routing(pairs, gate_TE, logits_TE, num_tokens, nothing)
+
+    def gates(self, x_TD: Tensor) -> Tensor:
+        score_TE = self.logits(x_TD).sigmoid()
+        return self._gates(score_TE, largest(score_TE + self.bias_E, self.k))
+
+    def _gates(self, score_TE: Tensor, active_TE: Tensor) -> Tensor:
+        gate_TE = score_TE * active_TE * self.gate_scale
+        if not self.renormalize:
+            return gate_TE
+        total_T1 = (score_TE * active_TE).sum(dim=1, keepdim=True)
+        return gate_TE / total_T1.clamp(min=torch.finfo(gate_TE.dtype).tiny)
 
     @torch.no_grad()
     def reset_state(self) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from remoe.errors import check
-from remoe.routing.assignment import Assignment, Routing, count_tokens
+from remoe.routing.assignment import Assignment, Routing, count_tokens, unmasked
 from remoe.routing.auxiliary_losses import switch_loss
-from remoe.routing.base import LinearRouter, unmasked
+from remoe.routing.base import LinearRouter
 
 
 class SparseMixerRouter(LinearRouter):

@@ -39,3 +39,7 @@ class ThresholdRouter(CutoffRouter):
         logits_TE = self.logits(x_TD)
         by_choice = self.updates < self.warmup_steps if self.training else False
         return self.route(x_TD, mask_T, logits_TE, logits_TE.sigmoid(), by_choice)
+
+    def gates(self, x_TD: Tensor) -> Tensor:
+        score_TE = self.logits(x_TD).sigmoid()
+        return score_TE * self.above(score_TE)

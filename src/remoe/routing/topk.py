@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from remoe.errors import check
-from remoe.routing.assignment import Assignment, Routing, count_tokens, largest
+from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
 from remoe.routing.auxiliary_losses import switch_loss
-from remoe.routing.base import LinearRouter, unmasked
+from remoe.routing.base import LinearRouter
 
 
 class TopKRouter(LinearRouter):
@@ -69,13 +69,21 @@ class TopKRouter(LinearRouter):
             prob_TE = prob_TE.masked_fill(~mask_T[:, None], 0)
         num_tokens = count_tokens(x_TD, mask_T)
         regularizer = switch_loss(prob_TE, self.load(active_TE, num_tokens), k=k, num_tokens=num_tokens)
+        gate_TE = self._gates(prob_TE, active_TE)
+        pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * (self.warmup_k or self.k))
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)
+
+    def gates(self, x_TD: Tensor) -> Tensor | None:
+        if self.warmup_k is not None:
+            return None
+        prob_TE = self.logits(x_TD).softmax(dim=1)
+        return self._gates(prob_TE, largest(prob_TE, self.k))
+
+    def _gates(self, prob_TE: Tensor, active_TE: Tensor) -> Tensor:
         gate_TE = prob_TE * active_TE
         if self.renormalize:
             gate_TE = gate_TE / gate_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate_TE.dtype).tiny)
-        if self.gate_scale != 1:
-            gate_TE = gate_TE * self.gate_scale
-        pairs = Assignment.from_gates(gate_TE, active_TE, x_TD.shape[0] * (self.warmup_k or self.k))
-        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer)
+        return gate_TE if self.gate_scale == 1 else gate_TE * self.gate_scale
 
     @torch.no_grad()
     def reset_state(self) -> None:

@@ -68,6 +68,24 @@ def backward(
     return dx_TD.to(p.x_TD.dtype), *dweights, dgate_N
 
 
+def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor | None:
+    """The experts' output for a few tokens, from gates instead of pairs; without gradients.
+
+    It is bit for bit that of `forward`. None where that takes another path: no kernels, or too many tokens.
+
+    Args:
+        x_TD, gate_up_E2FD, down_EDF: contiguous, on the CPU, of one dtype.
+        gate_TE: (T, E) contiguous float32, zero where there is no pair.
+    """
+    kernels = compiled_kernels(x_TD.dtype)
+    if kernels is None:
+        return None
+    y_TD, tensors = _accumulator(x_TD), addresses(x_TD, gate_TE, gate_up_E2FD, down_EDF)
+    sizes = *x_TD.shape, down_EDF.shape[2], down_EDF.shape[0]
+    done = kernels.few_tokens_by_gates(*tensors, *sizes, FEW_PAIRS[x_TD.dtype], *addresses(y_TD))
+    return y_TD.to(x_TD.dtype) if done else None
+
+
 def _forward_by_blocks(p: Problem, count: list[int], kernels: Kernels | None, pre_C2F: Tensor, y_TD: Tensor) -> None:
     steps = CompiledSteps(kernels, p.token_N) if kernels is not None else TorchSteps(p.token_N)
     blocks = _blocks(count, pre_C2F.shape[0])

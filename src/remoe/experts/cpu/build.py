@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "swiglu": (_P, _P, _I, _I, _P),
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
+    "few_tokens_by_gates": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _P),
 }
 Sizes = _I * 9  # the struct of that name in passes.cpp
 _PASS_ARGUMENTS = {
@@ -65,7 +66,7 @@ class Kernels(_Functions):
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, ctypes.c_bool if name.endswith("_by_gates") else None
             setattr(self, name, function)
 
 

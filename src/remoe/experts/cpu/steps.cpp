@@ -143,6 +143,30 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
     }
 }
 
+// The same by the gates of all experts, (T, E), where zero means no pair. False, with nothing done, where the active
+// experts have more than `most` pairs each, on average: matrix products are faster then.
+template <typename X>
+bool few_tokens_by_gates(const X *x_TD, const float *gate_TE, const X *gate_up_E2FD, const X *down_EDF, int64_t T,
+                         int64_t D, int64_t F, int64_t E, int64_t most, float *y_TD) {
+    static thread_local std::vector<float> gate_N;
+    static thread_local std::vector<int64_t> token_N, expert_L, start_L, count_L;
+    static thread_local std::vector<X> hidden_NF;
+    gate_N.clear(), token_N.clear(), expert_L.clear(), start_L.clear(), count_L.clear();
+    for (int64_t e = 0; e < E; e++) {
+        const int64_t start = int64_t(token_N.size());
+        for (int64_t t = 0; t < T; t++)
+            if (const float gate = gate_TE[t * E + e]; gate != 0) token_N.push_back(t), gate_N.push_back(gate);
+        const int64_t count = int64_t(token_N.size()) - start;
+        if (count) expert_L.push_back(e), start_L.push_back(start), count_L.push_back(count);
+    }
+    const int64_t N = int64_t(token_N.size()), L = int64_t(expert_L.size());
+    if (N > most * L) return false;
+    hidden_NF.resize(N * F);
+    few_tokens(x_TD, gate_up_E2FD, down_EDF, gate_N.data(), token_N.data(), expert_L.data(), start_L.data(),
+               count_L.data(), L, D, F, hidden_NF.data(), y_TD);
+    return true;
+}
+
 }  // namespace
 
 #define EXPORT(X, suffix)                                                                                             \
@@ -163,6 +187,10 @@ void few_tokens(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const f
                                         const int64_t *token, const int64_t *expert, const int64_t *start,            \
                                         const int64_t *count, int64_t L, int64_t D, int64_t F, X *hidden, float *y) { \
         few_tokens(x, gate_up, down, gate, token, expert, start, count, L, D, F, hidden, y);                          \
+    }                                                                                                                 \
+    extern "C" bool few_tokens_by_gates_##suffix(const X *x, const float *gate, const X *gate_up, const X *down,      \
+                                                 int64_t T, int64_t D, int64_t F, int64_t E, int64_t most, float *y) {\
+        return few_tokens_by_gates(x, gate, gate_up, down, T, D, F, E, most, y);                                      \
     }
 
 EXPORT(float, float32)

@@ -1,0 +1,67 @@
+"""A layer on a few tokens without gradients, as in generation: from gates to the output, without lists of pairs.
+
+What remains in Python then takes as long as reading the weights of small experts, so the routing is only made when
+something asks for it.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remoe.experts import Experts
+from remoe.experts.cpu.backend import few_tokens
+from remoe.routing.assignment import LateRouting, Routing
+
+MOST_TOKENS = 64
+
+
+def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routing] | None:
+    """Output, without that of a shared expert, and routing of a layer; None where the usual way must be taken.
+
+    Output and gates are bit for bit those of the usual way.
+
+    Args:
+        layer: a `MoE`. Its weights may be sharded, quantised or adapted, and its parts wrapped: then None.
+        x_TD, mask_T: as a router is given them.
+    """
+    router, experts = layer.router, layer.experts
+    if (
+        torch.is_grad_enabled()
+        or layer.training
+        or x_TD.shape[0] > MOST_TOKENS
+        or x_TD.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or type(experts) is not Experts
+        or experts.backend not in ("auto", "cpu")
+        or layer.gate_threshold > 0
+        or layer.max_experts is not None
+        or not (_is_plain(router) and _is_plain(experts))
+    ):
+        return None
+    weights = experts.gate_up_proj, experts.down_proj
+    plain = type(x_TD) is Tensor and all(type(weight) is nn.Parameter and weight.is_contiguous() for weight in weights)
+    if not plain or weights[0].dtype is not x_TD.dtype or (gate_TE := router.gates(x_TD)) is None:
+        return None
+    if mask_T is not None:
+        gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
+    y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *(weight.detach() for weight in weights))
+    return None if y_TD is None else (y_TD, LateRouting(lambda: _route(layer, x_TD, mask_T)))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module calls its class's `forward` and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@torch.no_grad()
+def _route(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
+    """The routing at evaluation, whatever mode the layer has been put into since."""
+    training, layer.router.training = layer.router.training, False
+    try:
+        return layer.router(x_TD, mask_T)
+    finally:
+        layer.router.training = training
