@@ -1,10 +1,7 @@
 """Routers from files of the user's own."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,27 +19,35 @@ from remoe.routing.options import check_options
 from remoe.routing.plugins import load_own_routers
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "router.md").read_text()
-COMPARE = "import sys; from remoe.lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def same_routers():
+    """The test leaves no router behind."""
+    before = dict(ROUTERS)
+    yield
+    ROUTERS.clear()
+    ROUTERS.update(before)
 
 
 @pytest.mark.slow
-def test_compare_trains_the_router_of_the_guide(corpus, tmp_path):
+@pytest.mark.usefixtures("same_routers", "forked_runs", "no_figures")
+def test_compare_trains_the_router_of_the_guide(corpus, tmp_path, monkeypatch, capsys):
     examples = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     example = next(example for example in examples if "class AboveMean" in example)
     (tmp_path / "above_mean.py").write_text(example)
     base = {"steps": 2, "seq_len": 32, "batch_size": 2, "model": {"hidden_size": 32, "num_hidden_layers": 1}}
     experiment = {"base": base, "variants": {"mine": {"router": "above_mean"}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(experiment))
-    command = [sys.executable, "-c", COMPARE, "compare", "mine.yaml", "--data", str(corpus), "--device", "cpu"]
-    paths = os.pathsep.join(filter(None, sys.path))
+    monkeypatch.chdir(tmp_path)
     for files, code, words in (
-        ("above_mean.py", 0, "validation loss"),
         ("none.py", 2, "none.py, which is not a Python"),
+        ("above_mean.py", 0, "validation loss"),
     ):
-        environment = os.environ | {"REMOE_ROUTERS": files, "PYTHONPATH": paths}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == code, done.stderr
-        assert words in done.stdout + done.stderr
+        monkeypatch.setenv("REMOE_ROUTERS", files)
+        assert main(["compare", "mine.yaml", "--data", str(corpus), "--device", "cpu"]) == code
+        said = capsys.readouterr()
+        assert words in said.out + said.err
     assert "| mine | 1 | 2 |" in (tmp_path / "runs" / "compare" / "mine" / "results.md").read_text()
 
 
@@ -117,14 +122,10 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 
 
 @pytest.fixture
-def own_routers(tmp_path):
-    before = dict(ROUTERS)
+def own_routers(same_routers, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN)
     load_own_routers(str(path))
-    yield
-    ROUTERS.clear()
-    ROUTERS.update(before)
 
 
 def trained(**options):

@@ -19,7 +19,7 @@ from remoe.lab.data import load_tokenizer
 
 pytest.importorskip("lm_eval")
 
-from remoe.lab.evaluation.zeroshot import TASKS, WindowedModel, evaluate_task, is_causal, load_tasks
+from remoe.lab.evaluation.zeroshot import TASKS, WindowedModel, _harness_tasks, evaluate_task, is_causal, load_tasks
 
 WINDOW = 32
 WORDS = ["cow", "sheep", "hen", "goat", "barn", "road", "shop", "bus", "tram", "lamp", "0.", "3.", "6.", "é"]
@@ -196,6 +196,15 @@ def test_a_router_that_looks_ahead_gets_one_sequence_at_a_time(run, data, tmp_pa
 
 def test_relu_routing_is_causal(model):
     assert is_causal(model)
+
+
+def test_the_harness_is_asked_for_its_own_tasks_alone():
+    """It has thousands, and reads a file for each."""
+    manager = _harness_tasks(TASKS.values())
+    assert {*TASKS.values()} <= {*manager.all_tasks}
+    assert len(manager.all_tasks) < 100
+    assert "piqa" in _harness_tasks(["piqa"]).all_tasks
+    assert "race" not in _harness_tasks(["piqa"]).all_tasks
 
 
 ROW = {"context": "a", "choices": ["b", "c"], "gold": 0}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import yaml
@@ -78,21 +79,24 @@ def own_modules(tmp_path, monkeypatch):
     sys.modules.update(before)
 
 
-def load_without_remoe(folders, tmp_path, monkeypatch):
+def load_without_remoe(folders, tmp_path):
     """Token ids, and what a process without this package computes from them with the model of each folder."""
     ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
     torch.save(ids, tmp_path / "ids.pt")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", WITHOUT_REMOE, str(tmp_path / "ids.pt"), str(tmp_path / "results.pt")]
-    done = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["-c", *map(str, (tmp_path / "ids.pt", tmp_path / "results.pt", *folders))]
+    begin = f"""import os, sys
+os.environ["HF_MODULES_CACHE"] = {str(tmp_path / "modules")!r}
+sys.argv = {arguments!r}
+"""
+    status, _, errors = fresh.run(begin + WITHOUT_REMOE)
+    assert status == 0, errors[-2000:]
     return ids, torch.load(tmp_path / "results.pt")
 
 
 @pytest.mark.slow
-def test_loads_without_this_package(exported, tmp_path, monkeypatch):
+def test_loads_without_this_package(exported, tmp_path):
     _, folder = exported
-    ids, (result,) = load_without_remoe([folder], tmp_path, monkeypatch)
+    ids, (result,) = load_without_remoe([folder], tmp_path)
     model = remoe.RemoeForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -105,7 +109,7 @@ def test_loads_without_this_package(exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_fine_tuned_from_the_folder_keeps_its_code(exported, tmp_path, monkeypatch):
+def test_a_model_fine_tuned_from_the_folder_keeps_its_code(exported, tmp_path):
     _, folder = exported
     model = remoe.RemoeForCausalLM.from_pretrained(folder).train()
     ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -114,7 +118,7 @@ def test_a_model_fine_tuned_from_the_folder_keeps_its_code(exported, tmp_path, m
     optimizer.step()
     model.save_pretrained(tmp_path / "tuned")
     assert {p.name for p in (tmp_path / "tuned").glob("*.py")} == {p.name for p in folder.glob("*.py")}
-    ids, (result,) = load_without_remoe([tmp_path / "tuned"], tmp_path, monkeypatch)
+    ids, (result,) = load_without_remoe([tmp_path / "tuned"], tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(result["logits"], model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     remoe.RemoeForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained(tmp_path / "classes")
@@ -198,7 +202,7 @@ def test_the_card_names_the_data_without_its_place():
 
 
 @pytest.mark.slow
-def test_other_routers_load_without_this_package(tmp_path, monkeypatch):
+def test_other_routers_load_without_this_package(tmp_path):
     sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     models = {}
     for router in ("topk", "dense", "lory", "hash"):
@@ -207,7 +211,7 @@ def test_other_routers_load_without_this_package(tmp_path, monkeypatch):
         models[tmp_path / router] = model = remoe.RemoeForCausalLM(config).eval()
         (tmp_path / router).mkdir()
         export_model(model, tmp_path / router)
-    ids, results = load_without_remoe(models, tmp_path, monkeypatch)
+    ids, results = load_without_remoe(models, tmp_path)
     for model, result in zip(models.values(), results, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -373,7 +377,14 @@ def test_lm_eval_harness_reads_the_folder(exported, tmp_path, monkeypatch):
     (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(task))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    program = WITHOUT_REMOE.split("import torch")[0] + "from lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
+    program = f"""{WITHOUT_REMOE.split("import torch")[0]}
+import functools
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks import TaskManager
+# To read the thousands of tasks that come with it would take longer than all the rest.
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+cli_evaluate()
+"""
     arguments = ["--model", "hf", "--model_args", f"pretrained={link},trust_remote_code=True", "--device", "cpu"]
     arguments += ["--tasks", "tiny", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)

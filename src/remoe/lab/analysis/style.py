@@ -162,7 +162,7 @@ def write_svg(fig: Figure, file: BinaryIO | str) -> None:
     """Writes the figure as SVG as `save` does."""
     # Run the layout only once: each run moves the axes by a rounding error, and the ids in the SVG hash positions.
     with mpl.rc_context(STYLE):
-        fig.draw_without_rendering()
+        fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")
     _round_positions(fig)
     with _printing(fig):
