@@ -48,7 +48,7 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
         return None
     if mask_T is not None:
         gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
-    y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *(weight.detach() for weight in weights))
+    y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *weights)
     return None if y_TD is None else (y_TD, LateRouting(lambda: _route(layer, x_TD, mask_T)))
 
 

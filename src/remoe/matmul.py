@@ -98,8 +98,11 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def float32_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """x W^T + b, (T, E), in float32 (float64 for float64 input), whatever autocast says."""
+    device = x_TD.device.type
+    if x_TD.dtype == weight_ED.dtype == torch.float32 and not torch.is_autocast_enabled(device):
+        return F.linear(x_TD, weight_ED, bias_E)  # entering a context takes longer than a few tokens' logits
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         bias_E = None if bias_E is None else bias_E.to(dtype)
         if x_TD.dtype == dtype:
             return F.linear(x_TD, weight_ED.to(dtype), bias_E)

@@ -82,7 +82,7 @@ def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Te
         return None
     y_TD, tensors = _accumulator(x_TD), addresses(x_TD, gate_TE, gate_up_E2FD, down_EDF)
     sizes = *x_TD.shape, down_EDF.shape[2], down_EDF.shape[0]
-    done = kernels.few_tokens_by_gates(*tensors, *sizes, FEW_PAIRS[x_TD.dtype], *addresses(y_TD))
+    done = kernels.few_tokens_by_gates(*tensors, *sizes, FEW_PAIRS[x_TD.dtype], y_TD.data_ptr())
     return y_TD.to(x_TD.dtype) if done else None
 
 

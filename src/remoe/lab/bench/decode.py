@@ -50,7 +50,7 @@ def bench_decode(
         for peer in ("eager", "grouped_mm", "batched_mm"):
             factories[f"transformers {peer}"] = lambda p=peer: mixtral_layer(case, p)
     with device:  # as in `remoe.lab.bench.layer`
-        stacks = {name: [make().to(device, dtype) for _ in range(layers)] for name, make in factories.items()}
+        stacks = {name: [make().to(device, dtype).eval() for _ in range(layers)] for name, make in factories.items()}
     inputs = {name: [_input(layer, case, device, dtype) for layer in stack] for name, stack in stacks.items()}
     steps = {name: _step(stack, inputs[name]) for name, stack in stacks.items()}
     seconds = {name: s / layers for name, s in median_seconds(steps, device, repetitions, ahead=False).items()}
