@@ -47,17 +47,25 @@ def replacing(path: Path, *, error: type[RemoeError] = DataError) -> Iterator[Pa
         workspace.mkdir()
         try:
             yield written
-            # The umask decides, as it has for the workspace: safetensors lets only the owner read its files, and a
-            # copied folder has the mode of the first.
-            mode = stat.S_IMODE(workspace.stat().st_mode)
-            for part in (written, *(written.rglob("*") if written.is_dir() else ())):
-                if not part.is_symlink():
-                    part.chmod(mode if part.is_dir() else mode & 0o666)
-                sync(part)
-            os.replace(written, path)
-            sync(path.parent)
+            publish(written, path)
         finally:
             remove(workspace)
+
+
+def publish(written: Path, path: Path) -> None:
+    """Move a file or a folder to `path` in one step, through to the disk; raises OSError if that fails.
+
+    A new folder, in which `written` is, decides the modes of the files and folders.
+    """
+    # The umask decides, as it has for the new folder: safetensors lets only the owner read its files, and a copied
+    # folder has the mode of the first.
+    mode = stat.S_IMODE(written.parent.stat().st_mode)
+    for part in (written, *(written.rglob("*") if written.is_dir() else ())):
+        if not part.is_symlink():
+            part.chmod(mode if part.is_dir() else mode & 0o666)
+        sync(part)
+    os.replace(written, path)
+    sync(path.parent)
 
 
 @contextmanager

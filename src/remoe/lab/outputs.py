@@ -11,8 +11,8 @@ from remoe.lab.files import atomic_write, disk_errors
 
 _LARGEST_READ = 1 << 26  # bytes; no file that a command writes for its user is larger
 _MODEL_FILES = re.compile(
-    r"((generation_)?config|training|checksums|tokenizer(_config)?|special_tokens_map|vocab|dataset)\.json"
-    r"|(model|training).*\.(safetensors|json)|README\.md|.*\.py|merges\.txt|.*\.jinja"
+    r"((generation_)?config|training|checksums|shards|tokenizer(_config)?|special_tokens_map|vocab|dataset)\.json"
+    r"|(model|training|shard-).*\.(safetensors|json)|README\.md|.*\.py|merges\.txt|.*\.jinja"
 )
 # What shows the kind of a folder, the kind, and the names in it that are its own.
 _FOLDERS = (

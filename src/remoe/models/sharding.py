@@ -8,7 +8,7 @@ data; replicas repeat all of it.
 import math
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing.assignment import Assignment
 
 TRANSFORMERS = (5, 24)  # the oldest version whose `transformers.distributed` the tests ran with
+Block = tuple[tuple[int, int], ...]  # start and end in every dimension of a whole tensor
 EXCHANGE = "remoe_ragged"  # our name in transformers' registry of exchanges
 
 FSDP_PLAN = {
@@ -95,17 +96,6 @@ class RaggedExchange:
         return exchange_experts(x_TD, *weights, assignment, self.group, self.experts.backend)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has spread the model over ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def unsharded_twin(model: RemoeForCausalLM) -> RemoeForCausalLM:
-    """A model of the same configuration on the meta device, which saves whole weights that it is given."""
-    with torch.device("meta"):
-        return type(model)(type(model.config).from_dict(model.config.to_dict()))
-
-
 def reshard(model: nn.Module) -> None:
     """Frees the whole weights that a forward pass without a backward pass has left, so that parameters are shards."""
     for module in model.modules():
@@ -118,20 +108,72 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process has it; every rank that holds a shard must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+class Sliceable(Protocol):
+    """A whole tensor, perhaps a stored one, that can be read in parts."""
+
+    def get_shape(self) -> list[int]:
+        """Its size in every dimension."""
+
+    def __getitem__(self, slices: Any) -> Tensor:
+        """The part that slices select, one for each dimension; `...` for all of it."""
 
 
-def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor, as another tensor is sharded; the tensor itself where that is whole."""
+def shard_of(whole: Sliceable, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, of which only that part is read; on the device of `like`.
+
+    Args:
+        whole: of the shape of `like`.
+        like: a tensor that is sharded as the result shall be, or one that every process has in full.
+    """
     if not isinstance(like, DTensor):
-        return tensor
+        return whole[...].to(like.device)
     from transformers.distributed.sharding_utils import DtensorShardOperation
 
-    shard = DtensorShardOperation(like).shard_tensor(tensor, device=like.device, dtype=tensor.dtype)
-    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
-    return DTensor.from_local(shard.contiguous(), like.device_mesh, like.placements, **layout)
+    return DtensorShardOperation(like).shard_tensor(whole, device=like.device).contiguous()
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """This process's part of a tensor as one that is sharded as another one is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, **layout)
+
+
+def blocks(tensor: Tensor) -> list[tuple[Block, Tensor]]:
+    """What this process has of a tensor: blocks of the whole one, each with its place in that, without empty ones.
+
+    One block, except where tensor parallelism cuts gate and up projections, which are in one matrix: two.
+    """
+    if not isinstance(tensor, DTensor):
+        return [(tuple((0, size) for size in tensor.shape), tensor)]
+    asked = _Asked(tensor.shape)
+    shard_of(asked, tensor.to("meta"))
+    if len(asked.blocks) == 1:
+        parts = [tensor.to_local()]
+    else:
+        first, second, *_ = asked.blocks
+        dim = next(dim for dim, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+        sizes = [stop - start for start, stop in (block[dim] for block in asked.blocks)]
+        parts = list(tensor.to_local().split(sizes, dim))
+    return [(block, part) for block, part in zip(asked.blocks, parts, strict=True) if part.numel()]
+
+
+class _Asked:
+    """Takes the place of a stored tensor, to learn which blocks of it a shard is made of."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = list(shape)
+        self.blocks: list[Block] = []
+
+    def get_shape(self) -> list[int]:
+        return self._shape
+
+    def __getitem__(self, slices: Any) -> Tensor:
+        slices = (slice(None),) * len(self._shape) if slices is Ellipsis else slices
+        block = tuple(part.indices(size)[:2] for part, size in zip(slices, self._shape, strict=True))
+        self.blocks.append(block)
+        return torch.empty([stop - start for start, stop in block], device="meta")
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

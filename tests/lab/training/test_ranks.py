@@ -1,25 +1,32 @@
 """Training on several processes gives what one process gives, with the same micro-batches."""
 
+import errno
+import os
 import shutil
+from threading import Event
 
 import pytest
 import torch
 import transformers
 from packaging import version
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.data import open_dataset
-from remoe.lab.training.checkpoint import list_checkpoints
+from remoe.lab.export import export_run
+from remoe.lab.training import saving
+from remoe.lab.training.checkpoint import list_checkpoints, newest_whole, verify
 from remoe.lab.training.config import config_from_dict
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.mesh import mesh_of
 from remoe.lab.training.metrics import read_metrics
 from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.shards import opened, read_model
 from remoe.lab.training.train import run_training
 from remoe.lab.training.trainer import Trainer
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.sharding import local
 
 TOO_OLD = version.parse(transformers.__version__) < version.parse("5.24")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(TOO_OLD, reason="sharding needs transformers 5.24")]
@@ -69,6 +76,7 @@ def _on_ranks(rank, folder, data, names):
         trainer = train(options(name, data, mesh=name.split()[1], **load), folder / name)
         state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
     torch.save(state, folder / f"state-{rank}.pt")
+    _saving(rank, trainer)
     if rank == 1:
         trainer.model.sparsity.lam *= 1 + 1e-6
     with pytest.raises(RemoeError, match=f"step {STEPS}: lambda, S or the state of a router of rank 1 differs"):
@@ -78,14 +86,59 @@ def _on_ranks(rank, folder, data, names):
         _fail_on_rank_0(trainer.ranks)
 
 
+def _saving(rank, trainer):
+    """A checkpoint is of the step at which it was begun, and a rank that cannot write its part stops all."""
+    run, may_write = trainer.run, Event()
+    expected, _ = stored(run.last_checkpoint())
+    trainer.run = RunFolder(run.path.with_name("saving"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "save_file", lambda *arguments: may_write.wait(60) and save_file(*arguments))
+        trainer.save()
+        trainer.saving.poll()
+        assert trainer.run.last_checkpoint() is None
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                local(parameter).add_(1)
+        may_write.set()
+        trainer.saving.wait()
+        trainer.ranks.wait()
+        found, _ = stored(trainer.run.last_checkpoint())
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        trainer.ranks.wait()
+        if rank == 1:
+            patch.setattr(saving, "save_file", _full_disk)
+        trainer.step += 1
+        trainer.save()
+        words = "rank 1: .*No space left.*the last good checkpoint is" if rank == 1 else "because rank 1 failed"
+        with pytest.raises(RemoeError, match=words):
+            trainer.saving.wait()
+    assert [path.name for path in trainer.run.checkpoints.iterdir()] == [f"step-{STEPS:08}"]
+    trainer.run, trainer.step = run, STEPS
+
+
+def _full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _resumed(rank, folder, data):
     """A run of one process goes on with two, which first save what they have read."""
     config = options("relu fsdp=2,ep=2", data, mesh="fsdp=2,ep=2", resume=True)
     trainer = Trainer(config, open_dataset(data), RunFolder(folder / "resumed"), Ranks(mesh_of(config), "cpu"))
     trainer.resume()
+    assert trainer.step == STEPS // 2
     trainer.run = RunFolder(folder / "again")
     trainer.save()
+    trainer.step += 1
+    trainer.save()
+    trainer.saving.wait()
+    first, second = list_checkpoints(trainer.run.checkpoints)
+    if rank == 1:  # checks the sum of one file of two
+        shard = second / "shard-00001-of-00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     trainer.ranks.wait()
+    found, errors = newest_whole(trainer.run.checkpoints, verified=True, ranks=trainer.ranks)
+    assert found == first
+    assert "shard-00001-of-00002.safetensors is damaged" in str(errors[0])
     assert run_training(config, RunFolder(folder / "resumed"), options("relu fsdp=2,ep=2", data)) == 0
 
 
@@ -121,22 +174,37 @@ def test_two_processes_train_as_one_does(alone, together, name):
     assert states[0] == states[1]  # lambda and S, bit for bit
 
 
+def stored(checkpoint):
+    """The whole tensors of the model, and those beside it."""
+    with opened(checkpoint) as parts:
+        return [{name: tensor[...] for name, tensor in part.items()} for part in parts]
+
+
 def check_equal_checkpoints(one, several):
     ours, expected = (list_checkpoints(folder / "checkpoints")[0] for folder in (several, one))
-    for file in ("model.safetensors", "training.safetensors"):
-        found, wanted = load_file(ours / file), load_file(expected / file)
+    verify(ours)
+    for found, wanted in zip(stored(ours), stored(expected), strict=True):
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
             difference, size = (t.double().norm() for t in (value.double() - wanted[name].double(), wanted[name]))
             assert difference <= 1e-2 * size, name  # Adam amplifies the rounding of gradients near zero
     assert (ours / "config.json").read_text() == (expected / "config.json").read_text()
-    RemoeForCausalLM.from_pretrained(ours)
+    weights = read_model(ours).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in stored(ours)[0].items())
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_is_that_of_one_process(alone, together, name):
     check_equal_checkpoints(alone / name.split()[0], together / name)
+
+
+def test_a_run_of_two_processes_is_exported(together, tmp_path):
+    run = together / "relu fsdp=2,ep=2"
+    weights, _ = stored(RunFolder(run).last_checkpoint())
+    exported = RemoeForCausalLM.from_pretrained(export_run(run, tmp_path / "out")).state_dict()
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], value) for name, value in weights.items())
 
 
 def test_a_run_of_two_processes_goes_on_with_one(corpus, alone, together, tmp_path):
@@ -152,10 +220,9 @@ def test_a_run_of_one_process_goes_on_with_two(corpus, alone, tmp_path):
     shutil.copytree(alone / "relu", tmp_path / "resumed")
     shutil.rmtree(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1])
     run_ranks(_resumed, tmp_path, corpus)
-    (ours,) = list_checkpoints(tmp_path / "again" / "checkpoints")
+    ours = list_checkpoints(tmp_path / "again" / "checkpoints")[0]
     before = list_checkpoints(alone / "relu" / "checkpoints")[0]
-    for file in ("model.safetensors", "training.safetensors"):  # what was read is what is written, bit for bit
-        found, expected = load_file(ours / file), load_file(before / file)
+    for found, expected in zip(stored(ours), stored(before), strict=True):  # what was read is written, bit for bit
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
     check_equal_courses(alone / "relu", tmp_path / "resumed")

@@ -3,6 +3,8 @@
 A checkpoint is a folder `step-00000200` that transformers can load (`config.json`, `model.safetensors`), with
 `training.safetensors` (optimiser moments, random state) and `training.json` (step, fingerprint of the data). No pickle.
 `checksums.json` has the sha256 of each of these files, and of the run's tokenizer: together they are one checkpoint.
+A run of several processes writes `shards.json` and a file for each rank instead of the two safetensors files, see
+`shards.py` and `saving.py`.
 """
 
 import hashlib
@@ -10,17 +12,21 @@ import json
 import shutil
 from operator import index
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from remoe.errors import CheckpointError, DataError
 from remoe.lab.files import TEMPORARY, remove_whole, replacing
-from remoe.models.sharding import is_sharded, sharded_like, unsharded_twin, whole
+from remoe.lab.training.config import CheckpointOptions
+from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.shards import INDEX, Stored, fill, model_files, opened
+from remoe.models.sharding import like, shard_of
 
+T = TypeVar("T")
 _PREFIX = "step-"
 _LEFT_OVERS = (f".*{TEMPORARY}", ".partial-*")  # of a process that was killed: today's names, and those of 0.1.0
 _COST = ("seconds", "peak_memory_bytes")  # 0 in old checkpoints, which do not have them
@@ -28,6 +34,7 @@ CHECKSUMS = "checksums.json"
 _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
+OF_RANK_0 = (_RNG_CPU, _RNG_CUDA)  # differ between ranks; `Ranks.seed_step` sets those of the others
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -59,10 +66,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     info: dict[str, object],
     course_of_sparsity: list[float],
-    *,
-    writes: bool = True,
 ) -> Path:
-    """Writes a checkpoint atomically and durably; of a model that is sharded, the same files as of a whole one.
+    """Writes a checkpoint of one process atomically and durably; `ShardedSaving` writes those of several.
 
     Args:
         folder: the run's `checkpoints`.
@@ -71,36 +76,48 @@ def save_checkpoint(
         optimizer: over `model`'s parameters.
         info: small JSON values, such as the fingerprint of the data.
         course_of_sparsity: S of each step so far.
-        writes: whether this process writes. Every rank with a shard of the model must call this, and one writes.
 
     Raises:
         CheckpointError: when it cannot be written, for example because the disk is full; earlier checkpoints are
             untouched.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    tensors = _training_tensors(model, optimizer, writes) | {_COURSE: torch.tensor(course_of_sparsity)}
-    weights = _gathered(model, writes)
-    if not writes:
-        return final
+    final = checkpoint_path(folder, step)
+    tensors = training_tensors(model, optimizer, course_of_sparsity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_whole(final)  # damaged, otherwise the run would have been resumed from it
         with replacing(final) as partial:
-            if weights is None:
-                model.save_pretrained(partial)
-            else:
-                unsharded_twin(model).save_pretrained(partial, state_dict=weights)
+            model.save_pretrained(partial)
             save_file(tensors, partial / "training.safetensors")
-            (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
-            parts = {path.name: path for path in partial.iterdir()} | _tokenizer_files(folder.parent)
-            checksums = {name: _sha256(path) for name, path in sorted(parts.items())}
-            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+            write_info(partial, step, info)
+            parts = {path.name: path for path in partial.iterdir()} | tokenizer_files(folder.parent)
+            write_checksums(partial, {name: sha256(path) for name, path in parts.items()})
     except (OSError, DataError, SafetensorError) as error:
-        kept = list_checkpoints(folder)
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; {last}") from error
+        raise cannot_write(final, error) from error
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, in a run's folder of checkpoints."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def write_info(partial: Path, step: int, info: dict[str, object]) -> None:
+    """Writes `training.json`."""
+    (partial / "training.json").write_text(json.dumps({"step": step, **info}, indent=2))
+
+
+def write_checksums(partial: Path, checksums: dict[str, str]) -> None:
+    """Writes `checksums.json`: the sha256 of each file by its name."""
+    (partial / CHECKSUMS).write_text(json.dumps(dict(sorted(checksums.items())), indent=2))
+
+
+def cannot_write(final: Path, error: Exception, who: str = "") -> CheckpointError:
+    """The error for a checkpoint that cannot be written, where `who` says by which rank."""
+    kept = list_checkpoints(final.parent)
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+    reason = " ".join(str(error.__cause__ or error).split())
+    return CheckpointError(f"cannot write checkpoint {final}: {who}{reason}; {last}")
 
 
 def load_training_state(
@@ -116,40 +133,32 @@ def load_training_state(
     """
     try:
         info = json.loads((path / "training.json").read_text())
-        weights = {
-            name: value for file in sorted(path.glob("model*.safetensors")) for name, value in load_file(file).items()
-        }
-        state = load_file(path / "training.safetensors")
-        own = model.state_dict()
-        weights = {name: sharded_like(value, own[name]) if name in own else value for name, value in weights.items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        if wrong := [*(set(missing) - tied), *unexpected]:
-            raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
-        _restore_training(state, model, optimizer)
+        with opened(path) as (weights, state):
+            fill(model, weights, path)
+            _restore_training(state, model, optimizer)
+            course = state[_COURSE][...].tolist()
         info = {"step": index(info["step"]), "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error
-    return info, state[_COURSE].tolist()
+    return info, course
 
 
-def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    torch.set_rng_state(state[_RNG_CPU])
+def _restore_training(state: dict[str, Stored], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.set_rng_state(state[_RNG_CPU][...])
     device = next(model.parameters()).device
     if device.type == "cuda" and _RNG_CUDA in state:
-        torch.cuda.set_rng_state(state[_RNG_CUDA], device)
+        torch.cuda.set_rng_state(state[_RNG_CUDA][...], device)
     for name, parameter in model.named_parameters():
         if f"{name}.step" not in state:  # it had no gradient yet
             continue
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            # Fused AdamW keeps its step counter beside the parameter.
-            value = state[f"{name}.{key}"]
-            value = value if key == "step" else sharded_like(value, parameter)
-            optimizer.state[parameter][key] = value.to(parameter.device)
+        # Fused AdamW keeps its step counter beside the parameter.
+        optimizer.state[parameter]["step"] = state[f"{name}.step"][...].to(parameter.device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][key] = like(shard_of(state[f"{name}.{key}"], parameter), parameter)
 
 
-def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
+def clean(folder: Path, newest: int, options: CheckpointOptions) -> None:
     """Deletes left-overs, and checkpoints up to step `newest` but the last `keep` and those every `keep_every` steps.
 
     Folders of later steps stay: they are damaged, or a user's.
@@ -157,20 +166,24 @@ def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
     for pattern in _LEFT_OVERS:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest][:-keep]:
-        if not (keep_every and checkpoint_step(path) % keep_every == 0):
+    for path in [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest][: -options.keep]:
+        if not (options.keep_every and checkpoint_step(path) % options.keep_every == 0):
             remove_whole(path)
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, part: tuple[int, int] = (0, 1)) -> None:
     """Compares every file of a checkpoint, and the tokenizer of its run, with the checksums that were saved with it.
 
     A checkpoint of version 0.1.0 has no checksums; only the headers of its weights are read.
 
+    Args:
+        path: the checkpoint.
+        part: (rank, ranks), where several ranks share the files among them; all of them by default.
+
     Raises:
         CheckpointError: naming a file that is missing, damaged, or of another checkpoint.
     """
-    check_weights(path)
+    check_weights(path, part)
     listed = path / CHECKSUMS
     if not listed.exists():
         return
@@ -181,62 +194,87 @@ def verify(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{listed} is damaged ({error})") from error
     in_run = (path.parent.parent / _TOKENIZER).is_dir()  # a checkpoint may be copied out of its run
-    for name, expected in checksums.items():
+    for name, expected in _share(list(checksums.items()), part):
         inside = name.startswith(f"{_TOKENIZER}/")
         if inside and not in_run:
             continue
         file = (path.parent.parent if inside else path) / name
         try:
-            found = _sha256(file)
+            found = sha256(file)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror}), but belongs to {path}") from error
         if found != expected:
             raise CheckpointError(f"{file} is damaged, or of another checkpoint than {path}: its checksum differs")
-    if foreign := sorted({file.name for file in path.glob("model*.safetensors")} - checksums.keys()):
+    if foreign := sorted({file.name for file in path.glob("*.safetensors")} - checksums.keys()):
         raise CheckpointError(f"{path / foreign[0]} does not belong to this checkpoint")
 
 
-def check_whole(path: Path, *, verified: bool) -> None:
+def check_whole(path: Path, *, verified: bool, part: tuple[int, int] = (0, 1)) -> None:
     """Raises CheckpointError if a run cannot be resumed from a checkpoint.
 
     Args:
         path: the checkpoint.
         verified: also `verify` it, which reads all of it; otherwise only whether all files and headers are there.
+        part: see `verify`.
     """
-    (verify if verified else check_weights)(path)
+    if verified:
+        verify(path, part)
+    else:
+        check_weights(path, part)
     saved_step(path)
-    for name in ("config.json", "training.safetensors"):
+    for name in ("config.json", *(() if (path / INDEX).exists() else ("training.safetensors",))):
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing")
-    _check_header(path / "training.safetensors")
+        if name.endswith(".safetensors"):
+            _check_header(path / name)
 
 
-def newest_whole(folder: Path, *, verified: bool) -> tuple[Path | None, list[CheckpointError]]:
+def newest_whole(
+    folder: Path, *, verified: bool, ranks: Ranks | None = None
+) -> tuple[Path | None, list[CheckpointError]]:
     """The newest checkpoint that `check_whole` accepts, and what is wrong with each newer one; None without any.
+
+    Args:
+        folder: the run's `checkpoints`.
+        verified: see `check_whole`.
+        ranks: processes that share the reading, each of which must call this; all of them get the same answer.
 
     Raises:
         CheckpointError: when there are checkpoints, but none of them is whole: about the newest.
     """
     errors: list[CheckpointError] = []
-    for path in reversed(list_checkpoints(folder)):
+    names = [path.name for path in reversed(list_checkpoints(folder))]
+    if ranks is not None:
+        names = json.loads(ranks.gather(json.dumps(names))[0])
+    for name in names:
+        path, error = folder / name, None
         try:
-            check_whole(path, verified=verified)
-        except CheckpointError as error:
-            errors.append(error)
-        else:
+            check_whole(path, verified=verified, part=(ranks.rank, ranks.count) if ranks else (0, 1))
+        except CheckpointError as found:
+            error = found
+        if ranks is not None:
+            messages = filter(None, ranks.gather(str(error or "")))
+            error = next(map(CheckpointError, messages), None)
+        if error is None:
             return path, errors
+        errors.append(error)
     if errors:
         raise errors[0]
     return None, []
 
 
-def check_weights(path: Path) -> None:
-    """Raises CheckpointError naming the file when a checkpoint's weights are missing or damaged."""
-    files = sorted(path.glob("model*.safetensors"))
+def check_weights(path: Path, part: tuple[int, int] = (0, 1)) -> None:
+    """Raises CheckpointError naming the file when a checkpoint's weights are missing or damaged; `part` as `verify`."""
+    files = model_files(path)
     if not files:
         raise CheckpointError(f"{path} holds no model.safetensors")
-    for file in files:
+    for file in _share(files, part):
         _check_header(file)
+
+
+def _share(things: list[T], part: tuple[int, int]) -> list[T]:
+    rank, count = part
+    return things[rank::count]
 
 
 def _check_header(file: Path) -> None:
@@ -248,13 +286,14 @@ def _check_header(file: Path) -> None:
         raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
-def _tokenizer_files(run: Path) -> dict[str, Path]:
+def tokenizer_files(run: Path) -> dict[str, Path]:
     """The files of a run's tokenizer by their names from the run's folder; none for a folder that is not a run's."""
     files = [path for path in (run / _TOKENIZER).rglob("*") if path.is_file()]
     return {path.relative_to(run).as_posix(): path for path in files}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_HASH_BYTES):
@@ -262,27 +301,15 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _gathered(model: nn.Module, kept: bool) -> dict[str, Tensor] | None:
-    """The whole weights of a sharded model on the CPU, where they are `kept`; None for a model that is whole."""
-    if not is_sharded(model):
-        return None
-    tied, weights = set(getattr(model, "all_tied_weights_keys", None) or ()), {}
-    for name, tensor in model.state_dict().items():
-        value = whole(tensor)
-        if kept and name not in tied:
-            weights[name] = value.cpu()
-    return weights
-
-
-def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, Tensor]:
-    """Random state and optimiser state, gathered from all ranks and on the CPU where the model is sharded."""
-    tensors = {_RNG_CPU: torch.get_rng_state()}
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, course_of_sparsity: list[float]
+) -> dict[str, Tensor]:
+    """What a checkpoint has beside the model: random state, moments (sharded as the model is), and S of each step."""
+    tensors = {_RNG_CPU: torch.get_rng_state(), _COURSE: torch.tensor(course_of_sparsity)}
     device = next(model.parameters()).device
     if device.type == "cuda":
         tensors[_RNG_CUDA] = torch.cuda.get_rng_state(device)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            value, sharded = whole(value.detach()), isinstance(value, DTensor)
-            if kept:
-                tensors[f"{name}.{key}"] = value.cpu() if sharded else value
+            tensors[f"{name}.{key}"] = value.detach()
     return tensors

@@ -3,7 +3,7 @@
 RUN/config.yaml            every option of the run
 RUN/tokenizer/             loads with transformers.AutoTokenizer
 RUN/metrics.jsonl          one record per step; RUN/tensorboard/ holds the same numbers
-RUN/checkpoints/step-N/    loads with RemoeForCausalLM.from_pretrained
+RUN/checkpoints/step-N/    of a run on one process, loads with RemoeForCausalLM.from_pretrained; see `checkpoint.py`
 RUN/summary.json           final figures
 RUN/sample.txt             text written by the trained model
 """
@@ -18,6 +18,7 @@ from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.files import atomic_write, check_new_folder, new_folder
 from remoe.lab.training.checkpoint import newest_whole
 from remoe.lab.training.config import TrainConfig, config_from_yaml
+from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.yaml_files import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -100,17 +101,18 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml")
         return config_from_yaml(self.config)
 
-    def last_checkpoint(self, *, verified: bool = False) -> Path | None:
+    def last_checkpoint(self, *, verified: bool = False, ranks: Ranks | None = None) -> Path | None:
         """The newest checkpoint with all its files, or None for a run without any.
 
         Args:
             verified: the newest whose checksums are right too, for which it is read; with a warning about each newer
                 one, which is damaged.
+            ranks: processes that share the reading and agree on the answer; each of them must call this.
 
         Raises:
             CheckpointError: when every checkpoint is damaged.
         """
-        found, errors = newest_whole(self.checkpoints, verified=verified)
+        found, errors = newest_whole(self.checkpoints, verified=verified, ranks=ranks)
         for error in errors if verified else ():
             logger.warning("%s: this checkpoint is left out; the newest whole one is %s", error, found)
         return found

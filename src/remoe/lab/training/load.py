@@ -12,6 +12,8 @@ from remoe.lab.data import load_tokenizer
 from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.training.checkpoint import verify
 from remoe.lab.training.folder import RunFolder, run_of
+from remoe.lab.training.shards import read_model
+from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 
@@ -32,10 +34,7 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
         verify(checkpoint)
     if not (checkpoint / "config.json").is_file() or not run.tokenizer.is_dir():
         raise CheckpointError(f"{run.path} is incomplete: {checkpoint / 'config.json'} or {run.tokenizer} is missing")
-    try:
-        model = RemoeForCausalLM.from_pretrained(checkpoint)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+    model = read_model(checkpoint)
     return model.eval(), _fitting_tokenizer(run.tokenizer, model), checkpoint
 
 
@@ -54,10 +53,12 @@ def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel,
     config = path / "config.json"
     if run_of(path) or not (config.is_file() or (hub and not path.exists())):
         return load_run(path)
-    loaders = {RemoeForCausalLM.config_class.model_type: RemoeForCausalLM.from_pretrained, MODEL_TYPE: load_relufied}
+    loaders = {RemoeConfig.model_type: lambda folder: read_model(Path(folder)), MODEL_TYPE: load_relufied}
     try:
         kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
         model = loaders.get(kind, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
+    except CheckpointError:
+        raise
     except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
         raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), _fitting_tokenizer(name, model), path

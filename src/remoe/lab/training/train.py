@@ -66,7 +66,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     config.check()
     ranks = Ranks(mesh_of(config), config.device)
     unchanged = saved is not None and differences(saved, config).keys() <= {"out", "resume", "mesh"}
-    if unchanged and _is_finished(run, config.steps):
+    if unchanged and _is_finished(run, config.steps, ranks):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
         ranks.leave()
@@ -182,11 +182,11 @@ def _follow(run: RunFolder, saved: TrainConfig, config: TrainConfig) -> None:
         run.write_config(replace(saved, **changed))
 
 
-def _is_finished(run: RunFolder, steps: int) -> bool:
+def _is_finished(run: RunFolder, steps: int, ranks: Ranks) -> bool:
     """Whether the run has its summary, and its newest checkpoint, if it has any, is that of the last step."""
     if run.load_summary().get("steps") != steps:
         return False
-    checkpoint = run.last_checkpoint(verified=True)
+    checkpoint = run.last_checkpoint(verified=True, ranks=ranks)
     return checkpoint is None or checkpoint_step(checkpoint) == steps
 
 

@@ -10,7 +10,6 @@ E experts.
 import logging
 import math
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ from remoe.lab.training.metrics import MetricsWriter, NoMetrics
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.saving import ShardedSaving
+from remoe.lab.training.shards import read_model
 from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -87,6 +88,7 @@ class Trainer:
         self.dead_layers: set[int] = set()
         self.lambda_runs_away = False
         self.stopped_by: int | None = None  # number of the signal that ended `train` before its last step
+        self.saving = ShardedSaving(self.ranks, config.checkpoint) if self.ranks.count > 1 else None
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def resume(self) -> None:
@@ -97,10 +99,11 @@ class Trainer:
             DataError: when the data was prepared with another tokenizer.
         """
         self.dataset.check_tokenizer(load_tokenizer(self.run.tokenizer), self.run.path)
-        checkpoint = self.run.last_checkpoint(verified=True)
+        checkpoint = self.run.last_checkpoint(verified=True, ranks=self.ranks)
         if checkpoint is None:
             return
-        info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
+        with self.ranks.together():
+            info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
         # A run that 0.1.0 began counts the ids that no token has to its end.
@@ -134,6 +137,8 @@ class Trainer:
                 while self.step < steps and not (stopped := self.ranks.agree(interrupt.received)):
                     before_LTE = self._routing() if self._measures_flips(self.step + 1) else None
                     record = self._train_step(progress)
+                    if self.saving is not None:
+                        self.saving.poll()
                     if before_LTE is not None:
                         record["flip_rate"] = flip_rate(before_LTE, self._routing())
                     due = self.step % self.config.validate.every == 0
@@ -152,6 +157,8 @@ class Trainer:
                 if self.saved_step != self.step:  # a signal came between two checkpoints
                     metrics.flush()
                     self.save()
+                if self.saving is not None:
+                    self.saving.wait()
         finally:
             metrics.close()
             progress.close()
@@ -263,8 +270,8 @@ class Trainer:
         with evaluating(self.model):
             return active_of(self.model, input_NS, mask_NS, self.autocast)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step, and deletes those that need not be kept."""
+    def save(self) -> None:
+        """Writes a checkpoint of the current step, and deletes those that need not be kept; see `ShardedSaving`."""
         reshard(self.model)
         finite = all(torch.isfinite(local(parameter)).all() for parameter in self.model.parameters())
         if self.ranks.agree(int(not finite)):
@@ -275,19 +282,19 @@ class Trainer:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        folder, writes = self.run.checkpoints, self.ranks.first
-        with self.ranks.together():
-            path = save_checkpoint(folder, self.step, self.model, self.optimizer, info, self.sparsities, writes=writes)
+        folder, state = self.run.checkpoints, (self.model, self.optimizer, info, self.sparsities)
+        if self.saving is not None:
+            self.saving.start(folder, self.step, *state)
+        else:
+            save_checkpoint(folder, self.step, *state)
+            clean(folder, self.step, self.config.checkpoint)
         self.saved_step = self.step
-        if writes:
-            clean(folder, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        return path
 
     def whole_model(self) -> RemoeForCausalLM:
         """The trained model in this process alone; read from the last checkpoint where it is sharded over several."""
         if self.ranks.count == 1:
             return self.model
-        return RemoeForCausalLM.from_pretrained(self.run.last_checkpoint()).to(self.device)
+        return read_model(self.run.last_checkpoint()).to(self.device)
 
     def _non_finite(self, step: int, lm_loss: float, reg_loss: float, grad_norm: float) -> NonFiniteLoss:
         return NonFiniteLoss(
@@ -296,6 +303,8 @@ class Trainer:
         )
 
     def _last_checkpoint(self) -> str:
+        if self.saving is not None:
+            self.saving.wait()
         last = self.run.last_checkpoint() if self.saved_step else None
         return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
 
