@@ -28,6 +28,7 @@ CHECKSUMS = "checksums.json"
 _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
+_TRAINED = "trained."  # before the name of a tensor of a model with adapters
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -61,6 +62,8 @@ def save_checkpoint(
     course_of_sparsity: list[float],
     *,
     writes: bool = True,
+    merged: dict[str, Tensor] | None = None,
+    trained: dict[str, Tensor] | None = None,
 ) -> Path:
     """Writes a checkpoint atomically and durably; of a model that is sharded, the same files as of a whole one.
 
@@ -72,6 +75,8 @@ def save_checkpoint(
         info: small JSON values, such as the fingerprint of the data.
         course_of_sparsity: S of each step so far.
         writes: whether this process writes. Every rank with a shard of the model must call this, and one writes.
+        merged: of a model with adapters, the weights to write in place of the model's own.
+        trained: of such a model, the tensors that training changes, which are kept beside the optimiser's state.
 
     Raises:
         CheckpointError: when it cannot be written, for example because the disk is full; earlier checkpoints are
@@ -79,7 +84,8 @@ def save_checkpoint(
     """
     final = folder / f"{_PREFIX}{step:08d}"
     tensors = _training_tensors(model, optimizer, writes) | {_COURSE: torch.tensor(course_of_sparsity)}
-    weights = _gathered(model, writes)
+    tensors |= {f"{_TRAINED}{name}": tensor for name, tensor in (trained or {}).items()}
+    weights = _gathered(model, writes) if merged is None else merged
     if not writes:
         return final
     try:
@@ -104,9 +110,14 @@ def save_checkpoint(
 
 
 def load_training_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, object], list[float]]:
     """Restores weights, buffers, optimiser and random state in place.
+
+    Args:
+        path: the checkpoint.
+        model, optimizer: as they were given to `save_checkpoint`.
+        weights: the model's state dict, where the checkpoint's files have other names; by default they are read.
 
     Returns:
         `info` as given to `save_checkpoint`, with "step"; and S of each step so far.
@@ -116,11 +127,15 @@ def load_training_state(
     """
     try:
         info = json.loads((path / "training.json").read_text())
-        weights = {
-            name: value for file in sorted(path.glob("model*.safetensors")) for name, value in load_file(file).items()
-        }
         state = load_file(path / "training.safetensors")
         own = model.state_dict()
+        if trained := {
+            name.removeprefix(_TRAINED): value for name, value in state.items() if name.startswith(_TRAINED)
+        }:
+            weights = own | trained  # the others are frozen, and as the model has them
+        elif weights is None:
+            files = sorted(path.glob("model*.safetensors"))
+            weights = {name: value for file in files for name, value in load_file(file).items()}
         weights = {name: sharded_like(value, own[name]) if name in own else value for name, value in weights.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from remoe.convert.relufy.model import RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
@@ -25,9 +26,11 @@ from remoe.lab.training.checkpoint import clean, load_training_state, save_check
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import Interrupt
+from remoe.lab.training.lora import adapt, merged_weights, trained_tensors
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import MetricsWriter, NoMetrics
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
+from remoe.lab.training.origin import Origin
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.validate import Evaluation, evaluate, total
@@ -57,14 +60,26 @@ class Trainer:
         dataset: prepared data.
         run: the run's folder; it must exist by the time that `train` is called.
         ranks: the processes that train the model, each with a trainer of its own; this one alone by default.
+        origin: the model that the run starts from; None for random weights.
+
+    Attributes:
+        model: a `RemoeForCausalLM`, or a relufied model of transformers, perhaps with adapters.
+        shape: the configuration of the model; of a relufied one, its sizes as a `RemoeConfig`.
 
     Raises:
         ConfigError: for a model that cannot be built, a device that this machine does not have, or too little data.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        run: RunFolder,
+        ranks: Ranks | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         config.check()
-        self.config, self.dataset, self.run = config, dataset, run
+        self.config, self.dataset, self.run, self.origin = config, dataset, run, origin
         self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
         sizes = (config.seq_len, config.batch_size, config.seed)
         self.batches = training_batches(dataset.train, *sizes, config.domain_weights)
@@ -74,7 +89,8 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
         )
         torch.manual_seed(config.seed)
-        self.model = RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
+        self.model = self._build().to(self.device)
+        self.shape = self.model.config if origin is None or not origin.relufied else origin.configured(config)
         self.ranks.shard(self.model, global_load=config.mesh_load == "global")
         self.model.train()
         if config.recompute:
@@ -89,6 +105,16 @@ class Trainer:
         self.stopped_by: int | None = None  # number of the signal that ended `train` before its last step
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
+    def _build(self) -> RemoeForCausalLM | RelufiedMixin:
+        config, dataset = self.config, self.dataset
+        if self.origin is None:
+            return RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id))
+        model = self.origin.load(config)
+        torch.manual_seed(config.seed)  # however many numbers loading has drawn
+        if config.lora.rank:
+            adapt(model, config.lora)
+        return model
+
     def resume(self) -> None:
         """Continues from the newest checkpoint of the run, or from the start when there is none yet.
 
@@ -100,13 +126,18 @@ class Trainer:
         checkpoint = self.run.last_checkpoint(verified=True)
         if checkpoint is None:
             return
-        info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
+        weights = load_relufied(checkpoint).state_dict() if self._relufied and not self.config.lora.rank else None
+        info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer, weights)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
-        # A run that 0.1.0 began counts the ids that no token has to its end.
-        self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
+        if self.origin is None:  # a run that 0.1.0 began counts the ids that no token has to its end
+            self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
         self.step = self.saved_step = info["step"]
         self._seconds_before, self._peak_before = info["seconds"], info["peak_memory_bytes"]
+
+    @property
+    def _relufied(self) -> bool:
+        return isinstance(self.model, RelufiedMixin)
 
     @property
     def seconds(self) -> float:
@@ -149,7 +180,7 @@ class Trainer:
                     if self.step % self.config.checkpoint.every == 0 or self.step == steps:
                         metrics.flush()
                         self.save()
-                if self.saved_step != self.step:  # a signal came between two checkpoints
+                if self.saved_step != self.step or steps == 0:  # a signal came between two checkpoints
                     metrics.flush()
                     self.save()
         finally:
@@ -222,11 +253,13 @@ class Trainer:
             positions_bS = None
             if config.mask_documents:
                 positions_bS = document_positions(micro_bS[:, :-1], self.dataset.eos_token_id)
+            target_bS = micro_bS[:, 1:].contiguous()
             with self.autocast:
                 out = self.forward(
                     micro_bS[:, :-1],
                     position_ids=positions_bS,
-                    shift_labels=micro_bS[:, 1:].contiguous(),
+                    labels=target_bS,  # for models of transformers, which take shifted ones beside them
+                    shift_labels=target_bS,
                     num_items_in_batch=items,
                     use_cache=False,
                 )
@@ -248,12 +281,12 @@ class Trainer:
             max_tokens=limit,
             autocast=self.autocast,
             ranks=self.ranks,
-            mask_documents=self.config.mask_documents,
+            document_end=self.dataset.eos_token_id if self.config.mask_documents else None,
         )
 
     def _measures_flips(self, step: int) -> bool:
         every = self.config.validate.flips_every
-        return every > 0 and step % every == 0 and self.model.config.routes_pairs
+        return every > 0 and step % every == 0 and self.shape.routes_pairs
 
     def _routing(self) -> Tensor:
         """(L, T, E) bool: how the present weights route the first validation tokens, equally many of each domain."""
@@ -277,11 +310,19 @@ class Trainer:
         }
         folder, writes = self.run.checkpoints, self.ranks.first
         with self.ranks.together():
-            path = save_checkpoint(folder, self.step, self.model, self.optimizer, info, self.sparsities, writes=writes)
+            path = save_checkpoint(
+                folder, self.step, self.model, self.optimizer, info, self.sparsities, writes=writes, **self._adapted()
+            )
         self.saved_step = self.step
         if writes:
             clean(folder, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         return path
+
+    def _adapted(self) -> dict[str, dict[str, Tensor]]:
+        """What `save_checkpoint` is given besides for a model with adapters."""
+        if not self.config.lora.rank:
+            return {}
+        return {"merged": merged_weights(self.model), "trained": trained_tensors(self.model)}
 
     def whole_model(self) -> RemoeForCausalLM:
         """The trained model in this process alone; read from the last checkpoint where it is sharded over several."""
@@ -306,7 +347,7 @@ class Trainer:
         self.dead_layers = dead
 
     def _report_lambda(self, coefficient: float, sparsity: float) -> None:
-        if self.model.config.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
+        if self.shape.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
             logger.warning(
                 "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty no longer controls the experts "
                 "that are still active", self.step, coefficient, sparsity, self.model.sparsity.target,
