@@ -106,6 +106,7 @@ the standard library of the running Python (the default).
                           byte-level BPE is trained on the text
   --vocab-size INT        size of that BPE (default 4096)
   --text-column NAME      column or key that contains the text (default text)
+  --chat                  JSON lines hold conversations; learn their answers
   --domain-column NAME    column of the domain, such as books (default domain)
   --overwrite             discard an earlier preparation in the folder
   --quiet                 print nothing

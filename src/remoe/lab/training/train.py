@@ -236,9 +236,9 @@ def _print_header(trainer: Trainer) -> None:
     )
     say(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, {_data_read(trainer)}"
-        f"{', documents masked from each other' if config.mask_documents else ''}; device {trainer.device} ({dtype}, "
-        f"{torch.get_num_threads()} threads); "
-        f"run {trainer.run.path}"
+        f"{', documents masked from each other' if config.mask_documents else ''}"
+        f"{', loss on the answers of conversations' if dataset.train.masked else ''}; "
+        f"device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); run {trainer.run.path}"
     )
     if trainer.step:
         print(f"resumed at step {trainer.step}")

@@ -35,6 +35,7 @@ from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.loss import IGNORED_TARGET
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 from remoe.models.packing import document_positions
@@ -201,7 +202,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.seed_step(config.seed, step)
         coefficient = controller.coefficient
-        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step, self.ranks.rows(config.batch_size)))
+        lm_loss, reg_loss, loss = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
@@ -237,31 +238,46 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
 
-    def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Accumulates the gradients of this rank's rows of the batch.
+    def _batch(self) -> tuple[Tensor, Tensor, int]:
+        """This rank's rows of the next batch: inputs and targets, (B, S) each; and the targets of the whole batch."""
+        config, rows = self.config, self.ranks.rows(self.config.batch_size)
+        token_BS, mask_BS = self.batches.batch(self.step, rows), self.batches.target_mask(self.step, rows)
+        if self.device.type == "cuda":
+            token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
+        token_BS = token_BS.to(self.device, non_blocking=True)
+        input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
+        if mask_BS is None:
+            return input_BS, target_BS, config.batch_size * config.seq_len
+        whole_BS = self.batches.target_mask(self.step)
+        target_BS = target_BS.masked_fill(~mask_BS.to(self.device), IGNORED_TARGET)
+        return input_BS, target_BS, max(1, int(whole_BS.sum()))
+
+    def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulates the gradients of this rank's rows of the next batch.
 
         Returns:
             Language model loss, regulariser and total loss of the whole batch, 0-dim float32.
         """
         config = self.config
-        if self.device.type == "cuda":
-            token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
-        token_BS = token_BS.to(self.device, non_blocking=True)
-        items = config.batch_size * config.seq_len
+        input_BS, target_BS, items = self._batch()
+        tokens = config.batch_size * config.seq_len
+        share = {} if items == tokens or self._relufied else {"num_tokens_in_batch": tokens}
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
-        for micro_bS in token_BS.split(config.micro_batch_size):
+        parts = (tensor.split(config.micro_batch_size) for tensor in (input_BS, target_BS))
+        for input_bS, target_bS in zip(*parts, strict=True):
             positions_bS = None
             if config.mask_documents:
-                positions_bS = document_positions(micro_bS[:, :-1], self.dataset.eos_token_id)
-            target_bS = micro_bS[:, 1:].contiguous()
+                positions_bS = document_positions(input_bS, self.dataset.eos_token_id)
+            target_bS = target_bS.contiguous()
             with self.autocast:
                 out = self.forward(
-                    micro_bS[:, :-1],
+                    input_bS,
                     position_ids=positions_bS,
                     labels=target_bS,  # for models of transformers, which take shifted ones beside them
                     shift_labels=target_bS,
                     num_items_in_batch=items,
                     use_cache=False,
+                    **share,
                 )
             self.ranks.backward(out.loss)
             lm_loss = lm_loss + out.lm_loss.detach()
