@@ -44,7 +44,9 @@ def test_upcycle(dense, corpus, tmp_path, capsys):
     source, out, figures = (str(tmp_path / name) for name in ("dense", "out", "figures.json"))
     flags = ["--num-experts", "4", "--granularity", "2", "--data", str(corpus), "--sample-tokens", "2048"]
     assert main(["convert", "upcycle", source, out, *flags]) == 0
-    assert "the logits are unchanged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the logits are unchanged" in said
+    assert f"remoe train --from {out} --data {corpus}" in said
     model = remoe.RemoeForCausalLM.from_pretrained(out).eval()
     assert (model.config.num_experts, model.config.granularity) == (4, 2)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)

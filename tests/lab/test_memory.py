@@ -36,10 +36,10 @@ def test_memory_that_runs_out_is_one_line_and_the_run_goes_on_with_smaller_micro
     out = tmp_path / "a run"
     backward = Trainer._backward
 
-    def too_much(self, token_BS):
+    def too_much(self):
         if self.step == 3 and self.config.micro_batch_size > 1:
             raise ERRORS[2]
-        return backward(self, token_BS)
+        return backward(self)
 
     monkeypatch.setattr(Trainer, "_backward", too_much)
     flags = ["--steps", "4", "--checkpoint.every", "2", "--validate.max-tokens", "100"]

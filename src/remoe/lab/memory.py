@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remoe.costs import ModelSizes, plan
+from remoe.costs import ModelSizes, Plan, plan
 from remoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device
     if memory is None:
         return None
     total, free = memory
-    planned = plan(sizes, config.seq_len, config.micro_batch_size)
-    if planned.state_bytes > total:
+    state = _state_bytes(config, plan(sizes, config.seq_len, config.micro_batch_size))
+    if state > total:
         raise ConfigError(
-            f"weights, gradients and optimiser of this model take {_gib(planned.state_bytes)}, and this machine has "
+            f"weights, gradients and optimiser of this model take {_gib(state)}, and this machine has "
             f"{_gib(total)}: choose a smaller model (`remoe plan` shows what one takes)"
         )
     if (ids := 8 * config.batch_size * (config.seq_len + 1)) > total:
@@ -103,11 +103,17 @@ def less_memory(config: "TrainConfig", fits: Callable[[int], bool] = lambda size
 
 def _training_bytes(config: "TrainConfig", sizes: ModelSizes, micro_batch_size: int) -> int:
     planned = plan(sizes, config.seq_len, micro_batch_size)
+    state = _state_bytes(config, planned)
     if not config.recompute:
-        return planned.training_bytes
+        return state + planned.dense_stage_activation_bytes
     L, inputs = sizes.layers, 4 * micro_batch_size * config.seq_len * sizes.d_model
     # The inputs of all layers, and what one layer stores.
-    return planned.state_bytes + planned.dense_stage_activation_bytes // L + L * inputs
+    return state + planned.dense_stage_activation_bytes // L + L * inputs
+
+
+def _state_bytes(config: "TrainConfig", planned: Plan) -> int:
+    """With LoRA, the frozen weights and what the backward pass keeps: these with the changes of the adapters."""
+    return planned.state_bytes // 2 if config.lora.rank else planned.state_bytes
 
 
 def _gib(count: int) -> str:

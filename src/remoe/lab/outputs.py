@@ -19,7 +19,7 @@ _FOLDERS = (
     (
         "config.yaml",
         "run",
-        re.compile(r"config\.yaml|metrics\.jsonl|summary\.json|sample\.txt|checkpoints|tensorboard|tokenizer"),
+        re.compile(r"config\.yaml|metrics\.jsonl|(start|summary)\.json|sample\.txt|checkpoints|tensorboard|tokenizer"),
     ),
     ("dataset.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),
     ("preparation.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),

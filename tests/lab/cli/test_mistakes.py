@@ -54,7 +54,7 @@ from remoe.lab.cli.main import COMMANDS, main
         (["train", "--stepz", "3"], "unknown option --stepz; perhaps you meant --steps (see"),
         (["train", "--lr", "1"], "unknown option --lr; perhaps you meant --optim.lr (see"),
         (["train", "--every", "1"], "perhaps you meant --validate.every or --checkpoint.every (see"),
-        (["train", "--foo=1", "--quux"], "unknown options --foo, --quux (see"),
+        (["train", "--zzz=1", "--quux"], "unknown options --zzz, --quux (see"),
         (["train", "stray"], "unexpected 'stray'"),
         (["generate", "--steps", "1e3", "x"], "unknown option --steps (see"),
         (["generate", "--colour", "x"], "unknown option --colour (see"),

@@ -170,7 +170,7 @@ def test_accumulation_in_the_trainer_equals_one_batch(corpus, tmp_path):
         options |= {"num_experts": 4, "router_options": {"load_balance": False}}
         config = config_from_dict({**options, "model": model}, "test")
         trainer = Trainer(config, dataset, RunFolder(tmp_path))
-        losses = trainer._backward(trainer.batches.batch(0))
+        losses = trainer._backward()
         grads.append(([loss.item() for loss in losses], [p.grad for p in trainer.model.parameters()]))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
     for whole, parts in zip(grads[0][1], grads[1][1], strict=True):

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from remoe.convert.relufy import experts as experts_function
 from remoe.errors import ConfigError
 from remoe.models.loss import is_padding_mask
-from remoe.models.routed import keep_statistics_local
+from remoe.models.routed import add_routing, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import ReLURouter, Routing
 from remoe.sparsity import SparsityController
@@ -232,19 +232,22 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             given = given | given.get("kwargs", {})
             with self.recorded_routings(given) as routings:
                 output = super().forward(*args, **kwargs)
-            if not self.training:
-                return output
-            self.observe(routings)
+            if self.training:
+                self.observe(routings)
             labels, items = given.get("labels"), given.get("num_items_in_batch")
             if labels is None:
-                return output
-            share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
-            loss = output[0] if isinstance(output, tuple) else output.loss
-            loss = loss + self.sparsity.loss_terms(routings, share).total.to(loss.device)
+                return output if isinstance(output, tuple) else add_routing(output, False, routings=tuple(routings))
+            shifted = given.get("shift_labels")
+            targets = labels[:, 1:] if shifted is None else shifted
+            share = 1.0 if items is None else (targets != -100).sum() / items
+            lm_loss = output[0] if isinstance(output, tuple) else output.loss
+            terms = self.sparsity.loss_terms(routings, share)
+            loss = lm_loss + terms.total.to(lm_loss.device) if self.training else lm_loss
             if isinstance(output, tuple):
                 return (loss, *output[1:])
             output.loss = loss
-            return output
+            # As `RemoeForCausalLM` has them, but never items: transformers knows the class of the output.
+            return add_routing(output, False, lm_loss=lm_loss, reg_loss=terms.regularizer, routings=tuple(routings))
 
     Relufied.__name__ = Relufied.__qualname__ = PREFIX + cls.__name__
     Relufied.__module__ = cls.__module__  # transformers looks up there whether experts can be chosen

@@ -26,7 +26,8 @@ Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 class UpcycleOptions:
     """Convert a dense model into a ReLU-routed mixture of experts with the same logits.
 
-    Fine-tune the result with transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
+    Fine-tune the result with `remoe train --from DIR --data DATA`, or with transformers' Trainer and
+    `callbacks=[remoe.SparsityCallback()]`.
     """
 
     source: Source
@@ -50,8 +51,8 @@ class UpcycleOptions:
 class RelufyOptions:
     """Replace the top-k routers of a mixture of experts by ReLU routers, fitted to them on sample text.
 
-    All other weights stay unchanged. Fine-tune the result with transformers' Trainer and
-    `callbacks=[remoe.SparsityCallback()]`.
+    All other weights stay unchanged. Fine-tune the result with `remoe train --from DIR --data DATA`, or with
+    transformers' Trainer and `callbacks=[remoe.SparsityCallback()]`.
     """
 
     source: Source
@@ -209,3 +210,4 @@ def _say(model: "PreTrainedModel", out: Path, data: str | None) -> None:
         print(f"next         remoe eval {path} --data {on}\n             remoe report {path} --data {on}")
     else:
         print(f"next         remoe.load_relufied({str(out)!r})\n             remoe generate {path}")
+    print(f"train it     remoe train --from {path} --data {on}")

@@ -1,5 +1,6 @@
 """`remoe export`."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -30,4 +31,5 @@ def export_command(argv: list[str]) -> int:
     out = export_run(options.run, options.out)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
     return 0

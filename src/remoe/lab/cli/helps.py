@@ -12,11 +12,14 @@ examples:
   remoe train --preset mini --num-experts 32 --k 2 --out runs/mine
   remoe train --router topk --seed 1
   remoe train --out runs/mine --resume
+  remoe train --from runs/mine --data DATA --lora.rank 16
 
 the model and its data:
   --data PATH             your text, a file or a folder of .txt, .md, .jsonl,
                           .csv, .parquet, ...; or a folder written by `remoe
                           data prepare`
+  --from DIR              train the model in this folder further: a run, an
+                          export or a converted model
   --preset NAME           size of the model, and defaults of all other options:
                           tiny, mini, 182m, 469m or 978m (default tiny)
   --router NAME           how tokens choose experts: relu, topk, dense and more
@@ -46,7 +49,7 @@ its run:
   --checkpoint.every INT  steps between checkpoints (default 100)
 
 The defaults are those of --preset tiny. All options, also of the groups model,
-optim, sparsity, validate and checkpoint: remoe train --help-all"""
+optim, lora, sparsity, validate and checkpoint: remoe train --help-all"""
 
 COMPARE = """\
 usage: remoe compare [-h] [OPTIONS] EXPERIMENT
@@ -103,6 +106,7 @@ the standard library of the running Python (the default).
                           byte-level BPE is trained on the text
   --vocab-size INT        size of that BPE (default 4096)
   --text-column NAME      column or key that contains the text (default text)
+  --chat                  JSON lines hold conversations; learn their answers
   --domain-column NAME    column of the domain, such as books (default domain)
   --overwrite             discard an earlier preparation in the folder
   --quiet                 print nothing

@@ -6,7 +6,7 @@ from pathlib import Path
 from remoe.errors import ConfigError
 from remoe.lab.cli.helps import TRAIN
 from remoe.lab.cli.parsing import check_router, importing, parse
-from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
+from remoe.lab.training.config import FROM, TrainConfig, config_from_dict, read_options
 
 PROG = "remoe train"
 
@@ -23,7 +23,7 @@ def train_command(argv: list[str]) -> int:
 
     if given.resume and given.config:
         raise ConfigError("--resume uses the options of the run: leave --config out")
-    saved = None
+    saved = origin = None
     flags = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
     # The defaults of other options depend on these.
     deciding = {name: getattr(given, name) for name in ("preset", "batch_size") if name in flags}
@@ -31,13 +31,23 @@ def train_command(argv: list[str]) -> int:
         run = RunFolder(given.out or newest_run())
         saved = run.load_config()
         base = replace(saved, mesh=None)  # it may be continued on another mesh
-    elif given.config:
-        base = config_from_yaml(given.config, **deciding)
-        if base.resume:
-            raise ConfigError(f"{given.config}: a file cannot resume a run; use remoe train --out RUN --resume")
     else:
-        base = config_from_dict(deciding, "flags")
+        values, source = (read_options(given.config), given.config) if given.config else ({}, "flags")
+        if values.get("resume"):
+            raise ConfigError(f"{source}: a file cannot resume a run; use remoe train --out RUN --resume")
+        values |= deciding
+        if start := given.from_ or values.get(FROM):
+            with importing():
+                from remoe.lab.training.origin import open_origin
+            origin = open_origin(str(start))
+            values[FROM] = str(origin.folder)
+            base = origin.base(values, source)
+        else:
+            base = config_from_dict(values, source)
     config = parse(TrainConfig, argv, prog=PROG, default=base)
+    if origin is not None:
+        config.from_ = base.from_
+        origin.check(base, config)
     if not given.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pydantic
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check
 from remoe.lab.compare.keys import FORMER_NAMES, key_of
 from remoe.lab.training.config import FREE_NAMES, TrainConfig, config_from_dict, flatten, merge
 from remoe.lab.training.yaml_files import read_yaml
@@ -311,6 +311,7 @@ def _run(experiment: Experiment, name: str, point: Point, seed: int) -> RunSpec:
     place = f"variant {name}" + (f" at {describe(point)}" if point else "")
     _check_spelling(options, f"experiment {experiment.name}, {place}")
     config = config_from_dict(options, f"experiment {experiment.name}, {place}")
+    check(config.from_ is None, f"experiment {experiment.name}, {place}: a comparison trains from random weights only")
     options["steps"] = config.steps
     return RunSpec(name, point, seed, config.steps, _label(config, own), options, config, key_of(config))
 

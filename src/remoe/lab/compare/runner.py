@@ -48,7 +48,7 @@ def check_device(experiment: Experiment, pool: Pool, device: torch.device) -> No
     """
     for run in _one_of_each_model(run for run in experiment.runs if not pool.recorded(run)):
         with _named(run):
-            experts_backend(model_without_values(run.config), run.config.dtype, device)
+            experts_backend(model_without_values(run.config).config, run.config.dtype, device)
 
 
 def _one_of_each_model(runs: Iterable[RunSpec]) -> list[RunSpec]:

@@ -56,15 +56,29 @@ class TrainBatches:
         read, so that each rank of several reads its own part of a batch. Raises ConfigError for a row that the batch
         does not have, and DataError, which names the shard, for an id outside of the vocabulary.
         """
-        sequence_B = sequence_numbers(step, self.batch_size, rows)
-        tokens_BS = np.empty((len(sequence_B), self.seq_len + 1), np.int64)
-        for i, window in enumerate(in_epochs(sequence_B, self.windows_per_epoch, self._epoch_order)):
-            number = int(np.searchsorted(self._first_window, window, side="right")) - 1
-            start = (int(window) - int(self._first_window[number])) * self.seq_len
-            shard = self.split.shards[number]
+        places = self._places(step, rows)
+        tokens_BS = np.empty((len(places), self.seq_len + 1), np.int64)
+        for i, (shard, start) in enumerate(places):
             tokens_BS[i] = shard.tokens[start : start + self.seq_len + 1]
             check_ids(shard, start, tokens_BS[i], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
+
+    def target_mask(self, step: int, rows: range | None = None) -> torch.Tensor | None:
+        """Which targets of `batch(step, rows)` count in the loss: bool (B, S); None where all do."""
+        if not self.split.masked:
+            return None
+        targets = [shard.targets[start + 1 : start + self.seq_len + 1] for shard, start in self._places(step, rows)]
+        return torch.from_numpy(np.stack(targets).astype(bool))
+
+    def _places(self, step: int, rows: range | None) -> list[tuple[Shard, int]]:
+        """The shard and the first token of each window of a batch."""
+        sequence_B = sequence_numbers(step, self.batch_size, rows)
+        places = []
+        for window in in_epochs(sequence_B, self.windows_per_epoch, self._epoch_order):
+            number = int(np.searchsorted(self._first_window, window, side="right")) - 1
+            start = (int(window) - int(self._first_window[number])) * self.seq_len
+            places.append((self.split.shards[number], start))
+        return places
 
     def _epoch_order(self, epoch: int) -> np.ndarray | KeyedPermutation:
         # a cache; the order is a pure function of seed and epoch
@@ -146,33 +160,35 @@ class ValidationWindows:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield inputs int64 (N, S), targets int64 (N, S) and mask bool (N, S), N at most `batch_size`.
 
-        Where the mask is False, the input is padding (0) and the target is -100. With `max_tokens`, only the first
+        Where the mask is False, the input is padding (0) and the target is -100; so is a target outside of the answers
+        of conversations, where the split has these. With `max_tokens`, only the first
         whole documents that together have at most that many tokens, but at least one document. Raises DataError
         for a domain that the split does not have, and one that names the shard for an id outside of the vocabulary.
         """
         size = batch_size * self.seq_len
-        pending = np.empty(0, np.int64)
+        pending = np.empty((2, 0), np.int64)  # tokens, and as what they are predicted
         for shard, start, end in self._runs(domain, max_tokens):
             while start < end:
-                stop = min(start + size + 1 - len(pending), end)
+                stop = min(start + size + 1 - pending.shape[1], end)
                 tokens_T = shard.tokens[start:stop].astype(np.int64)
                 check_ids(shard, start, tokens_T, self.split.vocab_size)
-                pending = np.concatenate([pending, tokens_T])
+                target_T = np.where(shard.targets[start:stop], tokens_T, IGNORED_TARGET) if shard.masked else tokens_T
+                pending = np.concatenate([pending, np.stack([tokens_T, target_T])], axis=1)
                 start = stop
-                if len(pending) == size + 1:
-                    yield self._windows(pending)
-                    pending = pending[-1:]
-        if len(pending) > 1:
-            yield self._windows(pending)
+                if pending.shape[1] == size + 1:
+                    yield self._windows(*pending)
+                    pending = pending[:, -1:]
+        if pending.shape[1] > 1:
+            yield self._windows(*pending)
 
-    def _windows(self, tokens_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _windows(self, tokens_T: np.ndarray, target_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         predictions = len(tokens_T) - 1
         rows = -(-predictions // self.seq_len)
         input_NS = np.zeros((rows, self.seq_len), np.int64)
         target_NS = np.full((rows, self.seq_len), IGNORED_TARGET, np.int64)
         mask_NS = np.zeros((rows, self.seq_len), bool)
         input_NS.reshape(-1)[:predictions] = tokens_T[:-1]
-        target_NS.reshape(-1)[:predictions] = tokens_T[1:]
+        target_NS.reshape(-1)[:predictions] = target_T[1:]
         mask_NS.reshape(-1)[:predictions] = True
         return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
 

@@ -42,6 +42,11 @@ class Split:
     vocab_size: int
 
     @property
+    def masked(self) -> bool:
+        """Whether only the answers of conversations are targets of the loss."""
+        return any(shard.masked for shard in self.shards)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the split, including the EOS token of each document."""
         return self.record.tokens

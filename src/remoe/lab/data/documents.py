@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the functions that read with it import pyarrow, so that doc
 TOTAL = "all"  # in tables and files, the row of all domains together
 LONGEST = 1 << 28  # bytes of a document or a line, so that a small file that unpacks to a huge one does not fill memory
 MOST_NAMES = 20  # of columns, in an error
+ANSWERS = "assistant"  # the role in conversations whose messages are learned
 ROWS_PER_BATCH = 256  # documents are often tens of kilobytes, so a batch takes a few MB of memory
 
 
@@ -46,6 +47,8 @@ class Columns:
     text: str = "text"
     domain: str = "domain"
     group: str | None = None
+    chat: bool = False
+    """Whether `text` names conversations, lists of messages, instead of texts; JSON lines alone can hold them."""
 
     @property
     def domain_required(self) -> bool:
@@ -85,6 +88,22 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
         except UnicodeEncodeError:
             raise DataError(f"{place}: the {what} contains a lone surrogate, which is not valid Unicode") from None
     return Document(text, domain, group)
+
+
+def conversation(messages: object, place: str) -> str:
+    """A conversation, a list of messages with `role` and `content`, as the text of a document: JSON.
+
+    Raises:
+        DataError: with `place`, for anything but a list of messages with an answer.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: the conversation is not a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{place}: a message must have `role` and `content`, both text")
+    if not any(message["role"] == ANSWERS and message["content"] for message in messages):
+        raise DataError(f"{place}: no message of the role {ANSWERS!r}, so there is nothing to learn")
+    return json.dumps(messages, ensure_ascii=False)
 
 
 def _describe(value: object) -> str:
@@ -199,7 +218,8 @@ def _json_document(line: bytes, columns: Columns, domain: str, place: str) -> Do
         raise DataError(f"{place}: not a JSON object")
     check_columns(columns, list(row), place)
     group = None if columns.group is None else row[columns.group]
-    return make_document(row[columns.text], row.get(columns.domain, domain), group, place)
+    text = conversation(row[columns.text], place) if columns.chat else row[columns.text]
+    return make_document(text, row.get(columns.domain, domain), group, place)
 
 
 def read_parquet(path: Path, columns: Columns, domain: str) -> Iterator[Document]:

@@ -68,6 +68,8 @@ def describe_request(options: PrepareOptions) -> dict[str, Any]:
         "--group-column": options.group_column,
         "--shard-tokens": options.shard_tokens,
     }
+    if options.chat:
+        request["--chat"] = True
     if options.tokenizer is None:
         request["--vocab-size"] = options.vocab_size
         request["--tokenizer-sample-mb"] = options.tokenizer_sample_mb

@@ -6,6 +6,8 @@ T tokens in N documents (each ends with the EOS token):
   document_offsets  int64 (N + 1)   document i is tokens[offsets[i]:offsets[i + 1]]
   document_domain   int32 (N)       index into the domains of dataset.json
   document_bytes    int64 (N)       UTF-8 bytes of the document's text
+Shards of conversations have one more, and their document_bytes count the answers alone:
+  targets           uint8 (T)       1 for a token of an answer, which the loss is about, otherwise 0
 """
 
 import hashlib
@@ -29,8 +31,9 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 INDEX_TENSORS = ("document_offsets", "document_domain", "document_bytes")
+TARGETS = "targets"
 METADATA_KEY = "remoe"  # a single key, because safetensors writes several in an order that changes between runs
-_DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
+_DTYPES = {"U8": "|u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
 _HASH_BYTES = 1 << 24
 
 
@@ -183,6 +186,16 @@ class Shard:
         return self._map("document_bytes")
 
     @property
+    def masked(self) -> bool:
+        """Whether only some tokens are targets of the loss: those of answers in conversations."""
+        return TARGETS in self.layout
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Which tokens are targets, uint8 (T) of 0 and 1; only where the shard is `masked`."""
+        return self._map(TARGETS)
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens, from the header alone."""
         return self.layout["tokens"][2]
@@ -193,8 +206,9 @@ class Shard:
         return self.layout["document_domain"][2]
 
     def index_sha256(self) -> str:
-        """Sha256 (hex) of the document index as it now is in the file."""
-        return array_sha256(*(self._map(name) for name in INDEX_TENSORS))
+        """Sha256 (hex) of the document index, and of the targets where there are any, as they now are in the file."""
+        names = (*INDEX_TENSORS, TARGETS) if self.masked else INDEX_TENSORS
+        return array_sha256(*(self._map(name) for name in names))
 
     def _map(self, name: str) -> np.ndarray:
         dtype, start, length = self.layout[name]
@@ -236,8 +250,10 @@ def read_shard(path: Path) -> Shard:
             content = json.loads(file.read(length))
         header = ShardHeader.model_validate_json(content.pop("__metadata__")[METADATA_KEY])
         layout = {name: _place(entry, 8 + length) for name, entry in content.items()}
-        if set(layout) != {"tokens", *INDEX_TENSORS}:
+        if set(layout) - {TARGETS} != {"tokens", *INDEX_TENSORS}:
             raise ValueError("tensors missing")
+        if TARGETS in layout and layout[TARGETS][2] != layout["tokens"][2]:
+            raise ValueError("not a target for each token")
         ends = [start + count * np.dtype(dtype).itemsize for dtype, start, count in layout.values()]
     except FileNotFoundError:
         raise DataError(f"{path}: shard missing") from None

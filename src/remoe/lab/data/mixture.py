@@ -14,6 +14,7 @@ import torch
 from remoe.errors import ConfigError, DataError
 from remoe.lab.data.batches import TrainBatches, document_runs, in_epochs, sequence_numbers
 from remoe.lab.data.dataset import Split, check_ids
+from remoe.lab.data.manifest import TARGETS
 from remoe.lab.data.permutation import KeyedPermutation
 
 CACHED_INDICES = 256  # of a domain in a shard; each takes 16 bytes for each run of the domain's documents
@@ -67,33 +68,44 @@ class MixedBatches:
 
     def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
         """The batch of a step, or some rows of it, as `TrainBatches.batch`: int64 (B, S + 1)."""
+        return torch.from_numpy(self._filled(step, rows, "tokens"))
+
+    def target_mask(self, step: int, rows: range | None = None) -> torch.Tensor | None:
+        """Which targets of a batch count in the loss, as `TrainBatches.target_mask`: bool (B, S), or None."""
+        if not self.split.masked:
+            return None
+        return torch.from_numpy(self._filled(step, rows, TARGETS)[:, 1:].astype(bool))
+
+    def _filled(self, step: int, rows: range | None, name: str) -> np.ndarray:
+        """int64 (B, S + 1): what an array of the shards has for the tokens of a batch."""
         drawn = [draw(int(number), self._weights) for number in sequence_numbers(step, self.batch_size, rows)]
-        tokens_BS = np.empty((len(drawn), self.seq_len + 1), np.int64)
+        values_BS = np.empty((len(drawn), self.seq_len + 1), np.int64)
         for domain in self._weights:
-            row_N = [row for row, (name, _) in enumerate(drawn) if name == domain]
+            row_N = [row for row, (of, _) in enumerate(drawn) if of == domain]
             number_N = np.array([drawn[row][1] for row in row_N], np.int64)
             window_N = in_epochs(number_N, self.windows(domain), partial(self._order, domain))
             for row, window in zip(row_N, window_N, strict=True):
-                self._read(domain, int(window), tokens_BS[row])
-        return torch.from_numpy(tokens_BS)
+                self._read(domain, int(window), name, values_BS[row])
+        return values_BS
 
     def _order(self, domain: str, epoch: int) -> KeyedPermutation:
         return KeyedPermutation(self.windows(domain), self.seed, epoch, self.split.domains.index(domain))
 
-    def _read(self, domain: str, window: int, tokens_S: np.ndarray) -> None:
-        """Fills `tokens_S` with a window of a domain."""
+    def _read(self, domain: str, window: int, name: str, values_S: np.ndarray) -> None:
+        """Fills `values_S` with a window of a domain, from the array of this name."""
         first_window = self._first_window[domain]
         number = int(np.searchsorted(first_window, window, side="right")) - 1
         shard = self.split.shards[number]
         starts, before = self._runs(domain, number)
         place = (window - int(first_window[number])) * self.seq_len
         run, filled = int(np.searchsorted(before, place, side="right")) - 1, 0
-        while filled < len(tokens_S):
+        while filled < len(values_S):
             start = int(starts[run]) + place + filled - int(before[run])
-            taken = min(len(tokens_S) - filled, int(before[run + 1]) - place - filled)
-            part = shard.tokens[start : start + taken]
-            check_ids(shard, start, part, self.split.vocab_size)
-            tokens_S[filled : filled + taken] = part
+            taken = min(len(values_S) - filled, int(before[run + 1]) - place - filled)
+            part = getattr(shard, name)[start : start + taken]
+            if name != TARGETS:
+                check_ids(shard, start, part, self.split.vocab_size)
+            values_S[filled : filled + taken] = part
             run, filled = run + 1, filled + taken
 
     def _read_runs(self, domain: str, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,10 @@ class PrepareOptions:
     """Maximum amount of training text, in MB, to train the BPE on, sampled evenly."""
     text_column: str = "text"
     """Column of a table, or key of a JSON line, that contains the text."""
+    chat: bool = False
+    """The key `messages` of each JSON line is a conversation: a list of messages with `role` and `content`. It is
+    written by the chat template of --tokenizer, and the loss is on the messages of the role `assistant` alone. Another
+    key can be named with --text-column."""
     domain_column: str = "domain"
     """Column that contains the domain (code, books, ...). If the data has no column `domain`, the domain is the
     name of the file or folder."""
@@ -56,6 +60,8 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("no sources: name at least one file, folder, hf:NAME or stdlib")
+        if self.chat and self.tokenizer is None:
+            raise ConfigError("--chat needs --tokenizer, a tokenizer with a chat template")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ConfigError(f"--validation-fraction must lie between 0 and 1, not {self.validation_fraction}")
         if self.tokenizer is None and self.vocab_size <= BYTE_ALPHABET:

@@ -15,6 +15,7 @@ import numpy as np
 
 from remoe.errors import DataError
 from remoe.lab.console import MEGABYTE, SECONDS_BETWEEN_LINES, Reporter
+from remoe.lab.data.chat import ChatEncoder
 from remoe.lab.data.dataset import open_dataset
 from remoe.lab.data.journal import (
     TOKENIZER_FOLDER,
@@ -87,8 +88,10 @@ class _Preparation:
             self.reporter.line(f"{self.folder}: already prepared with these arguments")
             return
         if journal is None:
-            if self.options.tokenizer is not None:
-                load_tokenizer(self.options.tokenizer)  # checked first, so that a wrong name leaves nothing behind
+            if self.options.tokenizer is not None:  # checked first, so that a wrong name leaves nothing behind
+                tokenizer = load_tokenizer(self.options.tokenizer)
+                if self.options.chat:
+                    ChatEncoder(tokenizer)
             journal = Journal(
                 request=describe_request(self.options),
                 inputs=signatures,
@@ -201,12 +204,19 @@ class _Preparation:
         documents = self.inputs.documents(split, scanned.holdout)
         remaining = islice(documents, sum(shard.documents for shard in done), None)
         dtype = np.dtype(_token_dtype(tokenizer))
-        encoded = encode_documents(remaining, Encoder(tokenizer), tokenizer.eos_token_id, dtype)
-        with closing(encoded):
-            for document, tokens_S in encoded:
-                size = document.num_bytes
-                writer.add(tokens_S, document.domain, size)
-                advance(size)
+        if self.options.chat:
+            encode = ChatEncoder(tokenizer)
+            for document in remaining:
+                tokens_S, targets_S, size = encode(document.text)
+                writer.add(tokens_S.astype(dtype), document.domain, size, targets_S)
+                advance(document.num_bytes)
+        else:
+            encoded = encode_documents(remaining, Encoder(tokenizer), tokenizer.eos_token_id, dtype)
+            with closing(encoded):
+                for document, tokens_S in encoded:
+                    size = document.num_bytes
+                    writer.add(tokens_S, document.domain, size)
+                    advance(size)
         writer.flush()
         self._record(self.journal.with_split(split))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
 from remoe.lab.console import Reporter
-from remoe.lab.data.documents import Columns, Document, is_blank
+from remoe.lab.data.documents import READERS, Columns, Document, is_blank, known_suffix, read_jsonl
 from remoe.lab.data.manifest import SplitName, Strict
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.sources import FileSource, Source, resolve_source
@@ -67,9 +67,10 @@ class HoldoutBuilder:
     another domain must hold that one out.
     """
 
-    def __init__(self, seed: int, fraction: float) -> None:
+    def __init__(self, seed: int, fraction: float, *, divides: bool = True) -> None:
         self.seed = seed
         self.fraction = fraction
+        self._divides = divides  # whether a document that is alone may be divided
         self._domains: dict[str, _DomainItems] = {}
         self._documents = 0
         self._cut: int | None = None
@@ -77,7 +78,8 @@ class HoldoutBuilder:
     def see(self, document: Document, num_bytes: int) -> None:
         """Take a document of this many UTF-8 bytes into account."""
         self._documents += 1
-        self._cut = end_of(document.text, self.fraction) if self._documents == 1 else None
+        alone = self._documents == 1 and self._divides
+        self._cut = end_of(document.text, self.fraction) if alone else None
         items = self._domains.setdefault(document.domain, _DomainItems())
         items.add(item_hash(document, self.seed), num_bytes)
 
@@ -175,9 +177,15 @@ class Inputs:
 
         Raises DataError for a source that does not exist, is named twice, or would be in both splits.
         """
-        columns = Columns(options.text_column, options.domain_column, options.group_column)
+        text = "messages" if options.chat and options.text_column == "text" else options.text_column
+        columns = Columns(text, options.domain_column, options.group_column, options.chat)
         train = [resolve_source(name, columns) for name in options.sources]
         validation = [resolve_source(name, columns) for name in options.validation]
+        for source in (*train, *validation) if options.chat else ():
+            if not isinstance(source, FileSource) or any(
+                READERS[known_suffix(f)] is not read_jsonl for f, _ in source.files
+            ):
+                raise DataError(f"{source.name}: --chat reads .jsonl files alone")
         shared = _places(train) & _places(validation)
         if shared:
             raise DataError(f"{min(shared)}: is both a training and a validation source")
@@ -222,7 +230,7 @@ def scan(inputs: Inputs, options: PrepareOptions, reporter: Reporter) -> Scan:
 
     Raises DataError for a faulty row, for sources without text, or with too few items to divide.
     """
-    builder = HoldoutBuilder(options.seed, options.validation_fraction)
+    builder = HoldoutBuilder(options.seed, options.validation_fraction, divides=not options.chat)
     train = _scan_split(inputs.train, reporter, None if inputs.validation else builder)
     validation = _scan_split(inputs.validation, reporter, None)
     if not train.documents:

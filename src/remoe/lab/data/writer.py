@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from remoe.lab.data.documents import Document
 from remoe.lab.data.manifest import (
     METADATA_KEY,
+    TARGETS,
     Counts,
     ShardHeader,
     ShardRecord,
@@ -127,11 +128,15 @@ class ShardWriter:
         self._domain_index = {name: number for number, name in enumerate(domains)}
         self._clear()
 
-    def add(self, tokens_S: np.ndarray, domain: str, num_bytes: int) -> None:
-        """Add one document: its tokens including EOS, uint16 or uint32 (S), and its length in UTF-8 bytes."""
+    def add(self, tokens_S: np.ndarray, domain: str, num_bytes: int, targets_S: np.ndarray | None = None) -> None:
+        """Add one document: its tokens including EOS, uint16 or uint32 (S), and its length in UTF-8 bytes.
+
+        With `targets_S`, uint8 (S), only the tokens with 1 are targets of the loss: for all documents or none.
+        """
         if self._tokens and self._count + len(tokens_S) > self.shard_tokens:
             self.flush()
         self._tokens.append(tokens_S)
+        self._targets += [] if targets_S is None else [targets_S]
         self._count += len(tokens_S)
         self._domain.append(self._domain_index[domain])
         self._bytes.append(num_bytes)
@@ -147,6 +152,8 @@ class ShardWriter:
             "document_domain": np.array(self._domain, dtype=np.int32),
             "document_bytes": np.array(self._bytes, dtype=np.int64),
         }
+        if self._targets:
+            arrays[TARGETS] = np.concatenate(self._targets)
         tokens, *index = arrays.values()
         header = ShardHeader(
             tokenizer_fingerprint=self.tokenizer_fingerprint,
@@ -186,6 +193,7 @@ class ShardWriter:
 
     def _clear(self) -> None:
         self._tokens: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
         self._domain: list[int] = []
         self._bytes: list[int] = []
         self._count = 0

@@ -75,7 +75,7 @@ def sweep_run(
     for threshold in thresholds:
         model.set_gate_threshold(threshold)
         start = time.perf_counter()
-        options = {"batch_size": batch_size, "max_tokens": max_tokens, "mask_documents": trained.mask_documents}
+        options = {"batch_size": batch_size, "max_tokens": max_tokens, "document_end": trained.document_end}
         result = total(evaluate(model, windows, **options))
         speed = result.targets / (time.perf_counter() - start)
         points.append(SweepPoint(threshold, result.loss, (1 - result.sparsity) * experts, speed))

@@ -52,9 +52,7 @@ def evaluate_run(
     model, windows = trained.model, trained.windows(split)
     if max_experts is not None:
         model.set_max_experts(max_experts)
-    results = evaluate(
-        model, windows, batch_size=batch_size, max_tokens=max_tokens, mask_documents=trained.mask_documents
-    )
+    results = evaluate(model, windows, batch_size=batch_size, max_tokens=max_tokens, document_end=trained.document_end)
     rows = {domain: result.to_dict() for domain, result in results.items()}
     return trained.checkpoint, trained.dataset.path, rows | {TOTAL: total(results).to_dict()}
 
@@ -78,14 +76,15 @@ class Trained:
     run: RunFolder | None
 
     @property
-    def mask_documents(self) -> bool:
-        """Whether the documents of a window are masked from each other: as the run trained; False without a run."""
-        return self.run is not None and self.run.load_config().mask_documents
+    def document_end(self) -> int | None:
+        """The token that ends a document, where the run masked the documents of a sequence; None otherwise."""
+        masks = self.run is not None and self.run.load_config().mask_documents
+        return self.dataset.eos_token_id if masks else None
 
     def windows(self, split: str) -> ValidationWindows:
         """Sequences of the data as long as in the run's training; for a model without a run at most LONGEST_WINDOW."""
-        length = self.model.config.max_position_embeddings
-        return ValidationWindows(getattr(self.dataset, split), length if self.run else min(length, LONGEST_WINDOW))
+        longest = min(self.model.config.max_position_embeddings, LONGEST_WINDOW)
+        return ValidationWindows(getattr(self.dataset, split), self.run.load_config().seq_len if self.run else longest)
 
 
 def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trained:

@@ -49,8 +49,13 @@ def model_without_values(config: TrainConfig) -> RemoeForCausalLM:
     Raises:
         ConfigError: when it cannot be built.
     """
+    return without_values(model_config(config, config.vocab_size, eos_token_id=0))
+
+
+def without_values(model: RemoeConfig) -> RemoeForCausalLM:
+    """A model on the meta device; raises ConfigError when it cannot be built."""
     with torch.device("meta"):
-        return RemoeForCausalLM(model_config(config, config.vocab_size, eos_token_id=0))
+        return RemoeForCausalLM(model)
 
 
 def router_of(config: TrainConfig) -> Router:
@@ -62,20 +67,21 @@ def router_of(config: TrainConfig) -> Router:
     return model_without_values(config).model.layers[0].mlp.router
 
 
-def experts_backend(model: RemoeForCausalLM, dtype: str, device: torch.device) -> str:
-    """The backend that runs the model's experts in training.
+def experts_backend(model: RemoeConfig, dtype: str, device: torch.device) -> str:
+    """The backend that runs a model's experts in training.
 
     Args:
-        model: on any device, the meta device included.
+        model: its configuration.
         dtype: the value of `--dtype`.
         device: where the model will train.
 
     Raises:
         ConfigError: when the backend that the model asks for cannot run there.
     """
-    experts = model.model.layers[0].mlp.experts
+    width = model.intermediate_size // model.granularity
+    _, width = model.router_class.networks(model.experts_per_layer, width, model.active_per_token)
     computed = torch.bfloat16 if wants_bfloat16(dtype, device) else torch.float32
-    return resolve_backend(experts.backend, device.type, computed, *experts.down_proj.shape[1:])
+    return resolve_backend(model.backend, device.type, computed, model.hidden_size, width)
 
 
 def wants_bfloat16(dtype: str, device: torch.device) -> bool:

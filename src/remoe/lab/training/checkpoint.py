@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from remoe.errors import CheckpointError, DataError
 from remoe.lab.files import TEMPORARY, remove_whole, replacing
@@ -35,6 +36,7 @@ _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 OF_RANK_0 = (_RNG_CPU, _RNG_CUDA)  # differ between ranks; `Ranks.seed_step` sets those of the others
+_TRAINED = "trained."  # before the name of a tensor of a model with adapters
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -66,6 +68,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     info: dict[str, object],
     course_of_sparsity: list[float],
+    *,
+    merged: dict[str, Tensor] | None = None,
+    trained: dict[str, Tensor] | None = None,
 ) -> Path:
     """Writes a checkpoint of one process atomically and durably; `ShardedSaving` writes those of several.
 
@@ -76,6 +81,8 @@ def save_checkpoint(
         optimizer: over `model`'s parameters.
         info: small JSON values, such as the fingerprint of the data.
         course_of_sparsity: S of each step so far.
+        merged: of a model with adapters, the weights to write in place of the model's own.
+        trained: of such a model, the tensors that training changes, which are kept beside the optimiser's state.
 
     Raises:
         CheckpointError: when it cannot be written, for example because the disk is full; earlier checkpoints are
@@ -83,11 +90,15 @@ def save_checkpoint(
     """
     final = checkpoint_path(folder, step)
     tensors = training_tensors(model, optimizer, course_of_sparsity)
+    tensors |= {f"{_TRAINED}{name}": tensor for name, tensor in (trained or {}).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_whole(final)  # damaged, otherwise the run would have been resumed from it
         with replacing(final) as partial:
-            model.save_pretrained(partial)
+            if merged is None:
+                model.save_pretrained(partial)
+            else:
+                _without_adapters(model).save_pretrained(partial, state_dict=merged)
             save_file(tensors, partial / "training.safetensors")
             write_info(partial, step, info)
             parts = {path.name: path for path in partial.iterdir()} | tokenizer_files(folder.parent)
@@ -95,6 +106,12 @@ def save_checkpoint(
     except (OSError, DataError, SafetensorError) as error:
         raise cannot_write(final, error) from error
     return final
+
+
+def _without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same configuration on the meta device, which saves the weights that it is given."""
+    with torch.device("meta"):
+        return type(model)(type(model.config).from_dict(model.config.to_dict()))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -121,9 +138,14 @@ def cannot_write(final: Path, error: Exception, who: str = "") -> CheckpointErro
 
 
 def load_training_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, object], list[float]]:
     """Restores weights, buffers, optimiser and random state in place.
+
+    Args:
+        path: the checkpoint.
+        model, optimizer: as they were given to `save_checkpoint`.
+        weights: the model's state dict, where the checkpoint's files have other names; by default they are read.
 
     Returns:
         `info` as given to `save_checkpoint`, with "step"; and S of each step so far.
@@ -133,8 +155,14 @@ def load_training_state(
     """
     try:
         info = json.loads((path / "training.json").read_text())
-        with opened(path) as (weights, state):
-            fill(model, weights, path)
+        with opened(path) as (stored, state):
+            prefix = len(_TRAINED)
+            if trained := {name[prefix:]: state[name][...] for name in state if name.startswith(_TRAINED)}:
+                weights = model.state_dict() | trained  # the others are frozen, and as the model has them
+            if weights is None:
+                fill(model, stored, path)
+            else:
+                _fill_whole(model, weights, path)
             _restore_training(state, model, optimizer)
             course = state[_COURSE][...].tolist()
         info = {"step": index(info["step"]), "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
@@ -142,6 +170,13 @@ def load_training_state(
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error
     return info, course
+
+
+def _fill_whole(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if wrong := [*(set(missing) - tied), *unexpected]:
+        raise CheckpointError(f"checkpoint {path} does not fit the model: {', '.join(wrong[:3])}")
 
 
 def _restore_training(state: dict[str, Stored], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+import tyro
 
 from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
@@ -71,6 +72,16 @@ class OptimOptions:
 
 
 @dataclass
+class LoraOptions:
+    """LoRA: with `--from`, small matrices beside the weights of attention and experts are trained in place of these."""
+
+    rank: int = 0
+    """Rank of the matrices; 0 trains all weights. The routers are trained in either case."""
+    alpha: float | None = None
+    """The change of a weight is alpha / rank times the product of its two matrices; 2 * rank by default."""
+
+
+@dataclass
 class SparsityOptions:
     """How lambda, the weight of the sparsity penalty, is controlled (relu, relu_norm, relu_scaled)."""
 
@@ -116,6 +127,7 @@ class CheckpointOptions:
     """Keep every checkpoint whose step is a multiple of this as well; 0 for none."""
 
 
+FROM = "from"  # the field's name has an underscore, because this is a keyword of Python
 FREE_NAMES = ("router_options", "domain_weights")  # the router and the data check the names in these
 
 
@@ -132,6 +144,10 @@ class TrainConfig:
     data: str | None = None
     """Your text: a file or folder of .txt, .md, .jsonl, .csv, .parquet, ..., which is prepared once, next to the run;
     or a folder written by `remoe data prepare`. By default Python's standard library."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Continue training the model in this folder: a run, one of its checkpoints, an export, or a model that `remoe
+    convert` wrote. Its sizes, its router and the state of its sparsity control are kept; --data must be prepared with
+    its tokenizer. The learning rate is then 3e-4 by default. With --steps 0 the model is only evaluated."""
     out: str | None = None
     """Folder of the run; a new one named runs/PRESET-ROUTER-seedN by default."""
     steps: int = 500
@@ -194,6 +210,7 @@ class TrainConfig:
     """Prompt of the text sample at the end; the start of a validation text by default."""
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     sparsity: SparsityOptions = field(default_factory=SparsityOptions)
     validate: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
@@ -211,8 +228,9 @@ class TrainConfig:
     def check(self) -> None:
         """Raises ConfigError for values that cannot work and that neither the model nor the data checks."""
         for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
+            least = 0 if name == "steps" and self.from_ is not None else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"
@@ -224,6 +242,9 @@ class TrainConfig:
             check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:
             check_prompt(self.prompt)
+        if self.lora.rank:
+            check(self.from_ is not None, "--lora.rank needs a model to adapt: name it with --from")
+            check(self.mesh is None and not self.compile, "--lora.rank cannot be used with --mesh or --compile yet")
 
     def _ranges(self) -> list[tuple[str, str, float]]:
         """(flag, one of _HOLDS, value)."""
@@ -237,6 +258,8 @@ class TrainConfig:
             ("optim.beta1", "at least 0 and below 1", optim.beta1),
             ("optim.beta2", "at least 0 and below 1", optim.beta2),
             ("optim.clip", above_zero, optim.clip),
+            ("lora.rank", "at least 0", self.lora.rank),
+            ("lora.alpha", above_zero, 1.0 if self.lora.alpha is None else self.lora.alpha),
             ("sparsity.lambda-init", above_zero, self.sparsity.lambda_init),
             ("sparsity.alpha", "finite and above 1", self.sparsity.alpha),
             ("model.router-aux-loss-coef", "finite and at least 0", self.model.router_aux_loss_coef),
@@ -253,8 +276,8 @@ class TrainConfig:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as stored in a run's config.yaml."""
-        return dataclasses.asdict(self)
+        """Plain nested dict, as stored in a run's config.yaml; `from_` is called "from", as on the command line."""
+        return {FROM if name == "from_" else name: value for name, value in dataclasses.asdict(self).items()}
 
 
 # Whether a number is what these words say; a number that is none is not.
@@ -291,29 +314,34 @@ def config_from_dict(values: dict[str, Any], source: str) -> TrainConfig:
     for path in _unknown(merged, known):
         raise ConfigError(f"{source}: unknown option {path!r}")
     try:
-        config = _ADAPTER.validate_python(merged)
+        config = _ADAPTER.validate_python({"from_" if name == FROM else name: value for name, value in merged.items()})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place, reason = first["loc"], first["msg"]
         if place[0] == "router_options" and len(place) > 1:  # pydantic names the first of several possible types
             place, reason = place[:2], "must be true or false, a number, a word or null"
-        raise ConfigError(f"{source}: {'.'.join(map(str, place))}: {reason}") from error
+        raise ConfigError(f"{source}: {'.'.join(map(str, place)).rstrip('_')}: {reason}") from error
     if "micro_batch_size" not in values:
         sizes = range(1, min(config.batch_size, config.micro_batch_size) + 1)
         config.micro_batch_size = max((size for size in sizes if config.batch_size % size == 0), default=1)
     return config
 
 
-def config_from_yaml(path: str | Path, **overrides: Any) -> TrainConfig:
-    """The TrainConfig of a YAML file; `overrides` take precedence over the file.
+def config_from_yaml(path: str | Path) -> TrainConfig:
+    """The TrainConfig of a YAML file.
 
     Raises:
         ConfigError: when the file cannot be read, is not a mapping, or holds unknown options.
     """
+    return config_from_dict(read_options(path), str(path))
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The nested options in a YAML file; raises ConfigError when it cannot be read or is not a mapping."""
     values = read_yaml(path, "configuration")
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} is not a mapping of options")
-    return config_from_dict({**values, **overrides}, str(path))
+    return values
 
 
 def preset_values(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 RUN/config.yaml            every option of the run
 RUN/tokenizer/             loads with transformers.AutoTokenizer
+RUN/start.json             with --from: the model that the run started from, and its loss
 RUN/metrics.jsonl          one record per step; RUN/tensorboard/ holds the same numbers
 RUN/checkpoints/step-N/    of a run on one process, loads with RemoeForCausalLM.from_pretrained; see `checkpoint.py`
 RUN/summary.json           final figures
@@ -38,6 +39,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer"
+        self.start = self.path / "start.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
@@ -123,7 +125,10 @@ def _options(config: TrainConfig) -> bytes:
 
 
 def first_run_path(config: TrainConfig) -> Path:
-    """runs/PRESET-ROUTER-seedN."""
+    """runs/PRESET-ROUTER-seedN, or runs/FOLDER-tuned-seedN for one that starts from a folder."""
+    if config.from_ is not None:
+        run = run_of(Path(config.from_))
+        return RUNS / f"{(run.path if run else Path(config.from_)).name}-tuned-seed{config.seed}"
     return RUNS / f"{config.preset}-{config.router}-seed{config.seed}"
 
 

@@ -1,6 +1,7 @@
 """Loading a trained model: from a run's folder, from one of its checkpoints, or from any transformers folder."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from remoe.lab.training.checkpoint import verify
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.shards import read_model
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.modeling_remoe import RemoeForCausalLM
 
 
-def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase, Path]:
+def load_run(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """Model (in evaluation mode), tokenizer and checkpoint of a run's folder, or of one of its checkpoints.
+
+    The model is a `RemoeForCausalLM`, but for a run that trained a relufied model of transformers.
 
     Raises:
         CheckpointError: when there is no checkpoint, it cannot be read, or the tokenizer has more tokens than it knows.
@@ -34,7 +36,12 @@ def load_run(path: str | Path) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBas
         verify(checkpoint)
     if not (checkpoint / "config.json").is_file() or not run.tokenizer.is_dir():
         raise CheckpointError(f"{run.path} is incomplete: {checkpoint / 'config.json'} or {run.tokenizer} is missing")
-    model = read_model(checkpoint)
+    try:
+        model = _loader(checkpoint)(checkpoint)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), _fitting_tokenizer(run.tokenizer, model), checkpoint
 
 
@@ -53,15 +60,21 @@ def load_model(path: str | Path, *, hub: bool = False) -> tuple[PreTrainedModel,
     config = path / "config.json"
     if run_of(path) or not (config.is_file() or (hub and not path.exists())):
         return load_run(path)
-    loaders = {RemoeConfig.model_type: lambda folder: read_model(Path(folder)), MODEL_TYPE: load_relufied}
     try:
-        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-        model = loaders.get(kind, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
+        model = _loader(path, partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False))(name)
     except CheckpointError:
         raise
     except Exception as error:  # the libraries that transformers reads a folder with have no common base of errors
         raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), _fitting_tokenizer(name, model), path
+
+
+def _loader(folder: Path, otherwise: Callable[..., PreTrainedModel] = read_model) -> Callable[..., PreTrainedModel]:
+    """What loads the model in a folder: by its type, if that is one of ours."""
+    config = folder / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    ours = {RemoeConfig.model_type: lambda name: read_model(Path(name)), MODEL_TYPE: load_relufied}
+    return ours.get(kind, otherwise)
 
 
 def _fitting_tokenizer(name: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:

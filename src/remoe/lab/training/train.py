@@ -9,14 +9,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import remoe
-from remoe.errors import CheckpointError, OutOfMemory
+from remoe.errors import CheckpointError, ConfigError, OutOfMemory
 from remoe.experts.cpu import build as kernels
 from remoe.lab.console import say
-from remoe.lab.data import TOTAL, Dataset, MixedBatches, PrepareOptions, open_dataset, prepare, spot_check
+from remoe.lab.data import (
+    TOTAL,
+    Dataset,
+    MixedBatches,
+    PrepareOptions,
+    load_tokenizer,
+    open_dataset,
+    prepare,
+    spot_check,
+)
 from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
@@ -24,20 +34,26 @@ from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.machine import keep_freed_memory, machine
 from remoe.lab.memory import SMALLER, check_memory, less_memory, ran_out
 from remoe.lab.text import lines, short_name, visible
-from remoe.lab.training.build import experts_backend, model_config, model_without_values, wants_bfloat16
+from remoe.lab.training.build import experts_backend, model_config, wants_bfloat16, without_values
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
+from remoe.lab.training.lora import is_adapter
 from remoe.lab.training.mesh import mesh_of
 from remoe.lab.training.metrics import iterate_metrics
+from remoe.lab.training.origin import Origin, origin_of
 from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.start import start_of
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
 from remoe.models.plan import sizes_of, training_flops
 from remoe.routing import ROUTERS
 from remoe.stages import first_sparse_step, settling_time
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +88,22 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         ranks.leave()
         return 0
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
-    warning = check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), ranks.device)
+    origin = origin_of(config, run, resumed=saved is not None)
+    shape = origin.configured(config) if origin else model_config(config, config.vocab_size, eos_token_id=0)
+    warning = check_memory(config, sizes_of(shape), ranks.device)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
-    experts_backend(model_without_values(config), config.dtype, ranks.device)
+    without_values(shape)
+    experts_backend(shape, config.dtype, ranks.device)
     if saved is None:
         run.check_new()
     keep_freed_memory()
-    dataset = ranks.in_turn(lambda: _open_data(config, run))
+    dataset = ranks.in_turn(lambda: _open_data(config, run, origin))
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
     with _memory_errors_in_words(config, run):
-        trainer = Trainer(config, dataset, run, ranks)
+        trainer = Trainer(config, dataset, run, ranks, origin)
         if warning:  # not earlier: an error is one line
             logger.warning(warning)
         code = _train(trainer, saved)
@@ -92,10 +111,24 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         return code
 
 
-def _open_data(config: TrainConfig, run: RunFolder) -> Dataset:
+def _open_data(config: TrainConfig, run: RunFolder, origin: Origin | None) -> Dataset:
+    if origin:
+        return _open_for(origin, config.data)
     if config.data:
         return open_data(config.data, run.path.parent, config.vocab_size)
     return default_dataset(run.path.parent, config.vocab_size)
+
+
+def _open_for(origin: Origin, data: str | None) -> Dataset:
+    """The data, by default those that the model was trained on; raises DataError when another tokenizer made them."""
+    if not (data := data or origin.data):
+        raise ConfigError(
+            f"--from {origin.folder}: say with --data on what to train it; `remoe data prepare TEXT --out DATA "
+            f"--tokenizer {shlex.quote(str(origin.tokenizer))}` prepares text for it"
+        )
+    dataset = open_dataset(data, tokenizer=origin.tokenizer)
+    dataset.check_tokenizer(load_tokenizer(origin.tokenizer), str(origin.folder))
+    return dataset
 
 
 def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
@@ -112,6 +145,7 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
             if ranks.first:
                 _follow(run, saved, config)
         _print_header(trainer)
+        start = start_of(trainer) if trainer.origin else {}
         validation = trainer.train()
         if validation is None:
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
@@ -119,7 +153,7 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
             return exit_code(trainer.stopped_by)
         if not ranks.first:
             return 0
-        summary = _summarise(trainer, validation)
+        summary = _summarise(trainer, validation) | start
         atomic_write(run.summary, json.dumps(summary, indent=2).encode())
         _print_summary(summary, trainer)
         return 0
@@ -192,18 +226,19 @@ def _is_finished(run: RunFolder, steps: int, ranks: Ranks) -> bool:
 
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _parameters(trainer)
+    what = f"from {config.from_}" if trainer.origin else config.preset
     dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
     say(
-        f"remoe {remoe.__version__}: {config.preset}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
+        f"remoe {remoe.__version__}: {what}, {parameters / 1e6:.2f}M parameters, router {config.router}, "
         f"E {config.num_experts}, k {config.k}, G {config.granularity}, target sparsity {model.sparsity.target:.4g}, "
         f"experts backend {_experts(trainer)}"
     )
     say(
         f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, {_data_read(trainer)}"
-        f"{', documents masked from each other' if config.mask_documents else ''}; device {trainer.device} ({dtype}, "
-        f"{torch.get_num_threads()} threads); "
-        f"run {trainer.run.path}"
+        f"{', documents masked from each other' if config.mask_documents else ''}"
+        f"{', loss on the answers of conversations' if dataset.train.masked else ''}; "
+        f"device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); run {trainer.run.path}"
     )
     if trainer.step:
         print(f"resumed at step {trainer.step}")
@@ -235,7 +270,7 @@ def _mixture(trainer: Trainer) -> dict[str, dict[str, float]]:
 
 def _experts(trainer: Trainer) -> str:
     """The backend; on a CPU also whether its kernels are compiled, and if not, compiles them first."""
-    name = experts_backend(trainer.model, trainer.config.dtype, trainer.device)
+    name = experts_backend(trainer.shape, trainer.config.dtype, trainer.device)
     if name != "cpu" or trainer.device.type != "cpu":
         return name
     if kernels.to_be_built():
@@ -251,7 +286,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     after = torch.tensor(sparsities[settled:] if settled is not None else [], dtype=torch.float64)
     tokenizer = trainer.dataset.load_tokenizer()
     prompt = config.prompt if config.prompt is not None else _validation_prompt(trainer, tokenizer)
-    sample = prompt + generate_text(trainer.whole_model(), tokenizer, prompt, SamplingOptions(seed=config.seed))
+    sample = prompt + _continuation(trainer, tokenizer, prompt)
     trainer.run.sample.write_text(sample, encoding="utf-8")
     figures = {
         "steps": trainer.step,
@@ -264,35 +299,54 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
         "validation": {TOTAL: total(validation).to_dict()}
         | {domain: result.to_dict() for domain, result in validation.items()},
         "target_sparsity": target,
-        "final_sparsity": trainer.model.sparsity.sparsity.item(),
+        "final_sparsity": sparsities[-1] if sparsities else total(validation).sparsity,
         "sparse_step": sparse if sparse <= len(sparsities) else None,
         "settling_step": None if settled is None else settled + 1,
         "sparsity_mean": after.mean().item() if len(after) else None,
         "sparsity_deviation": after.std().item() if len(after) > 1 else None,
-        **experts_in_use(trainer.model.config, total(validation)),
+        **experts_in_use(trainer.shape, total(validation)),
         "sample": sample,
         "checkpoint": str(trainer.run.last_checkpoint()),
         "machine": machine(trainer.device),
     }
-    return figures | {"outcome": outcome(config, trainer.model.config, figures)}
+    return figures | {"outcome": outcome(config, trainer.shape, figures) if trainer.step else []}
+
+
+def _continuation(trainer: Trainer, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+    """Text after a prompt; of a transformers model, which may have no positions beyond its context, as far as it goes.
+
+    Nothing where the prompt fills that context.
+    """
+    options = SamplingOptions(seed=trainer.config.seed)
+    if trainer.origin is not None and trainer.origin.relufied:
+        room = trainer.shape.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
+        options.max_new_tokens = min(options.max_new_tokens, room)
+    return generate_text(trainer.whole_model(), tokenizer, prompt, options) if options.max_new_tokens > 0 else ""
 
 
 def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
     """Parameters, tokens, FLOPs of the pairs that were routed, and throughput; `sparsity` is that of validation."""
-    config, model = trainer.config, trainer.model
-    parameters = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    config, shape = trainer.config, trainer.shape
+    parameters = _parameters(trainer)
+    experts = _parameters(trainer, ".experts.")
     step_tokens = config.batch_size * config.seq_len
-    flops = training_flops(model.config, config.seq_len, step_tokens, trainer.sparsities)
-    speeds = [r["tokens_per_second"] for r in iterate_metrics(trainer.run.metrics) if "tokens_per_second" in r]
+    flops = training_flops(shape, config.seq_len, step_tokens, trainer.sparsities)
+    metrics = iterate_metrics(trainer.run.metrics) if trainer.step else ()
+    speeds = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
     return {
         "total_parameters": parameters,
-        "active_parameters": round(parameters - experts * (sparsity if model.config.routes_pairs else 0)),
+        "active_parameters": round(parameters - experts * (sparsity if shape.routes_pairs else 0)),
         "tokens": trainer.step * step_tokens,
         "flops": flops,
-        "flops_per_token": flops / (trainer.step * step_tokens),
+        "flops_per_token": flops / (trainer.step * step_tokens) if trainer.step else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
     }
+
+
+def _parameters(trainer: Trainer, part: str = "") -> int:
+    """Weights of the model, without adapters, whose names have `part` in them."""
+    named = trainer.model.named_parameters()
+    return sum(weight.numel() for name, weight in named if part in name and not is_adapter(name))
 
 
 def _validation_prompt(trainer: Trainer, tokenizer) -> str:
@@ -308,6 +362,9 @@ def _print_summary(summary: dict, trainer: Trainer) -> None:
         f"validation loss {everything['loss']:.4f}  perplexity {everything['perplexity']:.2f}  "
         f"bits per byte {everything['bits_per_byte']:.4f}"
     )
+    if "start" in summary:
+        before = summary["start"]["validation"][TOTAL]["loss"]
+        say(f"validation loss at the start {before:.4f}: {everything['loss'] - before:+.4f} since then")
     for domain in trainer.windows.domains:
         say(f"  {short_name(domain):<16} {summary['validation'][domain]['loss']:.4f}")
     for sentence in summary["outcome"]:

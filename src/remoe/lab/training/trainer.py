@@ -14,6 +14,7 @@ import time
 import torch
 from torch import Tensor
 
+from remoe.convert.relufy.model import RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
@@ -24,15 +25,18 @@ from remoe.lab.training.checkpoint import clean, load_training_state, save_check
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import Interrupt
+from remoe.lab.training.lora import adapt, merged_weights, trained_tensors
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import MetricsWriter, NoMetrics
 from remoe.lab.training.optimizer import build_optimizer, learning_rate
+from remoe.lab.training.origin import Origin
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.saving import ShardedSaving
 from remoe.lab.training.shards import read_model
 from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.loss import IGNORED_TARGET
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 from remoe.models.packing import document_positions
@@ -58,14 +62,26 @@ class Trainer:
         dataset: prepared data.
         run: the run's folder; it must exist by the time that `train` is called.
         ranks: the processes that train the model, each with a trainer of its own; this one alone by default.
+        origin: the model that the run starts from; None for random weights.
+
+    Attributes:
+        model: a `RemoeForCausalLM`, or a relufied model of transformers, perhaps with adapters.
+        shape: the configuration of the model; of a relufied one, its sizes as a `RemoeConfig`.
 
     Raises:
         ConfigError: for a model that cannot be built, a device that this machine does not have, or too little data.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run: RunFolder, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        run: RunFolder,
+        ranks: Ranks | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         config.check()
-        self.config, self.dataset, self.run = config, dataset, run
+        self.config, self.dataset, self.run, self.origin = config, dataset, run, origin
         self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
         sizes = (config.seq_len, config.batch_size, config.seed)
         self.batches = training_batches(dataset.train, *sizes, config.domain_weights)
@@ -75,7 +91,8 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
         )
         torch.manual_seed(config.seed)
-        self.model = RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
+        self.model = self._build().to(self.device)
+        self.shape = self.model.config if origin is None or not origin.relufied else origin.configured(config)
         self.ranks.shard(self.model, global_load=config.mesh_load == "global")
         self.model.train()
         if config.recompute:
@@ -91,6 +108,16 @@ class Trainer:
         self.saving = ShardedSaving(self.ranks, config.checkpoint) if self.ranks.count > 1 else None
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
+    def _build(self) -> RemoeForCausalLM | RelufiedMixin:
+        config, dataset = self.config, self.dataset
+        if self.origin is None:
+            return RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id))
+        model = self.origin.load(config)
+        torch.manual_seed(config.seed)  # however many numbers loading has drawn
+        if config.lora.rank:
+            adapt(model, config.lora)
+        return model
+
     def resume(self) -> None:
         """Continues from the newest checkpoint of the run, or from the start when there is none yet.
 
@@ -102,14 +129,19 @@ class Trainer:
         checkpoint = self.run.last_checkpoint(verified=True, ranks=self.ranks)
         if checkpoint is None:
             return
+        weights = load_relufied(checkpoint).state_dict() if self._relufied and not self.config.lora.rank else None
         with self.ranks.together():
-            info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer)
+            info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer, weights)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
-        # A run that 0.1.0 began counts the ids that no token has to its end.
-        self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
+        if self.origin is None:  # a run that 0.1.0 began counts the ids that no token has to its end
+            self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
         self.step = self.saved_step = info["step"]
         self._seconds_before, self._peak_before = info["seconds"], info["peak_memory_bytes"]
+
+    @property
+    def _relufied(self) -> bool:
+        return isinstance(self.model, RelufiedMixin)
 
     @property
     def seconds(self) -> float:
@@ -154,7 +186,7 @@ class Trainer:
                     if self.step % self.config.checkpoint.every == 0 or self.step == steps:
                         metrics.flush()
                         self.save()
-                if self.saved_step != self.step:  # a signal came between two checkpoints
+                if self.saved_step != self.step or steps == 0:  # a signal came between two checkpoints
                     metrics.flush()
                     self.save()
                 if self.saving is not None:
@@ -177,7 +209,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.seed_step(config.seed, step)
         coefficient = controller.coefficient
-        lm_loss, reg_loss, loss = self._backward(self.batches.batch(self.step, self.ranks.rows(config.batch_size)))
+        lm_loss, reg_loss, loss = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
@@ -213,29 +245,46 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
 
-    def _backward(self, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Accumulates the gradients of this rank's rows of the batch.
+    def _batch(self) -> tuple[Tensor, Tensor, int]:
+        """This rank's rows of the next batch: inputs and targets, (B, S) each; and the targets of the whole batch."""
+        config, rows = self.config, self.ranks.rows(self.config.batch_size)
+        token_BS, mask_BS = self.batches.batch(self.step, rows), self.batches.target_mask(self.step, rows)
+        if self.device.type == "cuda":
+            token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
+        token_BS = token_BS.to(self.device, non_blocking=True)
+        input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
+        if mask_BS is None:
+            return input_BS, target_BS, config.batch_size * config.seq_len
+        whole_BS = self.batches.target_mask(self.step)
+        target_BS = target_BS.masked_fill(~mask_BS.to(self.device), IGNORED_TARGET)
+        return input_BS, target_BS, max(1, int(whole_BS.sum()))
+
+    def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulates the gradients of this rank's rows of the next batch.
 
         Returns:
             Language model loss, regulariser and total loss of the whole batch, 0-dim float32.
         """
         config = self.config
-        if self.device.type == "cuda":
-            token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
-        token_BS = token_BS.to(self.device, non_blocking=True)
-        items = config.batch_size * config.seq_len
+        input_BS, target_BS, items = self._batch()
+        tokens = config.batch_size * config.seq_len
+        share = {} if items == tokens or self._relufied else {"num_tokens_in_batch": tokens}
         lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
-        for micro_bS in token_BS.split(config.micro_batch_size):
+        parts = (tensor.split(config.micro_batch_size) for tensor in (input_BS, target_BS))
+        for input_bS, target_bS in zip(*parts, strict=True):
             positions_bS = None
             if config.mask_documents:
-                positions_bS = document_positions(micro_bS[:, :-1], self.dataset.eos_token_id)
+                positions_bS = document_positions(input_bS, self.dataset.eos_token_id)
+            target_bS = target_bS.contiguous()
             with self.autocast:
                 out = self.forward(
-                    micro_bS[:, :-1],
+                    input_bS,
                     position_ids=positions_bS,
-                    shift_labels=micro_bS[:, 1:].contiguous(),
+                    labels=target_bS,  # for models of transformers, which take shifted ones beside them
+                    shift_labels=target_bS,
                     num_items_in_batch=items,
                     use_cache=False,
+                    **share,
                 )
             self.ranks.backward(out.loss)
             lm_loss = lm_loss + out.lm_loss.detach()
@@ -255,12 +304,12 @@ class Trainer:
             max_tokens=limit,
             autocast=self.autocast,
             ranks=self.ranks,
-            mask_documents=self.config.mask_documents,
+            document_end=self.dataset.eos_token_id if self.config.mask_documents else None,
         )
 
     def _measures_flips(self, step: int) -> bool:
         every = self.config.validate.flips_every
-        return every > 0 and step % every == 0 and self.model.config.routes_pairs
+        return every > 0 and step % every == 0 and self.shape.routes_pairs
 
     def _routing(self) -> Tensor:
         """(L, T, E) bool: how the present weights route the first validation tokens, equally many of each domain."""
@@ -286,9 +335,15 @@ class Trainer:
         if self.saving is not None:
             self.saving.start(folder, self.step, *state)
         else:
-            save_checkpoint(folder, self.step, *state)
+            save_checkpoint(folder, self.step, *state, **self._adapted())
             clean(folder, self.step, self.config.checkpoint)
         self.saved_step = self.step
+
+    def _adapted(self) -> dict[str, dict[str, Tensor]]:
+        """What `save_checkpoint` is given besides for a model with adapters."""
+        if not self.config.lora.rank:
+            return {}
+        return {"merged": merged_weights(self.model), "trained": trained_tensors(self.model)}
 
     def whole_model(self) -> RemoeForCausalLM:
         """The trained model in this process alone; read from the last checkpoint where it is sharded over several."""
@@ -315,7 +370,7 @@ class Trainer:
         self.dead_layers = dead
 
     def _report_lambda(self, coefficient: float, sparsity: float) -> None:
-        if self.model.config.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
+        if self.shape.steered and coefficient > LAMBDA_TOO_LARGE and not self.lambda_runs_away:
             logger.warning(
                 "step %d: lambda is %.1e and S %.4f, for a target of %.4g: the penalty no longer controls the experts "
                 "that are still active", self.step, coefficient, sparsity, self.model.sparsity.target,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.data import ValidationWindows
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.ranks import Ranks
@@ -75,29 +76,31 @@ class Evaluation:
 
 
 def evaluate(
-    model: RemoeForCausalLM,
+    model: RemoeForCausalLM | RelufiedMixin,
     windows: ValidationWindows,
     *,
     batch_size: int,
     max_tokens: int | None = None,
     autocast: torch.autocast | None = None,
     ranks: Ranks | None = None,
-    mask_documents: bool = False,
+    document_end: int | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates a model on each domain; `total` sums the results up.
 
     Args:
-        model: put into evaluation mode, and afterwards into the mode that it was in.
+        model: of this package or relufied; put into evaluation mode, and afterwards into the mode that it was in.
         windows: validation data; padding at the end of a domain is masked.
         batch_size: sequences per forward pass.
         max_tokens: roughly, in total; each domain contributes a prefix of whole documents, in proportion to its size.
             None for everything.
         autocast: context of the forward pass.
         ranks: processes that share the work, each of which must call this; all get the same result.
-        mask_documents: whether the documents of a window are masked from each other (see `document_positions`).
+        document_end: the token that ends a document, to mask the documents of a window from each other (see
+            `document_positions`); None to leave them unmasked.
     """
     ranks = Ranks(Mesh()) if ranks is None else ranks
     device = next(model.parameters()).device
+    fewer = {"return_logits": False} if isinstance(model, RemoeForCausalLM) else {}
     results = {}
     with evaluating(model):
         for domain, limit in windows.shares(max_tokens).items():
@@ -106,16 +109,17 @@ def evaluate(
             count_LE: Tensor = torch.zeros((), dtype=torch.int64, device=device)
             for (input_NS, target_NS, mask_NS), counts in ranks.deal(windows.batches(domain, batch_size, limit)):
                 input_NS, target_NS = input_NS.to(device), target_NS.to(device)
-                positions_NS = document_positions(input_NS, model.config.eos_token_id) if mask_documents else None
+                positions_NS = None if document_end is None else document_positions(input_NS, document_end)
                 with autocast or torch.autocast(device.type, enabled=False):
                     out = model(
                         input_NS,
                         attention_mask=mask_NS.to(device),
                         position_ids=positions_NS,
+                        labels=target_NS,  # for models of transformers, which take shifted ones beside them
                         shift_labels=target_NS,
                         num_items_in_batch=1,  # the sum, not the mean
                         use_cache=False,
-                        return_logits=False,
+                        **fewer,
                     )
                 nats += out.lm_loss.double() * counts
                 counted[0] += (target_NS != -100).sum() * counts
