@@ -106,8 +106,7 @@ def open_source(
     elif data is None:
         raise CheckpointError(f"{path} does not say on which data it was trained; name a folder with --data")
     elif is_raw(data):
-        documents = resolve_source(data, Columns()).documents()
-        text = RawText(documents, tokenizer, length, max_tokens, data)
+        text = RawText(resolve_source(data, Columns()).documents, tokenizer, length, max_tokens, data)
     else:
         dataset = open_dataset(data, tokenizer=run.tokenizer if run else path)
         dataset.check_tokenizer(tokenizer, path)

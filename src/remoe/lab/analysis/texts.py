@@ -4,7 +4,7 @@ Legend: N sequences, S sequence length.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -75,7 +75,7 @@ class RawText:
     """Documents that are tokenised as they are read; those of a domain are joined, with an EOS token after each.
 
     Args:
-        documents: in their order; a domain's windows come as soon as they are full.
+        documents: returns them anew, in their order; a domain's windows come as soon as they are full.
         tokenizer: the model's.
         seq_len: S.
         max_tokens: of the first documents; None for all.
@@ -84,7 +84,7 @@ class RawText:
 
     def __init__(
         self,
-        documents: Iterable[Document],
+        documents: Callable[[], Iterable[Document]],
         tokenizer: "PreTrainedTokenizerBase",
         seq_len: int,
         max_tokens: int | None,
@@ -97,7 +97,7 @@ class RawText:
     def batches(self, rows: int) -> Iterator[Batch]:
         size, left = rows * self.seq_len, self.max_tokens
         pending: dict[str, np.ndarray] = {}
-        for document in self.documents:
+        for document in self.documents():
             ids_T = np.array([*self.encode([document.text])[0], self.eos], np.int64)
             if left is not None:
                 ids_T, left = ids_T[: left + 1], left - len(ids_T)
