@@ -22,7 +22,8 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "READ
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n$")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
-OTHER_PROGRAMS = {"--save", "--moe-relu-routing", "--logdir", "--results"}  # the authors' code, TensorBoard, a script
+# The authors' code, TensorBoard, a script, and Megatron-LM.
+OTHER_PROGRAMS = {"--save", "--moe-relu-routing", "--logdir", "--results", "--moe-routing-trace-path"}
 SLOW = {"docs/guides/convert.md", "docs/guides/fine-tune.md"}  # over 5 seconds
 
 

@@ -75,6 +75,11 @@ def is_report(content: bytes) -> bool:
     return content.lstrip()[:15].lower() == b"<!doctype html>" and b"<title>Routing of " in content[:1000]
 
 
+def is_parquet(content: bytes) -> bool:
+    """For `check_output`: whether a file is a Parquet file, as `remoe record` writes."""
+    return content.startswith(b"PAR1")
+
+
 def write_output(path: Path, content: bytes) -> None:
     """Write the file that a user named: whole, through links; raises DataError if that fails."""
     if path.exists() and not path.is_file():  # a device: replacing it would delete it

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 import remoe
-from remoe.lab.analysis.collect import active_of, collect, gates_of
+from remoe.errors import ConfigError
+from remoe.lab.analysis.collect import active_of, gates_of
+from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.recording import record_routing
+from remoe.lab.analysis.texts import PreparedText
 from remoe.lab.data import ValidationWindows, open_dataset
+from remoe.lab.training.validate import evaluate, total
 
 SEQ_LEN = 48
 
@@ -27,31 +32,38 @@ def tiny(router="relu"):
         router=router,
         initializer_range=0.2,
         max_position_embeddings=SEQ_LEN,
+        eos_token_id=0,  # <|endoftext|>
     )
     return remoe.RemoeForCausalLM(config)
 
 
+def collect(model, windows, max_tokens=None, **options):
+    return record_routing(Mixture(model), PreparedText(windows, max_tokens), **options)
+
+
 def test_rows_are_the_tokens_of_the_windows_in_order(windows):
-    record = collect(tiny(), windows, None, 3)
-    assert record.domains == ("farm", "town")
+    made = collect(tiny(), windows)
+    record, domains = made.whole(), made.about.domains
+    assert domains == ["farm", "town"]
     assert record.sequence_T[0] == 0
     # A new window begins one row after the other, and each window is whole but the last of a domain.
     assert set(record.sequence_T.diff().tolist()) == {0, 1}
     row = sequence = 0
-    for index, domain in enumerate(record.domains):
+    for index, domain in enumerate(domains):
         for token_1S, _, mask_1S in windows.batches(domain, 1):
             n = int(mask_1S.sum())
             assert torch.equal(record.token_T[row : row + n], token_1S[0, :n])
             assert (record.sequence_T[row : row + n] == sequence).all()
             assert (record.domain_T[row : row + n] == index).all()
             row, sequence = row + n, sequence + 1
-    assert row == len(record.token_T) == sum(windows.num_predictions(domain) for domain in record.domains)
+    assert row == len(record.token_T) == sum(windows.num_predictions(domain) for domain in domains)
+    assert made.about.tokens == row
     assert record.active_LTE.shape == (2, row, 5)
 
 
 def test_the_choice_is_that_of_the_model(windows):
     model = tiny().train()
-    record = collect(model, windows, None, 3)
+    record = collect(model, windows).whole(gates=True)
     assert model.training
     assert 0 < record.active_LTE.float().mean() < 1
     model.eval()
@@ -60,6 +72,7 @@ def test_the_choice_is_that_of_the_model(windows):
         out = model(record.token_T[rows][None])
         for layer, routing in enumerate(out.routings):
             assert torch.equal(record.active_LTE[layer, rows], routing.gate_TE > 0)
+            torch.testing.assert_close(record.gate_LTE[layer, rows], routing.gate_TE)
 
 
 def test_padding_is_left_out_of_gates_and_choice(windows):
@@ -85,21 +98,34 @@ def test_executed_pairs_count_even_where_a_gate_is_rounded_to_zero(windows):
 def test_collecting_counts_as_no_training_step(windows):
     model = tiny().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    collect(model, windows, 200, 4)
+    collect(model, windows, 200)
     model.sparsity.update()
     assert model.sparsity.sparsity == before["sparsity.sparsity"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "weight" in name)
 
 
-def test_topk_has_k_experts_a_token_and_dense_has_one(windows):
-    assert (collect(tiny("topk"), windows, 200, 4).active_LTE.sum(dim=2) == 2).all()
-    assert collect(tiny("dense"), windows, 200, 4).active_LTE.shape[2] == 1
+def test_topk_has_k_experts_a_token_and_dense_has_no_routing(windows):
+    assert (collect(tiny("topk"), windows, 200).whole().active_LTE.sum(dim=2) == 2).all()
+    with pytest.raises(ConfigError, match="'dense' does not send single tokens"):
+        collect(tiny("dense"), windows, 200)
 
 
 def test_limit_takes_a_prefix_of_every_domain(windows):
-    whole, part = collect(tiny(), windows, None, 4), collect(tiny(), windows, 300, 4)
+    whole, part = collect(tiny(), windows).whole(), collect(tiny(), windows, 300).whole()
     assert len(part.token_T) < len(whole.token_T)
     for domain in (0, 1):
         tokens = part.token_T[part.domain_T == domain]
         assert len(tokens)
         assert torch.equal(tokens, whole.token_T[whole.domain_T == domain][: len(tokens)])
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_the_mean_loss_is_that_of_an_evaluation(windows, mask_documents):
+    model = tiny()
+    record = collect(model, windows, mask_documents=mask_documents).whole()
+    expected = evaluate(model, windows, batch_size=7, mask_documents=mask_documents)
+    assert record.loss_T.mean().item() == pytest.approx(total(expected).loss, rel=1e-5)
+    for domain, name in enumerate(windows.domains):
+        mean = record.loss_T[record.domain_T == domain].mean().item()
+        assert mean == pytest.approx(expected[name].loss, rel=1e-5)
+    assert collect(model, windows, 200, losses=False).whole().loss_T.isnan().all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from finished_run import DATA, cells, finish, record, whole
 
-from remoe.lab.analysis.collect import RoutingRecord
+from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.summary import routing_of
 from remoe.lab.compare import output
 from remoe.lab.compare.experiment import experiment_from_dict, load_experiment
@@ -23,7 +23,7 @@ NOTHING = Results([], [], [], [], [])
 def test_a_short_text_with_rare_tokens_and_a_domain_without_any(trial, tmp_path):
     active_LTE = torch.tensor([[[1, 0], [0, 1], [1, 1], [1, 0]]]).bool()
     tokens, domains, windows = torch.tensor([5, 6, 7, 5]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 0, 1, 1])
-    found = routing_of(RoutingRecord(active_LTE, tokens, domains, windows, ("a", "b", "c")), 1, str)
+    found = routing_of(RoutingRecord.of(active_LTE, tokens, domains, windows, ("a", "b", "c")), str)
     assert found.domains == ["a", "c"]
     assert found.share_CLE == [[[0.5, 0.5]], [[1.0, 0.5]]]
     assert found.count_U == []  # none occurs ten times

@@ -14,14 +14,17 @@ from tiny_run import FLAGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from remoe.lab.analysis import collect as collecting
-from remoe.lab.analysis.collect import collect, gates_of
+from remoe.lab.analysis.collect import gates_of
 from remoe.lab.analysis.measures import routed_share
+from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.record import RoutingRecord
+from remoe.lab.analysis.recording import record_routing
 from remoe.lab.analysis.style import quantity
+from remoe.lab.analysis.texts import PreparedText, TokenTexts
 from remoe.lab.cli.main import main
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
-from remoe.lab.report.contents import POINTS, excerpts, outcome, texts_of, thinned
+from remoe.lab.report.contents import POINTS, excerpts, outcome, thinned
 from remoe.lab.report.page import percent, script_json
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
@@ -73,7 +76,7 @@ def test_text_and_shares_are_the_models(run):
     page = Page((run / "report.html").read_text())
     content, trained = content_of(page), open_trained(str(run), None)
     windows = trained.windows("validation")
-    share_LE = routed_share(collect(trained.model, windows, None, 8).active_LTE)
+    share_LE = routed_share(record_routing(Mixture(trained.model), PreparedText(windows, None)).whole().active_LTE)
     shown = [percent(share) if share >= 2 / 8 / 8 else "×" for share in share_LE.flatten().tolist()]  # k G over 8 E G
     places = [(layer, expert) for layer in range(2) for expert in range(8)]
     assert page.experts == [(*place, share) for place, share in zip(places, shown, strict=True)]
@@ -112,11 +115,11 @@ def test_the_page_begins_with_how_the_run_went(run):
 @pytest.mark.parametrize("said", [None, "words", [1, {}], {}])
 def test_a_summary_of_0_1_0_and_a_damaged_one_have_no_words_on_how_it_went(said):
     summary = {"steps": 6} | ({} if said is None else {"outcome": said})
-    trained = SimpleNamespace(run=SimpleNamespace(load_summary=lambda: summary))
-    assert outcome(trained, 6) == []
+    run = SimpleNamespace(load_summary=lambda: summary)
+    assert outcome(run, 6) == []
     summary["outcome"] = ["All is well."]
-    assert outcome(trained, 6) == ["All is well."]
-    assert outcome(trained, 3) == outcome(SimpleNamespace(run=None), None) == []
+    assert outcome(run, 6) == ["All is well."]
+    assert outcome(run, 3) == outcome(None, None) == []
 
 
 def test_no_text_ends_the_script():
@@ -129,11 +132,11 @@ def test_a_character_of_several_tokens_stands_at_its_last(run):
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     text = "cow 🐄 é!"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    texts = texts_of(tokenizer, ids)
+    texts = TokenTexts(tokenizer)(ids)
     assert "".join(texts) == text
     last = texts.index("🐄")
     assert texts[last - 3 : last] == ["", "", ""]
-    assert texts_of(tokenizer, ids[:last])[-1] == "\ufffd"  # the text ends within the character
+    assert TokenTexts(tokenizer)(ids[:last])[-1] == "\ufffd"  # the text ends within the character
 
 
 @pytest.mark.parametrize("kind", ["WordPiece", "Metaspace"])
@@ -148,7 +151,7 @@ def test_texts_of_tokenizers_that_drop_what_begins_a_text(kind):
         core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         text, pieces = "the cows the cow.", ["the", " cow", "s", " the", " cow", "."]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", clean_up_tokenization_spaces=False)
-    assert texts_of(tokenizer, tokenizer(text)["input_ids"]) == pieces
+    assert TokenTexts(tokenizer)(tokenizer(text)["input_ids"]) == pieces
 
 
 def test_generated_text_goes_on_where_the_prompt_ends(run, monkeypatch):
@@ -168,26 +171,16 @@ def test_generated_text_goes_on_where_the_prompt_ends(run, monkeypatch):
     assert asked == [[1]]  # without what the tokenizer puts behind a text: our training data has none
 
 
-def test_executed_pairs_are_shown_whatever_their_gate(run, monkeypatch):
+def test_executed_pairs_are_shown_whatever_their_gate():
     """A softmax may round a gate to zero, and a learned scale may flip its sign."""
-    trained = open_trained(str(run), None)
-    gates = {0: 0.0, 1: -0.25, 2: float("nan")}
-
-    def altered(model, input_BS, mask_BS):
-        gate_LTE = gates_of(model, input_BS, mask_BS)
-        for token, gate in gates.items():
-            gate_LTE[:, token] = gate
-        return gate_LTE
-
-    monkeypatch.setattr("remoe.lab.report.contents.gates_of", altered)
-    windows = trained.windows("validation")
-    (farm, _) = excerpts(trained, windows, 3)
-    input_BS, _, mask_BS = next(windows.batches("farm", 1))
-    active_LTE = collecting.active_of(trained.model, input_BS[:1, :3], mask_BS[:1, :3])
-    assert active_LTE.any(dim=2).all()
-    for tokens, active_TE in zip(farm.gates, active_LTE, strict=True):
-        assert [flat[::2] for flat in tokens] == [active_E.nonzero().flatten().tolist() for active_E in active_TE]
-        assert [set(flat[1::2]) for flat in tokens] == [{0.0}, {-0.25}, {None}]
+    gates = torch.tensor([0.0, -0.25, float("nan"), 0.12345])
+    active_LTE = torch.tensor([[[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]]]).bool()
+    zero = torch.zeros(4, dtype=torch.int64)
+    gate_LTE = gates[None, :, None].expand(1, 4, 3)
+    record = RoutingRecord.of(active_LTE, torch.arange(4), zero, zero, ["farm"], gate_LTE=gate_LTE)
+    (farm,) = excerpts(record, 3)
+    assert farm.gates == [[[0, 0.0, 1, 0.0], [1, -0.25], [0, None, 2, None]]]
+    assert farm.tokens == ["[0] ", "[1] ", "[2] "]
 
 
 def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):

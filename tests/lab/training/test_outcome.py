@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import remoe
-from remoe.lab.analysis.collect import collect
 from remoe.lab.analysis.measures import routed_share
+from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.recording import record_routing
+from remoe.lab.analysis.texts import PreparedText
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.training.config import config_from_dict
 from remoe.lab.training.outcome import experts_in_use, outcome
@@ -68,7 +70,7 @@ def test_an_evaluation_counts_the_tokens_of_every_expert(corpus):
         model.model.layers[1].mlp.router.weight[2:] = 0
     windows = ValidationWindows(open_dataset(corpus).validation, 32)
     results = evaluate(model, windows, batch_size=8)
-    record = collect(model.eval(), windows, None, 8)
+    record = record_routing(Mixture(model), PreparedText(windows, None)).whole()
     expected = routed_share(record.active_LTE)
     torch.testing.assert_close(total(results).share_LE, expected.double())
     assert total(results).sparsity == pytest.approx(1 - expected.mean().item())

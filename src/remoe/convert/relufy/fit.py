@@ -89,7 +89,7 @@ class GateRecorder:
     def _hook(self, name: str):
         def record(router: nn.Module, args: tuple, output: object) -> None:
             x_TD = args[0].detach().flatten(0, -2).float()
-            gate_TE, self.k[name] = _gates(output, x_TD.shape[0], router, name)
+            gate_TE, _, self.k[name] = routed(output, x_TD.shape[0], router, name)
             if self.mask_T is not None:
                 mask_T = self.mask_T.to(x_TD.device)
                 x_TD, gate_TE = x_TD[mask_T], gate_TE[mask_T]
@@ -105,16 +105,26 @@ class GateRecorder:
         return torch.cat(self.x_TD[name]), torch.cat(self.gate_TE[name])
 
 
-def _gates(output: object, T: int, router: nn.Module, name: str) -> tuple[Tensor, int]:
-    """(T, E) gates, and the experts per token that the router is for."""
+def routed(output: object, T: int, router: nn.Module, name: str) -> tuple[Tensor, Tensor, int]:
+    """What a router chose, from its output: (T, E) gates, (T, E) bool executed pairs, and the experts per token.
+
+    Args:
+        output: a `Routing`, or transformers' (logits, weights (T, K), indices (T, K)).
+        T: tokens that the router was passed.
+        router, name: the module and what to call it.
+
+    Raises:
+        ConfigError: for another output; it names the module.
+    """
     if isinstance(output, Routing):
-        return output.gate_TE, router.k
+        return output.gate_TE, output.gate_TE != 0, router.k
     logits = output[0] if isinstance(output, tuple) and len(output) == 3 else None
     if not isinstance(logits, Tensor) or output[1].shape != output[2].shape or output[1].shape[0] != T:
         raise ConfigError(f"{name}: a router that does not return (logits, weights, indices) cannot be converted")
     _, weight_TK, index_TK = output
     gate_TE = weight_TK.new_zeros(T, logits.shape[-1]).scatter(1, index_TK.long(), weight_TK)
-    return gate_TE, index_TK.shape[1]
+    active_TE = torch.zeros_like(gate_TE, dtype=torch.bool).scatter(1, index_TK.long(), True)
+    return gate_TE, active_TE, index_TK.shape[1]
 
 
 def fit_relu_gates(

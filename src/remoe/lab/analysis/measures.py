@@ -183,8 +183,12 @@ def load_imbalance(active_LTE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     Returns:
         (L,) float64, from 1 (even) to E (one expert takes everything).
     """
-    count_LE = _keep(active_LTE, mask_T).sum(dim=1).double()
-    return count_LE.amax(dim=1) / count_LE.mean(dim=1)
+    return imbalance_of(_keep(active_LTE, mask_T).sum(dim=1))
+
+
+def imbalance_of(count_LE: Tensor) -> Tensor:
+    """`load_imbalance` from the number of tokens of each expert, (L, E) int64."""
+    return count_LE.double().amax(dim=1) / count_LE.double().mean(dim=1)
 
 
 def specialisation(
@@ -202,9 +206,19 @@ def specialisation(
         num_domains: C.
         mask_T: (T,) bool, tokens to count; all by default.
     """
+    return specialisation_of(pairs_by_domain(active_LTE, domain_T, num_domains, mask_T))
+
+
+def pairs_by_domain(active_LTE: Tensor, domain_T: Tensor, num_domains: int, mask_T: Tensor | None = None) -> Tensor:
+    """(L, C, E) int64: the routed pairs of each domain; arguments as in `specialisation`."""
     keep_T = torch.ones_like(domain_T, dtype=torch.bool) if mask_T is None else mask_T
     of_domain = [active_LTE[:, keep_T & (domain_T == domain)].sum(dim=1) for domain in range(num_domains)]
-    pairs_LCE = torch.stack(of_domain, dim=1).double()
+    return torch.stack(of_domain, dim=1)
+
+
+def specialisation_of(pairs_LCE: Tensor) -> Specialisation:
+    """`specialisation` from the number of pairs of each domain, (L, C, E) int64."""
+    pairs_LCE = pairs_LCE.double()
     joint_LCE = pairs_LCE / pairs_LCE.sum(dim=(1, 2), keepdim=True)
     domain_entropy_L = _entropy(joint_LCE.sum(dim=2))
     # I = H(domain) + H(expert) - H(both), clamped because rounding could make it negative.
@@ -236,6 +250,20 @@ def top_tokens(
     # int32 is enough for any count, and needs half as much memory as int64.
     taken_UE = torch.zeros(len(token_U), active_TE.shape[1], dtype=torch.int32, device=active_TE.device)
     taken_UE.index_add_(0, index_T, active_TE.int())
+    return top_tokens_of(token_U, count_U, taken_UE, limit, min_count=min_count)
+
+
+def top_tokens_of(
+    token_U: Tensor, count_U: Tensor, taken_UE: Tensor, limit: int, *, min_count: int = 1
+) -> list[list[TopToken]]:
+    """`top_tokens` from counts.
+
+    Args:
+        token_U: (U,) int64, token ids, ascending.
+        count_U: (U,) int64, how often each occurs.
+        taken_UE: (U, E) int32, how often each expert takes it.
+        limit, min_count: as in `top_tokens`.
+    """
     frequent_U = count_U >= min_count
     token_U, count_U, taken_UE = token_U[frequent_U], count_U[frequent_U], taken_UE[frequent_U]
     # Stable sorts, the least significant key first; the ids are already ascending.
@@ -249,7 +277,7 @@ def top_tokens(
             for i in best_UE[:, expert]
             if probability_UE[i, expert] > 0
         ]
-        for expert in range(active_TE.shape[1])
+        for expert in range(taken_UE.shape[1])
     ]
 
 
@@ -271,9 +299,17 @@ def chunk_sparsity(active_LTE: Tensor, sequence_T: Tensor, chunk: int, mask_T: T
     Raises:
         ConfigError: if `chunk` is not positive.
     """
+    used_L, slots = chunk_sums(_keep(active_LTE, mask_T), sequence_T if mask_T is None else sequence_T[mask_T], chunk)
+    return 1 - used_L.double() / slots
+
+
+def chunk_sums(active_LTE: Tensor, sequence_T: Tensor, chunk: int) -> tuple[Tensor, int]:
+    """The parts of `chunk_sparsity`: used (chunk, expert) pairs of each layer, (L,) int64, and how many there are.
+
+    Sums over parts of a text are the sums of the whole if no sequence is divided.
+    """
     if chunk < 1:
         raise ConfigError(f"a chunk needs at least one token, not {chunk}")
-    active_LTE, sequence_T = _keep(active_LTE, mask_T), sequence_T if mask_T is None else sequence_T[mask_T]
     _, length_S = sequence_T.unique_consecutive(return_counts=True)
     end_T = length_S.cumsum(0).repeat_interleave(length_S)
     row_T = torch.arange(len(sequence_T), device=sequence_T.device)
@@ -282,7 +318,7 @@ def chunk_sparsity(active_LTE: Tensor, sequence_T: Tensor, chunk: int, mask_T: T
     union_LNE = torch.zeros_like(active_LTE[:, start_N])
     for i in range(chunk):
         union_LNE |= active_LTE[:, start_N + i]
-    return sparsity_per_layer(union_LNE)
+    return union_LNE.sum(dim=(1, 2)), len(start_N) * active_LTE.shape[2]
 
 
 def expert_reuse(active_LTE: Tensor, sequence_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -297,13 +333,21 @@ def expert_reuse(active_LTE: Tensor, sequence_T: Tensor, mask_T: Tensor | None =
         (L,) float64, in 0..1: the mean of |S_i and S_{i+1}| / |S_i| over neighbours, where S_i is the set of active
         experts of token i. Pairs whose first token has no active expert are left out.
     """
-    active_LTE, sequence_T = _keep(active_LTE, mask_T), sequence_T if mask_T is None else sequence_T[mask_T]
+    share_L, pairs_L = reuse_sums(_keep(active_LTE, mask_T), sequence_T if mask_T is None else sequence_T[mask_T])
+    return share_L / pairs_L
+
+
+def reuse_sums(active_LTE: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of `expert_reuse`: summed shares, (L,) float64, and counted neighbours, (L,) int64.
+
+    Sums over parts of a text are the sums of the whole if no sequence is divided.
+    """
     same_sequence_T = sequence_T[1:] == sequence_T[:-1]
     shared_LT = (active_LTE[:, 1:] & active_LTE[:, :-1]).sum(dim=2).double()
     size_LT = active_LTE[:, :-1].sum(dim=2)
     counts_LT = same_sequence_T & (size_LT > 0)
     share_LT = torch.where(counts_LT, shared_LT / size_LT, 0)
-    return share_LT.sum(dim=1) / counts_LT.sum(dim=1)
+    return share_LT.sum(dim=1), counts_LT.sum(dim=1)
 
 
 def _keep(active_LTE: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Legend: L layers, E experts, C domains, U distinct token ids.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from remoe.lab.analysis import measures
-from remoe.lab.analysis.collect import RoutingRecord
+from remoe.lab.analysis.record import UNKNOWN, RoutingRecord
 
 CHUNK = 8
 MIN_COUNT = 10  # fewest occurrences of a token id whose mean active experts are reported
@@ -93,46 +94,87 @@ class RoutingSummary:
     top_tokens: list[list[list[str]]] = field(default_factory=list)
 
 
-def routing_of(record: RoutingRecord, k: int, text_of: Callable[[int], str]) -> RoutingSummary:
-    """Summarises the routing of a model.
+def routing_of(record: RoutingRecord, text_of: Callable[[int], str] | None = None) -> RoutingSummary:
+    """Summarises the routing of a model; the record is read layer by layer, in blocks.
 
     Args:
         record: the routing.
-        k: target number of active experts per token.
-        text_of: returns the text of a token id.
+        text_of: returns the text of a token id; by default the record's text of its first occurrence.
     """
-    active_LTE = record.active_LTE
-    by_token = measures.active_by_token(active_LTE, record.token_T, min_count=MIN_COUNT)
-    correlation = by_token.frequency_correlation
-    special = measures.specialisation(active_LTE, record.domain_T, len(record.domains))
-    share_LE = measures.routed_share(active_LTE)
-    figures = RoutingFigures(
-        inactive_experts=int(measures.inactive_experts(share_LE, k).sum()),
-        frequency_correlation=None if math.isnan(correlation) else correlation,
-        sparsity_per_layer=measures.sparsity_per_layer(active_LTE).tolist(),
-        load_imbalance_per_layer=_known_numbers(measures.load_imbalance(active_LTE)),
-        specialisation_per_layer=_known_numbers(special.normalised_L),
-        chunk_sparsity_per_layer=_known_numbers(measures.chunk_sparsity(active_LTE, record.sequence_T, CHUNK)),
-        expert_reuse_per_layer=_known_numbers(measures.expert_reuse(active_LTE, record.sequence_T)),
+    about, ids = record.about, _TokenIds(record)
+    layers = [_LayerSums(record, layer, ids) for layer in range(about.layers)]
+    pairs_LCE = torch.stack([layer.pairs_CE for layer in layers])
+    pairs_LE, tokens = pairs_LCE.sum(dim=1), max(about.tokens, 1)
+    share_LE = pairs_LE.double() / tokens
+    pairs_U = torch.stack([layer.pairs_U for layer in layers]).sum(dim=0)
+    frequent_U = ids.count_U >= MIN_COUNT
+    by_token = measures.TokenActivity(
+        ids.token_U[frequent_U], ids.count_U[frequent_U], (pairs_U.double() / (ids.count_U * about.layers))[frequent_U]
     )
-    top_tokens = [
-        [
-            [text_of(top.token) for top in tops]
-            for tops in measures.top_tokens(active_TE, record.token_T, TOP, min_count=TOP_MIN_COUNT)
-        ]
-        for active_TE in active_LTE
-    ]
-    seen_C = torch.bincount(record.domain_T, minlength=len(record.domains)) > 0
-    share_CLE = measures.routed_share_by_domain(active_LTE, record.domain_T, len(record.domains))[seen_C]
+    correlation = by_token.frequency_correlation
+    figures = RoutingFigures(
+        inactive_experts=int(measures.inactive_experts(share_LE, about.k).sum()),
+        frequency_correlation=None if math.isnan(correlation) else correlation,
+        sparsity_per_layer=(1 - share_LE.mean(dim=1)).tolist(),
+        load_imbalance_per_layer=_known_numbers(measures.imbalance_of(pairs_LE)),
+        specialisation_per_layer=_known_numbers(measures.specialisation_of(pairs_LCE).normalised_L),
+        chunk_sparsity_per_layer=_known_numbers(torch.tensor([layer.chunk_sparsity for layer in layers])),
+        expert_reuse_per_layer=_known_numbers(torch.tensor([layer.reuse for layer in layers])),
+    )
+    text_of = text_of or (lambda token: ids.text.get(token, ""))
+    seen_C = ids.tokens_C > 0
+    share_CLE = (pairs_LCE.double() / ids.tokens_C[:, None]).transpose(0, 1)[seen_C]
     return RoutingSummary(
         figures,
         rounded(share_LE.tolist()),
         rounded(share_CLE.tolist()),
-        [domain for domain, seen in zip(record.domains, seen_C.tolist(), strict=True) if seen],
+        [domain for domain, seen in zip(about.domains, seen_C.tolist(), strict=True) if seen],
         by_token.count_U.tolist(),
         rounded(by_token.active_U.tolist()),
-        top_tokens,
+        [[[text_of(top.token) for top in tops] for tops in layer.top_tokens] for layer in layers],
     )
+
+
+class _TokenIds:
+    """The distinct token ids of a record, how often each occurs, and how many tokens each domain has."""
+
+    def __init__(self, record: RoutingRecord) -> None:
+        counts: Counter[int] = Counter()
+        self.text: dict[int, str] = {}
+        self.tokens_C = torch.zeros(len(record.about.domains), dtype=torch.int64)
+        for block in record.blocks((), texts=True):
+            token_U, count_U = block.token_T.unique(return_counts=True)
+            counts.update(dict(zip(token_U.tolist(), count_U.tolist(), strict=True)))
+            for token, text in zip(block.token_T.tolist(), block.texts or (), strict=True):
+                if text:
+                    self.text.setdefault(token, text)
+            self.tokens_C += torch.bincount(block.domain_T, minlength=len(self.tokens_C))
+        counts.pop(UNKNOWN, None)
+        self.token_U = torch.tensor(sorted(counts), dtype=torch.int64)
+        self.count_U = torch.tensor([counts[token] for token in self.token_U.tolist()], dtype=torch.int64)
+
+
+class _LayerSums:
+    """Sums over the tokens of one layer: pairs of domains (C, E) and token ids (U,), and what follows from others."""
+
+    def __init__(self, record: RoutingRecord, layer: int, ids: _TokenIds) -> None:
+        C, E = len(record.about.domains), record.about.experts
+        self.pairs_CE = torch.zeros(C, E, dtype=torch.int64)
+        taken_UE = torch.zeros(len(ids.token_U), E, dtype=torch.int32)
+        used = slots = shared = neighbours = 0.0
+        for block in record.blocks((layer,)):
+            self.pairs_CE += measures.pairs_by_domain(block.active_LTE, block.domain_T, C)[0]
+            known_T = block.token_T != UNKNOWN
+            index_T = torch.searchsorted(ids.token_U, block.token_T[known_T])
+            taken_UE.index_add_(0, index_T, block.active_LTE[0, known_T].int())
+            used_L, count = measures.chunk_sums(block.active_LTE, block.sequence_T, CHUNK)
+            share_L, pairs_L = measures.reuse_sums(block.active_LTE, block.sequence_T)
+            used, slots = used + used_L.item(), slots + count
+            shared, neighbours = shared + share_L.item(), neighbours + pairs_L.item()
+        self.pairs_U = taken_UE.sum(dim=1, dtype=torch.int64)
+        self.top_tokens = measures.top_tokens_of(ids.token_U, ids.count_U, taken_UE, TOP, min_count=TOP_MIN_COUNT)
+        self.chunk_sparsity = 1 - used / slots if slots else math.nan
+        self.reuse = shared / neighbours if neighbours else math.nan
 
 
 def rounded(value: Any) -> Any:

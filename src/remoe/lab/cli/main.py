@@ -34,7 +34,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks, zero-shot accuracy",
     ),
-    "report": ("remoe.lab.cli.report", "report_command", "write an HTML page that shows how a trained model routes"),
+    "record": (
+        "remoe.lab.cli.record",
+        "record_command",
+        "record experts, gates and loss of each token of a text, for any mixture of experts",
+    ),
+    "report": ("remoe.lab.cli.report", "report_command", "write an HTML page that shows how a model routes"),
     "export": (
         "remoe.lab.cli.export",
         "export_command",

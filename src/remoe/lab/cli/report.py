@@ -15,22 +15,26 @@ PROG = "remoe report"
 
 @dataclass
 class ReportOptions:
-    """Write an HTML page that shows how a trained model routes: text coloured by expert, loads, measures and figures.
+    """Write an HTML page that shows how a model routes: text coloured by expert, loads, measures and figures.
 
     The page is one file that needs no network; open it in a browser.
     """
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder of a run (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer,
-    as `remoe export` writes it."""
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Folder of a run (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer:
+    exported or converted by this package, or a mixture of transformers that `remoe convert relufy` knows. Or a record
+    that `remoe record` wrote."""
     data: str | None = None
-    """Folder written by `remoe data prepare` with the model's tokenizer. By default the data of the run; required for a
-    model's folder."""
+    """Folder written by `remoe data prepare` with the model's tokenizer, or raw text: a file or a folder. By default
+    the data of the run; required for a model's folder."""
+    prompt: str | None = None
+    """Text to read instead of --data."""
     out: str | None = None
     """File to write. By default report.html in the folder of the run or model; for a checkpoint report-step-N.html in
-    the folder of its run."""
+    the folder of its run; for a record its name with .html."""
     max_tokens: int = 200_000
-    """Validation tokens for the figures (approximate), divided among the domains in proportion to their size."""
+    """Tokens for the figures (approximate); of prepared data divided among the domains in proportion to their size, of
+    raw text the first ones."""
     excerpt: int = 200
     """Tokens of each domain that are shown as text; at most the model's longest sequence."""
 
@@ -40,6 +44,8 @@ def report_command(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog=PROG)
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
+    if options.data is not None and options.prompt is not None:
+        raise ConfigError("--data and --prompt do not go together")
     out = None if options.out is None else Path(options.out)
     if out is not None:  # checked before the work, not after it
         if not out.parent.is_dir():
@@ -50,7 +56,7 @@ def report_command(argv: list[str]) -> int:
         from remoe.lab.report import write_report
 
     sizes = {"max_tokens": options.max_tokens, "excerpt_tokens": options.excerpt}
-    with waiting("routing validation text and drawing"):
-        page = write_report(options.run, options.data, out, **sizes)
+    with waiting("recording the routing and drawing"):
+        page = write_report(options.model, options.data, out, prompt=options.prompt, **sizes)
     print(f"report       {page}\nopen it in a browser")
     return 0

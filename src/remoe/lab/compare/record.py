@@ -9,6 +9,7 @@ EXPERIMENT.jsonl.xz    many records, packed: a header with the names of the runs
 import json
 import lzma
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 
 from remoe.errors import ConfigError
-from remoe.lab.analysis.collect import RoutingRecord, collect
+from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.recording import record_routing
 from remoe.lab.analysis.summary import RoutingFigures, RoutingSummary, rounded, routing_of
+from remoe.lab.analysis.texts import PreparedText
 from remoe.lab.compare.keys import FORMER_NAMES
-from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
+from remoe.lab.data import Dataset, ValidationWindows
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.machine import pick_device
 from remoe.lab.training.build import wants_bfloat16
@@ -32,7 +35,6 @@ from remoe.routing import ROUTERS, router_options
 from remoe.stages import stage
 
 TOKENS = 200_000
-BATCH_SIZE = 32
 COURSE = ("step", "lm_loss", "reg_loss", "lambda", "sparsity", "sparsity_per_layer", "flip_rate", "tokens_per_second")
 LEFT_OUT = ("checkpoint", "sample")  # of the summary: a path, and text of no use to a table
 PACKED = ".jsonl.xz"
@@ -339,19 +341,19 @@ def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRe
     """
     course = course_of(iterate_metrics(run.metrics))
     summary = {name: value for name, value in json.loads(run.summary.read_text()).items() if name not in LEFT_OUT}
-    routing, config = None, run.load_config()
-    if (found := _collect(run, dataset, device)) is not None:
-        tokenizer = load_tokenizer(run.tokenizer)
-        routing = routing_of(found, config.active_per_token, lambda token: tokenizer.decode([token]))
-    return RunRecord(options_of(config), summary, course, routing, data=data)
+    config = run.load_config()
+    return RunRecord(options_of(config), summary, course, _routing(run, dataset, device), data=data)
 
 
-def _collect(run: RunFolder, dataset: Dataset, device: str) -> RoutingRecord | None:
-    model, _, _ = load_run(run.path)
+def _routing(run: RunFolder, dataset: Dataset, device: str) -> RoutingSummary | None:
+    model, tokenizer, _ = load_run(run.path)
     if not model.config.routes_pairs:
         return None
     config, place = run.load_config(), pick_device(device)
-    windows = ValidationWindows(dataset.validation, config.seq_len)
+    text = PreparedText(ValidationWindows(dataset.validation, config.seq_len), TOKENS)
     bfloat16 = wants_bfloat16(config.dtype, place)  # as it was trained
     autocast = torch.autocast(place.type, dtype=torch.bfloat16, enabled=bfloat16)
-    return collect(model.to(place), windows, TOKENS, BATCH_SIZE, autocast=autocast)
+    options = {"losses": False, "mask_documents": config.mask_documents, "autocast": autocast}
+    with tempfile.TemporaryDirectory() as folder:
+        record = record_routing(Mixture(model.to(place)), text, Path(folder) / "record.parquet", **options)
+        return routing_of(record, lambda token: tokenizer.decode([token]))

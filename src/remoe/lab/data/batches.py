@@ -118,6 +118,26 @@ def document_runs(shard: Shard, documents: np.ndarray) -> tuple[np.ndarray, np.n
     return starts[np.concatenate([[0], breaks])], ends[np.concatenate([breaks, [len(documents)]]) - 1]
 
 
+def windows_of(
+    tokens_T: np.ndarray, seq_len: int, target_T: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, targets (int64) and mask (bool), (N, S) each, of consecutive tokens; the last window is padded.
+
+    Where the mask is False, the input is padding (0) and the target is -100. `target_T` is as what each token is
+    predicted, where that is not the token itself.
+    """
+    target_T = tokens_T if target_T is None else target_T
+    predictions = len(tokens_T) - 1
+    rows = -(-predictions // seq_len)
+    input_NS = np.zeros((rows, seq_len), np.int64)
+    target_NS = np.full((rows, seq_len), IGNORED_TARGET, np.int64)
+    mask_NS = np.zeros((rows, seq_len), bool)
+    input_NS.reshape(-1)[:predictions] = tokens_T[:-1]
+    target_NS.reshape(-1)[:predictions] = target_T[1:]
+    mask_NS.reshape(-1)[:predictions] = True
+    return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
+
+
 class ValidationWindows:
     """Validation windows: the documents of each domain, joined in order and cut into windows of `seq_len` inputs.
 
@@ -176,21 +196,10 @@ class ValidationWindows:
                 pending = np.concatenate([pending, np.stack([tokens_T, target_T])], axis=1)
                 start = stop
                 if pending.shape[1] == size + 1:
-                    yield self._windows(*pending)
+                    yield windows_of(pending[0], self.seq_len, pending[1])
                     pending = pending[:, -1:]
         if pending.shape[1] > 1:
-            yield self._windows(*pending)
-
-    def _windows(self, tokens_T: np.ndarray, target_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        predictions = len(tokens_T) - 1
-        rows = -(-predictions // self.seq_len)
-        input_NS = np.zeros((rows, self.seq_len), np.int64)
-        target_NS = np.full((rows, self.seq_len), IGNORED_TARGET, np.int64)
-        mask_NS = np.zeros((rows, self.seq_len), bool)
-        input_NS.reshape(-1)[:predictions] = tokens_T[:-1]
-        target_NS.reshape(-1)[:predictions] = target_T[1:]
-        mask_NS.reshape(-1)[:predictions] = True
-        return torch.from_numpy(input_NS), torch.from_numpy(target_NS), torch.from_numpy(mask_NS)
+            yield windows_of(pending[0], self.seq_len, pending[1])
 
     def _runs(self, domain: str, max_tokens: int | None) -> Iterator[tuple[Shard, int, int]]:
         """Where the domain's tokens are, in order: shard, first token and end; neighbouring documents share a run."""

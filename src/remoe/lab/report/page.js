@@ -73,7 +73,7 @@
     }));
     if (state.chosen) {
       const taken = found.filter((value) => value !== null).length;
-      const most = taken ? ` The strongest colour is a gate of size ${highest}.` : "";
+      const most = taken && content.gatesKnown ? ` The strongest colour is a gate of size ${highest}.` : "";
       $("scale").textContent = `Colour: gate of expert ${state.chosen.expert} in layer ${state.chosen.layer}, ` +
         `which takes ${taken} of these ${found.length} tokens.${most}`;
     } else {
@@ -92,7 +92,7 @@
     for (let layer = 0; layer < layers; layer++) {
       const row = element("li", undefined, { class: "row" });
       const found = pairs(excerpt, layer, state.token).sort((a, b) => b[1] - a[1]);
-      const words = found.map(([expert, gate]) => `${expert} (${gate ?? "not a number"})`).join(", ");
+      const words = found.map(([expert, gate]) => content.gatesKnown ? `${expert} (${gate ?? "not a number"})` : `${expert}`).join(", ");
       const noun = found.length > 1 ? "experts" : "expert";
       row.append(element("span", `layer ${layer}`), element("span", words ? `${noun} ${words}` : "none"));
       list.append(row);

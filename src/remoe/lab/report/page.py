@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from remoe.errors import DataError
+from remoe.errors import ConfigError, DataError
 from remoe.lab.analysis import figures, routing_figures
-from remoe.lab.analysis.collect import collect
 from remoe.lab.analysis.measures import inactive_below
+from remoe.lab.analysis.record import RoutingRecord, is_record
+from remoe.lab.analysis.source import Source, open_source
 from remoe.lab.analysis.summary import CHUNK, RoutingSummary, routing_of
-from remoe.lab.evaluation.trained import Trained, open_trained
 from remoe.lab.outputs import check_output, is_report, write_output
 from remoe.lab.report.contents import (
     Excerpt,
@@ -32,77 +33,105 @@ from remoe.lab.report.contents import (
 )
 from remoe.lab.text import lines, short_name
 from remoe.lab.training.checkpoint import saved_step
+from remoe.models.configuration_remoe import RemoeConfig
 
-BATCH_TOKENS = 8192
 LOSS_WINDOW = 20  # records in the moving mean
 
 
-def write_report(path: str, data: str | None, out: Path | None, *, max_tokens: int, excerpt_tokens: int) -> Path:
-    """Runs a trained model over validation text, and writes a page about its routing.
+def write_report(
+    path: str,
+    data: str | None,
+    out: Path | None,
+    *,
+    max_tokens: int,
+    excerpt_tokens: int,
+    prompt: str | None = None,
+) -> Path:
+    """Records the routing of a model on some text, or reads a record, and writes a page about it.
 
     Args:
-        path: a run's folder, one of its checkpoints, or the folder of a saved or exported remoe model.
-        data: folder of prepared data; None for the data that the run was trained on.
-        out: the file to write; by default report.html in the folder of the run or model, and for a checkpoint
-            report-step-N.html in the folder of its run.
-        max_tokens: approximate number of validation tokens to measure on, divided among the domains by size.
+        path: a run's folder, one of its checkpoints, the folder of any mixture that `Mixture` reads, or a record.
+        data: folder of prepared data, or raw text; None for the data that the run was trained on.
+        out: the file to write; by default report.html in the folder of the run or model, for a checkpoint
+            report-step-N.html in the folder of its run, and for a record its name with the suffix .html.
+        max_tokens: approximate number of tokens to measure on, divided among the domains by size.
         excerpt_tokens: number of tokens of each domain to show as text; at most the model's window.
+        prompt: text to read instead of data.
 
     Returns:
         The file.
 
     Raises:
         CheckpointError: if there is no usable model, or its data is unknown.
+        ConfigError: for a model without a mixture of experts, and for data or a prompt beside a record.
         DataError: if the data was made with another tokenizer, or the page cannot be written.
     """
-    trained = open_trained(path, data)
+    if is_record(path):
+        if data is not None or prompt is not None:
+            raise ConfigError(f"{path} is a record of a text that was read: --data and --prompt do not go with it")
+        record, place = RoutingRecord(Path(path)), _checked(out, Path(path).with_suffix(".html"))
+        content = _page(None, None, record, routing_of(record), excerpts(record, excerpt_tokens))
+        write_output(place, content.encode())
+        return place
+    source = open_source(path, data, prompt, max_tokens=max_tokens)
     # Read first, because a run that is still training soon deletes the checkpoint.
-    step = saved_step(trained.checkpoint) if trained.run else None
+    step = saved_step(source.checkpoint) if source.run else None
+    place = _checked(out, _place(source, Path(path), step))
+    if source.mixture is None:
+        write_output(place, _page(source, step, None, None, []).encode())
+        return place
+    with tempfile.TemporaryDirectory() as folder:
+        record = source.record(Path(folder) / "record.parquet")
+        routing = routing_of(record, lambda token: source.tokenizer.decode([token]))
+        content = _page(source, step, record, routing, excerpts(record, excerpt_tokens))
+    write_output(place, content.encode())
+    return place
+
+
+def _checked(out: Path | None, default: Path) -> Path:
+    """The file to write, before any work is done."""
     if out is None:
-        out = _place(trained, Path(path), step)
-        check_output("--out", out, is_report)  # the default may be a file of the user's own
-    if not os.access(out.parent, os.W_OK):  # checked before the work, not after it
-        raise DataError(f"{out.parent} cannot be written: choose a file with --out")
-    windows = trained.windows("validation")
-    routing, texts = None, []
-    if trained.model.config.routes_pairs:
-        batch_size = max(1, BATCH_TOKENS // windows.seq_len)
-        record = collect(trained.model, windows, max_tokens, batch_size)
-        routing = routing_of(
-            record, trained.model.config.active_per_token, lambda token: trained.tokenizer.decode([token])
-        )
-        texts = excerpts(trained, windows, excerpt_tokens)
-    write_output(out, _page(trained, step, routing, texts).encode())
-    return out
+        check_output("--out", default, is_report)  # the default may be a file of the user's own
+    place = out or default
+    if not os.access(place.parent, os.W_OK):
+        raise DataError(f"{place.parent} cannot be written: choose a file with --out")
+    return place
 
 
-def _place(trained: Trained, path: Path, step: int | None) -> Path:
-    if trained.run is None:
+def _place(source: Source, path: Path, step: int | None) -> Path:
+    if source.run is None:
         return path / "report.html"
-    given = path.resolve() == trained.checkpoint.resolve()
-    return trained.run.path / (f"report-step-{step}.html" if given else "report.html")
+    given = path.resolve() == source.checkpoint.resolve()
+    return source.run.path / (f"report-step-{step}.html" if given else "report.html")
 
 
-def _page(trained: Trained, step: int | None, routing: RoutingSummary | None, texts: list[Excerpt]) -> str:
+def _page(
+    source: Source | None,
+    step: int | None,
+    record: RoutingRecord | None,
+    routing: RoutingSummary | None,
+    texts: list[Excerpt],
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("remoe.lab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
     environment.filters["percent"] = percent
-    c = trained.model.config
+    about, run = record and record.about, source and source.run
+    named = record.path.stem if source is None else (run.path if run else source.checkpoint).resolve().name
+    sizes = {"experts": about.experts, "target": about.k, "shared": about.shared_expert} if about else {}
     return environment.get_template("page.html").render(
-        title=short_name((trained.run.path if trained.run else trained.checkpoint).resolve().name),
-        facts=facts(trained, step),
-        outcome=outcome(trained, step),
-        config=c,
-        steered=c.steered and c.sparsity["rule"] != "none",
-        experts=c.experts_per_layer,
-        target=c.active_per_token,
+        title=short_name(named),
+        facts=facts(source, about, step),
+        outcome=outcome(run, step),
+        router=about.router if about else source.model.config.router,
+        steered=about.steered if about else False,
+        **sizes,
         chunk=CHUNK,
         routing=routing,
-        inactive_below=inactive_below(c.experts_per_layer, c.active_per_token),
-        pictures=_pictures(trained, step, routing),
-        content=script_json(_content(routing, texts)),
+        inactive_below=inactive_below(about.experts, about.k) if about else 0,
+        pictures=_pictures(source, step, record, routing),
+        content=script_json(_content(record, routing, texts)),
     )
 
 
@@ -112,10 +141,11 @@ def percent(share: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
 
 
-def _content(routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, Any]:
-    if routing is None:
+def _content(record: RoutingRecord | None, routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, Any]:
+    if record is None or routing is None:
         return {}
     return {
+        "gatesKnown": record.about.gates,
         "domains": [short_name(domain) for domain in routing.domains],
         "domainShare": routing.share_CLE,
         "top": [[[lines(token) for token in tokens] for tokens in experts] for experts in routing.top_tokens],
@@ -132,30 +162,35 @@ def script_json(content: dict[str, Any]) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
-def _pictures(trained: Trained, step: int | None, routing: RoutingSummary | None) -> dict[str, str]:
-    """Those figures that the run and the model have data for, as data URLs, by name."""
-    c = trained.model.config
-    experts, active = c.experts_per_layer, c.active_per_token
+def _pictures(
+    source: Source | None, step: int | None, record: RoutingRecord | None, routing: RoutingSummary | None
+) -> dict[str, str]:
+    """Those figures that the run and the record have data for, as data URLs, by name."""
     drawn: dict[str, Figure] = {}
-    if routing is not None:
+    if record is not None and routing is not None:
         if routing.figures.frequency_correlation is not None:
-            points = {c.router: (routing.count_U, routing.active_U)}
+            points = {record.about.router: (routing.count_U, routing.active_U)}
             drawn["frequency"] = routing_figures.active_against_frequency(points)
-        drawn["domains"] = routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, active)
-    if records := training_records(trained, step):
-        few = thinned(records)
-        losses = ([record["step"] for record in few], [record["lm_loss"] for record in few])
-        drawn["loss"] = figures.training_losses({c.router: losses}, window=LOSS_WINDOW)
-        if c.steered:
-            target = 1 - active / experts
-            drawn["course"] = figures.training_course({c.router: few}, target)
-            drawn["course-log"] = figures.training_course({c.router: few}, target, log_steps=True)
-        if c.routes_pairs:
-            steps, loads = zip(*((record["step"], record["load_per_expert"]) for record in records), strict=True)
-            drawn["load"] = routing_figures.load_course(steps, loads, active)
-        if flips := [(record["step"], record["flip_rate"]) for record in records if "flip_rate" in record]:
-            drawn["flips"] = routing_figures.flips({c.router: tuple(zip(*flips, strict=True))}, {c.router: experts})
+        drawn["domains"] = routing_figures.routed_share_by_domain(routing.share_CLE, routing.domains, record.about.k)
+    if source is not None and (records := training_records(source.run, step)):
+        drawn |= _of_training(records, source.model.config)
     return {name: _image(figure) for name, figure in drawn.items()}
+
+
+def _of_training(records: list[dict], c: RemoeConfig) -> dict[str, Figure]:
+    experts, active, few = c.experts_per_layer, c.active_per_token, thinned(records)
+    losses = ([record["step"] for record in few], [record["lm_loss"] for record in few])
+    drawn = {"loss": figures.training_losses({c.router: losses}, window=LOSS_WINDOW)}
+    if c.steered:
+        target = 1 - active / experts
+        drawn["course"] = figures.training_course({c.router: few}, target)
+        drawn["course-log"] = figures.training_course({c.router: few}, target, log_steps=True)
+    if c.routes_pairs:
+        steps, loads = zip(*((record["step"], record["load_per_expert"]) for record in records), strict=True)
+        drawn["load"] = routing_figures.load_course(steps, loads, active)
+    if flips := [(record["step"], record["flip_rate"]) for record in records if "flip_rate" in record]:
+        drawn["flips"] = routing_figures.flips({c.router: tuple(zip(*flips, strict=True))}, {c.router: experts})
+    return drawn
 
 
 def _image(figure: Figure) -> str:

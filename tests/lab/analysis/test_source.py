@@ -1,0 +1,113 @@
+"""`remoe record` and `remoe report` take any mixture, and prepared data, raw text or a prompt."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import build
+
+from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.record import RoutingRecord
+from remoe.lab.analysis.texts import RawText
+from remoe.lab.cli.main import main
+from remoe.lab.data import Document, load_tokenizer, open_dataset
+
+WORDS = "cow 🐄 hen. road"
+
+
+@pytest.fixture(scope="module")
+def mixtral(corpus, tmp_path_factory):
+    """A folder of transformers' Mixtral with the tokenizer of the corpus."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    build("mixtral", vocab_size=open_dataset(corpus).vocab_size).save_pretrained(folder)
+    load_tokenizer(corpus / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+def recorded(model, out, *flags):
+    assert main(["record", str(model), "--out", str(out), *map(str, flags)]) == 0
+    return RoutingRecord(out)
+
+
+def test_a_prompt_is_recorded_token_by_token(mixtral, tmp_path):
+    record = recorded(mixtral, tmp_path / "r.parquet", "--prompt", WORDS)
+    block, tokenizer = record.whole(texts=True), load_tokenizer(mixtral)
+    assert block.token_T.tolist() == tokenizer(WORDS)["input_ids"]
+    assert "".join(block.texts) == WORDS
+    assert record.about.domains == ["prompt"]
+    assert block.loss_T.isnan().tolist() == [False] * (len(block.token_T) - 1) + [True]
+    assert record.about.model["class"] == "MixtralForCausalLM"
+    assert len(record.about.model["weights_sha256"]) == 64
+    mixture = Mixture(build("mixtral", vocab_size=open_dataset_size(mixtral)))
+    with torch.no_grad():
+        _, layers = mixture.run(block.token_T[None])
+    assert torch.equal(block.active_LTE[1], layers[1].active_TE)
+
+
+def open_dataset_size(folder):
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def test_raw_text_is_recorded_like_the_same_text_prepared(mixtral, corpus, tmp_path):
+    text = corpus.parent / "text" / "farm"
+    record = recorded(mixtral, tmp_path / "raw.parquet", "--data", text, "--max-tokens", "300")
+    tokenizer = load_tokenizer(mixtral)
+    files = sorted(text.iterdir())
+    ids = [[*tokenizer(file.read_text())["input_ids"], tokenizer.eos_token_id] for file in files]
+    assert record.whole().token_T.tolist() == [token for one in ids for token in one][:300]
+    assert record.about.domains == ["farm"]
+    assert set(record.whole().sequence_T.bincount().tolist()) == {64, 300 % 64}
+    prepared = recorded(mixtral, tmp_path / "data.parquet", "--data", corpus, "--max-tokens", "100")
+    assert prepared.about.domains == ["farm", "town"]
+    assert prepared.about.text["fingerprint"] == open_dataset(corpus).fingerprint
+
+
+def test_raw_text_of_several_domains_is_joined_by_domain(corpus):
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    documents = [Document("cow sheep", "a"), Document("bus tram lamp", "b"), Document("hen", "a")]
+    text = RawText(lambda: documents, tokenizer, 4, None, "here")
+    rows = {}
+    for batch in text.batches(2):
+        assert batch.input_NS.shape[0] <= 2
+        assert torch.equal(batch.mask_NS, batch.target_NS != -100)
+        rows.setdefault(batch.domain, []).append((batch.input_NS[batch.mask_NS], batch.target_NS[batch.mask_NS]))
+    eos = tokenizer.eos_token_id
+    for domain, texts in {"a": ["cow sheep", "hen"], "b": ["bus tram lamp"]}.items():
+        ids = [token for text in texts for token in (*tokenizer(text)["input_ids"], eos)]
+        inputs, targets = (torch.cat(part).tolist() for part in zip(*rows[domain], strict=True))
+        assert inputs == ids[:-1]
+        assert targets == ids[1:]
+
+
+def test_the_report_of_an_unconverted_mixture(mixtral, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["report", str(mixtral), "--prompt", WORDS, "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "MixtralForCausalLM" in text
+    assert "2 layers of 4; target: 2 per token" in text
+    assert "The router decides how many" not in text  # TopK does not
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--data"),
+        (["--prompt", ""], "the prompt has no tokens"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),
+        (["--data", "missing"], "no such dataset folder"),
+        (["--prompt", "a", "--split", "test"], "unknown --split"),
+        (["--prompt", "a", "--max-tokens", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(mixtral, tmp_path, capsys, flags, said):
+    assert main(["record", str(mixtral), "--out", str(tmp_path / "r.parquet"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_takes_no_text_of_its_own(mixtral, tmp_path, capsys):
+    recorded(mixtral, tmp_path / "r.parquet", "--prompt", WORDS)
+    assert main(["report", str(tmp_path / "r.parquet"), "--prompt", "b"]) == 2
+    assert "is a record of a text that was read" in capsys.readouterr().err
