@@ -19,7 +19,9 @@ _FOLDERS = (
     (
         "config.yaml",
         "run",
-        re.compile(r"config\.yaml|metrics\.jsonl|summary\.json|sample\.txt|checkpoints|tensorboard|tokenizer"),
+        re.compile(
+            r"config\.yaml|metrics\.jsonl|summary\.json|sample\.txt|launch\.txt|ranks\.log|checkpoints|tensorboard|tokenizer"
+        ),
     ),
     ("dataset.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),
     ("preparation.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),
