@@ -19,7 +19,10 @@ _FOLDERS = (
     (
         "config.yaml",
         "run",
-        re.compile(r"config\.yaml|metrics\.jsonl|(start|summary)\.json|sample\.txt|checkpoints|tensorboard|tokenizer"),
+        re.compile(
+            r"config\.yaml|metrics\.jsonl|(start|summary)\.json|sample\.txt|launch\.txt|ranks\.log|checkpoints"
+            r"|tensorboard|tokenizer"
+        ),
     ),
     ("dataset.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),
     ("preparation.json", "dataset", re.compile(r"(dataset|preparation)\.json|.*\.safetensors|tokenizer")),

@@ -7,6 +7,7 @@ data; replicas repeat all of it.
 
 import math
 from collections.abc import Iterable
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -83,6 +84,13 @@ def shard(
         device.type, (1, replicate, config.efsdp_size, ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
     )
     model.maybe_distribute_model(model, config, TransformersDeviceMesh(dense, experts))
+
+
+def set_timeout(model: nn.Module, seconds: int) -> None:
+    """Sets after how long the collectives of a sharded model fail: groups do not take it from the one of all ranks."""
+    meshes = {tensor.device_mesh for tensor in model.parameters() if isinstance(tensor, DTensor)}
+    for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 class RaggedExchange:

@@ -19,10 +19,13 @@ def train_command(argv: list[str]) -> int:
 
     with importing():
         from remoe.lab.console import say
+        from remoe.lab.training.elastic import check_launch, is_restarted
         from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
 
     if given.resume and given.config:
         raise ConfigError("--resume uses the options of the run: leave --config out")
+    check_launch(given.out)
+    restarted = given.out is not None and is_restarted(RunFolder(given.out))
     saved = origin = None
     flags = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
     # The defaults of other options depend on these.
@@ -31,6 +34,9 @@ def train_command(argv: list[str]) -> int:
         run = RunFolder(given.out or newest_run())
         saved = run.load_config()
         base = replace(saved, mesh=None)  # it may be continued on another mesh
+    elif restarted:
+        run = RunFolder(given.out)
+        base = saved = run.load_config()
     else:
         values, source = (read_options(given.config), given.config) if given.config else ({}, "flags")
         if values.get("resume"):
@@ -48,7 +54,8 @@ def train_command(argv: list[str]) -> int:
     if origin is not None:
         config.from_ = base.from_
         origin.check(base, config)
-    if not given.resume:
+    config.resume = given.resume or restarted
+    if not config.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:
             say(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")

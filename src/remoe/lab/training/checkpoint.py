@@ -35,7 +35,7 @@ CHECKSUMS = "checksums.json"
 _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
-OF_RANK_0 = (_RNG_CPU, _RNG_CUDA)  # differ between ranks; `Ranks.seed_step` sets those of the others
+OF_RANK_0 = (_RNG_CPU, _RNG_CUDA)  # differ between ranks; `Ranks.begin_step` sets those of the others
 _TRAINED = "trained."  # before the name of a tensor of a model with adapters
 
 

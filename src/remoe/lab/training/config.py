@@ -198,6 +198,8 @@ class TrainConfig:
     mesh_load: str = "global"
     """With --mesh, the tokens among which the load of experts is counted for the router's balanced loss. 'global':
     those that all processes compute at the same time; 'official': each process's own, as in the authors' code."""
+    mesh_timeout: int = 600
+    """With --mesh, seconds that a process waits for the others before it stops, for example because one hangs."""
     compile: bool = False
     """Compile the model with torch.compile; needs a C++ compiler."""
     recompute: bool = False
@@ -227,7 +229,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ConfigError for values that cannot work and that neither the model nor the data checks."""
-        for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every"):
+        counts = ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "print_every", "mesh_timeout")
+        for name in counts:
             least = 0 if name == "steps" and self.from_ is not None else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(self, name)}")
@@ -292,7 +295,7 @@ _HOLDS = {
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
 # Options that have no influence on the trained weights.
-_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt", "mesh"}
+_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt", "mesh", "mesh_timeout"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 

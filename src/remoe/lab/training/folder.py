@@ -7,6 +7,8 @@ RUN/metrics.jsonl          one record per step; RUN/tensorboard/ holds the same 
 RUN/checkpoints/step-N/    of a run on one process, loads with RemoeForCausalLM.from_pretrained; see `checkpoint.py`
 RUN/summary.json           final figures
 RUN/sample.txt             text written by the trained model
+RUN/ranks.log              of a run on several processes: why each of them ended, unless it finished
+RUN/launch.txt             of a run under `torchrun --max-restarts`: which torchrun began it
 """
 
 import json
@@ -44,13 +46,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
         self.sample = self.path / "sample.txt"
+        self.launch = self.path / "launch.txt"
 
-    def create(self, config: TrainConfig, tokenizer_path: Path) -> None:
+    def create(self, config: TrainConfig, tokenizer_path: Path, launch: str | None = None) -> None:
         """Makes the folder of a new run, whole or not at all.
 
         Args:
             config: options of the run.
             tokenizer_path: folder of the tokenizer, which is copied.
+            launch: name of the torchrun that started this process, if it restarts processes; see `elastic.py`.
 
         Raises:
             ConfigError: as `check_new`.
@@ -60,6 +64,8 @@ class RunFolder:
         with new_folder(self.path) as folder:
             shutil.copytree(tokenizer_path, folder / self.tokenizer.name)
             (folder / self.config.name).write_bytes(_options(config))
+            if launch is not None:
+                (folder / self.launch.name).write_text(launch)
 
     def check_new(self) -> None:
         """Raises ConfigError when a new run cannot be written here."""

@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from remoe.errors import ConfigError, RemoeError
 from remoe.lab.machine import pick_device
@@ -25,26 +27,32 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 T = TypeVar("T")
 
 
+class RankFailed(RemoeError):
+    """Another rank failed, which says why."""
+
+
 class Ranks:
     """This process's place among those of a mesh.
 
     Args:
         mesh: sizes; as many processes must have been started.
         device: the value of `--device`; with several GPUs, each process of a machine takes its own.
+        timeout: seconds after which a collective fails that not all ranks take part in.
 
     Attributes:
         rank, count: this process's number and the number of processes.
         part: the number of its part of every batch, of `mesh.parts`; processes of tensor parallelism share one.
         first: whether this is rank 0, which prints and writes.
         device: of this process.
+        step: at which the ranks are.
 
     Raises:
         ConfigError: for a device that this machine does not have or that cannot be shared; when transformers is too
             old.
     """
 
-    def __init__(self, mesh: Mesh, device: str = "auto") -> None:
-        self.mesh, self.count, self.rank = mesh, mesh.processes, 0
+    def __init__(self, mesh: Mesh, device: str = "auto", timeout: int = 600) -> None:
+        self.mesh, self.count, self.rank, self.timeout, self.step = mesh, mesh.processes, 0, timeout, 0
         self._joined = False
         self.device = pick_device(device)
         if self.count > 1:
@@ -65,7 +73,12 @@ class Ranks:
             raise ConfigError(f"--mesh needs --device cpu or cuda, not {self.device.type}")
         self._joined = not dist.is_initialized()
         if self._joined:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=self.timeout)
+            store, rank, count = next(rendezvous("env://", timeout=timeout))
+            # torchrun keeps the store when it restarts processes: they would find the addresses of the ended ones.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
         self.rank = dist.get_rank()
         if self.rank:
             discard_output()
@@ -77,7 +90,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Context that every rank enters, and in which an error on one of them is raised on all."""
+        """Context that every rank enters, without collectives, and in which an error on one is raised on all."""
         error = None
         try:
             yield
@@ -87,7 +100,7 @@ class Ranks:
         if error:
             raise error
         if failed:
-            raise RemoeError(f"rank {self.rank} stops because rank {failed - 1} failed")
+            raise RankFailed(f"rank {self.rank} stops because rank {failed - 1} failed")
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """What `make` returns on each rank; rank 0 calls it before the others, which find what it has prepared."""
@@ -111,17 +124,19 @@ class Ranks:
         if self.count > 1:
             for layer in model.model.layers:
                 layer.mlp.router.global_load = global_load
-            from remoe.models.sharding import shard
+            from remoe.models.sharding import set_timeout, shard
 
             shard(model, self.device, **asdict(self.mesh))
+            set_timeout(model, self.timeout)
 
     def rows(self, batch_size: int) -> range:
         """The rows of a batch that this rank reads and computes."""
         size = batch_size // self.mesh.parts
         return range(self.part * size, (self.part + 1) * size)
 
-    def seed_step(self, seed: int, step: int) -> None:
-        """Gives the routers that draw random numbers in training others for each part, by seed, step and part alone."""
+    def begin_step(self, seed: int, step: int) -> None:
+        """Begins a step. Routers that draw random numbers get others for each part, by seed, step and part alone."""
+        self.step = step
         if self.part:
             torch.manual_seed(hash((seed, step, self.part)) % 2**63)
 

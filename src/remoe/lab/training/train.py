@@ -37,6 +37,8 @@ from remoe.lab.text import lines, short_name, visible
 from remoe.lab.training.build import experts_backend, model_config, wants_bfloat16, without_values
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig, changes_result, differences
+from remoe.lab.training.elastic import launch
+from remoe.lab.training.faults import last_words, write_stop
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
 from remoe.lab.training.lora import is_adapter
@@ -80,8 +82,13 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
     if saved is not None:
         _check_unchanged(saved, config, run)
     config.check()
-    ranks = Ranks(mesh_of(config), config.device)
-    unchanged = saved is not None and differences(saved, config).keys() <= {"out", "resume", "mesh"}
+    ranks = Ranks(mesh_of(config), config.device, config.mesh_timeout)
+    with last_words(ranks, run.path):
+        return _run(config, run, saved, ranks)
+
+
+def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: Ranks) -> int:
+    unchanged = saved is not None and differences(saved, config).keys() <= {"out", "resume", "mesh", "mesh_timeout"}
     if unchanged and _is_finished(run, config.steps, ranks):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
@@ -137,7 +144,7 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
         with ranks.together():
             if ranks.first:
                 if saved is None:
-                    run.create(config, trainer.dataset.tokenizer_path)
+                    run.create(config, trainer.dataset.tokenizer_path, launch())
                 taken = CheckpointError(f"{run.path}: another process is training this run")
                 stack.enter_context(locked(run.path, taken))
         if saved is not None:
@@ -150,6 +157,7 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
         if validation is None:
             print(f"stopped at step {trainer.step}; last checkpoint: {run.last_checkpoint() or 'none yet'}")
             print(f"continue with: remoe train --out {shlex.quote(str(run.path))} --resume")
+            write_stop(run.path, ranks, trainer.stopped_by)
             return exit_code(trainer.stopped_by)
         if not ranks.first:
             return 0

@@ -207,7 +207,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        self.ranks.seed_step(config.seed, step)
+        self.ranks.begin_step(config.seed, step)
         coefficient = controller.coefficient
         lm_loss, reg_loss, loss = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)

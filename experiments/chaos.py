@@ -1,0 +1,250 @@
+"""Kills ranks of a sharded run at random moments, and shows that nothing is lost.
+
+    python experiments/chaos.py WORK --out experiments/results/chaos.json
+
+trains a tiny model twice, to the same number of steps. The first run is undisturbed, on 4 ranks. The second starts on 4
+ranks under `torchrun --max-restarts`; at random moments a random rank is killed by SIGKILL. Then torchrun gets SIGTERM,
+and the run is resumed on 2 ranks, gets SIGTERM again, and ends on one process. Every rank records a hash of each window
+that it reads. The result says whether the windows of each step, in its last execution, are those of the undisturbed
+run, each exactly once; how far the losses are from those of the undisturbed run; and whether after every kill all
+folders that are named like checkpoints were whole.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+RANK, ATTEMPT = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+MODEL = """
+    --seq-len 16 --batch-size 8 --micro-batch-size 8 --model.hidden-size 16 --model.num-hidden-layers 2
+    --model.num-attention-heads 2 --num-experts 4 --device cpu --checkpoint.every 10 --print-every 100
+    --validate.every 100000 --validate.max-tokens 500
+"""
+MESHES = {4: "fsdp=4,ep=2", 2: "fsdp=2,ep=2"}
+FEW = 50  # steps, in which rounding has not grown yet
+PATIENCE = 300  # seconds in which something must happen
+
+
+def work(records: Path, argv: list[str]) -> int:
+    """Runs `remoe ARGV` as one rank, which records the windows that it reads in a file of its own."""
+    with (records / f"{ATTEMPT:03d}-{RANK}-{os.getpid()}").open("w", buffering=1) as file:
+        from remoe.lab.cli.main import main
+        from remoe.lab.data import TrainBatches
+
+        read = TrainBatches.batch
+
+        def recording(batches, step, rows=None):
+            token_BS = read(batches, step, rows)
+            numbers = range(len(token_BS)) if rows is None else rows
+            hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in token_BS]
+            file.write(json.dumps({"step": step + 1, "windows": dict(zip(numbers, hashes, strict=True))}) + "\n")
+            return token_BS
+
+        TrainBatches.batch = recording
+        return main(argv)
+
+
+class Launch:
+    """One start of a run: by torchrun on several ranks, or of one process."""
+
+    def __init__(self, folder: Path, number: int, ranks: int, steps: int, *flags: str, restarts: int = 0) -> None:
+        self.run, self.records = folder / "run", folder / f"records-{number}"
+        self.records.mkdir(parents=True)
+        start = [sys.executable]
+        if ranks > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            start += [f"--max-restarts={restarts}"]
+            flags = ("--mesh", MESHES[ranks], *flags)
+        command = ["train", "--data", str(folder.parent / "data"), "--out", str(self.run), "--steps", str(steps)]
+        with (folder / f"output-{number}.txt").open("w") as output:
+            self.process = subprocess.Popen(
+                [*start, __file__, "--worker", str(self.records), *command, *MODEL.split(), *flags],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def step(self) -> int:
+        """The last step in the run's metrics."""
+        try:
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            return next(json.loads(line)["step"] for line in reversed(lines) if line.endswith("}"))
+        except (OSError, StopIteration):
+            return 0
+
+    def attempt(self) -> list[tuple[int, int]]:
+        """(rank, process) of the newest attempt."""
+        names = [path.name.split("-") for path in self.records.iterdir()]
+        newest = max((name[0] for name in names), default=None)
+        return [(int(rank), int(process)) for attempt, rank, process in names if attempt == newest]
+
+    def wait_for(self, condition) -> None:
+        """Returns when a condition holds; fails when the run ends before."""
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{self.run}: ended early, or nothing happened; see the output beside it")
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM, as a scheduler sends it; the seconds until the end."""
+        start = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        return time.monotonic() - start
+
+
+def kill_ranks(launch: Launch, ranks: int, kills: int, chance: random.Random) -> list[dict]:
+    """Kills ranks at random moments: two thirds while the run trains, the others at any moment of a start."""
+    killed, ended = [], set()
+    for _ in range(kills):
+        launch.wait_for(lambda known=ended: len({process for _, process in launch.attempt()} - known) == ranks)
+        if training := chance.random() < 2 / 3:
+            step = launch.step()
+            launch.wait_for(lambda known=step: launch.step() not in (0, known))
+        time.sleep(chance.uniform(0, 4 if training else 8))
+        rank, process = chance.choice(launch.attempt())
+        ended = {process for _, process in launch.attempt()}
+        os.kill(process, signal.SIGKILL)
+        killed.append({"rank": rank, "step": launch.step(), **checkpoints(launch.run)})
+        print(f"kill {len(killed)} of {kills}: {killed[-1]}", flush=True)
+    before = launch.step()
+    launch.wait_for(lambda: launch.step() > before + 20)
+    return killed
+
+
+def checkpoints(run: Path) -> dict[str, int]:
+    """How many folders are named like checkpoints, and how many of them are not whole."""
+    from remoe.errors import CheckpointError
+    from remoe.lab.training.checkpoint import check_whole, list_checkpoints
+
+    found, broken = list_checkpoints(run / "checkpoints"), 0
+    for path in found:
+        try:
+            check_whole(path, verified=True)
+        except CheckpointError:
+            broken += path.exists()  # the next attempt may have deleted it meanwhile
+    return {"checkpoints": len(found), "broken": broken}
+
+
+def windows(folder: Path) -> tuple[dict[int, dict[str, str]], int]:
+    """The windows of each step in its last execution, by row, and how many executions of steps there were.
+
+    Raises:
+        SystemExit: when two ranks read the same row.
+    """
+    executions: dict[int, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(folder.glob("records-*/*")):
+        attempt = f"{path.parent.name}/{path.name.split('-')[0]}"
+        for line in path.read_text().splitlines():
+            if not line.endswith("}}"):
+                continue  # the rank was killed while it wrote
+            record = json.loads(line)
+            rows = executions[record["step"]][attempt]
+            if rows.keys() & record["windows"].keys():
+                raise SystemExit(f"step {record['step']}: a row was read twice in one execution")
+            rows |= record["windows"]
+    return {step: of_step[max(of_step)] for step, of_step in executions.items()}, sum(map(len, executions.values()))
+
+
+def metrics(folder: Path) -> dict[int, dict]:
+    """The record of each step."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record for record in map(json.loads, lines)}
+
+
+def prepare(folder: Path) -> None:
+    """Data of random words, so that no two windows are equal."""
+    chance = random.Random(0)
+    (folder / "text").mkdir(parents=True)
+    for number in range(40):
+        words = ("".join(chance.choices("abcdefghij", k=chance.randint(2, 7))) for _ in range(400))
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    command = [sys.executable, "-m", "remoe", "data", "prepare", str(folder / "text"), "--out", str(folder / "data")]
+    subprocess.run([*command, "--vocab-size", "300"], check=True, stdout=subprocess.DEVNULL)
+
+
+def chaos(folder: Path, *, steps: int, kills: int, ranks: int, seed: int) -> dict:
+    """Both runs and their comparison."""
+    prepare(folder)
+    quiet = Launch(folder / "undisturbed", 0, ranks, steps)
+    if quiet.process.wait():
+        raise SystemExit("the undisturbed run failed")
+    killed_folder = folder / "disturbed"
+    launch = Launch(killed_folder, 0, ranks, steps, restarts=kills + 1)
+    killed = kill_ranks(launch, ranks, kills, random.Random(seed))
+    stops = []
+    for number, fewer in enumerate([size for size in (2, 1) if size < ranks], start=1):
+        stops.append({"seconds": round(launch.stop(), 1), "step": launch.step()})
+        launch = Launch(killed_folder, number, fewer, steps, "--resume")
+        stops[-1] |= {"resumed_on": fewer, **checkpoints(launch.run)}
+        if fewer > 1:
+            launch.wait_for(lambda known=launch: known.step() > stops[-1]["step"] + 100)
+    if launch.process.wait():
+        raise SystemExit("the last start failed")
+    ends = [stop["step"] for stop in stops] + [steps]
+    sizes = [ranks, *(stop["resumed_on"] for stop in stops)]
+    broken = sum(event["broken"] for event in killed + stops)
+    events = {"steps": steps, "kills": killed, "stops": stops, "broken_checkpoints": broken}
+    return events | compare(folder, list(zip(sizes, ends, strict=True)))
+
+
+def compare(folder: Path, parts: list[tuple[int, int]]) -> dict:
+    """How the run with kills differs from the other one; `parts` has (ranks, last step) of each start."""
+    (expected, _), (found, executed) = windows(folder / "undisturbed"), windows(folder / "disturbed")
+    ours, theirs = metrics(folder / "disturbed"), metrics(folder / "undisturbed")
+    steps, first, differences = parts[-1][1], 1, {}
+    loss = {n: abs(ours[n]["lm_loss"] - theirs[n]["lm_loss"]) / theirs[n]["lm_loss"] for n in theirs}
+    for size, last in parts:
+        for end in sorted({min(first + FEW - 1, last), last}):
+            differences[f"{size} ranks, steps {first} to {end}"] = max(loss[n] for n in range(first, end + 1))
+        first = last + 1
+    return {
+        "steps_executed": executed,
+        "steps_recorded_once": sorted(ours) == list(range(1, steps + 1)),
+        "windows": sum(map(len, found.values())),
+        "windows_equal": found == expected and len(expected) == steps,
+        "largest_relative_difference_of_losses": differences,
+        "first_step_with_another_sparsity": next(
+            (step for step in sorted(ours) if ours[step]["sparsity"] != theirs[step]["sparsity"]), None
+        ),
+    }
+
+
+def main() -> int:
+    """The command."""
+    if sys.argv[1:2] == ["--worker"]:
+        return work(Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("work", type=Path, help="a new folder")
+    parser.add_argument("--out", type=Path, required=True, help="the result, JSON")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=4, choices=MESHES)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    import torch
+
+    from remoe.lab.machine import machine
+
+    start = time.monotonic()
+    result = chaos(
+        options.work.resolve(), steps=options.steps, kills=options.kills, ranks=options.ranks, seed=options.seed
+    )
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(torch.device("cpu")), **result}
+    result["minutes"] = round((time.monotonic() - start) / 60, 1)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0 if result["windows_equal"] and not result["broken_checkpoints"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
