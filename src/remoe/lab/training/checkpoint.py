@@ -164,8 +164,9 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
             optimizer.state[parameter][key] = value.to(parameter.device)
 
 
-def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
-    """Deletes left-overs, and checkpoints up to step `newest` but the last `keep` and those every `keep_every` steps.
+def clean(folder: Path, newest: int, keep: int, keep_every: int = 0, kept: int | None = None) -> None:
+    """Deletes left-overs, and checkpoints up to step `newest` but the last `keep`, those every `keep_every` steps and
+    that of step `kept`.
 
     Folders of later steps stay: they are damaged, or a user's.
     """
@@ -173,7 +174,8 @@ def clean(folder: Path, newest: int, keep: int, keep_every: int = 0) -> None:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest][:-keep]:
-        if not (keep_every and checkpoint_step(path) % keep_every == 0):
+        step = checkpoint_step(path)
+        if step != kept and not (keep_every and step % keep_every == 0):
             remove_whole(path)
 
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, a pure function of the step."""
+"""The optimiser and its learning rate, a pure function of the step."""
 
 import math
 
@@ -22,16 +22,29 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Adam
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
-    """Linear warm-up, then cosine decay to `final_lr_ratio` of the peak.
+    """Linear warm-up; then by the schedule to `final_lr_ratio` of the peak at the last step.
 
     Args:
         step: 1 for the first optimiser step, `steps` for the last.
         steps: of the whole run.
-        options: peak, warm-up and final ratio.
+        options: peak, warm-up, schedule and final ratio.
     """
-    warmup = max(1, round(options.warmup_ratio * steps))
+    warmup, floor = max(1, warmup_steps(steps, options)), options.final_lr_ratio
     if step <= warmup:
         return options.lr * step / warmup
+    if options.schedule == "wsd":
+        begin = max(warmup, stable_end(steps, options))
+        fallen = max(0, step - begin) / max(1, steps - begin)
+        return options.lr * (1 - (1 - floor) * fallen)
     progress = (step - warmup) / max(1, steps - warmup)
-    floor = options.final_lr_ratio
     return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warmup_steps(steps: int, options: OptimOptions) -> int:
+    """Steps over which the learning rate rises, of a run of so many."""
+    return round(options.warmup_ratio * steps) if options.warmup_steps is None else options.warmup_steps
+
+
+def stable_end(steps: int, options: OptimOptions) -> int:
+    """With the schedule 'wsd', the last step of a run of so many that has the whole learning rate after its warm-up."""
+    return steps - round(options.decay_ratio * steps)

@@ -29,7 +29,7 @@ from remoe.lab.training.interrupt import Interrupt
 from remoe.lab.training.lora import adapt, merged_weights, trained_tensors
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import MetricsWriter, NoMetrics
-from remoe.lab.training.optimizer import build_optimizer, learning_rate
+from remoe.lab.training.optimizer import build_optimizer, learning_rate, stable_end
 from remoe.lab.training.origin import Origin
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
@@ -178,7 +178,7 @@ class Trainer:
                         progress.show(record, self.step)
                     except OSError:  # `remoe train | head`, a closed terminal, a full disk behind a log file
                         interrupt.output_closed()
-                    if self.step % self.config.checkpoint.every == 0 or self.step == steps:
+                    if self.step % self.config.checkpoint.every == 0 or self.step in (steps, self._branching_point):
                         metrics.flush()
                         self.save()
                 if self.saved_step != self.step or steps == 0:  # a signal came between two checkpoints
@@ -191,6 +191,14 @@ class Trainer:
             self.stopped_by = stopped
             return None
         return validation or self.validate(final=True)
+
+    @property
+    def _branching_point(self) -> int | None:
+        """The last step before the learning rate falls, from which a run can be prolonged; None with other schedules.
+
+        The checkpoint of that step is written, and kept, in any case.
+        """
+        return stable_end(self.config.steps, self.config.optim) if self.config.optim.schedule == "wsd" else None
 
     def _train_step(self, progress: ProgressLine) -> dict[str, object]:
         """One optimiser step and its record."""
@@ -331,7 +339,8 @@ class Trainer:
             )
         self.saved_step = self.step
         if writes:
-            clean(folder, self.step, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            options = self.config.checkpoint
+            clean(folder, self.step, options.keep, options.keep_every, self._branching_point)
         return path
 
     def _adapted(self) -> dict[str, dict[str, Tensor]]:
