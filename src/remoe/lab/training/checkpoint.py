@@ -28,6 +28,7 @@ CHECKSUMS = "checksums.json"
 _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
+_OPTIMISER = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW and Muon keep of a parameter
 _TRAINED = "trained."  # before the name of a tensor of a model with adapters
 
 
@@ -155,9 +156,9 @@ def _restore_training(state: dict[str, Tensor], model: nn.Module, optimizer: tor
     if device.type == "cuda" and _RNG_CUDA in state:
         torch.cuda.set_rng_state(state[_RNG_CUDA], device)
     for name, parameter in model.named_parameters():
-        if f"{name}.step" not in state:  # it had no gradient yet
-            continue
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in _OPTIMISER:
+            if f"{name}.{key}" not in state:  # it had no gradient yet, or another optimiser
+                continue
             # Fused AdamW keeps its step counter beside the parameter.
             value = state[f"{name}.{key}"]
             value = value if key == "step" else sharded_like(value, parameter)

@@ -55,6 +55,9 @@ class ModelOptions:
 class OptimOptions:
     """The optimiser and the learning rate schedule."""
 
+    name: str = "adamw"
+    """adamw, or muon: Muon for the matrices of attention and experts (each expert's by itself), and AdamW for
+    embeddings, head, norms and routers."""
     lr: float = 2e-3
     """Peak learning rate."""
     schedule: str = "cosine"
@@ -245,11 +248,16 @@ class TrainConfig:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
         check_choice("--mesh-load", self.mesh_load, ("global", "official"))
+        check_choice("--optim.name", self.optim.name, ("adamw", "muon"))
         check_choice("--optim.schedule", self.optim.schedule, ("cosine", "wsd"))
         for name, words, value in self._ranges():
             check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:
             check_prompt(self.prompt)
+        if self.optim.name == "muon":
+            check(
+                self.mesh is None and not self.lora.rank, "--optim.name muon cannot be used with --mesh or --lora.rank"
+            )
         if self.lora.rank:
             check(self.from_ is not None, "--lora.rank needs a model to adapt: name it with --from")
             check(self.mesh is None and not self.compile, "--lora.rank cannot be used with --mesh or --compile yet")

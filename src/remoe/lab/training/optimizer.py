@@ -6,19 +6,27 @@ import torch
 from torch import nn
 
 from remoe.lab.training.config import OptimOptions
+from remoe.lab.training.muon import Muon, hidden_matrices
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """Fused AdamW with weight decay for matrices but not for vectors (norms); set the learning rate at each step."""
+def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+    """Fused AdamW, or Muon for the matrices between embeddings and head; set the learning rate at each step.
+
+    Weight decay is for matrices but not for vectors (norms).
+    """
+    matrices = hidden_matrices(model) if options.name == "muon" else []
+    apart = {id(parameter) for parameter in matrices}
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
     for p in sorted(model.parameters(), key=lambda p: p.ndim < 2):
-        if p.requires_grad:  # the fused update takes shards of one mesh only
+        if p.requires_grad and id(p) not in apart:  # the fused update takes shards of one mesh only
             groups.setdefault((p.ndim >= 2, getattr(p, "device_mesh", None)), []).append(p)
     decayed = [
-        {"params": group, "weight_decay": options.weight_decay if matrices else 0.0}
-        for (matrices, _), group in groups.items()
+        {"params": group, "weight_decay": options.weight_decay if wide else 0.0} for (wide, _), group in groups.items()
     ]
-    return torch.optim.AdamW(decayed, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    settings = {"lr": options.lr, "betas": (options.beta1, options.beta2), "fused": True}
+    if options.name == "muon":
+        return Muon(matrices, decayed, options.weight_decay, **settings)
+    return torch.optim.AdamW(decayed, **settings)
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
