@@ -21,6 +21,7 @@ def train_command(argv: list[str]) -> int:
         from remoe.lab.console import say
         from remoe.lab.training.elastic import check_launch, is_restarted
         from remoe.lab.training.folder import RunFolder, first_run_path, new_run_path, newest_run
+        from remoe.lab.training.prolong import branch, branching_run
 
     if given.resume and given.config:
         raise ConfigError("--resume uses the options of the run: leave --config out")
@@ -31,9 +32,10 @@ def train_command(argv: list[str]) -> int:
     # The defaults of other options depend on these.
     deciding = {name: getattr(given, name) for name in ("preset", "batch_size") if name in flags}
     if given.resume:
-        run = RunFolder(given.out or newest_run())
+        run = branching_run(Path(given.from_)) if given.from_ else RunFolder(given.out or newest_run())
         saved = run.load_config()
-        base = replace(saved, mesh=None)  # it may be continued on another mesh
+        # It may be continued on another mesh; a branch needs a folder of its own.
+        base = replace(saved, mesh=None, out=None if given.from_ else saved.out)
     elif restarted:
         run = RunFolder(given.out)
         base = saved = run.load_config()
@@ -51,11 +53,13 @@ def train_command(argv: list[str]) -> int:
         else:
             base = config_from_dict(values, source)
     config = parse(TrainConfig, argv, prog=PROG, default=base)
+    config.from_ = base.from_
     if origin is not None:
-        config.from_ = base.from_
         origin.check(base, config)
     config.resume = given.resume or restarted
-    if not config.resume:
+    if given.resume and given.from_:
+        run = branch(Path(given.from_), saved, config)
+    elif not config.resume:
         run = RunFolder(Path(config.out) if config.out else new_run_path(config))
         if not config.out and (earlier := first_run_path(config)) != run.path:
             say(f"{earlier} exists (continue it with --out {earlier} --resume): this run is written to {run.path}")

@@ -36,6 +36,7 @@ _TOKENIZER = "tokenizer"  # a folder of the run
 _HASH_BYTES = 1 << 24
 _RNG_CPU, _RNG_CUDA, _COURSE = "rng.cpu", "rng.cuda", "course_of_sparsity"
 OF_RANK_0 = (_RNG_CPU, _RNG_CUDA)  # differ between ranks; `Ranks.begin_step` sets those of the others
+_OPTIMISER = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW and Muon keep of a parameter
 _TRAINED = "trained."  # before the name of a tensor of a model with adapters
 
 
@@ -185,16 +186,18 @@ def _restore_training(state: dict[str, Stored], model: nn.Module, optimizer: tor
     if device.type == "cuda" and _RNG_CUDA in state:
         torch.cuda.set_rng_state(state[_RNG_CUDA][...], device)
     for name, parameter in model.named_parameters():
-        if f"{name}.step" not in state:  # it had no gradient yet
-            continue
-        # Fused AdamW keeps its step counter beside the parameter.
-        optimizer.state[parameter]["step"] = state[f"{name}.step"][...].to(parameter.device)
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = like(shard_of(state[f"{name}.{key}"], parameter), parameter)
+        for key in _OPTIMISER:
+            if (stored := state.get(f"{name}.{key}")) is None:  # it had no gradient yet, or another optimiser
+                continue
+            # Fused AdamW keeps its step counter beside the parameter.
+            whole = key == "step"
+            value = stored[...].to(parameter.device) if whole else like(shard_of(stored, parameter), parameter)
+            optimizer.state[parameter][key] = value
 
 
-def clean(folder: Path, newest: int, options: CheckpointOptions) -> None:
-    """Deletes left-overs, and checkpoints up to step `newest` but the last `keep` and those every `keep_every` steps.
+def clean(folder: Path, newest: int, options: CheckpointOptions, kept: int | None = None) -> None:
+    """Deletes left-overs, and checkpoints up to step `newest` but the last `keep`, those every `keep_every` steps and
+    that of step `kept`.
 
     Folders of later steps stay: they are damaged, or a user's.
     """
@@ -202,7 +205,8 @@ def clean(folder: Path, newest: int, options: CheckpointOptions) -> None:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in list_checkpoints(folder) if checkpoint_step(path) <= newest][: -options.keep]:
-        if not (options.keep_every and checkpoint_step(path) % options.keep_every == 0):
+        step = checkpoint_step(path)
+        if step != kept and not (options.keep_every and step % options.keep_every == 0):
             remove_whole(path)
 
 

@@ -53,14 +53,24 @@ class ModelOptions:
 
 @dataclass
 class OptimOptions:
-    """AdamW and the learning rate schedule."""
+    """The optimiser and the learning rate schedule."""
 
+    name: str = "adamw"
+    """adamw, or muon: Muon for the matrices of attention and experts (each expert's by itself), and AdamW for
+    embeddings, head, norms and routers."""
     lr: float = 2e-3
     """Peak learning rate."""
+    schedule: str = "cosine"
+    """How the learning rate falls after the warm-up. 'cosine': along half a cosine, to the last step; 'wsd' (warm-up,
+    stable, decay): it stays at the peak, and falls linearly over the last steps, so that a run can be prolonged."""
     final_lr_ratio: float = 0.1
-    """Learning rate at the end of the cosine decay, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
+    decay_ratio: float = 0.2
+    """With the schedule 'wsd', the fraction of the steps over which the learning rate falls."""
     warmup_ratio: float = 0.02
     """Fraction of the steps over which the learning rate rises linearly."""
+    warmup_steps: int | None = None
+    """Number of those steps, instead of the fraction; a run that is prolonged keeps the one that it had."""
     weight_decay: float = 0.1
     """Weight decay of matrices; norm weights are not decayed."""
     beta1: float = 0.9
@@ -241,10 +251,16 @@ class TrainConfig:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"unknown --dtype {self.dtype!r}; choose one of: auto, float32, bfloat16")
         check_choice("--mesh-load", self.mesh_load, ("global", "official"))
+        check_choice("--optim.name", self.optim.name, ("adamw", "muon"))
+        check_choice("--optim.schedule", self.optim.schedule, ("cosine", "wsd"))
         for name, words, value in self._ranges():
             check(_HOLDS[words](value), f"--{name} must be {words}, but is {value}")
         if self.prompt is not None:
             check_prompt(self.prompt)
+        if self.optim.name == "muon":
+            check(
+                self.mesh is None and not self.lora.rank, "--optim.name muon cannot be used with --mesh or --lora.rank"
+            )
         if self.lora.rank:
             check(self.from_ is not None, "--lora.rank needs a model to adapt: name it with --from")
             check(self.mesh is None and not self.compile, "--lora.rank cannot be used with --mesh or --compile yet")
@@ -257,6 +273,8 @@ class TrainConfig:
             ("optim.lr", above_zero, optim.lr),
             ("optim.final-lr-ratio", share, optim.final_lr_ratio),
             ("optim.warmup-ratio", share, optim.warmup_ratio),
+            ("optim.warmup-steps", "at least 0", optim.warmup_steps or 0),
+            ("optim.decay-ratio", share, optim.decay_ratio),
             ("optim.weight-decay", "finite and at least 0", optim.weight_decay),
             ("optim.beta1", "at least 0 and below 1", optim.beta1),
             ("optim.beta2", "at least 0 and below 1", optim.beta2),

@@ -66,10 +66,11 @@ class ShardedSaving:
     Args:
         ranks: those that train the model.
         options: how many checkpoints are kept.
+        kept: a step whose checkpoint is kept in any case.
     """
 
-    def __init__(self, ranks: Ranks, options: CheckpointOptions) -> None:
-        self._ranks, self._options = ranks, options
+    def __init__(self, ranks: Ranks, options: CheckpointOptions, kept: int | None = None) -> None:
+        self._ranks, self._options, self._kept = ranks, options, kept
         self._final: Path | None = None  # while one is being written
         self._writer: _Writer | None = None
 
@@ -165,7 +166,7 @@ class ShardedSaving:
             remove(partial.parent)
         except OSError as error:
             raise cannot_write(final, error) from error
-        clean(final.parent, checkpoint_step(final), self._options)
+        clean(final.parent, checkpoint_step(final), self._options, self._kept)
 
 
 def _partial(final: Path) -> Path:

@@ -46,6 +46,7 @@ from remoe.lab.training.mesh import mesh_of
 from remoe.lab.training.metrics import iterate_metrics
 from remoe.lab.training.origin import Origin, origin_of
 from remoe.lab.training.outcome import experts_in_use, outcome
+from remoe.lab.training.prolong import prolong
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.start import start_of
 from remoe.lab.training.trainer import Trainer
@@ -79,9 +80,11 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         ConfigError, DataError, CheckpointError: see `Trainer`.
         CheckpointError: when a resumed run was started with other options, or another process is training it.
     """
-    if saved is not None:
-        _check_unchanged(saved, config, run)
     config.check()
+    if saved is not None:
+        longer = config.steps != saved.steps
+        started = prolong(saved, config, run.path, run.last_checkpoint(verified=True)) if longer else saved
+        _check_unchanged(started, config, run)
     ranks = Ranks(mesh_of(config), config.device, config.mesh_timeout)
     with last_words(ranks, run.path):
         return _run(config, run, saved, ranks)
@@ -219,7 +222,7 @@ def _counts_per_micro_batch(config: TrainConfig) -> bool:
 
 def _follow(run: RunFolder, saved: TrainConfig, config: TrainConfig) -> None:
     """Updates the folder of the data, and what may change on resuming, in the run's options."""
-    changed = {name: getattr(config, name) for name in ("data", *_MEMORY_ONLY)}
+    changed = {name: getattr(config, name) for name in ("data", "steps", "optim", *_MEMORY_ONLY)}
     if replace(saved, **changed) != saved:
         run.write_config(replace(saved, **changed))
 

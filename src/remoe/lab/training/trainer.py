@@ -28,7 +28,7 @@ from remoe.lab.training.interrupt import Interrupt
 from remoe.lab.training.lora import adapt, merged_weights, trained_tensors
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import MetricsWriter, NoMetrics
-from remoe.lab.training.optimizer import build_optimizer, learning_rate
+from remoe.lab.training.optimizer import build_optimizer, learning_rate, stable_end
 from remoe.lab.training.origin import Origin
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
@@ -105,7 +105,8 @@ class Trainer:
         self.dead_layers: set[int] = set()
         self.lambda_runs_away = False
         self.stopped_by: int | None = None  # number of the signal that ended `train` before its last step
-        self.saving = ShardedSaving(self.ranks, config.checkpoint) if self.ranks.count > 1 else None
+        sharded = self.ranks.count > 1
+        self.saving = ShardedSaving(self.ranks, config.checkpoint, self._branching_point) if sharded else None
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def _build(self) -> RemoeForCausalLM | RelufiedMixin:
@@ -183,7 +184,7 @@ class Trainer:
                         progress.show(record, self.step)
                     except OSError:  # `remoe train | head`, a closed terminal, a full disk behind a log file
                         interrupt.output_closed()
-                    if self.step % self.config.checkpoint.every == 0 or self.step == steps:
+                    if self.step % self.config.checkpoint.every == 0 or self.step in (steps, self._branching_point):
                         metrics.flush()
                         self.save()
                 if self.saved_step != self.step or steps == 0:  # a signal came between two checkpoints
@@ -198,6 +199,14 @@ class Trainer:
             self.stopped_by = stopped
             return None
         return validation or self.validate(final=True)
+
+    @property
+    def _branching_point(self) -> int | None:
+        """The last step before the learning rate falls, from which a run can be prolonged; None with other schedules.
+
+        The checkpoint of that step is written, and kept, in any case.
+        """
+        return stable_end(self.config.steps, self.config.optim) if self.config.optim.schedule == "wsd" else None
 
     def _train_step(self, progress: ProgressLine) -> dict[str, object]:
         """One optimiser step and its record."""
@@ -336,7 +345,7 @@ class Trainer:
             self.saving.start(folder, self.step, *state)
         else:
             save_checkpoint(folder, self.step, *state, **self._adapted())
-            clean(folder, self.step, self.config.checkpoint)
+            clean(folder, self.step, self.config.checkpoint, self._branching_point)
         self.saved_step = self.step
 
     def _adapted(self) -> dict[str, dict[str, Tensor]]:
