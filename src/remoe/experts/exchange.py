@@ -111,6 +111,7 @@ def exchange_experts(
     group: dist.ProcessGroup,
     backend: str = "auto",
     receive_rows: int = RECEIVE_ROWS,
+    stored: int | None = None,
 ) -> Tensor:
     """`run_experts` over the experts of all ranks of a group, each of which must call it; differentiable.
 
@@ -121,6 +122,7 @@ def exchange_experts(
         group: the ranks that share the experts, in the order of these.
         backend: of the experts, see `run_experts`.
         receive_rows: rows that a rank receives at a time, see `ExchangePlan`.
+        stored: of a round, see `run_experts`.
 
     Returns:
         (T, D), zero for tokens without an expert; in the autocast dtype under autocast, otherwise in x's. A rank's
@@ -138,7 +140,7 @@ def exchange_experts(
         token_n = assignment.token_N[pair_n]
         rows_mD = _AllToAll.apply(_Gather.apply(x_TD, token_n), turn.sent_P, turn.received_P, group)
         here = _by_expert(turn.received_Pe.to(x_TD.device), len(rows_mD))
-        out_mD = run_experts(rows_mD, gate_up_e2FD, down_eDF, here, backend)
+        out_mD = run_experts(rows_mD, gate_up_e2FD, down_eDF, here, backend, stored)
         back_nD = _AllToAll.apply(out_mD, turn.received_P, turn.sent_P, group)
         weighted_nD = back_nD * _Gather.apply(gate_N[:, None], pair_n)
         return _SumPerToken.apply(weighted_nD, token_n, x_TD.shape[0])

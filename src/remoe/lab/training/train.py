@@ -72,7 +72,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         ranks.leave()
         return 0
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
-    warning = check_memory(config, sizes_of(model_config(config, config.vocab_size, eos_token_id=0)), ranks.device)
+    sizes = sizes_of(model_config(config, config.vocab_size, eos_token_id=0))
+    warning = check_memory(config, sizes, ranks.device, ranks.mesh)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
     experts_backend(model_without_values(config), config.dtype, ranks.device)
