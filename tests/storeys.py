@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # the storeys below (None: any). The method imports triton and sonicmoe only to run their kernels.
 STOREYS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     "method": (
-        ("", "costs", "errors", "layer", "matmul", "operators", "sparsity", "stages", "routing", "experts"),
+        ("", "costs", "decoding", "errors", "layer", "matmul", "operators", "sparsity", "stages", "routing", "experts"),
         frozenset({"torch", "triton", "sonicmoe"}),
     ),
     "models": (

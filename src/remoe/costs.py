@@ -21,6 +21,7 @@ class RouterSizes:
     Attributes:
         has_weights: one vector of width D for each expert.
         has_scale: one number for each expert.
+        balances: with its default options its loss takes the load of the experts (no attribute of the class).
         network: the layer's width in experts of width d_ffn: "all" E of them, or "active" k.
     """
 
@@ -29,16 +30,17 @@ class RouterSizes:
     merges: bool = False
     has_weights: bool = True
     has_scale: bool = False
+    balances: bool = False
     network: str = "all"
 
 
 ROUTER_SIZES = {
-    "relu": RouterSizes(steered=True),
-    "relu_norm": RouterSizes(steered=True, has_scale=True),
+    "relu": RouterSizes(steered=True, balances=True),
+    "relu_norm": RouterSizes(steered=True, has_scale=True, balances=True),
     "relu_scaled": RouterSizes(steered=True, has_scale=True),
-    "topk": RouterSizes(),
+    "topk": RouterSizes(balances=True),
     "sigmoid": RouterSizes(),
-    "sparsemixer": RouterSizes(),
+    "sparsemixer": RouterSizes(balances=True),
     "expert_choice": RouterSizes(),
     "threshold": RouterSizes(),
     "hash": RouterSizes(has_weights=False),
@@ -54,10 +56,12 @@ class ModelSizes:
 
     Attributes:
         d_ffn, num_experts, k: before the split by granularity G.
-        expert_width: F summed over all expert networks of a layer.
-        router_weights: parameters of a layer's router.
+        networks: expert networks of a layer.
+        expert_width: F summed over these.
+        router_shapes: shapes of the parameters of a layer's router.
         executed_experts: (density, S) to the cost of a token's experts, in experts of width d_ffn.
         steered, routes_pairs, merges: of the router's class.
+        balances: whether the load of the experts is in the loss.
         others: parameters that the rest does not count, such as biases.
     """
 
@@ -72,16 +76,23 @@ class ModelSizes:
     k: int
     granularity: int
     shared: int
+    networks: int
     expert_width: int
-    router_weights: int
+    router_shapes: tuple[tuple[int, ...], ...]
     executed_experts: Callable[[float, int], float]
     steered: bool
     routes_pairs: bool
     merges: bool
+    balances: bool = False
     qk_norm: bool = False
     tied: bool = False
     segment: int = SEGMENT
     others: int = 0
+
+    @property
+    def router_weights(self) -> int:
+        """Parameters of a layer's router."""
+        return sum(math.prod(shape) for shape in self.router_shapes)
 
     @property
     def target_density(self) -> float:
@@ -194,35 +205,44 @@ def flops_per_sequence(m: ModelSizes, seq_len: int, density: float) -> float:
     return 6.0 * S * per_token  # a multiply and an add, forward once and backward twice
 
 
-def activation_bytes(m: ModelSizes, seq_len: int, micro_batch_size: int, density: float) -> int:
-    """Bytes that the forward pass stores for the backward pass, in float32, without recomputation.
+def activation_bytes(
+    m: ModelSizes, seq_len: int, micro_batch_size: int, density: float, *, bfloat16: bool = False
+) -> int:
+    """Bytes that the forward pass stores for the backward pass, without recomputation.
 
     These are what autograd saves: per layer and token the inputs of the norms, of the projections and of the attention,
-    q, k, v and its output, the pre-activations of the experts; and the head's gradients, which the loss computes.
+    q, k, v and its output, the pre-activations of the experts; and the head's gradients, which the loss computes. Under
+    bfloat16 autocast norms and router keep float32, each projection keeps a copy of its input, and all layers but the
+    router keep a copy of their weights.
 
     Args:
         m: sizes of the model.
         seq_len: S.
         micro_batch_size: B.
         density: share of the (token, expert) pairs that are executed.
+        bfloat16: under bfloat16 autocast; otherwise float32.
     """
     S, D = seq_len, m.d_model
     T, E = micro_batch_size * S, m.num_experts * m.granularity
     q, kv = m.heads * m.head_dim, m.groups * m.head_dim
-    per_token = 6 * D + 2 * (q + kv) + m.heads + 2 + 4 * m.shared
+    number = 2 if bfloat16 else _FLOAT
+    per_token = (28 if bfloat16 else 24) * D + number * (2 * (q + kv) + 4 * m.shared) + _FLOAT * (m.heads + 2)
     if m.qk_norm:
-        per_token += 2 * (q + kv) + m.heads + m.groups
-    layer = float(_FLOAT * T * per_token)
+        per_token += _FLOAT * (2 * (q + kv) + m.heads + m.groups)
+    layer = float(T * per_token)
     if m.routes_pairs:
         pairs, stored = T * E * density, STORED_RATIO * T * m.k * m.granularity
-        layer += _FLOAT * 2 * (m.d_ffn // m.granularity) * min(pairs, stored)
+        layer += number * 2 * (m.d_ffn // m.granularity) * min(pairs, stored)
         layer += pairs * (_FLOAT + 2 * _INDEX) + T * E * (_FLOAT + 1)  # the list of the pairs; gates and mask
     elif m.merges:
         segments = micro_batch_size * math.ceil(S / m.segment)
         merged = 3 * D * m.d_ffn + m.segment * (4 * m.d_ffn + D)
-        layer += _FLOAT * (segments * merged - T * D)
+        layer += number * (segments * merged - T * D)
     else:
-        layer += _FLOAT * T * 4 * m.expert_width
+        layer += number * T * 4 * m.expert_width
+    if bfloat16:
+        layer += number * (2 * D * (q + kv) + 3 * D * (m.expert_width + m.shared))
     rotary = 2 * _FLOAT * S * m.head_dim
     loss = _FLOAT * D * m.vocab_size
-    return round(m.layers * layer + _FLOAT * T * (3 * D + 1) + rotary + loss + _INDEX * T)
+    last = T * ((2 * _FLOAT + number) * D + _FLOAT)  # the final norm, and the gradient of what it gives
+    return round(m.layers * layer + last + rotary + loss + _INDEX * T)

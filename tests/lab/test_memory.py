@@ -12,10 +12,13 @@ from remoe.errors import CheckpointError, ConfigError
 from remoe.lab import memory
 from remoe.lab.cli.main import COMMANDS, main
 from remoe.lab.memory import check_memory, less_memory, machine_memory, ran_out
+from remoe.lab.scaling.memory import rank_memory
+from remoe.lab.scaling.shards import Job
 from remoe.lab.training import train as training
 from remoe.lab.training.build import model_config
 from remoe.lab.training.config import config_from_dict
 from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import read_metrics
 from remoe.lab.training.trainer import Trainer
 from remoe.models.plan import plan, sizes_of
@@ -141,3 +144,23 @@ def test_a_model_beyond_the_machine_is_refused_before_anything_is_made(tmp_path,
     assert main(["train", "--model.num-hidden-layers", "100000000"]) == 2
     assert "choose a smaller model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_on_several_processes_is_compared_with_the_memory_of_each(monkeypatch, device):
+    config = config_from_dict({"mesh": "fsdp=4", "batch_size": 16, "micro_batch_size": 4, "dtype": "float32"}, "test")
+    sizes, mesh = sizes_of(model_config(config, config.vocab_size, 0)), Mesh(fsdp=4)
+    job = Job(sizes, mesh, config.seq_len, 16, 4, on_gpu=device == "cuda")
+    of_rank = rank_memory(job, 0.5)  # in the dense stage
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    share = 4 if device == "cpu" else 1  # of main memory each process has a quarter, and a GPU of its own
+
+    def said(free, total=2**40):
+        monkeypatch.setattr(memory, "machine_memory", lambda device: (share * total, share * free))
+        return check_memory(config, sizes, torch.device(device), mesh)
+
+    assert said(of_rank.peak) is None
+    assert " are free: --micro-batch-size 2 needs less" in said(of_rank.peak - 1)
+    kept = of_rank.weights + of_rank.gradients + of_rank.moments
+    with pytest.raises(ConfigError, match=r"and each process has 0\.0 GiB"):
+        said(0, kept - 1)

@@ -12,7 +12,9 @@ Legend: P ranks, T tokens of this rank, D model width, F expert width, E experts
 pairs, n pairs that this rank sends in a round, m rows that it receives.
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,44 @@ from remoe.routing.assignment import Assignment
 
 RECEIVE_ROWS = 65_536
 _COUNT_BYTES = 8  # of an int64
+
+
+class Stopwatch:
+    """The time that this process spends in the exchange's collectives, with the wait for slower ranks.
+
+    On CUDA it is that of the device between two events, which need no host sync until `seconds` is called.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Back to zero."""
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Context whose time on a device counts."""
+        if device.type == "cuda":
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """Since `start`; waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1e3
+
+
+stopwatch = Stopwatch()
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,8 @@ def plan_exchange(count_E: Tensor, group: dist.ProcessGroup, receive_rows: int =
     P, E = group.size(), count_E.shape[0]
     check(E % P == 0, f"{E} experts cannot be divided among {P} ranks")
     count_PE = [torch.empty_like(count_E) for _ in range(P)]
-    dist.all_gather(count_PE, count_E.contiguous(), group=group)
+    with stopwatch.running(count_E.device):
+        dist.all_gather(count_PE, count_E.contiguous(), group=group)
     return ExchangePlan(torch.stack(count_PE).cpu(), group.rank(), receive_rows)
 
 
@@ -111,6 +152,7 @@ def exchange_experts(
     group: dist.ProcessGroup,
     backend: str = "auto",
     receive_rows: int = RECEIVE_ROWS,
+    stored: int | None = None,
 ) -> Tensor:
     """`run_experts` over the experts of all ranks of a group, each of which must call it; differentiable.
 
@@ -121,6 +163,7 @@ def exchange_experts(
         group: the ranks that share the experts, in the order of these.
         backend: of the experts, see `run_experts`.
         receive_rows: rows that a rank receives at a time, see `ExchangePlan`.
+        stored: of a round, see `run_experts`.
 
     Returns:
         (T, D), zero for tokens without an expert; in the autocast dtype under autocast, otherwise in x's. A rank's
@@ -138,7 +181,7 @@ def exchange_experts(
         token_n = assignment.token_N[pair_n]
         rows_mD = _AllToAll.apply(_Gather.apply(x_TD, token_n), turn.sent_P, turn.received_P, group)
         here = _by_expert(turn.received_Pe.to(x_TD.device), len(rows_mD))
-        out_mD = run_experts(rows_mD, gate_up_e2FD, down_eDF, here, backend)
+        out_mD = run_experts(rows_mD, gate_up_e2FD, down_eDF, here, backend, stored)
         back_nD = _AllToAll.apply(out_mD, turn.received_P, turn.sent_P, group)
         weighted_nD = back_nD * _Gather.apply(gate_N[:, None], pair_n)
         return _SumPerToken.apply(weighted_nD, token_n, x_TD.shape[0])
@@ -160,7 +203,9 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx, rows_nD: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.ways = received_P, sent_P, group
         out_mD = rows_nD.new_empty(sum(received_P), *rows_nD.shape[1:])
-        dist.all_to_all_single(out_mD, rows_nD.contiguous(), received_P, sent_P, group=group)
+        rows_nD = rows_nD.contiguous()
+        with stopwatch.running(rows_nD.device):
+            dist.all_to_all_single(out_mD, rows_nD, received_P, sent_P, group=group)
         return out_mD
 
     @staticmethod

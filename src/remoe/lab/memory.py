@@ -3,6 +3,7 @@
 Imports nothing but Python's own modules, so that the command line can tell such errors from others.
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from remoe.costs import ModelSizes, Plan, plan
 from remoe.errors import ConfigError
+from remoe.lab.scaling.memory import rank_memory
+from remoe.lab.scaling.shards import Job
+from remoe.lab.training.mesh import Mesh
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +59,16 @@ def _address_space() -> list[int]:
     return [] if soft == resource.RLIM_INFINITY else [soft]
 
 
-def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device") -> str | None:
+def check_memory(
+    config: "TrainConfig", sizes: ModelSizes, device: "torch.device", mesh: Mesh | None = None
+) -> str | None:
     """What to say of a run's memory before it starts; None where it fits.
 
     Args:
         config: options of the run.
         sizes: of its model.
         device: where it will train.
+        mesh: over which the model is spread; None for one process.
 
     Raises:
         ConfigError: when the machine could not even hold weights, gradients and optimiser.
@@ -70,21 +77,25 @@ def check_memory(config: "TrainConfig", sizes: ModelSizes, device: "torch.device
     if memory is None:
         return None
     total, free = memory
-    state = _state_bytes(config, plan(sizes, config.seq_len, config.micro_batch_size))
+    mesh = mesh or Mesh()
+    if device.type == "cpu":  # the processes of a machine share it
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if mesh.processes > 1 else 1
+        total, free = total // here, free // here
+    whose = "this machine" if mesh.processes == 1 else "each process"
+    state, needed = _needed_bytes(config, sizes, device, mesh, config.micro_batch_size)
     if state > total:
         raise ConfigError(
-            f"weights, gradients and optimiser of this model take {_gib(state)}, and this machine has "
+            f"weights, gradients and optimiser of this model take {_gib(state)}, and {whose} has "
             f"{_gib(total)}: choose a smaller model (`remoe plan` shows what one takes)"
         )
     if (ids := 8 * config.batch_size * (config.seq_len + 1)) > total:
         raise ConfigError(
-            f"the tokens of one step alone take {_gib(ids)}, and this machine has {_gib(total)}: choose a "
+            f"the tokens of one step alone take {_gib(ids)}, and {whose} has {_gib(total)}: choose a "
             "smaller --batch-size"
         )
-    needed = _training_bytes(config, sizes, config.micro_batch_size)
     if needed <= free:
         return None
-    less = less_memory(config, lambda size: _training_bytes(config, sizes, size) <= free)
+    less = less_memory(config, lambda size: _needed_bytes(config, sizes, device, mesh, size)[1] <= free)
     return f"training may take {_gib(needed)}, and {_gib(free)} are free: {less or SMALLER} needs less"
 
 
@@ -95,10 +106,35 @@ def less_memory(config: "TrainConfig", fits: Callable[[int], bool] = lambda size
         config: options of the run.
         fits: whether a micro-batch of so many sequences is small enough; if none is, the smallest counts.
     """
-    smaller = [n for n in range(config.micro_batch_size - 1, 0, -1) if config.batch_size % n == 0]
+    rows = config.batch_size // (Mesh.parse(config.mesh).parts if config.mesh else 1)
+    smaller = [n for n in range(min(config.micro_batch_size, rows) - 1, 0, -1) if rows % n == 0]
     if smaller:
         return f"--micro-batch-size {next(filter(fits, smaller), 1)}"
     return None if config.recompute else "--recompute"
+
+
+def _needed_bytes(
+    config: "TrainConfig", sizes: ModelSizes, device: "torch.device", mesh: Mesh, micro_batch_size: int
+) -> tuple[int, int]:
+    """Bytes of a process: weights, gradients and optimiser; and the most that training takes."""
+    if mesh.processes == 1:
+        planned = plan(sizes, config.seq_len, micro_batch_size)
+        return _state_bytes(config, planned), _training_bytes(config, sizes, micro_batch_size)
+    from remoe.lab.training.build import wants_bfloat16
+
+    job = Job(
+        sizes,
+        mesh,
+        config.seq_len,
+        config.batch_size,
+        min(micro_batch_size, config.batch_size // mesh.parts),
+        wants_bfloat16(config.dtype, device),
+        config.recompute,
+        config.mesh_load == "global",
+        device.type == "cuda",
+    )
+    memory = rank_memory(job, max(sizes.target_density, 0.5) if sizes.steered else sizes.target_density)
+    return memory.weights + memory.gradients + memory.moments, memory.peak
 
 
 def _training_bytes(config: "TrainConfig", sizes: ModelSizes, micro_batch_size: int) -> int:

@@ -16,9 +16,9 @@ def sizes_of(config: RemoeConfig) -> ModelSizes:
     """The sizes of a model; the attributes and the weights of its router are those of the router's class."""
     D, E, K = config.hidden_size, config.experts_per_layer, config.active_per_token
     options: dict[str, Any] = config.router_options or {}
-    router = config.router_class
+    router, known = config.router_class, costs.ROUTER_SIZES.get(config.router, costs.RouterSizes())
     with torch.device("meta"):
-        weights = sum(p.numel() for p in build_router(config.router, D, E, K, **options).parameters())
+        shapes = tuple(tuple(p.shape) for p in build_router(config.router, D, E, K, **options).parameters())
     networks, width = router.networks(E, config.intermediate_size // config.granularity, K)
     q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     return ModelSizes(
@@ -33,12 +33,14 @@ def sizes_of(config: RemoeConfig) -> ModelSizes:
         k=config.k,
         granularity=config.granularity,
         shared=config.shared_expert_size,
+        networks=networks,
         expert_width=networks * width,
-        router_weights=weights,
+        router_shapes=shapes,
         executed_experts=partial(_executed, config),
         steered=config.steered,
         routes_pairs=config.routes_pairs,
         merges=router.merges,
+        balances=known.balances and options.get("load_balance") is not False,
         qk_norm=config.qk_norm,
         tied=config.tie_word_embeddings,
         segment=options.get("segment", costs.SEGMENT),

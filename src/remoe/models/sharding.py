@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from remoe.errors import ConfigError
-from remoe.experts import Experts
+from remoe.experts import Experts, stored_pairs
 from remoe.experts.exchange import exchange_experts
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing.assignment import Assignment
@@ -101,7 +101,8 @@ class RaggedExchange:
 
     def __call__(self, x_TD: Tensor, assignment: Assignment, gate_N: Tensor) -> Tensor:
         weights = self.experts.gate_up_proj, self.experts.down_proj  # local ones while transformers calls this
-        return exchange_experts(x_TD, *weights, assignment, self.group, self.experts.backend)
+        stored = stored_pairs(x_TD, len(assignment.count_E), self.experts.k)
+        return exchange_experts(x_TD, *weights, assignment, self.group, self.experts.backend, stored=stored)
 
 
 def reshard(model: nn.Module) -> None:

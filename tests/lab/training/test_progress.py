@@ -4,11 +4,16 @@ import io
 import re
 
 import pytest
+import torch
 
 from remoe.lab.console import Console
 from remoe.lab.training import progress as module
 from remoe.lab.training.config import config_from_dict
+from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.progress import ProgressLine
+from remoe.lab.training.speed import Speed
+from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.plan import flops_per_sequence
 
 RECORD = {
     "lm_loss": 10.97531, "lambda": 1.8e-5, "sparsity": 0.64804, "stage": "sparsifying", "validation_loss": 4.18704,
@@ -55,6 +60,28 @@ def test_elsewhere_a_line_is_whole(monkeypatch):
     )
     assert text.count("\n") == 2
     assert "\x1b" not in text
+
+
+def test_several_devices_have_their_speed(monkeypatch):
+    speed = {"tokens_per_second_per_device": 61_728.0, "mfu": 0.3456, "exchange_share": 0.118}
+    text = shown(monkeypatch, {"steps": 500}, record=RECORD | speed)
+    assert "123,456 tokens/s (61,728 per device)  MFU 34.6%  exchange 12%  left 8:00\n" in text
+    narrow = plain(shown(monkeypatch, {"steps": 500}, 100, RECORD | speed)).splitlines()
+    assert all(len(line) <= 100 for line in narrow)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+def test_mfu_is_flops_over_the_peak_of_all_devices(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    model, cuda = RemoeConfig(vocab_size=64, hidden_size=16, num_attention_heads=2), torch.device("cuda", 0)
+    record = Speed(model, Mesh(fsdp=4), cuda, True, batch_size=8, seq_len=32).record(seconds=0.5, sparsity=0.875)
+    assert record["tokens_per_second_per_device"] == 8 * 32 / 0.5 / 4
+    if name == "NVIDIA H200":
+        assert record["mfu"] == pytest.approx(8 * flops_per_sequence(model, 32, 0.125) / 0.5 / (4 * 989.5e12))
+    assert record.keys() - {"mfu"} == {"tokens_per_second_per_device"}
+    assert ("mfu" in record) == (name == "NVIDIA H200")
+    assert "mfu" not in Speed(model, Mesh(fsdp=4), cuda, False, 8, 32).record(0.5, 0.875)
+    assert Speed(model, Mesh(), cuda, True, 8, 32).record(0.5, 0.875) == {}
 
 
 def test_stages_have_colours_where_a_terminal_has_them(monkeypatch):

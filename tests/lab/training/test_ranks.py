@@ -36,6 +36,7 @@ RUNS = {  # options; with 8 sequences in a step, two processes have two micro-ba
     "relu fsdp=2,ep=2": {},
     "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True},
     "sigmoid fsdp=2": {"router": "sigmoid"},
+    "threshold fsdp=2,ep=2": {"router": "threshold"},
     "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}},
     "balanced-topk fsdp=2": {"router": "topk", "recompute": True},
 }
@@ -170,6 +171,10 @@ def check_equal_courses(one, several):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one_does(alone, together, name):
     check_equal_courses(alone / name.split()[0], together / name)
+    for record in read_metrics(together / name / "metrics.jsonl"):
+        assert record["tokens_per_second_per_device"] == pytest.approx(record["tokens_per_second"] / 2)
+        assert 0 < record.get("exchange_share", 0.5) < 1
+        assert ("exchange_share" in record) == ("ep=" in name)
     states = [torch.load(together / f"state-{rank}.pt")[name] for rank in range(2)]
     assert states[0] == states[1]  # lambda and S, bit for bit
 

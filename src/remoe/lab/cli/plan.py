@@ -9,6 +9,7 @@ import tyro
 from remoe.costs import ROUTER_SIZES, ModelSizes, Plan, check_sizes, executed_experts, plan
 from remoe.errors import ConfigError, check
 from remoe.lab.cli.parsing import check_router, importing, parse
+from remoe.lab.cli.plan_mesh import MeshOptions, mesh_job, print_mesh
 from remoe.lab.training.presets import preset
 
 PROG = "remoe plan"
@@ -16,7 +17,7 @@ DENSE_STAGE = "  while half of the experts are active"
 
 
 @dataclass
-class PlanOptions:
+class PlanOptions(MeshOptions):
     """Show the parameters, FLOPs and memory of a model without building it, next to those of its dense counterpart."""
 
     preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
@@ -48,6 +49,9 @@ def plan_command(argv: list[str]) -> int:
     micro_batch_size = settings["micro_batch_size"] if options.micro_batch_size is None else options.micro_batch_size
     if seq_len < 1 or micro_batch_size < 1:
         raise ConfigError("--seq-len and --micro-batch-size must be at least 1")
+    for name in ("gpus", "gpu", "batch_size"):
+        if options.mesh is None and getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --mesh, for example --mesh fsdp=8")
 
     def planned(router: str) -> Plan:
         return plan(_sizes(options, settings, router), seq_len, micro_batch_size)
@@ -57,7 +61,13 @@ def plan_command(argv: list[str]) -> int:
         f"{options.preset}, E {options.num_experts}, k {options.k}, G {options.granularity}: "
         f"vocabulary {settings['vocab_size']:,}, sequence {seq_len}, micro-batch {micro_batch_size}"
     )
+    spread = None
+    if options.mesh is not None:  # its mistakes are found before anything is printed
+        sizes = _sizes(options, settings, options.router)
+        spread = mesh_job(options, options.router, sizes, seq_len, micro_batch_size, settings["batch_size"])
     _print_table(title, columns)
+    if spread is not None:
+        print_mesh(options, *spread)
     return 0
 
 
@@ -90,12 +100,14 @@ def _sizes(options: PlanOptions, settings: dict, router: str) -> ModelSizes:
         k=k,
         granularity=G,
         shared=shared,
+        networks=E * G if known.routes_pairs or known.merges else 1,
         expert_width=d_ffn * (E if known.network == "all" else k),
-        router_weights=E * G * (D * known.has_weights + known.has_scale),
+        router_shapes=((E * G, D),) * known.has_weights + ((E * G,),) * known.has_scale,
         executed_experts=executed_experts(known, E, k),
         steered=known.steered,
         routes_pairs=known.routes_pairs,
         merges=known.merges,
+        balances=known.balances,
     )
 
 

@@ -1,12 +1,13 @@
-"""`--mesh`: over how many processes a model is spread, and in which way."""
+"""`--mesh`: over how many processes a model is spread, and in which way. No torch import: `remoe plan` is quick."""
 
 import os
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from remoe.errors import ConfigError, check, check_choice
-from remoe.lab.training.build import VOCAB_MULTIPLE
-from remoe.lab.training.config import TrainConfig
-from remoe.routing import ROUTERS
+
+if TYPE_CHECKING:
+    from remoe.lab.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -49,44 +50,73 @@ class Mesh:
         """Into how many parts, each of other data, a batch is divided."""
         return self.replicate * self.fsdp
 
-    def check(self, config: TrainConfig) -> None:
+    def check(self, config: "TrainConfig") -> None:
         """Raises ConfigError for a run that cannot be spread so, before anything is allocated."""
+        from remoe.lab.training.build import VOCAB_MULTIPLE
+        from remoe.routing import ROUTERS
+
         check_choice("router", config.router, ROUTERS)
-        router, E = ROUTERS[config.router], config.experts_per_layer
+        model = config.model
+        self.check_model(
+            config.router,
+            routes_pairs=ROUTERS[config.router].routes_pairs,
+            experts=config.experts_per_layer,
+            heads=model.num_attention_heads,
+            groups=model.num_key_value_heads,
+            width=(model.intermediate_size or 4 * model.hidden_size) // config.granularity,
+            vocabulary=("the multiple to which the vocabulary is padded", VOCAB_MULTIPLE),
+        )
+        self.check_batch(config.batch_size, config.micro_batch_size)
+        check(not config.compile, "--mesh: a model that is spread over processes cannot be compiled yet")
+
+    def check_model(
+        self,
+        router: str,
+        *,
+        routes_pairs: bool,
+        experts: int,
+        heads: int,
+        groups: int,
+        width: int,
+        vocabulary: tuple[str, int],
+    ) -> None:
+        """Raises ConfigError for a model that cannot be spread so.
+
+        Args:
+            router: its name.
+            routes_pairs: whether the router sends tokens to experts.
+            experts: of a layer, after the split by granularity.
+            heads, groups: attention heads and key-value heads.
+            width: F, of one expert.
+            vocabulary: a size that tensor parallelism must divide, and its name.
+        """
         check(self.fsdp % self.ep == 0, f"--mesh: ep={self.ep} does not divide fsdp={self.fsdp}")
-        check(E % self.ep == 0, f"--mesh: ep={self.ep} does not divide the {E} experts of a layer")
+        check(experts % self.ep == 0, f"--mesh: ep={self.ep} does not divide the {experts} experts of a layer")
         check(
-            self.ep == 1 or router.routes_pairs,
-            f"--mesh: router {config.router!r} does not send tokens to experts, so these cannot be divided (ep=1)",
+            self.ep == 1 or routes_pairs,
+            f"--mesh: router {router!r} does not send tokens to experts, so these cannot be divided (ep=1)",
         )
         check(self.ep == 1 or self.tp == 1, "--mesh: ep and tp cannot be used together yet")
-        for name, size in self._cut(config):
+        cut = {"the number of attention heads": heads, "the number of key-value heads": groups}
+        cut |= {"the width of an expert": width, vocabulary[0]: vocabulary[1]}
+        for name, size in cut.items():
             check(size % self.tp == 0, f"--mesh: tp={self.tp} does not divide {name}, {size}")
+
+    def check_batch(self, batch_size: int, micro_batch_size: int) -> None:
+        """Raises ConfigError for a batch that cannot be divided into equal micro-batches of all processes."""
         check(
-            config.batch_size % self.parts == 0,
-            f"--mesh: {self.parts} parts (replicate x fsdp) do not divide --batch-size {config.batch_size}",
+            batch_size % self.parts == 0,
+            f"--mesh: {self.parts} parts (replicate x fsdp) do not divide --batch-size {batch_size}",
         )
-        rows = config.batch_size // self.parts
-        micro = min(config.micro_batch_size, rows)
+        rows = batch_size // self.parts
+        micro = min(micro_batch_size, rows)
         check(
             rows % micro == 0,
             f"--micro-batch-size {micro} does not divide the {rows} sequences that each process has of a batch",
         )
-        check(not config.compile, "--mesh: a model that is spread over processes cannot be compiled yet")
-
-    def _cut(self, config: TrainConfig) -> list[tuple[str, int]]:
-        """Sizes that tensor parallelism divides, by name."""
-        model = config.model
-        width = (model.intermediate_size or 4 * model.hidden_size) // config.granularity
-        return [
-            ("the number of attention heads", model.num_attention_heads),
-            ("the number of key-value heads", model.num_key_value_heads),
-            ("the width of an expert", width),
-            ("the multiple to which the vocabulary is padded", VOCAB_MULTIPLE),
-        ]
 
 
-def mesh_of(config: TrainConfig) -> Mesh:
+def mesh_of(config: "TrainConfig") -> Mesh:
     """The mesh of a run, checked; ConfigError unless as many processes were started as it needs."""
     mesh, started = Mesh() if config.mesh is None else Mesh.parse(config.mesh), int(os.environ.get("WORLD_SIZE", 1))
     if config.mesh is None:

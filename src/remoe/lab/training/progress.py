@@ -17,6 +17,9 @@ WIDTH_WITH_BAR = 140
 class ProgressLine:
     """Prints `step, loss, lambda, sparsity, stage, tokens/s, time left`; lambda only when it controls the router.
 
+    A run on several processes also shows tokens/s of a device, MFU where it is known, and the share of the time in the
+    exchange of tokens.
+
     The loss is the language model's alone, without the router's penalties, so that it is comparable between routers.
 
     Args:
@@ -78,7 +81,7 @@ class ProgressLine:
         stage = f"  {record['stage']:<11}  "
         line = (
             (f"step {step:>6}/{steps}  loss {loss:.4f}" + f"  lambda {record['lambda']:.2e}" * steered)
-            + f"  sparsity {sparsity:.4f}{stage}{speed:>7,.0f} tokens/s"
+            + f"  sparsity {sparsity:.4f}{stage}{speed:>7,.0f} tokens/s{_of_devices(record)}"
             + f"  left {left}" * some_left
         )
         if not self._console.is_terminal or len(line) <= self._console.width:
@@ -88,3 +91,15 @@ class ProgressLine:
         ) + f"  S {sparsity:.4f}{stage}"
         line = f"{short}{speed:,.0f} tok/s" + f"  {left}" * some_left
         return line if len(line) <= self._console.width else short + left * some_left
+
+
+def _of_devices(record: dict) -> str:
+    """What a record says of each device of several."""
+    text = ""
+    if "tokens_per_second_per_device" in record:
+        text += f" ({record['tokens_per_second_per_device']:,.0f} per device)"
+    if "mfu" in record:
+        text += f"  MFU {record['mfu']:.1%}"
+    if "exchange_share" in record:
+        text += f"  exchange {record['exchange_share']:.0%}"
+    return text

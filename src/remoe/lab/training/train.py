@@ -100,7 +100,7 @@ def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: 
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
     origin = origin_of(config, run, resumed=saved is not None)
     shape = origin.configured(config) if origin else model_config(config, config.vocab_size, eos_token_id=0)
-    warning = check_memory(config, sizes_of(shape), ranks.device)
+    warning = check_memory(config, sizes_of(shape), ranks.device, ranks.mesh)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
     without_values(shape)

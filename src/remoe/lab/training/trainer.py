@@ -34,6 +34,7 @@ from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.saving import ShardedSaving
 from remoe.lab.training.shards import read_model
+from remoe.lab.training.speed import Speed
 from remoe.lab.training.validate import Evaluation, evaluate, total
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET
@@ -83,8 +84,8 @@ class Trainer:
         config.check()
         self.config, self.dataset, self.run, self.origin = config, dataset, run, origin
         self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
-        sizes = (config.seq_len, config.batch_size, config.seed)
-        self.batches = training_batches(dataset.train, *sizes, config.domain_weights)
+        order = (config.seq_len, config.batch_size, config.seed)
+        self.batches = training_batches(dataset.train, *order, config.domain_weights)
         self.windows = ValidationWindows(dataset.validation, config.seq_len)
         self.device = self.ranks.device
         self.autocast = torch.autocast(
@@ -99,6 +100,9 @@ class Trainer:
             enable_recomputation(self.model)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config.optim)
+        bfloat16 = wants_bfloat16(config.dtype, self.device)
+        sizes = config.batch_size, config.seq_len
+        self.speed = Speed(self.shape, self.ranks.mesh, self.device, bfloat16, *sizes)
         self.step = 0
         self.saved_step = 0
         self.sparsities: list[float] = []  # S of each step
@@ -217,6 +221,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.begin_step(config.seed, step)
+        self.speed.start()
         coefficient = controller.coefficient
         lm_loss, reg_loss, loss = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
@@ -252,6 +257,7 @@ class Trainer:
             "lr": lr,
             "tokens": step * tokens,
             "tokens_per_second": tokens / seconds,
+            **self.speed.record(seconds, sparsity),
         }
 
     def _batch(self) -> tuple[Tensor, Tensor, int]:
