@@ -63,7 +63,8 @@ def test_elsewhere_a_line_is_whole(monkeypatch):
 
 
 def test_several_devices_have_their_speed(monkeypatch):
-    speed = {"tokens_per_second_per_device": 61_728.0, "mfu": 0.3456, "exchange_share": 0.118}
+    speed = {"tokens_per_second_per_device": 20.0, "tokens_per_second": 40.0}  # of a slow step
+    speed |= {"mfu": 0.3456, "exchange_share": 0.118}
     text = shown(monkeypatch, {"steps": 500}, record=RECORD | speed)
     assert "123,456 tokens/s (61,728 per device)  MFU 34.6%  exchange 12%  left 8:00\n" in text
     narrow = plain(shown(monkeypatch, {"steps": 500}, 100, RECORD | speed)).splitlines()

@@ -81,7 +81,7 @@ class ProgressLine:
         stage = f"  {record['stage']:<11}  "
         line = (
             (f"step {step:>6}/{steps}  loss {loss:.4f}" + f"  lambda {record['lambda']:.2e}" * steered)
-            + f"  sparsity {sparsity:.4f}{stage}{speed:>7,.0f} tokens/s{_of_devices(record)}"
+            + f"  sparsity {sparsity:.4f}{stage}{speed:>7,.0f} tokens/s{_of_devices(record, speed)}"
             + f"  left {left}" * some_left
         )
         if not self._console.is_terminal or len(line) <= self._console.width:
@@ -93,11 +93,12 @@ class ProgressLine:
         return line if len(line) <= self._console.width else short + left * some_left
 
 
-def _of_devices(record: dict) -> str:
-    """What a record says of each device of several."""
+def _of_devices(record: dict, speed: float) -> str:
+    """What a record says of each device of several; `speed` is the mean of all, in tokens per second."""
     text = ""
     if "tokens_per_second_per_device" in record:
-        text += f" ({record['tokens_per_second_per_device']:,.0f} per device)"
+        per_device = speed * record["tokens_per_second_per_device"] / record["tokens_per_second"]
+        text += f" ({per_device:,.0f} per device)"
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"
     if "exchange_share" in record:
