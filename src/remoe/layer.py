@@ -39,6 +39,8 @@ class MoE(nn.Module):
         ConfigError: for sizes that are not whole numbers or do not fit together, and an unknown router or backend.
     """
 
+    experts_class = Experts
+
     def __init__(
         self,
         d_model: int,
@@ -62,7 +64,7 @@ class MoE(nn.Module):
         check(isinstance(router_options, dict | None), f"router_options must be a dict, but is {router_options!r}")
         E, F, K = split_by_granularity(num_experts, d_ffn, k, granularity)
         self.router = build_router(router, d_model, E, K, **(router_options or {}))
-        experts = MergedExperts if self.router.merges else Experts
+        experts = MergedExperts if self.router.merges else self.experts_class
         networks, width = self.router.networks(E, F, K)
         self.experts = experts(networks, d_model, width, backend, K if self.router.routes_pairs else 1)
         self.shared_expert = Experts(1, d_model, shared_expert_size, backend, 1) if shared_expert_size else None
@@ -119,7 +121,11 @@ class MoE(nn.Module):
         elif not self.router.routes_pairs and mask is None:
             y_TD = self.experts(x_TD)
         else:
-            y_TD = self.experts(x_TD, routing.assignment, routing.assignment.gate_N)
+            y_TD, routing = self.run_experts(x_TD, routing)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
+
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """The output (T, D) of the routed experts, and the routing that they executed."""
+        return self.experts(x_TD, routing.assignment, routing.assignment.gate_N), routing
