@@ -48,6 +48,8 @@ class RemoeConfig(PreTrainedConfig):
         router: a name in `remoe.routing.ROUTERS`.
         router_options: further keyword arguments of the router's class.
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
+        max_experts: the most experts of a token, those with the largest gates; the layers then call their experts as
+            transformers' mixtures do (`remoe.models.capped`). None for no cap.
         sparsity: `rule`, `lambda_init`, `alpha` and `fast_start` of `SparsityController`, or some of them.
         regularizer_normalization, router_aux_loss_coef: see `SparsityController`.
         backend: see `remoe.MoE`.
@@ -93,6 +95,7 @@ class RemoeConfig(PreTrainedConfig):
     router: str = "relu"
     router_options: dict | None = None
     shared_expert_size: int = 0
+    max_experts: int | None = None
     sparsity: dict | None = None
     regularizer_normalization: str = "paper"
     router_aux_loss_coef: float = 0.01
@@ -181,6 +184,11 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"granularity must divide the expert width {self.intermediate_size}, but is {self.granularity}"
             )
+        if self.max_experts is not None:
+            if self.max_experts < 1:
+                raise ConfigError(f"max_experts must be at least 1, but is {self.max_experts}")
+            if not self.routes_pairs:
+                raise ConfigError(f"router {self.router!r} routes no pairs: max_experts cannot limit them")
         if not 0 <= self.rms_norm_eps < math.inf:
             raise ConfigError(f"rms_norm_eps must be finite and not negative, but is {self.rms_norm_eps}")
         if self.router_std is not None and not 0 < self.router_std < math.inf:

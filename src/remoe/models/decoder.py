@@ -8,8 +8,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from remoe.layer import MoE
 from remoe.matmul import Linear
+from remoe.models.capped import build_mixture
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.routing import Routing
 from remoe.routing.float32 import Float32State
@@ -38,7 +38,8 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = build_attention(config, layer_idx)
-        self.mlp = MoE(
+        self.mlp = build_mixture(
+            config.max_experts,
             config.hidden_size,
             config.intermediate_size,
             config.num_experts,

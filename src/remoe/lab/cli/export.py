@@ -19,6 +19,9 @@ class ExportOptions:
     """Folder of a run (its newest checkpoint is exported), or one of its checkpoints."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """New or empty folder to write to: weights, tokenizer, code, and a model card with plots."""
+    max_experts: int | None = None
+    """The most experts that a token may use, those with the largest gates; the layers then call their experts as
+    transformers' mixtures do. The card has the validation loss with and without this cap. By default there is none."""
 
 
 def export_command(argv: list[str]) -> int:
@@ -28,7 +31,7 @@ def export_command(argv: list[str]) -> int:
     with importing():
         from remoe.lab.export import export_run
 
-    out = export_run(options.run, options.out)
+    out = export_run(options.run, options.out, options.max_experts)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
     print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")

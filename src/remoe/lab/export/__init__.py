@@ -5,41 +5,63 @@ import shutil
 from pathlib import Path
 
 from remoe.errors import CheckpointError, ConfigError
+from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.export.card import write_card
 from remoe.lab.files import check_new_folder, new_folder
-from remoe.lab.training.folder import run_of
+from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_run
+from remoe.lab.training.validate import evaluate, total
 from remoe.models.bundle import AUTO_MAP, write_bundle
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
 
 
-def export_run(run: str | Path, out: str | Path) -> Path:
+def export_run(run: str | Path, out: str | Path, max_experts: int | None = None) -> Path:
     """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
 
     Args:
         run: the run's folder or a checkpoint's.
         out: a new or empty folder.
+        max_experts: the most experts of a token (see `RemoeConfig`); the card then has the loss with and without this
+            cap, on the run's validation text. None for no cap.
 
     Returns:
         `out`.
 
     Raises:
         CheckpointError: when there is no checkpoint to read.
-        ConfigError: when `out` holds something already, or the router is not of this package.
+        ConfigError: when `out` holds something already, the router is not of this package, or has no pairs to cap.
+        DataError: when there is a cap to measure, and the run's data is gone.
     """
     out = Path(out)
     check_new_folder(out)  # before the work, not after it
     model, _, checkpoint = load_run(run)
+    if not isinstance(model, RemoeForCausalLM):
+        raise ConfigError(f"{run} trained a {type(model).__name__}: {checkpoint} is a folder for remoe.load_relufied")
     if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
     if (folder := run_of(checkpoint)) is None:
         raise CheckpointError(f"{run} holds no run: its config.yaml is missing")
+    losses = None if max_experts is None else _capped(model, folder, max_experts)
     with new_folder(out) as written:
         export_model(model, written)
         shutil.copytree(folder.tokenizer, written, dirs_exist_ok=True)
-        write_card(folder, checkpoint, model, written)
+        write_card(folder, checkpoint, model, written, losses)
     return out
+
+
+def _capped(model: RemoeForCausalLM, run: RunFolder, max_experts: int) -> tuple[float, float]:
+    """Puts a cap into a model's configuration; returns its validation loss without and with it."""
+    config = run.load_config()
+    dataset = open_dataset(config.data)
+    windows, end = ValidationWindows(dataset.validation, config.seq_len), dataset.eos_token_id
+    options = {"batch_size": config.validate.batch_size, "document_end": end if config.mask_documents else None}
+    losses = []
+    for cap in (None, max_experts):
+        model.set_max_experts(cap)
+        losses.append(total(evaluate(model, windows, **options)).loss)
+    model.config.max_experts = max_experts
+    return losses[0], losses[1]
 
 
 def export_model(model: RemoeForCausalLM, out: Path) -> None:

@@ -23,7 +23,9 @@ print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt")
 ```"""
 
 
-def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path) -> None:
+def write_card(
+    run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path, capped: tuple[float, float] | None = None
+) -> None:
     """Writes README.md, and plots as PNG when the run has its metrics.
 
     Args:
@@ -31,6 +33,7 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
         checkpoint: the exported one.
         model: its model.
         out: existing folder.
+        capped: of a model with a cap on the experts of a token, its validation loss without and with the cap.
     """
     config = run.load_config()
     summary = run.load_summary()
@@ -57,8 +60,14 @@ def write_card(run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: P
             }
         ),
     ]
+    if capped is not None:
+        parts += ["## Cap\n", _cap(c, *capped)]
     if finished:
-        parts += ["## Results\n", _results(summary, c.steered), _domains(summary, c.routes_pairs)]
+        parts += [
+            "## Results\n" if capped is None else "## Results of the run, without the cap\n",
+            _results(summary, c.steered),
+            _domains(summary, c.routes_pairs),
+        ]
     else:
         parts.append("This checkpoint is not the last of its run, so its validation loss is not known.\n")
     parts += _plots([record for record in records if record["step"] <= step], summary, c.router, out)
@@ -78,6 +87,17 @@ def _what(c: RemoeConfig) -> str:
     relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router_class is ReLURouter else ""
     shared = f"; every token also has a shared expert of width {c.shared_expert_size}" if c.shared_expert_size else ""
     return f"{kind}{relu}{shared}. Trained with `remoe`.\n"
+
+
+def _cap(c: RemoeConfig, without: float, with_cap: float) -> str:
+    """What the cap is and costs, and how the experts are called."""
+    rows = {"experts of a token at most": c.max_experts, "validation loss without the cap": f"{without:.4f}"}
+    rows |= {"validation loss with the cap": f"{with_cap:.4f}"}
+    return (
+        f"A token has at most {c.max_experts} experts, those with the largest gates. The experts are called as those "
+        f"of transformers' mixtures, `experts(hidden_states, top_k_index, top_k_weights)` with {c.max_experts} slots; "
+        f"a slot that a token does not use has the index {c.experts_per_layer} and the weight 0.\n\n{_table(rows)}"
+    )
 
 
 def _data_name(path: str) -> str:

@@ -121,6 +121,9 @@ class Origin:
             "--mesh cannot be used yet with a transformers model that `remoe convert relufy` converted",
         )
 
+        if not self.relufied and self.shape.max_experts is not None and config.mesh:
+            raise ConfigError("--mesh cannot be used yet with an export with --max-experts")
+
     def _tensors(self) -> dict[str, torch.Size]:
         return _router_tensors(self.shape, self.options()["router_options"])
 
