@@ -73,7 +73,7 @@ def test_zero_steps_leave_the_loss_as_it_was(origins, corpus, tmp_path, capsys, 
         ("export", []),
         pytest.param("upcycled", [], marks=SLOW),
         pytest.param("relufied", [], marks=SLOW),
-        ("export", LORA),
+        pytest.param("export", LORA, marks=SLOW),
         pytest.param("upcycled", LORA, marks=SLOW),
         pytest.param("relufied", LORA, marks=SLOW),
     ],
@@ -117,6 +117,7 @@ def test_lora_changes_adapted_weights_and_routers_and_merges_them(origins, corpu
     assert loss_of(out, corpus) == pytest.approx(summary_of(out)["validation_loss"], abs=1e-5)
 
 
+@SLOW
 def test_frozen_weights_that_changed_are_not_used(origins, corpus, tmp_path, capsys):
     folder, out = shutil.copytree(origins / "export", tmp_path / "model"), tmp_path / "out"
     assert tune(folder, corpus, out, 2, *LORA) == 0

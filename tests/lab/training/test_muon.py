@@ -68,6 +68,7 @@ def test_attention_and_experts_by_muon_the_rest_by_adamw():
         )
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path):
     out, flags = tmp_path / "whole", ["--steps", "6", "--checkpoint.every", "3", *FLAGS]
     assert main(["train", "--data", str(corpus), "--out", str(out), "--optim.name", "muon", *flags]) == 0

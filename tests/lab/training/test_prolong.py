@@ -49,6 +49,7 @@ def test_a_branch_of_a_finished_run_equals_a_run_that_was_longer_from_the_start(
     assert {path: path.read_bytes() for path in (runs / "short").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_in_its_stable_part_is_prolonged_in_place(runs, tmp_path):
     out = shutil.copytree(runs / "short", tmp_path / "run")
     shutil.rmtree(list_checkpoints(out / "checkpoints")[-1])  # as if it had been stopped at step 4
