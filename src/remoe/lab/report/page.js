@@ -119,13 +119,15 @@
     return rows.map(([name, found]) => element("p", name + (found.length ? words(found) : "none")));
   }
 
+  const oneLine = (text) => text.replace(/\s+/g, " ");
+
   function contexts(layer, expert) {
     const found = content.contexts[layer][expert];
     if (!found.length) return [];
     const list = element("ul", undefined, { class: "contexts" });
     for (const [before, token, after, gate] of found) {
       const item = element("li", undefined, { dir: "auto" });
-      item.append(visible(before), element("code", visible(token)), `${visible(after)} (${gate})`);
+      item.append(oneLine(before), element("code", visible(token)), `${oneLine(after)} (${gate})`);
       list.append(item);
     }
     return [element("p", "Tokens with its largest gates, in their context:"), list];
