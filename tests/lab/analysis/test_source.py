@@ -1,11 +1,13 @@
 """`remoe record` and `remoe report` take any mixture, and prepared data, raw text or a prompt."""
 
 import json
+import re
 
 import pytest
 import torch
 from tiny_models import build
 
+from remoe.lab.analysis import between
 from remoe.lab.analysis.mixture import Mixture
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.texts import RawText
@@ -81,8 +83,22 @@ def test_raw_text_of_several_domains_is_joined_by_domain(corpus):
 
 def test_the_report_of_an_unconverted_mixture(mixtral, tmp_path):
     page = tmp_path / "page.html"
-    assert main(["report", str(mixtral), "--prompt", WORDS, "--out", str(page)]) == 0
+    assert main(["report", str(mixtral), "--prompt", WORDS, "--out", str(page), "--effect-tokens", "50"]) == 0
     text = page.read_text()
+    content = json.loads(re.search(r'<script id="content" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    record = recorded(mixtral, tmp_path / "r.parquet", "--prompt", WORDS)
+    assert f"measured on {record.about.tokens - 1} tokens" in text
+    effects = [[content["effect"]["all"][layer][expert] for expert in range(4)] for layer in range(2)]
+    used_LE = record.whole().active_LTE.any(dim=1)
+    assert torch.equal(torch.tensor(effects) != 0, used_LE)
+    assert content["effect"]["byDomain"] == [effects]
+    follow = between.nearest(between.flow(record, 1), 3)
+    assert [[near[0] for near in experts] for experts in content["next"][0]] == [[n.expert for n in e] for e in follow]
+    near = between.nearest(between.coactivation(record, 1), 3, others=True)
+    assert [[one[0] for one in experts] for experts in content["near"][1]] == [[n.expert for n in e] for e in near]
+    (first, *_) = between.strongest_contexts(record, 1, 3)[int(used_LE[1].nonzero()[0])]
+    (shown, *_) = content["contexts"][1][int(used_LE[1].nonzero()[0])]
+    assert shown[:3] == [first.before, first.token, first.after]
     assert "MixtralForCausalLM" in text
     assert "2 layers of 4; target: 2 per token" in text
     assert "The router decides how many" not in text  # TopK does not

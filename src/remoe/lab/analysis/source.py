@@ -13,6 +13,7 @@ from remoe.lab.analysis.texts import PreparedText, Prompt, RawText, Text, TokenT
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.data.documents import Columns
 from remoe.lab.data.sources import is_raw, resolve_source
+from remoe.lab.evaluation.trained import LONGEST_WINDOW
 from remoe.lab.generation import check_prompt
 from remoe.lab.machine import keep_freed_memory, pick_device
 from remoe.lab.training.folder import RunFolder, run_of
@@ -21,8 +22,6 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LONGEST_WINDOW = 2048
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class ReportOptions:
     raw text the first ones."""
     excerpt: int = 200
     """Tokens of each domain that are shown as text; at most the model's longest sequence."""
+    effect_tokens: int = 0
+    """Tokens, divided equally among the domains, on which each expert is switched off to measure its effect on the
+    loss. That takes a forward pass for every expert that has one of the tokens. Not measured by default."""
 
 
 def report_command(argv: list[str]) -> int:
@@ -44,6 +47,8 @@ def report_command(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog=PROG)
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
+    if options.effect_tokens < 0:
+        raise ConfigError("--effect-tokens must not be negative")
     if options.data is not None and options.prompt is not None:
         raise ConfigError("--data and --prompt do not go together")
     out = None if options.out is None else Path(options.out)
@@ -55,7 +60,11 @@ def report_command(argv: list[str]) -> int:
     with importing():
         from remoe.lab.report import write_report
 
-    sizes = {"max_tokens": options.max_tokens, "excerpt_tokens": options.excerpt}
+    sizes = {
+        "max_tokens": options.max_tokens,
+        "excerpt_tokens": options.excerpt,
+        "effect_tokens": options.effect_tokens,
+    }
     with waiting("recording the routing and drawing"):
         page = write_report(options.model, options.data, out, prompt=options.prompt, **sizes)
     print(f"report       {page}\nopen it in a browser")

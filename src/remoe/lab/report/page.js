@@ -111,6 +111,36 @@
     return row;
   }
 
+  // Experts of similar tokens, and those that follow in the next layer
+  function goesWith(layer, expert) {
+    const words = (found) => found.map(([e, share]) => `${e} (${percent(share)} %)`).join(", ");
+    const rows = [["Also active for its tokens, by tokens of both over tokens of either: ", content.near[layer][expert]]];
+    if (content.next[layer]) rows.push([`Its tokens' experts in layer ${layer + 1}: `, content.next[layer][expert]]);
+    return rows.map(([name, found]) => element("p", name + (found.length ? words(found) : "none")));
+  }
+
+  const oneLine = (text) => text.replace(/\s+/g, " ");
+
+  function contexts(layer, expert) {
+    const found = content.contexts[layer][expert];
+    if (!found.length) return [];
+    const list = element("ul", undefined, { class: "contexts" });
+    for (const [before, token, after, gate] of found) {
+      const item = element("li", undefined, { dir: "auto" });
+      item.append(oneLine(before), element("code", visible(token)), `${oneLine(after)} (${gate})`);
+      list.append(item);
+    }
+    return [element("p", "Tokens with its largest gates, in their context:"), list];
+  }
+
+  function effect(layer, expert) {
+    if (!content.effect) return [];
+    const nats = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value)}`;
+    const domains = content.effect.domains.map((name, i) => `${name} ${nats(content.effect.byDomain[i][layer][expert])}`);
+    const all = nats(content.effect.all[layer][expert]);
+    return [element("p", `Loss if it is switched off: ${all} nats per token (${domains.join(", ")}).`)];
+  }
+
   function showExpert() {
     const panel = $("expert");
     for (const button of document.querySelectorAll(".map button")) {
@@ -131,7 +161,7 @@
     const item = element("li");
     for (const text of tops) item.append(element("code", visible(text)), " ");
     list.append(item);
-    panel.replaceChildren(...parts, list);
+    panel.replaceChildren(...parts, list, ...goesWith(layer, expert), ...contexts(layer, expert), ...effect(layer, expert));
   }
 
   // The token shown before the reader points at one: the first would often be an empty line.

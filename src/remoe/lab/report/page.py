@@ -31,6 +31,7 @@ from remoe.lab.report.contents import (
     thinned,
     training_records,
 )
+from remoe.lab.report.details import effects_of, experts_of, guesses_of
 from remoe.lab.text import lines, short_name
 from remoe.lab.training.checkpoint import saved_step
 from remoe.models.configuration_remoe import RemoeConfig
@@ -46,6 +47,7 @@ def write_report(
     max_tokens: int,
     excerpt_tokens: int,
     prompt: str | None = None,
+    effect_tokens: int = 0,
 ) -> Path:
     """Records the routing of a model on some text, or reads a record, and writes a page about it.
 
@@ -57,6 +59,8 @@ def write_report(
         max_tokens: approximate number of tokens to measure on, divided among the domains by size.
         excerpt_tokens: number of tokens of each domain to show as text; at most the model's window.
         prompt: text to read instead of data.
+        effect_tokens: number of tokens on which the effect of each expert on the loss is measured, which takes a
+            forward pass for each expert; 0 for none.
 
     Returns:
         The file.
@@ -67,8 +71,10 @@ def write_report(
         DataError: if the data was made with another tokenizer, or the page cannot be written.
     """
     if is_record(path):
-        if data is not None or prompt is not None:
-            raise ConfigError(f"{path} is a record of a text that was read: --data and --prompt do not go with it")
+        if data is not None or prompt is not None or effect_tokens:
+            raise ConfigError(
+                f"{path} is a record of a text that was read: --data, --prompt and --effect-tokens do not go with it"
+            )
         record, place = RoutingRecord(Path(path)), _checked(out, Path(path).with_suffix(".html"))
         content = _page(None, None, record, routing_of(record), excerpts(record, excerpt_tokens))
         write_output(place, content.encode())
@@ -83,7 +89,8 @@ def write_report(
     with tempfile.TemporaryDirectory() as folder:
         record = source.record(Path(folder) / "record.parquet")
         routing = routing_of(record, lambda token: source.tokenizer.decode([token]))
-        content = _page(source, step, record, routing, excerpts(record, excerpt_tokens))
+        effects = effects_of(source, routing.domains, effect_tokens) if effect_tokens else None
+        content = _page(source, step, record, routing, excerpts(record, excerpt_tokens), effects)
     write_output(place, content.encode())
     return place
 
@@ -111,6 +118,7 @@ def _page(
     record: RoutingRecord | None,
     routing: RoutingSummary | None,
     texts: list[Excerpt],
+    effects: dict[str, Any] | None = None,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("remoe.lab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -129,9 +137,11 @@ def _page(
         **sizes,
         chunk=CHUNK,
         routing=routing,
+        guesses=guesses_of(record) if record else [],
+        effects=effects,
         inactive_below=inactive_below(about.experts, about.k) if about else 0,
         pictures=_pictures(source, step, record, routing),
-        content=script_json(_content(record, routing, texts)),
+        content=script_json(_content(record, routing, texts, effects)),
     )
 
 
@@ -141,10 +151,13 @@ def percent(share: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
 
 
-def _content(record: RoutingRecord | None, routing: RoutingSummary | None, texts: list[Excerpt]) -> dict[str, Any]:
+def _content(
+    record: RoutingRecord | None, routing: RoutingSummary | None, texts: list[Excerpt], effects: dict[str, Any] | None
+) -> dict[str, Any]:
     if record is None or routing is None:
         return {}
-    return {
+    return experts_of(record) | {
+        "effect": effects,
         "gatesKnown": record.about.gates,
         "domains": [short_name(domain) for domain in routing.domains],
         "domainShare": routing.share_CLE,
