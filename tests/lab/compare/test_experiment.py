@@ -8,7 +8,8 @@ import yaml
 from remoe.errors import ConfigError
 from remoe.lab.compare import experiment as module
 from remoe.lab.compare.experiment import experiment_from_dict, load_experiment
-from remoe.lab.training.config import config_from_yaml, merge
+from remoe.lab.nested import merge
+from remoe.lab.training.config import config_from_yaml
 
 
 def experiment(**given):

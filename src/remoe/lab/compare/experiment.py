@@ -20,7 +20,8 @@ import pydantic
 
 from remoe.errors import ConfigError, check
 from remoe.lab.compare.keys import FORMER_NAMES, key_of
-from remoe.lab.training.config import FREE_NAMES, TrainConfig, config_from_dict, flatten, merge
+from remoe.lab.nested import flatten, merge
+from remoe.lab.training.config import FREE_NAMES, TrainConfig, config_from_dict
 from remoe.lab.training.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from remoe.lab.compare.keys import FORMER_NAMES
 from remoe.lab.data import Dataset, ValidationWindows
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.machine import pick_device
+from remoe.lab.nested import flatten
 from remoe.lab.training.build import wants_bfloat16
-from remoe.lab.training.config import TrainConfig, changes_result, flatten
+from remoe.lab.training.config import TrainConfig, changes_result
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import iterate_metrics

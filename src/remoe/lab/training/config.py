@@ -15,6 +15,7 @@ import tyro
 
 from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
+from remoe.lab.nested import flatten, merge
 from remoe.lab.training.named_values import NamedValues, NamedWeights
 from remoe.lab.training.presets import preset
 from remoe.lab.training.renamed import renamed
@@ -380,24 +381,6 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 def changes_result(name: str) -> bool:
     """Whether an option, by its dotted name, influences the trained weights; a resumed run may change only others."""
     return name not in _FREE and not name.startswith(_FREE_GROUPS)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The items of a nested dict, with dotted names."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `top` laid over it; nested dicts are merged item by item."""
-    merged = dict(base)
-    for key, value in top.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if nested else value
-    return merged
 
 
 def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -35,7 +35,7 @@ from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.saving import ShardedSaving
 from remoe.lab.training.shards import read_model
 from remoe.lab.training.speed import Speed
-from remoe.lab.training.validate import Evaluation, evaluate, total
+from remoe.lab.training.validate import Evaluation, evaluate, validation_record
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import IGNORED_TARGET
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -391,13 +391,3 @@ class Trainer:
                 "that are still active", self.step, coefficient, sparsity, self.model.sparsity.target,
             )  # fmt: skip
             self.lambda_runs_away = True
-
-
-def validation_record(results: dict[str, Evaluation]) -> dict[str, object]:
-    """The validation fields of a record in metrics.jsonl."""
-    overall = total(results)
-    return {
-        "validation_loss": overall.loss,
-        "validation_sparsity": overall.sparsity,
-        "validation_loss_per_domain": {domain: result.loss for domain, result in results.items()},
-    }

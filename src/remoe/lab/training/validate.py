@@ -134,3 +134,13 @@ def evaluate(
 def total(results: dict[str, Evaluation]) -> Evaluation:
     """All domains together: each token has the same weight."""
     return sum(results.values(), Evaluation(0.0, 0, 0, 0, torch.tensor(0)))
+
+
+def validation_record(results: dict[str, Evaluation]) -> dict[str, object]:
+    """The validation fields of a record in metrics.jsonl."""
+    overall = total(results)
+    return {
+        "validation_loss": overall.loss,
+        "validation_sparsity": overall.sparsity,
+        "validation_loss_per_domain": {domain: result.loss for domain, result in results.items()},
+    }
