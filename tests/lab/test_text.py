@@ -60,8 +60,9 @@ def test_the_card_has_a_row_of_five_cells_for_every_domain():
 
 
 def test_the_page_shows_controls_as_their_escapes_and_the_lines_of_a_text():
+    record = SimpleNamespace(about=SimpleNamespace(gates=True, layers=0))
     routing = SimpleNamespace(domains=["\x1b" + "x" * 3000], share_CLE=[], top_tokens=[[["\u202e"]]])
-    content = _content(routing, [Excerpt("a\nb", ["a\n", "\x00"], [])])
+    content = _content(record, routing, [Excerpt("a\nb", ["a\n", "\x00"], [])], None)
     assert content["domains"] == [r"\x1b" + "x" * 22 + "…" + "x" * 13]
     assert content["top"] == [[[r"\u202e"]]]
     assert content["excerpts"] == [{"domain": r"a\nb", "tokens": ["a\n", r"\x00"], "gates": []}]

@@ -119,11 +119,11 @@ def test_limit_takes_a_prefix_of_every_domain(windows):
         assert torch.equal(tokens, whole.token_T[whole.domain_T == domain][: len(tokens)])
 
 
-@pytest.mark.parametrize("mask_documents", [False, True])
-def test_the_mean_loss_is_that_of_an_evaluation(windows, mask_documents):
+@pytest.mark.parametrize("document_end", [None, 0])
+def test_the_mean_loss_is_that_of_an_evaluation(windows, document_end):
     model = tiny()
-    record = collect(model, windows, mask_documents=mask_documents).whole()
-    expected = evaluate(model, windows, batch_size=7, mask_documents=mask_documents)
+    record = collect(model, windows, document_end=document_end).whole()
+    expected = evaluate(model, windows, batch_size=7, document_end=document_end)
     assert record.loss_T.mean().item() == pytest.approx(total(expected).loss, rel=1e-5)
     for domain, name in enumerate(windows.domains):
         mean = record.loss_T[record.domain_T == domain].mean().item()

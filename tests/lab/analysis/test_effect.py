@@ -15,13 +15,13 @@ from remoe.lab.training.validate import evaluate
 SEQ_LEN = 32
 
 
-@pytest.mark.parametrize("mask_documents", [False, True])
-def test_effects_are_differences_of_losses(corpus, mask_documents):
+@pytest.mark.parametrize("document_end", [None, 0])
+def test_effects_are_differences_of_losses(corpus, document_end):
     model = build(vocab_size=open_dataset(corpus).vocab_size, num_hidden_layers=2, eos_token_id=0)
     windows = ValidationWindows(open_dataset(corpus).validation, SEQ_LEN)
     text, domains = PreparedText(windows, 400), ["farm", "town"]
-    found = expert_effects(Mixture(model), text, domains, 10**6, mask_documents=mask_documents)
-    options = {"batch_size": 8, "max_tokens": 400, "mask_documents": mask_documents}
+    found = expert_effects(Mixture(model), text, domains, 10**6, document_end=document_end)
+    options = {"batch_size": 8, "max_tokens": 400, "document_end": document_end}
     before = evaluate(model, windows, **options)
     assert found.tokens_C.tolist() == [before[name].targets for name in domains]
     assert found.loss_C.tolist() == pytest.approx([before[name].loss for name in domains], rel=1e-5)

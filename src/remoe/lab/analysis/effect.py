@@ -40,7 +40,7 @@ class Effects:
 
 
 def expert_effects(
-    mixture: Mixture, text: Text, domains: Sequence[str], max_tokens: int, *, mask_documents: bool = False
+    mixture: Mixture, text: Text, domains: Sequence[str], max_tokens: int, *, document_end: int | None = None
 ) -> Effects:
     """Measures the effect of every expert: a forward pass for each expert that has a token.
 
@@ -49,7 +49,7 @@ def expert_effects(
         text: what it reads.
         domains: (C,) of the text; each gives its first sequences.
         max_tokens: of all domains together, divided equally; at least one sequence of each is read.
-        mask_documents: as in `record_routing`.
+        document_end: as in `record_routing`.
     """
     C, share = len(domains), max_tokens // len(domains)
     rows = max(1, min(batch_rows(mixture, text.seq_len), share // text.seq_len))
@@ -59,14 +59,14 @@ def expert_effects(
     effect_CLE = torch.zeros(C, mixture.layers, mixture.experts, dtype=torch.float64)
     with evaluating(mixture.model):
         for batch in batches:
-            loss_T, active_LTE, _ = routing_of_batch(mixture, batch, mask_documents=mask_documents)
+            loss_T, active_LTE, _ = routing_of_batch(mixture, batch, document_end=document_end)
             domain, nats = domains.index(batch.domain), loss_T.double().nansum()
             tokens_C[domain] += (~loss_T.isnan()).sum()
             nats_C[domain] += nats
             for layer, active_TE in enumerate(active_LTE):
                 for expert in active_TE.any(dim=0).nonzero().flatten().tolist():  # the others have no effect
                     with mixture.without(layer, expert):
-                        without_T, *_ = routing_of_batch(mixture, batch, mask_documents=mask_documents)
+                        without_T, *_ = routing_of_batch(mixture, batch, document_end=document_end)
                     effect_CLE[domain, layer, expert] += without_T.double().nansum() - nats
     return Effects(list(domains), tokens_C, nats_C / tokens_C, effect_CLE / tokens_C[:, None, None])
 

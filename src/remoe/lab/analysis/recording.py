@@ -30,7 +30,7 @@ def record_routing(
     texts: TokenTexts | None = None,
     model: dict[str, Any] | None = None,
     losses: bool = True,
-    mask_documents: bool = False,
+    document_end: int | None = None,
     autocast: torch.autocast | None = None,
 ) -> RoutingRecord:
     """Runs a model over a text, and records how every layer routed every token.
@@ -42,7 +42,8 @@ def record_routing(
         texts: of the model's tokenizer, to record the text of each token; None for none.
         model: what identifies the model.
         losses: whether to record the loss of each token, which costs the logits.
-        mask_documents: whether the documents of a sequence are masked from each other (ours only).
+        document_end: the token that ends a document, to mask the documents of a sequence from each other (ours only);
+            None to leave them unmasked.
         autocast: context of the forward pass.
     """
     about = About(
@@ -53,7 +54,7 @@ def record_routing(
     rows, sequences = batch_rows(mixture, text.seq_len), 0
     with RecordWriter(sink or buffer, about) as writer, evaluating(mixture.model):
         for batch in text.batches(rows):
-            loss_T, active_LTE, gate_LTE = routing_of_batch(mixture, batch, losses, mask_documents, autocast)
+            loss_T, active_LTE, gate_LTE = routing_of_batch(mixture, batch, losses, document_end, autocast)
             kept_T, token_BS = batch.mask_NS.flatten(), batch.input_NS
             sequence_B1 = torch.arange(sequences, sequences + len(token_BS))[:, None]
             lengths = batch.mask_NS.sum(dim=1).tolist()
@@ -79,7 +80,7 @@ def routing_of_batch(
     mixture: Mixture,
     batch: Batch,
     losses: bool = True,
-    mask_documents: bool = False,
+    document_end: int | None = None,
     autocast: torch.autocast | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Loss of each token, (T,) float32, NaN without a target; and each layer's pairs and gates, (T, E), on the CPU.
@@ -87,7 +88,7 @@ def routing_of_batch(
     The arguments are those of `record_routing`; the model is in the mode in which it is to run.
     """
     device, kept_T = mixture.device, batch.mask_NS.flatten()
-    positions_BS = document_positions(batch.input_NS, mixture.model.config.eos_token_id) if mask_documents else None
+    positions_BS = None if document_end is None else document_positions(batch.input_NS, document_end)
     with autocast or torch.autocast(device.type, enabled=False):
         logits_BSV, layers = mixture.run(batch.input_NS, batch.mask_NS, positions_BS, logits=losses)
     nats_T = None

@@ -18,6 +18,7 @@ from remoe.lab.generation import check_prompt
 from remoe.lab.machine import keep_freed_memory, pick_device
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_model
+from remoe.lab.training.shards import model_files
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Source:
         checkpoint: the folder of its weights.
         run: the run that trained it; None for a model in a folder of its own.
         text: what it reads.
+        document_end: the token that ends a document, if the run masked the documents of a sequence from each other.
     """
 
     model: "PreTrainedModel"
@@ -43,22 +45,18 @@ class Source:
     checkpoint: Path
     run: RunFolder | None
     text: Text
-
-    @property
-    def mask_documents(self) -> bool:
-        """Whether the documents of a window are masked from each other: as the run trained; False without a run."""
-        return self.run is not None and self.run.load_config().mask_documents
+    document_end: int | None
 
     def record(self, sink: Path | BinaryIO) -> RoutingRecord:
         """Records the routing of the text."""
         assert self.mixture is not None
         texts, identity = TokenTexts(self.tokenizer), self._identity()
         return record_routing(
-            self.mixture, self.text, sink, texts=texts, model=identity, mask_documents=self.mask_documents
+            self.mixture, self.text, sink, texts=texts, model=identity, document_end=self.document_end
         )
 
     def _identity(self) -> dict[str, Any]:
-        weights = sorted(self.checkpoint.glob("model*.safetensors"))
+        weights = model_files(self.checkpoint)
         digest = hashlib.sha256()
         for path in weights:
             with path.open("rb") as file:
@@ -96,10 +94,11 @@ def open_source(
     model, tokenizer, checkpoint = load_model(path)
     model.to(pick_device("auto"))
     ours, run = isinstance(model, RemoeForCausalLM), run_of(checkpoint)
+    config = run and run.load_config()
     mixture = Mixture(model) if not ours or model.config.routes_pairs else None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
-    length = longest if run else min(longest, LONGEST_WINDOW)
-    data = data or (run and run.load_config().data)
+    length = config.seq_len if config else min(longest, LONGEST_WINDOW)
+    data, document_end = data or (config and config.data), tokenizer.eos_token_id
     if prompt is not None:
         text: Text = Prompt(prompt, tokenizer, longest, special=not ours)
     elif data is None:
@@ -110,5 +109,6 @@ def open_source(
         dataset = open_dataset(data, tokenizer=run.tokenizer if run else path)
         dataset.check_tokenizer(tokenizer, path)
         windows = ValidationWindows(getattr(dataset, split), length)
-        text = PreparedText(windows, max_tokens, dataset.fingerprint)
-    return Source(model, mixture, tokenizer, checkpoint, run, text)
+        text, document_end = PreparedText(windows, max_tokens, dataset.fingerprint), dataset.eos_token_id
+    masked = config is not None and config.mask_documents
+    return Source(model, mixture, tokenizer, checkpoint, run, text, document_end if masked else None)

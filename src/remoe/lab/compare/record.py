@@ -354,7 +354,8 @@ def _routing(run: RunFolder, dataset: Dataset, device: str) -> RoutingSummary | 
     text = PreparedText(ValidationWindows(dataset.validation, config.seq_len), TOKENS)
     bfloat16 = wants_bfloat16(config.dtype, place)  # as it was trained
     autocast = torch.autocast(place.type, dtype=torch.bfloat16, enabled=bfloat16)
-    options = {"losses": False, "mask_documents": config.mask_documents, "autocast": autocast}
+    end = dataset.eos_token_id if config.mask_documents else None
+    options = {"losses": False, "document_end": end, "autocast": autocast}
     with tempfile.TemporaryDirectory() as folder:
         record = record_routing(Mixture(model.to(place)), text, Path(folder) / "record.parquet", **options)
         return routing_of(record, lambda token: tokenizer.decode([token]))

@@ -50,7 +50,7 @@ def experts_of(record: RoutingRecord) -> dict[str, Any]:
 def effects_of(source: Source, domains: list[str], max_tokens: int) -> dict[str, Any]:
     """The effect of each expert: all, (L, E); byDomain, (C, L, E); and tokens and loss of each domain."""
     assert source.mixture is not None
-    found = expert_effects(source.mixture, source.text, domains, max_tokens, mask_documents=source.mask_documents)
+    found = expert_effects(source.mixture, source.text, domains, max_tokens, document_end=source.document_end)
     return {
         "tokens": int(found.tokens_C.sum()),
         "domains": [short_name(domain) for domain in found.domains],
