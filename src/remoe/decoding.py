@@ -29,11 +29,11 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
     """
     router, experts = layer.router, layer.experts
     if (
-        torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # first: a comparison would fix a symbolic T
+        or torch.is_grad_enabled()
         or layer.training
         or x_TD.shape[0] > MOST_TOKENS
         or x_TD.device.type != "cpu"
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or type(experts) is not Experts
         or experts.backend not in ("auto", "cpu")

@@ -112,18 +112,22 @@ class MoE(nn.Module):
         seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
         packed = {} if documents is None else {"document_T": documents.reshape(-1)}
         self.router.keep_float32()
-        known = {"ids_T": ids_T, "seq_len": seq_len, **packed}
-        y_TD, routing = decode(self, x_TD, mask_T) or self._route_and_run(x_TD, mask_T, known)
+        y_TD, routing = decode(self, x_TD, mask_T) or (None, None)
+        if y_TD is None or routing is None:
+            routing = self._limited(self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed))
+            if self.router.merges:
+                y_TD = self.experts(x_TD, routing)
+            elif not self.router.routes_pairs and mask is None:
+                y_TD = self.experts(x_TD)
+            else:
+                y_TD = self.experts(x_TD, *self._slots(routing))
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
 
-    def _route_and_run(self, x_TD: Tensor, mask_T: Tensor | None, known: dict) -> tuple[Tensor, Routing]:
-        routing = self.router(x_TD, mask_T, **known)
-        if not self.training and (self.gate_threshold > 0 or self.max_experts is not None):
-            routing = routing.pruned(self.gate_threshold, self.max_experts)
-        if self.router.merges:
-            return self.experts(x_TD, routing), routing
-        if not self.router.routes_pairs and mask_T is None:
-            return self.experts(x_TD), routing
-        return self.experts(x_TD, routing.assignment, routing.assignment.gate_N), routing
+    def _limited(self, routing: Routing) -> Routing:
+        limited = not self.training and (self.gate_threshold > 0 or self.max_experts is not None)
+        return routing.pruned(self.gate_threshold, self.max_experts) if limited else routing
+
+    def _slots(self, routing: Routing) -> tuple:
+        return routing.assignment, routing.assignment.gate_N

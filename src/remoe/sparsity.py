@@ -242,8 +242,7 @@ class SparsityController(Float32State):
             buffer = getattr(self, name)
             buffer.copy_(torch.where(seen, value, buffer))
         self.discard_statistics()
-        loads = zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers))
-        for router, load_E, statistic_E in loads:
+        for router, load_E, statistic_E in zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers)):
             router.step(load_E, statistic_E, seen)
 
     def _factor(self, S: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
@@ -286,6 +285,3 @@ class SparsityController(Float32State):
         nn.init.zeros_(self.dead_steps_L)
         for name in self._non_persistent_buffers_set:
             setattr(self, name, torch.zeros_like(getattr(self, name), device=self.lam.device))
-
-    def extra_repr(self) -> str:
-        return f"rule={self.rule}, target={self.target:.4g}"

@@ -45,16 +45,16 @@ class CappedMoE(MoE):
         self.experts = CappedExperts(E, D, F_, plain.backend, plain.k)
         self.experts.load_state_dict(plain.state_dict())
 
-    def _route_and_run(self, x_TD: Tensor, mask_T: Tensor | None, known: dict) -> tuple[Tensor, Routing]:
-        threshold, cap = 0.0, self.cap
-        if not self.training:
-            threshold, cap = self.gate_threshold, min(cap, self.max_experts or cap)
-        capped = self.router(x_TD, mask_T, **known).pruned(threshold, cap)
-        size_TE = capped.gate_TE.detach().abs()
+    def _limited(self, routing: Routing) -> Routing:
+        if self.training:
+            return routing.pruned(0.0, self.cap)
+        return routing.pruned(self.gate_threshold, min(self.cap, self.max_experts or self.cap))
+
+    def _slots(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        size_TE = routing.gate_TE.detach().abs()
         index_Tc = size_TE.topk(self.cap, dim=1).indices
-        weight_Tc = capped.gate_TE.gather(1, index_Tc)
-        index_Tc = torch.where(weight_Tc != 0, index_Tc, self.router.num_experts)
-        return self.experts(x_TD, index_Tc, weight_Tc), capped
+        weight_Tc = routing.gate_TE.gather(1, index_Tc)
+        return torch.where(weight_Tc != 0, index_Tc, self.router.num_experts), weight_Tc
 
 
 def build_mixture(cap: int | None, *args: object, **options: object) -> nn.Module:
