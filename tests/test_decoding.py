@@ -140,8 +140,10 @@ def test_a_routing_is_made_when_it_is_asked_for_whatever_has_happened_since(monk
     _, routing = layer(x)
     assert not calls
     layer.train()
+    gate_TE, layer.router.weight = layer.router.gates(x), torch.nn.Parameter(torch.zeros_like(layer.router.weight))
     with torch.enable_grad():
         assert not routing.gate_TE.requires_grad
+    assert torch.equal(routing.gate_TE, gate_TE)
     assert routing.sparsity.item() == pytest.approx(1 - 2 / 6)
     assert calls == [1]
     assert layer.router.training

@@ -9,7 +9,9 @@ Legend: T tokens, D model width, E experts.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from remoe.experts import Experts
 from remoe.experts.cpu.backend import few_tokens
@@ -40,6 +42,7 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
         or layer.gate_threshold > 0
         or layer.max_experts is not None
         or not (_is_plain(router) and _is_plain(experts))
+        or (dist.is_available() and dist.is_initialized())  # weights may be sharded again before the routing is read
     ):
         return None
     weights = experts.gate_up_proj, experts.down_proj
@@ -49,7 +52,10 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
     if mask_T is not None:
         gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
     y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *weights)
-    return None if y_TD is None else (y_TD, LateRouting(lambda: _route(layer, x_TD, mask_T)))
+    if y_TD is None:
+        return None
+    tensors = {name: t for name, t in (*router._parameters.items(), *router._buffers.items()) if t is not None}
+    return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -58,10 +64,10 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _route(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
-    """The routing at evaluation, whatever mode the layer has been put into since."""
-    training, layer.router.training = layer.router.training, False
+def _route(router: nn.Module, tensors: dict[str, Tensor], x_TD: Tensor, mask_T: Tensor | None) -> Routing:
+    """The routing at evaluation by these weights, whatever has become of the router since."""
+    training, router.training = router.training, False
     try:
-        return layer.router(x_TD, mask_T)
+        return functional_call(router, tensors, (x_TD, mask_T))
     finally:
-        layer.router.training = training
+        router.training = training

@@ -39,6 +39,7 @@ BASES = {
     "generate": ["ROOM/run", "--max-new-tokens", "3"],
     "eval": ["ROOM/run"],
     "report": ["ROOM/run", "--out", "page.html", "--max-tokens", "200"],
+    "record": ["ROOM/run", "--out", "record.parquet", "--max-tokens", "200"],
     "export": ["ROOM/run", "out"],
     "convert upcycle": ["ROOM/dense", "out", "--data", "ROOM/data", "--sample-tokens", "64"],
     "convert relufy": ["ROOM/topk", "out", "--data", "ROOM/data", "--sample-tokens", "64"],
