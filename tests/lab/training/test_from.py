@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.training.checkpoint import list_checkpoints
+from remoe.lab.training.config import CheckpointOptions
 from remoe.lab.training.load import load_model, load_run
+from remoe.lab.training.mesh import Mesh
+from remoe.lab.training.origin import open_origin
+from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.saving import ShardedSaving
 from remoe.lab.training.validate import evaluate, total
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,7 +50,19 @@ def origins(corpus, tmp_path_factory) -> Path:
     for name, model in models.items():
         model.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(root / name)
+    sharded(shutil.copytree(root / "run", root / "run of several processes"))
     return root
+
+
+def sharded(run):
+    """Writes the checkpoint of a run as several processes write theirs."""
+    model, _, checkpoint = load_run(run)
+    info = json.loads((checkpoint / "training.json").read_text())
+    saving = ShardedSaving(Ranks(Mesh()), CheckpointOptions())
+    optimizer = torch.optim.AdamW(model.parameters())
+    saving.start(checkpoint.parent, info["step"], model, optimizer, {"data": info["data"]}, [0.5] * info["step"])
+    saving.wait()
+    assert not list(checkpoint.glob("model*"))
 
 
 def loss_of(folder, corpus) -> float:
@@ -57,7 +75,7 @@ def summary_of(out) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["run", "export", "upcycled", "relufied"])
+@pytest.mark.parametrize("kind", ["run", "run of several processes", "export", "upcycled", "relufied"])
 def test_zero_steps_leave_the_loss_as_it_was(origins, corpus, tmp_path, capsys, kind):
     before = loss_of(origins / kind, corpus)
     assert tune(origins / kind, corpus, tmp_path / "out", 0) == 0
@@ -186,3 +204,16 @@ def test_a_model_that_lacks_weights_is_refused(origins, corpus, tmp_path, capsys
     assert tune(folder, corpus, tmp_path / "out", 0) == 2
     assert "lacks weights of the model: model.layers.1.mlp.router.weight" in capsys.readouterr().err
     assert weights(origins / "run").keys() == state.keys()
+
+
+@pytest.mark.parametrize("kind", ["run", "run of several processes"])
+def test_a_changed_weight_changes_the_hashes(origins, tmp_path, kind):
+    folder = shutil.copytree(open_origin(origins / kind).folder, tmp_path / "checkpoint")
+    origin = replace(open_origin(origins / kind), folder=folder)
+    before = origin.hashes()
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert origin.hashes().keys() == before.keys() != set()
+    assert origin.hashes() != before

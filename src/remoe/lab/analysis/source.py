@@ -16,6 +16,7 @@ from remoe.lab.data.sources import is_raw, resolve_source
 from remoe.lab.evaluation.trained import LONGEST_WINDOW
 from remoe.lab.generation import check_prompt
 from remoe.lab.machine import keep_freed_memory, pick_device
+from remoe.lab.training.checkpoint import sha256
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_model
 from remoe.lab.training.shards import model_files
@@ -57,10 +58,7 @@ class Source:
 
     def _identity(self) -> dict[str, Any]:
         weights = model_files(self.checkpoint)
-        digest = hashlib.sha256()
-        for path in weights:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest = hashlib.sha256("".join(map(sha256, weights)).encode())
         config = self.model.config
         return {
             "path": str(self.checkpoint),

@@ -1,6 +1,5 @@
 """`--from`: the model that a run starts from, its options, and its weights."""
 
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,9 +11,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from remoe.convert.relufy.model import MODEL_TYPE, STEERING, RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, ConfigError, RemoeError, check
 from remoe.lab.nested import flatten, merge
-from remoe.lab.training.checkpoint import verify
+from remoe.lab.training.checkpoint import sha256, verify
 from remoe.lab.training.config import ModelOptions, TrainConfig, config_from_dict, differences
 from remoe.lab.training.folder import RunFolder, run_of
+from remoe.lab.training.shards import INDEX, model_files, read_model
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import build_router
@@ -121,9 +121,10 @@ class Origin:
             not (self.relufied and config.mesh),
             "--mesh cannot be used yet with a transformers model that `remoe convert relufy` converted",
         )
-
-        if not self.relufied and self.shape.max_experts is not None and config.mesh:
-            raise ConfigError("--mesh cannot be used yet with an export with --max-experts")
+        check(
+            self.relufied or self.shape.max_experts is None or not config.mesh,
+            "--mesh cannot be used yet with an export with --max-experts",
+        )
 
     def _tensors(self) -> dict[str, torch.Size]:
         return _router_tensors(self.shape, self.options()["router_options"])
@@ -145,6 +146,8 @@ class Origin:
             if self.relufied:
                 model, info = load_relufied(self.folder, **options)
                 _steer(model, config)
+            elif (self.folder / INDEX).exists():
+                model, info = read_model(self.folder, self.configured(config)), {"missing_keys": []}
             else:
                 model, info = RemoeForCausalLM.from_pretrained(self.folder, config=self.configured(config), **options)
         except RemoeError:
@@ -159,11 +162,7 @@ class Origin:
 
     def hashes(self) -> dict[str, str]:
         """Sha256 (hex) of each file of weights."""
-        found = {}
-        for path in sorted(self.folder.glob("model*.safetensors")):
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+        return {path.name: sha256(path) for path in model_files(self.folder)}
 
 
 def open_origin(path: str | Path, *, verified: bool = True) -> Origin:

@@ -199,17 +199,21 @@ def fill(model: nn.Module, weights: dict[str, Stored], path: Path) -> None:
             local(own[name]).copy_(shard_of(stored, own[name]))
 
 
-def read_model(path: Path) -> RemoeForCausalLM:
+def read_model(path: Path, config: RemoeConfig | None = None) -> RemoeForCausalLM:
     """The model of a checkpoint of a run, whole in this process, on the CPU; a tensor at a time.
+
+    Args:
+        path: the checkpoint.
+        config: of the model, instead of the checkpoint's own; of the same sizes.
 
     Raises:
         CheckpointError: when it cannot be read.
     """
     try:
         if not (path / INDEX).exists():
-            return RemoeForCausalLM.from_pretrained(path)
+            return RemoeForCausalLM.from_pretrained(path, config=config)
         with torch.random.fork_rng(devices=[]):
-            model = RemoeForCausalLM(RemoeConfig.from_pretrained(path))
+            model = RemoeForCausalLM(config or RemoeConfig.from_pretrained(path))
         with opened(path) as (weights, _):
             fill(model, weights, path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
