@@ -145,9 +145,9 @@ def load_tasks(names: list[str], folder: Path | None) -> dict[str, ConfigurableT
     return {name: _hub_task(name, manager) for name in names}
 
 
-def _harness_tasks(wanted: Collection[str]) -> TaskManager:
+def _harness_tasks(names: Collection[str]) -> TaskManager:
     """A manager of these tasks of the harness and of those in the same folders; one of all tasks takes 8 s to make."""
-    named = re.compile(rf"^task: *({'|'.join(map(re.escape, wanted))})\s*$".encode(), re.MULTILINE)
+    named = re.compile(rf"^task: *({'|'.join(map(re.escape, names))})\s*$".encode(), re.MULTILINE)
     files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
     folders = {file.parent for file in files if named.search(file.read_bytes())}
     return TaskManager(include_path=sorted(folders), include_defaults=False)

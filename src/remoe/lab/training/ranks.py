@@ -183,15 +183,9 @@ class Ranks:
         """A text of every rank, on all of them."""
         if self.count == 1:
             return [text]
-        content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
-        size = torch.tensor([len(text.encode())])
-        sizes = [torch.empty_like(size) for _ in range(self.count)]
-        dist.all_gather(sizes, size)
-        longest = max(max(sizes).item(), 1)
-        padded = torch.nn.functional.pad(content, (0, longest - len(content)))
-        of_ranks = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(of_ranks, padded)
-        return [c[: s.item()].numpy().tobytes().decode() for c, s in zip(of_ranks, sizes, strict=True)]
+        texts = [""] * self.count
+        dist.all_gather_object(texts, text)
+        return texts
 
     def deal(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """This rank's share of some batches, as many as every other rank's, and whether each counts.
