@@ -131,13 +131,14 @@ def gates_on_pairs(router: Any, own: Routing, active_TE: Tensor) -> Tensor:
 
 
 def executed_pairs(routing: Routing) -> Tensor:
-    """(T, E) bool: the pairs that the experts execute."""
-    pairs, (T, E) = routing.assignment, routing.gate_TE.shape
-    active_TE = torch.zeros(T + 1, E + 1, dtype=torch.bool, device=routing.gate_TE.device)
-    listed_N = pairs.expert_N < E  # the entries behind the pairs mean nothing
-    row_N = torch.where(listed_N, pairs.token_N, T)
-    active_TE[row_N, pairs.expert_N.clamp(max=E)] = True
-    return active_TE[:T, :E]
+    """(T, E) bool: the pairs that the experts execute; a softmax may round the gate of one to zero."""
+    pairs = routing.assignment
+    if pairs.pair_TE is not None:
+        return pairs.pair_TE >= 0
+    T, E = routing.gate_TE.shape
+    active_TE = torch.zeros(T, E + 1, dtype=torch.bool, device=routing.gate_TE.device)
+    active_TE[pairs.token_N, pairs.expert_N] = True  # entries that are no pairs have the index E
+    return active_TE[:, :E]
 
 
 def disagreement(first_LTE: Sequence[Tensor], second_LTE: Sequence[Tensor]) -> Tensor:
