@@ -56,3 +56,14 @@ def test_dense_checkpoint_is_upcycled_and_both_are_trained_on(corpus, tmp_path):
     assert ours["loss_before"] == pytest.approx(dense["loss_before"], rel=1e-5)
     assert ours["loss_after"] != ours["loss_before"]
     assert 0 < ours["sparsity"] < 1
+
+
+def test_grpo_replays_the_sampled_pairs_and_steers_lambda():
+    pytest.importorskip("trl")
+    steps = [line.split() for line in run("grpo_replay.py", "--steps", "3").splitlines() if line.startswith("step")]
+    assert len(steps) == 3
+    differ, lam, sparsity = ([float(words[i].rstrip("%")) for words in steps] for i in (5, 7, 9))
+    assert all(0 <= share < 5 for share in differ)  # between bfloat16 and float32
+    assert sum(differ) > 0
+    assert all(0 < s < 0.875 for s in sparsity)
+    assert lam == pytest.approx([1e-3 * 1.2 ** (i + 1) for i in range(3)], rel=0.01)  # too dense: once a step, upward

@@ -6,7 +6,7 @@ Legend: T tokens, E experts, N listed pairs, of which the first R are routed.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Routing:
         """(E,) int64, routed pairs per expert."""
         return self.assignment.count_E
 
-    def pruned(self, threshold: float, cap: int | None) -> "Routing":
+    def pruned(self, threshold: float, cap: int | None) -> Self:
         """The same routing without its weakest pairs: compute traded for loss, without training.
 
         Args:

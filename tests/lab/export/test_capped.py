@@ -8,7 +8,11 @@ from tiny_run import FLAGS
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 import remoe
+from remoe.experts import is_quantised
 from remoe.lab.cli.main import main
+from remoe.lab.export import _loss
+from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.load import load_run
 from remoe.models.capped import CappedExperts, CappedMoE
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 6}
@@ -69,9 +73,15 @@ def test_gradients_reach_router_and_experts():
     assert all(isinstance(layer.mlp.experts, CappedExperts) for layer in model.model.layers)
 
 
-def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, tmp_path, capsys):
-    run, out, figures = tmp_path / "run", tmp_path / "out", tmp_path / "figures.json"
-    assert main(["train", "--data", str(corpus), "--out", str(run), "--steps", "3", *FLAGS]) == 0
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("capped") / "run"
+    assert main(["train", "--data", str(corpus), "--out", str(folder), "--steps", "3", *FLAGS]) == 0
+    return folder
+
+
+def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, run, tmp_path, capsys):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
     assert main(["export", str(run), str(out), "--max-experts", "1"]) == 0
     assert json.loads((out / "config.json").read_text())["max_experts"] == 1
     assert (out / "remoe_models_capped.py").is_file()
@@ -88,3 +98,25 @@ def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, tmp_path, 
     assert main(["export", str(run), str(tmp_path / "none"), "--max-experts", "0"]) == 2
     assert "max_experts must be at least 1, but is 0" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_command_writes_int8_weights_and_what_they_cost(run, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--max-experts", "2", "--quantize", "int8"]) == 0
+    assert "remoe train" not in capsys.readouterr().out  # such weights take no gradients
+    expected = load_run(run)[0]
+    expected.set_max_experts(2)
+    before = _loss(expected, RunFolder(run))
+    remoe.quantize(expected)
+    loaded = remoe.RemoeForCausalLM.from_pretrained(out).eval()
+    assert is_quantised(loaded.model.layers[0].mlp.experts.gate_up_proj)
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-5)
+    card = (out / "README.md").read_text()
+    assert f"| validation loss before | {before:.4f} |" in card
+    assert f"| validation loss after | {_loss(loaded, RunFolder(run)):.4f} |" in card
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert f"| {size / 1e6:.1f} MB |" in card
+    assert "without the cap and quantisation" in card

@@ -21,6 +21,7 @@ from remoe.models.loss import is_padding_mask
 from remoe.models.routed import add_routing, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import ReLURouter, Routing
+from remoe.routing.replay import Replay
 from remoe.sparsity import SparsityController
 
 ROUTER_NAMES = ("gate", "router")
@@ -68,6 +69,8 @@ class _Context:
 class RelufiedRouter(ReLURouter):
     """A ReLU router that answers as transformers' routers do: (logits, weights (T, E), indices (T, E))."""
 
+    replay: Replay | None = None  # see `remoe.models.replay`
+
     def __init__(self, context: _Context, layer: int, d_model: int, num_experts: int, k: int, load_balance: bool):
         super().__init__(d_model, num_experts, k, load_balance=load_balance, bias=True)
         self.context = context
@@ -81,6 +84,8 @@ class RelufiedRouter(ReLURouter):
         # Blocks that see other tokens than the batch's, as some multimodal ones do, are counted without a mask.
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
         routing = super().forward(x_TD, mask_BS.flatten().to(x_TD.device) if fits else None)
+        if self.replay is not None:
+            routing = self.replay.apply(self.layer, self, routing)
         if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
             self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.

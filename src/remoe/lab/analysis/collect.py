@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Routing
+from remoe.routing.replay import executed_pairs
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def active_of(
     """
     routings = _routings(model, input_BS, mask_BS, autocast)
     kept_T = mask_BS.flatten().to(routings[0].gate_TE.device)
-    return torch.stack([executed(routing)[kept_T] for routing in routings]).cpu()
+    return torch.stack([executed_pairs(routing)[kept_T] for routing in routings]).cpu()
 
 
 @torch.no_grad()
@@ -45,14 +46,3 @@ def _routings(
         # Logits of one position, the fewest that the model can return.
         out = model(input_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False, logits_to_keep=1)
     return out.routings
-
-
-def executed(routing: Routing) -> Tensor:
-    """(T, E) bool; not simply the nonzero gates, because a softmax may round a gate to zero."""
-    pairs = routing.assignment
-    if pairs.pair_TE is not None:
-        return pairs.pair_TE >= 0
-    listed_N = torch.arange(len(pairs.token_N), device=pairs.token_N.device) < pairs.count_E.sum()
-    active_TE = torch.zeros_like(routing.gate_TE, dtype=torch.bool)
-    active_TE[pairs.token_N[listed_N], pairs.expert_N[listed_N]] = True
-    return active_TE

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from remoe.convert.relufy.fit import routed
 from remoe.convert.relufy.model import RelufiedMixin, RelufiedRouter, mixture_routers
 from remoe.errors import ConfigError
-from remoe.lab.analysis.collect import executed
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 from remoe.routing import Routing
 from remoe.routing.assignment import Assignment
+from remoe.routing.replay import executed_pairs
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Mixture:
             given["position_ids"] = position_BS.to(self.device)
         if self.ours:
             out = self.model(**given, logits_to_keep=0 if logits else 1)
-            return out.logits, [LayerRouting(executed(one), one.gate_TE) for one in out.routings]
+            return out.logits, [LayerRouting(executed_pairs(one), one.gate_TE) for one in out.routings]
         found: dict[str, LayerRouting] = {}
 
         def reader(name: str):
@@ -164,4 +164,5 @@ class Mixture:
 def _without(routing: Routing, expert: int) -> Routing:
     kept_E = torch.arange(routing.gate_TE.shape[1], device=routing.gate_TE.device) != expert
     gate_TE = routing.gate_TE * kept_E
-    return replace(routing, assignment=Assignment.from_gates(gate_TE, executed(routing) & kept_E), gate_TE=gate_TE)
+    pairs = Assignment.from_gates(gate_TE, executed_pairs(routing) & kept_E)
+    return replace(routing, assignment=pairs, gate_TE=gate_TE)

@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,6 +22,9 @@ class ExportOptions:
     max_experts: int | None = None
     """The most experts that a token may use, those with the largest gates; the layers then call their experts as
     transformers' mixtures do. The card has the validation loss with and without this cap. By default there is none."""
+    quantize: Literal["int8"] | None = None
+    """Write the weights of attention and experts in 8 bits, by torchao. The card has the validation loss before and
+    after. By default they stay as they are."""
 
 
 def export_command(argv: list[str]) -> int:
@@ -31,8 +34,9 @@ def export_command(argv: list[str]) -> int:
     with importing():
         from remoe.lab.export import export_run
 
-    out = export_run(options.run, options.out, options.max_experts)
+    out = export_run(options.run, options.out, options.max_experts, options.quantize)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
-    print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
+    if options.quantize is None:  # int8 weights take no gradients
+        print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
     return 0

@@ -13,10 +13,11 @@ from remoe.lab.training.load import load_run
 from remoe.lab.training.validate import evaluate, total
 from remoe.models.bundle import AUTO_MAP, write_bundle
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.quantization import quantize
 from remoe.routing import ROUTERS
 
 
-def export_run(run: str | Path, out: str | Path, max_experts: int | None = None) -> Path:
+def export_run(run: str | Path, out: str | Path, max_experts: int | None = None, scheme: str | None = None) -> Path:
     """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
 
     Args:
@@ -24,6 +25,8 @@ def export_run(run: str | Path, out: str | Path, max_experts: int | None = None)
         out: a new or empty folder.
         max_experts: the most experts of a token (see `RemoeConfig`); the card then has the loss with and without this
             cap, on the run's validation text. None for no cap.
+        scheme: "int8" for weights as `remoe.quantize` makes them; the card then has the loss before and after. None to
+            leave them as they are.
 
     Returns:
         `out`.
@@ -31,7 +34,8 @@ def export_run(run: str | Path, out: str | Path, max_experts: int | None = None)
     Raises:
         CheckpointError: when there is no checkpoint to read.
         ConfigError: when `out` holds something already, the router is not of this package, or has no pairs to cap.
-        DataError: when there is a cap to measure, and the run's data is gone.
+        DataError: when there is a cap or a quantisation to measure, and the run's data is gone.
+        ExtraError: when torchao is needed and not installed.
     """
     out = Path(out)
     check_new_folder(out)  # before the work, not after it
@@ -42,26 +46,37 @@ def export_run(run: str | Path, out: str | Path, max_experts: int | None = None)
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
     if (folder := run_of(checkpoint)) is None:
         raise CheckpointError(f"{run} holds no run: its config.yaml is missing")
-    losses = None if max_experts is None else _capped(model, folder, max_experts)
+    capped = None if max_experts is None else _capped(model, folder, max_experts)
+    quantised = None if scheme is None else _quantised(model, folder, scheme)
     with new_folder(out) as written:
         export_model(model, written)
         shutil.copytree(folder.tokenizer, written, dirs_exist_ok=True)
-        write_card(folder, checkpoint, model, written, losses)
+        write_card(folder, checkpoint, model, written, capped, quantised)
     return out
 
 
 def _capped(model: RemoeForCausalLM, run: RunFolder, max_experts: int) -> tuple[float, float]:
     """Puts a cap into a model's configuration; returns its validation loss without and with it."""
+    without = _loss(model, run)
+    model.set_max_experts(max_experts)
+    model.config.max_experts = max_experts
+    return without, _loss(model, run)
+
+
+def _quantised(model: RemoeForCausalLM, run: RunFolder, scheme: str) -> tuple[str, float, float]:
+    """Quantises a model; returns the scheme, and its validation loss before and after."""
+    before = _loss(model, run)
+    quantize(model, scheme)
+    return scheme, before, _loss(model, run)
+
+
+def _loss(model: RemoeForCausalLM, run: RunFolder) -> float:
+    """Nats per token of the run's validation text."""
     config = run.load_config()
     dataset = open_dataset(config.data)
     windows, end = ValidationWindows(dataset.validation, config.seq_len), dataset.eos_token_id
-    options = {"batch_size": config.validate.batch_size, "document_end": end if config.mask_documents else None}
-    losses = []
-    for cap in (None, max_experts):
-        model.set_max_experts(cap)
-        losses.append(total(evaluate(model, windows, **options)).loss)
-    model.config.max_experts = max_experts
-    return losses[0], losses[1]
+    end = end if config.mask_documents else None
+    return total(evaluate(model, windows, batch_size=config.validate.batch_size, document_end=end)).loss
 
 
 def export_model(model: RemoeForCausalLM, out: Path) -> None:

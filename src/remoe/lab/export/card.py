@@ -24,7 +24,12 @@ print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt")
 
 
 def write_card(
-    run: RunFolder, checkpoint: Path, model: RemoeForCausalLM, out: Path, capped: tuple[float, float] | None = None
+    run: RunFolder,
+    checkpoint: Path,
+    model: RemoeForCausalLM,
+    out: Path,
+    capped: tuple[float, float] | None = None,
+    quantised: tuple[str, float, float] | None = None,
 ) -> None:
     """Writes README.md, and plots as PNG when the run has its metrics.
 
@@ -34,6 +39,7 @@ def write_card(
         model: its model.
         out: existing folder.
         capped: of a model with a cap on the experts of a token, its validation loss without and with the cap.
+        quantised: of a model with smaller weights, the scheme, and its validation loss before and after.
     """
     config = run.load_config()
     summary = run.load_summary()
@@ -62,9 +68,12 @@ def write_card(
     ]
     if capped is not None:
         parts += ["## Cap\n", _cap(c, *capped)]
+    if quantised is not None:
+        parts += ["## Quantisation\n", _quantised(out, *quantised)]
+    left_out = [name for name, given in (("the cap", capped), ("quantisation", quantised)) if given is not None]
     if finished:
         parts += [
-            "## Results\n" if capped is None else "## Results of the run, without the cap\n",
+            f"## Results of the run, without {' and '.join(left_out)}\n" if left_out else "## Results\n",
             _results(summary, c.steered),
             _domains(summary, c.routes_pairs),
         ]
@@ -97,6 +106,17 @@ def _cap(c: RemoeConfig, without: float, with_cap: float) -> str:
         f"A token has at most {c.max_experts} experts, those with the largest gates. The experts are called as those "
         f"of transformers' mixtures, `experts(hidden_states, top_k_index, top_k_weights)` with {c.max_experts} slots; "
         f"a slot that a token does not use has the index {c.experts_per_layer} and the weight 0.\n\n{_table(rows)}"
+    )
+
+
+def _quantised(out: Path, scheme: str, before: float, after: float) -> str:
+    """What quantisation did, and what it costs."""
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    rows = {"validation loss before": f"{before:.4f}", "validation loss after": f"{after:.4f}"}
+    rows["size of the weights' files"] = f"{size / 1e6:.1f} MB"
+    return (
+        f"The weights of attention and experts are {scheme}, with a scale for each row. Loading them needs "
+        f"`torchao`.\n\n{_table(rows)}"
     )
 
 
