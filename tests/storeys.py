@@ -25,7 +25,7 @@ STOREYS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
         ("models", "convert", "integrations"),
         frozenset({"transformers", "safetensors", "huggingface_hub", "torchao"}),
     ),
-    "lab": (("lab", "__main__"), None),
+    "lab": (("lab", "plots", "__main__"), None),
 }
 ORDER = list(STOREYS)
 

@@ -62,6 +62,8 @@ __all__ = ["__version__", *_METHOD, *_MODELS]
 
 
 def __getattr__(name: str) -> object:
+    if name == "plots":  # a module of the laboratory, which a star import leaves out
+        return import_module("remoe.plots")
     if name not in __all__:
         raise AttributeError(f"module 'remoe' has no attribute {name!r}")
     try:
@@ -73,7 +75,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "plots"])
 
 
 class _AutoClassesFinder(MetaPathFinder):

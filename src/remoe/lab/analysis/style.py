@@ -1,5 +1,6 @@
 """The style of every figure, with colours that colour-blind readers can tell apart, and how figures are saved."""
 
+import io
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure, SubFigure
@@ -53,6 +55,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "remoe",
 }
+NOTEBOOK_DPI = 110
 GREY = "#777777"
 MAX_LEGEND = 4  # most entries of a legend inside the axes; longer legends go outside
 
@@ -118,9 +121,24 @@ def width_in_letters(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
+class StyledFigure(Figure):
+    """A figure that is drawn in STYLE, whoever draws it, and that a notebook shows without `pyplot`."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draws the figure; ticks are created only now, so the style must apply here too."""
+        with mpl.rc_context(STYLE):
+            super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:
+        """What IPython shows."""
+        png = io.BytesIO()
+        self.savefig(png, format="png", dpi=NOTEBOOK_DPI)
+        return png.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes are in inches."""
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = StyledFigure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
     return fig
 

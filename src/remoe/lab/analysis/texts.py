@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from remoe.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"  # decoded from bytes that are not a character
 CHARACTER_TOKENS = 8  # more than enough for a character, which has at most four bytes
 CACHED = 1 << 16  # pieces of text
-PROMPT = "prompt"  # name of its domain
+PROMPT, GIVEN = "prompt", "tokens"  # names of their domains
 
 
 class Batch(NamedTuple):
@@ -138,6 +139,29 @@ class Prompt:
         for start in range(0, len(input_NS), rows):
             part = slice(start, start + rows)
             yield Batch(PROMPT, input_NS[part], target_NS[part], mask_NS[part])
+
+
+class TokenIds:
+    """Token ids, every one of which is an input.
+
+    Args:
+        token_NS: (N, S) int64.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+
+    def __init__(self, token_NS: Tensor) -> None:
+        if token_NS.ndim != 2 or token_NS.dtype != torch.int64 or token_NS.numel() == 0:
+            raise ConfigError(f"token ids must be int64 (N, S), but are {token_NS.dtype} {tuple(token_NS.shape)}")
+        self.token_NS, self.seq_len = token_NS.cpu(), token_NS.shape[1]
+        self.identity = {"tokens": token_NS.numel(), "seq_len": self.seq_len}
+
+    def batches(self, rows: int) -> Iterator[Batch]:
+        for part_NS in self.token_NS.split(rows):
+            target_NS = torch.full_like(part_NS, IGNORED_TARGET)
+            target_NS[:, :-1] = part_NS[:, 1:]
+            yield Batch(GIVEN, part_NS, target_NS, torch.ones_like(part_NS, dtype=torch.bool))
 
 
 class TokenTexts:

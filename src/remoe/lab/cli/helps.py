@@ -45,6 +45,7 @@ its run:
   --out DIR               folder of the run; a new one in runs/ by default
   --resume                continue the run in --out, by default the newest
   --config FILE           YAML file with any options; flags take precedence
+  --live                  show it in a browser while it trains
   --validate.every INT    steps between validations (default 100)
   --checkpoint.every INT  steps between checkpoints (default 100)
 

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks, zero-shot accuracy",
     ),
+    "watch": ("remoe.lab.cli.watch", "watch_command", "show a run in a browser while it trains"),
     "record": (
         "remoe.lab.cli.record",
         "record_command",

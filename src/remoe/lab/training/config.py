@@ -219,6 +219,8 @@ class TrainConfig:
     """Steps between records in metrics.jsonl and TensorBoard."""
     print_every: int = 20
     """Steps between progress lines."""
+    live: bool = False
+    """Serve a page on 127.0.0.1 that shows the run as it grows; `remoe watch RUN` serves it for any run."""
     prompt: str | None = None
     """Prompt of the text sample at the end; the start of a validation text by default."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -314,7 +316,19 @@ _HOLDS = {
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
 # Options that have no influence on the trained weights.
-_FREE = {"out", "resume", "config", "data", "log_every", "print_every", "device", "prompt", "mesh", "mesh_timeout"}
+_FREE = {
+    "out",
+    "resume",
+    "config",
+    "data",
+    "log_every",
+    "print_every",
+    "live",
+    "device",
+    "prompt",
+    "mesh",
+    "mesh_timeout",
+}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 

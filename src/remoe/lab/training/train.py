@@ -31,6 +31,8 @@ from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
+from remoe.lab.live.growth import Growth
+from remoe.lab.live.server import serving
 from remoe.lab.machine import keep_freed_memory, machine
 from remoe.lab.memory import SMALLER, check_memory, less_memory, ran_out
 from remoe.lab.text import lines, short_name, visible
@@ -91,7 +93,13 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
 
 
 def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: Ranks) -> int:
-    unchanged = saved is not None and differences(saved, config).keys() <= {"out", "resume", "mesh", "mesh_timeout"}
+    unchanged = saved is not None and differences(saved, config).keys() <= {
+        "out",
+        "resume",
+        "live",
+        "mesh",
+        "mesh_timeout",
+    }
     if unchanged and _is_finished(run, config.steps, ranks):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")
@@ -155,6 +163,8 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
             if ranks.first:
                 _follow(run, saved, config)
         _print_header(trainer)
+        if config.live and ranks.first:
+            say(f"live {stack.enter_context(serving(Growth(run)))}: open it in a browser")
         start = start_of(trainer) if trainer.origin else {}
         validation = trainer.train()
         if validation is None:
