@@ -2,7 +2,7 @@
 // Between layers: measures of each layer, how well routing is predicted from the layers before, and the flow of tokens.
 (() => {
   if (!remoe.data.between) return;
-  const { data, unpack, range, percent, element, short, choice } = remoe;
+  const { data, unpack, range, percent, element, choice } = remoe;
   const found = data.between;
   const { layers, experts } = data.head;
   const x = range(layers);
@@ -51,11 +51,18 @@
     for (let i = (layer - 1) * experts ** 2; i < layer * experts ** 2; i++) if (flow[i] > most) most = flow[i];
     return most || 1;
   };
+  function* rows() {
+    yield ["from layer", "expert", "to layer", "expert", "share of the tokens"];
+    for (let l = 0; l < layers - 1; l++) {
+      for (let from = 0; from < experts; from++) {
+        for (let to = 0; to < experts; to++) yield [l, from, l + 1, to, at(l, from, to)];
+      }
+    }
+  }
   const figure = remoe.figure("between", "flow", "Flow from layer to layer",
     "Share of the tokens of an expert (row) that an expert of the next layer (column) also takes. A bright cell is a path that many tokens " +
     "follow; bright columns are experts that take many tokens of any origin.",
-    () => [["from layer", "expert", "to layer", "expert", "share of the tokens"],
-      ...range(layers - 1).flatMap((l) => range(experts).flatMap((from) => range(experts).map((to) => [l, from, l + 1, to, at(l, from, to)])))]);
+    rows);
   const map = remoe.heatmap(figure, {
     rows: experts, columns: experts, value: (from, to) => at(layer - 1, from, to), max: highest(), rowTick: String, columnTick: String,
     columnLabel: "expert of the next layer", format: percent, unit: "of the row's tokens", hint: "Point at a cell, or use the arrow keys.",

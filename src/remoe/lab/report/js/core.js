@@ -44,7 +44,7 @@ const remoe = (() => {
   function short(value) {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const size = Math.abs(value);
-    if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(1).replace("e+", "e");
+    if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
     return Number(value.toPrecision(size >= 100 ? 4 : 3)).toLocaleString("en");
   }
 
@@ -60,7 +60,7 @@ const remoe = (() => {
   // A labelled choice; `options` are [value, name]
   function choice(name, options, choose) {
     const label = element("label", `${name} `);
-    const select = element("select");
+    const select = element("select", undefined, { "aria-label": name });
     for (const [value, text] of options) select.append(element("option", text, { value }));
     select.addEventListener("change", () => choose(select.value));
     label.append(select);
@@ -72,14 +72,23 @@ const remoe = (() => {
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
 
-  function download(name, rows) {
-    const text = rows.map((row) => row.map(quoted).join(",")).join("\r\n");
-    const url = URL.createObjectURL(new Blob([`${text}\r\n`], { type: "text/csv" }));
+  // Writes the rows in slices, so that the page answers meanwhile
+  async function download(name, rows) {
+    const lines = [];
+    let since = performance.now();
+    for (const row of rows) {
+      lines.push(`${row.map(quoted).join(",")}\r\n`);
+      if (lines.length % 64 === 0 && performance.now() - since > 40) {
+        await new Promise((goOn) => setTimeout(goOn));
+        since = performance.now();
+      }
+    }
+    const url = URL.createObjectURL(new Blob(lines, { type: "text/csv" }));
     element("a", "", { href: url, download: `${name}.csv` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }
 
-  // A figure with heading, words, tools and a body; `rows` returns its data, with a row of names first
+  // A figure with heading, words, tools and a body; `rows` returns its data, an array or iterator with a row of names first
   function figure(place, id, title, words, rows) {
     const made = element("figure", undefined, { class: "plot", id });
     const caption = element("figcaption");

@@ -2,7 +2,7 @@
 // The experts: their load, a card for each, their domains, and rare and frequent tokens.
 (() => {
   if (!remoe.data.experts) return;
-  const { data, rowsOf, unpack, element, range, percent, short, visible, choice } = remoe;
+  const { data, unpack, element, range, percent, short, visible, choice } = remoe;
   const found = data.experts;
   const { layers, experts, k } = data.head;
   const load = data.training && data.training.load;

@@ -5,7 +5,6 @@
   const HEIGHT = 250;
   const COLOURS = ["line-1", "line-2", "line-3", "line-4", "line-5", "line-6"];
   const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]];
-  const plots = [];
 
   // A series has a colour of its own, or, if there are more, its place between two
   function stroke(index, count) {
@@ -28,7 +27,7 @@
     context.save();
     (options.stages || []).forEach(([first, last, name]) => {
       const from = Math.max(left, u.valToPos(first, "x", true));
-      const to = Math.min(left + width, u.valToPos(last, "x", true));
+      const to = Math.min(left + width, u.valToPos(last + 1, "x", true));
       if (!(to > from)) return;
       context.fillStyle = colour(`stage-${name}`);
       context.fillRect(from, top, to - from, height);
@@ -45,12 +44,20 @@
     context.restore();
   }
 
-  function axis(label, log) {
+  // The powers of ten, at most eight, for a logarithmic axis
+  function powers(u, number, low, high) {
+    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+    const step = Math.ceil((last - first + 1) / 8);
+    return remoe.range(Math.floor((last - first) / step) + 1).map((i) => 10 ** (first + i * step));
+  }
+
+  function axis(label, log, whole) {
     return {
+      ...(log ? { splits: powers } : whole ? { incrs: remoe.range(24).map((i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)) } : {}),
       label, stroke: () => colour("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
       grid: { stroke: () => colour("line"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 },
       values: (u, splits) => splits.map((value) => (value === null ? "" : short(value))),
-      size: label && !log ? 44 : 52, labelSize: 18,
+      size: log ? 56 : 48, labelSize: 18,
     };
   }
 
@@ -61,9 +68,13 @@
       "aria-label": `${figure.title}: left and right arrow keys read values, plus and minus enlarge, Escape shows all`,
     });
     figure.body.append(holder);
-    let u = null, index = 0;
+    let u = null, index = 0, stale = false;
+    const seen = new IntersectionObserver((entries) => {
+      if (stale && entries.at(-1).isIntersecting) make(); // others are drawn again when they are seen
+    }, { rootMargin: "100px" });
 
     function make() {
+      stale = false;
       const at = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
       const kept = at.map((value) => value !== null);
       const only = (values) => clean(values, options.log).filter((_, i) => kept[i]);
@@ -72,14 +83,14 @@
       u = new uPlot({
         width: width(), height: HEIGHT, ms: 1,
         scales: { x: { time: false, distr: options.logX ? 3 : 1 }, y: { distr: options.log ? 3 : 1, ...options.scaleY } },
-        axes: [{ ...axis(options.xName, false), size: 30 }, axis(options.unit, options.log)],
+        axes: [{ ...axis(options.xName, false, true), size: 30 }, axis(options.unit, options.log)],
         legend: { live: true },
         cursor: { sync: options.sync ? { key: options.sync } : undefined, points: { size: 6 } },
         series: [
           { label: options.xName, value: (_, value) => short(value) },
           ...options.names.map((label, i) => ({
             label, stroke: stroke(i, count), width: 1.5, spanGaps: true, value: (_, value) => short(value),
-            dash: count > 1 && !(options.dots && options.dots[i]) ? DASHES[i % DASHES.length] : [],
+            dash: count > 1 && count <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[i % DASHES.length] : [],
             ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
         ],
@@ -121,19 +132,17 @@
     const resize = () => u.setSize({ width: width(), height: HEIGHT });
     new ResizeObserver(resize).observe(figure.body);
     remoe.onTheme(() => {
+      if (stale) make();
       resize();
       u.redraw();
     });
-    const made = {
-      get plot() {
-        return u;
-      },
+    return {
       set(changed) {
         Object.assign(options, changed);
-        make();
+        stale = true;
+        seen.unobserve(holder);
+        seen.observe(holder);
       },
     };
-    plots.push(made);
-    return made;
   };
 })();

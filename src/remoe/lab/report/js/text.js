@@ -63,7 +63,7 @@
     seen: (text) => Float32Array.from(text.seen, (count) => (count ? Math.log10(count) : NaN)),
   };
 
-  function describe(values, highest, lowest) {
+  function describe(values) {
     let taken = 0, sum = 0;
     for (const value of values) {
       if (Number.isNaN(value)) continue;
@@ -94,7 +94,7 @@
     const shown = (value) => (!Number.isFinite(value) ? "none" : state.mode === "seen" ? short(Math.round(10 ** value)) : short(value));
     const bar = element("span", undefined, { class: "strip tint", "aria-hidden": "true" });
     $("legend").replaceChildren(element("span", shown(low)), bar, element("span", shown(highest)));
-    $("scale").textContent = describe(values, highest, lowest);
+    $("scale").textContent = describe(values);
   }
 
   function cut(text) {
@@ -264,20 +264,20 @@
     return best;
   }
 
-  function show(scroll) {
+  function show() {
     layOut();
     recolour();
     state.hits = [];
     state.hit = -1;
     $("hits").textContent = "";
-    showToken(busiest(), scroll);
+    showToken(busiest(), false);
   }
 
-  function rows() {
+  function* rows() {
     const text = current();
     const names = ["domain", "token", "text", "occurrences", "loss of the next token in nats", ...range(layers).map((layer) => `experts of layer ${layer}`)];
     const { domain } = texts[state.text];
-    const found = [names];
+    yield names;
     for (let t = 0; t < text.T; t++) {
       const row = [domain, t, text.tokens[t], text.seen[t], text.loss[t]];
       for (let layer = 0; layer < layers; layer++) {
@@ -288,9 +288,8 @@
         }
         row.push(cell);
       }
-      found.push(row);
+      yield row;
     }
-    return found;
   }
 
   const figure = remoe.figure("text", "text-tokens", "Experts of each token", $("text-words").content.textContent.trim().replace(/\s+/g, " "), rows);

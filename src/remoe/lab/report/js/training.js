@@ -3,7 +3,7 @@
 (() => {
   const found = remoe.data.training;
   if (!found) return;
-  const { rowsOf, unpack, range, percent, element, choice, short } = remoe;
+  const { rowsOf, unpack, range, percent, element, choice } = remoe;
   const LOG = ["lambda", "penalty", "grad_norm"];
   const words = {
     lm_loss: ["Training loss", "Loss of the language model, without the penalty, at each step. Lower is better.", "nats per token"],
@@ -16,7 +16,7 @@
     flip_rate: ["Flips", "Share of (token, expert) pairs of a fixed text that change in one training step: how unstable the routing is.", "share of pairs"],
     tokens_per_second: ["Throughput", "Tokens per second of each step. Single low values are steps beside a validation or a checkpoint.", "tokens/s"],
     grad_norm: ["Gradient norm", "Norm of the gradient before it is clipped.", "norm (log scale)"],
-    lr: ["Learning rate", "Learning rate of each step.", "learning rate"],
+    lr: ["Learning rate", "Learning rate of each step: it rises in the warm-up and then falls.", "learning rate"],
   };
   const made = [];
   const bar = element("div", undefined, { class: "tools" });
@@ -44,11 +44,18 @@
   const [layers, experts, columns] = found.load.share.shape;
   const at = (l, e, i) => share[(l * experts + e) * columns + i];
   let layer = 0;
+  function* rows() {
+    yield ["layer", "expert", "from step", "share of the tokens"];
+    for (let l = 0; l < layers; l++) {
+      for (let e = 0; e < experts; e++) {
+        for (let i = 0; i < columns; i++) yield [l, e, steps[i], at(l, e, i)];
+      }
+    }
+  }
   const figure = remoe.figure("training", "training-load", "Load of each expert during training",
     "Share of the tokens that each expert of a layer takes, from the first step to the last; a column shows the mean of its steps. " +
     "A row that loses its colour is an expert that takes almost no tokens. The scale ends at four times the target load.",
-    () => [["layer", "expert", "from step", "share of the tokens"],
-      ...range(layers).flatMap((l) => range(experts).flatMap((e) => range(columns).map((i) => [l, e, steps[i], at(l, e, i)])))]);
+    rows);
   const max = Math.min(1, 4 * (remoe.data.head.k || 1) / experts);
   const map = remoe.heatmap(figure, {
     rows: experts, columns, value: (e, i) => at(layer, e, i), max, rowTick: String, columnTick: (i) => steps[i].toLocaleString("en"),
