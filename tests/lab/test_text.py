@@ -9,14 +9,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from rich.table import Table
 
+from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.cli.main import COMMANDS, main
 from remoe.lab.console import Console
 from remoe.lab.export.card import _domains
-from remoe.lab.report.contents import Excerpt
-from remoe.lab.report.page import _content
+from remoe.lab.report.sections import page_data
 from remoe.lab.text import RED, for_terminal, lines, markdown, short_name, visible
 
 STRANGE = [
@@ -60,12 +61,16 @@ def test_the_card_has_a_row_of_five_cells_for_every_domain():
 
 
 def test_the_page_shows_controls_as_their_escapes_and_the_lines_of_a_text():
-    record = SimpleNamespace(about=SimpleNamespace(gates=True, layers=0))
-    routing = SimpleNamespace(domains=["\x1b" + "x" * 3000], share_CLE=[], top_tokens=[[["\u202e"]]])
-    content = _content(record, routing, [Excerpt("a\nb", ["a\n", "\x00"], [])], None)
-    assert content["domains"] == [r"\x1b" + "x" * 22 + "…" + "x" * 13]
-    assert content["top"] == [[[r"\u202e"]]]
-    assert content["excerpts"] == [{"domain": r"a\nb", "tokens": ["a\n", r"\x00"], "gates": []}]
+    zero, ones = torch.zeros(61, dtype=torch.int64), torch.ones(1, 61, 2)
+    texts, token_T = ["a\n", *["\u202e"] * 60], torch.tensor([0] + [1] * 60)
+    domains = ["\x1b" + "x" * 3000]
+    record = RoutingRecord.of(ones.bool(), token_T, zero, zero, domains, gate_LTE=ones, texts=texts)
+    content = page_data(None, None, record, excerpt_tokens=2)
+    assert content["experts"]["domains"] == [r"\x1b" + "x" * 22 + "…" + "x" * 13]
+    assert content["experts"]["top"] == [[[r"\u202e"]] * 2]
+    assert content["experts"]["contexts"][0][0][0] == ["", "a\n", r"\u202e" * 8, 1.0]
+    (text,) = content["text"]["texts"]
+    assert (text["domain"], text["tokens"]) == (content["experts"]["domains"][0], ["a\n", r"\u202e"])
 
 
 def test_what_steers_a_terminal_is_written_out():

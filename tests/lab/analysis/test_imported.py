@@ -1,12 +1,14 @@
 """Files of other programs become records of the same pairs; what is not such a file is refused with its place."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.cli.main import main
+from remoe.lab.report.packed import unpacked
 
 EXPERTS = np.array([[[0, 3], [1, 2]], [[3, 1], [2, 0]], [[2, 0], [0, 1]]], dtype=np.int16)  # (T, L, K)
 
@@ -64,7 +66,11 @@ def test_an_imported_record_has_a_report(tmp_path):
     assert main(["report", str(tmp_path / "r.parquet")]) == 0
     text = (tmp_path / "r.html").read_text()
     assert "2 layers of 4; target: 2 per token" in text
-    assert '"gates":[[[0,1.0,3,1.0]' in text
+    content = json.loads(re.search(r'<script id="content" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    (shown,) = content["text"]["texts"]
+    assert not content["text"]["gatesKnown"]
+    assert shown["gate"] is None
+    assert unpacked(shown["expert"])[:2].tolist() == [0, 3]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_the_report_of_an_unconverted_mixture(mixtral, tmp_path):
     text = page.read_text()
     content = json.loads(re.search(r'<script id="content" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
     record = recorded(mixtral, tmp_path / "r.parquet", "--prompt", WORDS)
-    assert f"measured on {record.about.tokens - 1} tokens" in text
+    content = content["experts"] | {"text": content["text"]}
+    assert content["effect"]["tokens"] == record.about.tokens - 1
     effects = [[content["effect"]["all"][layer][expert] for expert in range(4)] for layer in range(2)]
     used_LE = record.whole().active_LTE.any(dim=1)
     assert torch.equal(torch.tensor(effects) != 0, used_LE)

@@ -1,13 +1,17 @@
 """The report shows what the model does, needs no other file, and says what it cannot show."""
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
+from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import FLAGS
@@ -24,19 +28,23 @@ from remoe.lab.analysis.texts import PreparedText, TokenTexts
 from remoe.lab.cli.main import main
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
-from remoe.lab.report.contents import POINTS, excerpts, outcome, thinned
-from remoe.lab.report.page import percent, script_json
+from remoe.lab.report.contents import outcome
+from remoe.lab.report.course import COLUMNS, POINTS, course_of, kept_points
+from remoe.lab.report.packed import short, unpacked, whole_numbers
+from remoe.lab.report.page import SCRIPTS, script_json
+from remoe.lab.report.reading import text_of
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
+from remoe.lab.training.metrics import read_metrics
 
 
 class Page(HTMLParser):
-    """Title, ids of the sections, addresses that a browser would fetch, labels of the experts' buttons, and scripts."""
+    """Title, ids of the sections, addresses that a browser would fetch, and scripts."""
 
     def __init__(self, text):
         super().__init__()
-        self.title, self.sections, self.addresses, self.experts, self.scripts = "", [], [], [], []
-        self._inside = self._expert = None
+        self.title, self.sections, self.addresses, self.scripts = "", [], [], []
+        self._inside = None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -44,19 +52,15 @@ class Page(HTMLParser):
         self._inside = tag
         self.sections += [attributes["id"]] if tag == "section" else []
         self.addresses += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
-        is_expert = "data-expert" in attributes
-        self._expert = (int(attributes["data-layer"]), int(attributes["data-expert"])) if is_expert else None
 
     def handle_data(self, data):
-        if self._expert:
-            self.experts.append((*self._expert, data))
-        elif self._inside == "script":
+        if self._inside == "script":
             self.scripts.append(data)
         elif self._inside == "h1":
             self.title += data
 
     def handle_endtag(self, tag):
-        self._inside = self._expert = None
+        self._inside = None
 
 
 @pytest.fixture(scope="module")
@@ -72,35 +76,53 @@ def content_of(page):
     return json.loads(page.scripts[0])
 
 
+def gates_of_text(text, layers, experts):
+    """(L, T, E) of a page's text."""
+    count_LT, gate_LTE = unpacked(text["counts"]), torch.zeros(layers, len(text["tokens"]), experts)
+    pairs = zip(unpacked(text["expert"]).tolist(), unpacked(text["gate"]).tolist(), strict=True)
+    for layer in range(layers):
+        for token, count in enumerate(count_LT[layer].tolist()):
+            for expert, gate in itertools.islice(pairs, count):
+                gate_LTE[layer, token, expert] = gate
+    return gate_LTE
+
+
 def test_text_and_shares_are_the_models(run):
-    page = Page((run / "report.html").read_text())
-    content, trained = content_of(page), open_trained(str(run), None)
+    content, trained = content_of(Page((run / "report.html").read_text())), open_trained(str(run), None)
     windows = trained.windows("validation")
-    share_LE = routed_share(record_routing(Mixture(trained.model), PreparedText(windows, None)).whole().active_LTE)
-    shown = [percent(share) if share >= 2 / 8 / 8 else "×" for share in share_LE.flatten().tolist()]  # k G over 8 E G
-    places = [(layer, expert) for layer in range(2) for expert in range(8)]
-    assert page.experts == [(*place, share) for place, share in zip(places, shown, strict=True)]
-    assert [excerpt["domain"] for excerpt in content["excerpts"]] == ["farm", "town"]
-    for excerpt in content["excerpts"]:
-        input_BS, _, mask_BS = next(windows.batches(excerpt["domain"], 1))
-        assert "".join(excerpt["tokens"]) == trained.tokenizer.decode(input_BS[0])
-        gate_LTE = torch.zeros(2, input_BS.shape[1], 8)
-        for layer, tokens in enumerate(excerpt["gates"]):
-            for token, flat in enumerate(tokens):
-                gate_LTE[layer, token, flat[::2]] = torch.tensor(flat[1::2])
+    record = record_routing(Mixture(trained.model), PreparedText(windows, None))
+    block = record.whole()
+    experts = content["experts"]
+    torch.testing.assert_close(
+        torch.tensor(experts["share"]), routed_share(block.active_LTE).float(), rtol=1e-3, atol=0
+    )
+    assert experts["inactiveBelow"] == 2 / 8 / 8  # k G over 8 E G
+    assert [text["domain"] for text in content["text"]["texts"]] == experts["domains"] == ["farm", "town"]
+    for number, text in enumerate(content["text"]["texts"]):
+        input_BS, _, mask_BS = next(windows.batches(text["domain"], 1))
+        first, S = slice(0, input_BS.shape[1]), input_BS.shape[1]
+        assert len(text["tokens"]) > S
+        assert "".join(text["tokens"][first]) == trained.tokenizer.decode(input_BS[0])
         expected = gates_of(trained.model, input_BS, mask_BS)
         assert expected.count_nonzero() > 0
-        torch.testing.assert_close(gate_LTE, expected, rtol=1e-2, atol=0)
+        torch.testing.assert_close(gates_of_text(text, 2, 8)[:, first], expected, rtol=1e-2, atol=0)
+        of_domain = block.domain_T == number
+        torch.testing.assert_close(
+            torch.tensor(unpacked(text["loss"])), block.loss_T[of_domain], rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+        counts = Counter(block.token_T.tolist())
+        assert unpacked(text["seen"]).tolist() == [counts[token] for token in block.token_T[of_domain].tolist()]
 
 
 def test_a_page_needs_no_other_file(run):
     text = (run / "report.html").read_text()
     page = Page(text)
-    assert page.addresses
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert not re.search(r"url\(|@import|//[a-z]", "".join(page.scripts[1:]) + text[: text.index("</style>")])
+    assert page.addresses == ["#text", "#experts", "#between", "#training"]
+    assert len(page.scripts) == 2 + len(SCRIPTS)
+    assert not re.search(r"url\(|@import|//[a-z]", "".join(page.scripts[2:]) + text[: text.index("</style>")])
     assert page.title.endswith("A <run> & more")
-    assert {"text", "map", "measures", "picture-course", "picture-flips"} <= set(page.sections)
+    assert page.sections == ["text", "experts", "between", "training"]
+    assert {"sparsity", "lambda", "flip_rate", "sparsity_per_layer"} <= content_of(page)["training"]["plots"].keys()
 
 
 def test_the_page_begins_with_how_the_run_went(run):
@@ -108,8 +130,29 @@ def test_the_page_begins_with_how_the_run_went(run):
     header = text[text.index("<header>") : text.index("</header>")]
     assert [unescape(sentence) for sentence in re.findall(r"<li>(.*?)</li>", header)] == summary["outcome"]
     assert summary["outcome"][0].startswith("Sparsity has not settled")
-    crossed = [sum(mark == "×" for at, _, mark in Page(text).experts if at == layer) for layer in range(2)]
+    experts = content_of(Page(text))["experts"]
+    crossed = [sum(share < experts["inactiveBelow"] for share in layer) for layer in experts["share"]]
     assert crossed == summary["inactive_experts_per_layer"]
+
+
+def test_the_course_is_that_of_the_records(run):
+    course = content_of(Page((run / "report.html").read_text()))["training"]
+    records = read_metrics(run / "metrics.jsonl")
+    for name in ("lm_loss", "lambda", "sparsity", "reg_loss", "tokens_per_second", "flip_rate"):
+        known = [record for record in records if name in record]
+        plot = course["plots"][name]
+        assert unpacked(plot["step"]).tolist() == [record["step"] for record in known]
+        assert unpacked(plot["values"])[0].tolist() == pytest.approx([record[name] for record in known])
+    per_layer = unpacked(course["plots"]["sparsity_per_layer"]["values"]).T
+    assert per_layer.tolist() == pytest.approx(np.array([record["sparsity_per_layer"] for record in records]))
+    load_SLE = np.array([record["load_per_expert"] for record in records])
+    np.testing.assert_allclose(unpacked(course["load"]["share"]).transpose(2, 0, 1), load_SLE, rtol=4e-3)
+    few = (load_SLE < 2 / 8 / 8).sum(axis=(1, 2))
+    assert unpacked(course["plots"]["inactive"]["values"])[0].tolist() == few.tolist()
+    assert course["target"] == 1 - 2 / 8
+    assert [record["stage"] for record in records] == [
+        name for first, last, name in course["stages"] for _ in range(first, last + 1)
+    ]
 
 
 @pytest.mark.parametrize("said", [None, "words", [1, {}], {}])
@@ -178,9 +221,35 @@ def test_executed_pairs_are_shown_whatever_their_gate():
     zero = torch.zeros(4, dtype=torch.int64)
     gate_LTE = gates[None, :, None].expand(1, 4, 3)
     record = RoutingRecord.of(active_LTE, torch.arange(4), zero, zero, ["farm"], gate_LTE=gate_LTE)
-    (farm,) = excerpts(record, 3)
-    assert farm.gates == [[[0, 0.0, 1, 0.0], [1, -0.25], [0, None, 2, None]]]
-    assert farm.tokens == ["[0] ", "[1] ", "[2] "]
+    (farm,) = text_of(record, 3)["texts"]
+    assert farm["tokens"] == ["[0] ", "[1] ", "[2] "]
+    assert unpacked(farm["counts"]).tolist() == [[2, 1, 2]]
+    assert unpacked(farm["expert"]).tolist() == [0, 1, 1, 0, 2]
+    np.testing.assert_array_equal(unpacked(farm["gate"]), [0.0, 0.0, -0.25, math.nan, math.nan])
+
+
+def test_pairs_of_several_blocks_are_ordered_by_layer(monkeypatch):
+    monkeypatch.setattr("remoe.lab.report.reading.ROWS", 3)
+    active_LTE = torch.rand(2, 12, 5) < 0.5
+    sequence_T = torch.arange(12) // 3
+    gate_LTE = torch.randn(2, 12, 5).bfloat16().float() * active_LTE
+    domain_T, token_T = torch.zeros(12, dtype=torch.int64), torch.arange(12)
+    record = RoutingRecord.of(active_LTE, token_T, domain_T, sequence_T, ["farm"], gate_LTE=gate_LTE)
+    (farm,) = text_of(record, 10)["texts"]
+    assert not farm["cut"]
+    torch.testing.assert_close(gates_of_text(farm, 2, 5), gate_LTE[:, :10], rtol=0, atol=0)
+    monkeypatch.setattr("remoe.lab.report.reading.MAX_PAIRS", int(active_LTE[:, :5].sum()))
+    (farm,) = text_of(record, 10)["texts"]
+    assert farm["cut"]
+    torch.testing.assert_close(gates_of_text(farm, 2, 5), gate_LTE[:, :5], rtol=0, atol=0)
+
+
+def test_numbers_of_two_bytes_are_rounded_as_torch_rounds():
+    values = torch.cat([torch.randn(500), torch.tensor([0.0, -0.0, 1e-30, 3e38, math.nan, math.inf, -math.inf])])
+    found = torch.tensor(unpacked(short(values.numpy())))
+    torch.testing.assert_close(found, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    assert unpacked(whole_numbers([[0, 300]])).tolist() == [[0, 300]]
+    assert unpacked(whole_numbers(np.zeros((0,)))).tolist() == []
 
 
 def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):
@@ -189,7 +258,8 @@ def test_a_model_without_routing_has_its_course_alone(corpus, tmp_path):
     assert main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
     assert "target" not in text[: text.index("<script")]
-    assert Page(text).sections == ["unrouted", "picture-loss"]
+    assert Page(text).sections == ["unrouted", "training"]
+    assert content_of(Page(text)).keys() == {"head", "training"}
 
 
 def test_a_models_folder_has_no_course(run, corpus, tmp_path, capsys):
@@ -200,8 +270,9 @@ def test_a_models_folder_has_no_course(run, corpus, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["report", str(folder), "--data", str(corpus), "--out", str(page)]) == 0
     exported, trained = Page(page.read_text()), Page((run / "report.html").read_text())
-    assert content_of(exported) == content_of(trained)
-    assert not {"picture-course", "picture-loss"} & set(exported.sections)
+    expected = content_of(trained)
+    assert expected.pop("training")["plots"]
+    assert content_of(exported) | {"head": None} == expected | {"head": None}
 
 
 def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
@@ -216,13 +287,13 @@ def test_a_given_checkpoint_has_a_page_of_its_own(corpus, tmp_path, capsys):
     assert "3 steps of 128 tokens" in text
     assert "validation loss" not in text
     assert "the shared expert alone" in text
-    assert [len(excerpt["tokens"]) for excerpt in content_of(Page(text))["excerpts"]] == [5, 5]
+    assert [len(one["tokens"]) for one in content_of(Page(text))["text"]["texts"]] == [5, 5]
     assert not (run / "report.html").exists()
     early.rename(run / "checkpoints" / "best")
     (run / "summary.json").write_text("{")
     (run / "metrics.jsonl").unlink()
     assert main(["report", str(run / "checkpoints" / "best"), "--excerpt", "5"]) == 0
-    assert "picture-loss" not in Page((run / "report-step-3.html").read_text()).sections
+    assert "training" not in Page((run / "report-step-3.html").read_text()).sections
     (run / "checkpoints" / "best" / "training.json").unlink()
     capsys.readouterr()
     assert main(["report", str(run / "checkpoints" / "best")]) == 2
@@ -241,16 +312,32 @@ def test_a_report_does_not_make_an_old_run_the_newest(run, tmp_path, monkeypatch
     assert newest_run().name == "newer"
 
 
-def test_numbers_have_two_or_three_digits():
-    assert [percent(share) for share in (0.00391, 0.0351, 0.1249, 1.0)] == ["0.39", "3.5", "12", "100"]
+def test_numbers_have_few_digits():
     assert [quantity(number) for number in (7, 50_000, 999_600, 16_129_728)] == ["7", "50000", "1M", "16.1M"]
 
 
-def test_few_records_of_a_long_run_are_drawn():
-    records = [{"step": step} for step in range(1, 60_001)]
-    steps = [record["step"] for record in thinned(records)]
-    assert steps[:10] == list(range(1, 11))  # a figure with logarithmic steps shows each of them
+def test_a_long_course_keeps_its_spikes_and_first_steps():
+    def record(step):
+        return {"step": step, "lm_loss": 9.0 if step == 41_234 else 2.0, "sparsity": 0.0 if step == 7_777 else 0.5,
+                "stage": "dense" if step < 100 else "sparse", "load_per_expert": [[step / 60_000, 0.0]]}  # fmt: skip
+
+    course = course_of(map(record, range(1, 60_001)), experts=2, k=1, target=0.5)
+    loss, sparsity = course["plots"]["lm_loss"], course["plots"]["sparsity"]
+    steps, values = unpacked(loss["step"]), unpacked(loss["values"])[0]
+    assert steps[:10].tolist() == list(range(1, 11))  # logarithmic steps show each of them
     assert steps[-1] == 60_000
-    assert POINTS < len(steps) <= 2 * POINTS
-    assert steps == sorted(set(steps))
-    assert thinned(records[:100]) == records[:100]
+    assert 600 < len(steps) <= POINTS
+    assert steps[values == 9].tolist() == [41_234]
+    assert unpacked(sparsity["step"])[unpacked(sparsity["values"])[0] == 0].tolist() == [7_777]
+    assert course["stages"] == [[1, 99, "dense"], [100, 60_000, "sparse"]]
+    load_LEN, first = unpacked(course["load"]["share"]), unpacked(course["load"]["step"])
+    assert COLUMNS / 2 <= len(first) <= COLUMNS
+    width = first[1] - first[0]
+    np.testing.assert_allclose(load_LEN[0, 0, :-1], (first[:-1] + (width - 1) / 2) / 60_000, rtol=4e-3)
+    assert course_of(iter(()), experts=2, k=1, target=0.5) is None
+
+
+def test_every_curve_keeps_its_own_spike():
+    values = np.full((3, 10_000), 0.5)
+    values[[0, 1, 2], [4_000, 4_001, 4_002]] = [9, -9, 9]
+    assert {4_000, 4_001, 4_002, 0, 9_999} <= set(kept_points(values, 600).tolist())

@@ -35,8 +35,8 @@ class ReportOptions:
     max_tokens: int = 200_000
     """Tokens for the figures (approximate); of prepared data divided among the domains in proportion to their size, of
     raw text the first ones."""
-    excerpt: int = 200
-    """Tokens of each domain that are shown as text; at most the model's longest sequence."""
+    excerpt: int = 2000
+    """Tokens of each domain that are shown as text."""
     effect_tokens: int = 0
     """Tokens, divided equally among the domains, on which each expert is switched off to measure its effect on the
     loss. That takes a forward pass for every expert that has one of the tokens. Not measured by default."""

@@ -1,0 +1,148 @@
+"use strict";
+// Curves and dots, drawn by uPlot: drag to enlarge, arrow keys to read.
+(() => {
+  const { element, colour, short } = remoe;
+  const HEIGHT = 250;
+  const COLOURS = ["line-1", "line-2", "line-3", "line-4", "line-5", "line-6"];
+  const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]];
+
+  // A series has a colour of its own, or, if there are more, its place between two
+  function stroke(index, count) {
+    if (count <= COLOURS.length) return () => colour(COLOURS[index]);
+    const share = index / (count - 1);
+    return () => {
+      const [low, high] = [colour("map-middle"), colour("map-end")].map((text) => text.split(",").map(Number));
+      return `rgb(${low.map((value, i) => Math.round(value + share * (high[i] - value))).join(",")})`;
+    };
+  }
+
+  function clean(values, log) {
+    return Array.from(values, (value) => (Number.isFinite(value) && (!log || value > 0) ? value : null));
+  }
+
+  // Shades the stages of training, and draws the target
+  function background(u, options) {
+    const { left, top, width, height } = u.bbox;
+    const context = u.ctx;
+    context.save();
+    (options.stages || []).forEach(([first, last, name]) => {
+      const from = Math.max(left, u.valToPos(first, "x", true));
+      const to = Math.min(left + width, u.valToPos(last + 1, "x", true));
+      if (!(to > from)) return;
+      context.fillStyle = colour(`stage-${name}`);
+      context.fillRect(from, top, to - from, height);
+    });
+    if (options.target !== null && options.target !== undefined) {
+      const y = u.valToPos(options.target, "y", true);
+      context.strokeStyle = colour("soft");
+      context.setLineDash([6, 6]);
+      context.beginPath();
+      context.moveTo(left, y);
+      context.lineTo(left + width, y);
+      context.stroke();
+    }
+    context.restore();
+  }
+
+  // The powers of ten, at most eight, for a logarithmic axis
+  function powers(u, number, low, high) {
+    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+    const step = Math.ceil((last - first + 1) / 8);
+    return remoe.range(Math.floor((last - first) / step) + 1).map((i) => 10 ** (first + i * step));
+  }
+
+  function axis(label, log, whole) {
+    return {
+      ...(log ? { splits: powers } : whole ? { incrs: remoe.range(24).map((i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)) } : {}),
+      label, stroke: () => colour("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
+      grid: { stroke: () => colour("line"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 },
+      values: (u, splits) => splits.map((value) => (value === null ? "" : short(value))),
+      size: log ? 56 : 48, labelSize: 18,
+    };
+  }
+
+  // The figure's curves. options: x, xName, names, values, unit, log, logX, stages, target, dots
+  remoe.lines = (figure, options) => {
+    const holder = element("div", undefined, {
+      class: "lines", tabindex: 0, role: "group",
+      "aria-label": `${figure.title}: left and right arrow keys read values, plus and minus enlarge, Escape shows all`,
+    });
+    figure.body.append(holder);
+    let u = null, index = 0, stale = false;
+    const seen = new IntersectionObserver((entries) => {
+      if (stale && entries.at(-1).isIntersecting) make(); // others are drawn again when they are seen
+    }, { rootMargin: "100px" });
+
+    function make() {
+      stale = false;
+      const at = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
+      const kept = at.map((value) => value !== null);
+      const only = (values) => clean(values, options.log).filter((_, i) => kept[i]);
+      const count = options.names.length;
+      if (u) u.destroy();
+      u = new uPlot({
+        width: width(), height: HEIGHT, ms: 1,
+        scales: { x: { time: false, distr: options.logX ? 3 : 1 }, y: { distr: options.log ? 3 : 1, ...options.scaleY } },
+        axes: [{ ...axis(options.xName, false, true), size: 30 }, axis(options.unit, options.log)],
+        legend: { live: true },
+        cursor: { sync: options.sync ? { key: options.sync } : undefined, points: { size: 6 } },
+        series: [
+          { label: options.xName, value: (_, value) => short(value) },
+          ...options.names.map((label, i) => ({
+            label, stroke: stroke(i, count), width: 1.5, spanGaps: true, value: (_, value) => short(value),
+            dash: count > 1 && count <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[i % DASHES.length] : [],
+            ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
+          })),
+        ],
+        hooks: { drawClear: [(made) => background(made, options)] },
+      }, [at.filter((value) => value !== null), ...options.values.map(only)], holder);
+    }
+
+    function width() {
+      return Math.max(160, document.documentElement.classList.contains("print") ? 640 : figure.body.clientWidth);
+    }
+
+    function read(step) {
+      const last = u.data[0].length - 1;
+      index = Math.max(0, Math.min(last, index + step));
+      u.setCursor({ left: u.valToPos(u.data[0][index], "x"), top: u.over.clientHeight / 2 });
+    }
+
+    function zoom(factor) {
+      const { min, max } = u.scales.x;
+      const middle = u.cursor.idx === null ? (min + max) / 2 : u.data[0][u.cursor.idx];
+      u.setScale("x", { min: middle - (middle - min) * factor, max: middle + (max - middle) * factor });
+    }
+
+    const whole = () => u.setScale("x", { min: u.data[0][0], max: u.data[0].at(-1) });
+    holder.addEventListener("keydown", (event) => {
+      const far = event.shiftKey ? 20 : 1;
+      const action = {
+        ArrowLeft: () => read(-far), ArrowRight: () => read(far), Home: () => read(-Infinity), End: () => read(Infinity),
+        "+": () => zoom(0.5), "-": () => zoom(2), Escape: whole,
+      }[event.key];
+      if (!action) return;
+      event.preventDefault();
+      action();
+    });
+    const button = element("button", "Show all", { type: "button", "aria-label": `${figure.title}: show the whole range` });
+    button.addEventListener("click", () => whole());
+    figure.tools.prepend(button);
+    make();
+    const resize = () => u.setSize({ width: width(), height: HEIGHT });
+    new ResizeObserver(resize).observe(figure.body);
+    remoe.onTheme(() => {
+      if (stale) make();
+      resize();
+      u.redraw();
+    });
+    return {
+      set(changed) {
+        Object.assign(options, changed);
+        stale = true;
+        seen.unobserve(holder);
+        seen.observe(holder);
+      },
+    };
+  };
+})();

@@ -1,0 +1,350 @@
+"use strict";
+// The text: coloured tokens, of which only those near the visible part are in the page, and the experts of one token.
+(() => {
+  if (!remoe.data.text || !remoe.data.text.texts.length) return;
+  const { data, unpack, element, range, short, visible, choice } = remoe;
+  const { texts, gatesKnown } = data.text;
+  const { layers, experts } = data.head;
+  const FEW = 60, MANY = 160; // tokens of a piece: it ends at the first line end after FEW, or at MANY
+  const NEAR = "600px"; // pieces so far from the visible part are filled
+  const $ = (id) => document.getElementById(id);
+  const state = { text: 0, mode: "count", layer: -1, expert: 0, token: 0, hits: [], hit: -1 };
+  const opened = new Map();
+  let pieces = [], strengths = [], watcher = null;
+
+  // Unpacks a text when it is first shown
+  function open(number) {
+    if (opened.has(number)) return opened.get(number);
+    const packed = texts[number];
+    const T = packed.tokens.length;
+    const counts = unpack(packed.counts), expert = unpack(packed.expert);
+    const start = new Uint32Array(layers * T + 1);
+    for (let i = 0; i < counts.length; i++) start[i + 1] = start[i] + counts[i];
+    const found = {
+      T, counts, expert, start, tokens: packed.tokens, gate: packed.gate && unpack(packed.gate),
+      loss: unpack(packed.loss), seen: unpack(packed.seen), joined: packed.tokens.join("").toLowerCase(), ends: [],
+    };
+    let end = 0;
+    found.ends = packed.tokens.map((token) => (end += token.toLowerCase().length));
+    opened.set(number, found);
+    return found;
+  }
+
+  const current = () => open(state.text);
+
+  // [expert, gate] of a token in a layer, by decreasing gate
+  function pairs(text, layer, token) {
+    const at = layer * text.T + token;
+    const found = [];
+    for (let i = text.start[at]; i < text.start[at + 1]; i++) found.push([text.expert[i], text.gate ? text.gate[i] : null]);
+    return found.sort((a, b) => (Math.abs(b[1]) || 0) - (Math.abs(a[1]) || 0));
+  }
+
+  // What colours each token: NaN for none
+  const measures = {
+    count(text) {
+      const shown = state.layer < 0 ? range(layers) : [state.layer];
+      const values = new Float32Array(text.T);
+      for (const layer of shown) for (let t = 0; t < text.T; t++) values[t] += text.counts[layer * text.T + t];
+      return values;
+    },
+    expert(text) {
+      const values = new Float32Array(text.T).fill(NaN);
+      const layer = Math.max(0, state.layer);
+      for (let t = 0; t < text.T; t++) {
+        const at = layer * text.T + t;
+        for (let i = text.start[at]; i < text.start[at + 1]; i++) {
+          if (text.expert[i] === state.expert) values[t] = text.gate ? Math.abs(text.gate[i]) : 1;
+        }
+      }
+      return values;
+    },
+    loss: (text) => text.loss,
+    seen: (text) => Float32Array.from(text.seen, (count) => (count ? Math.log10(count) : NaN)),
+  };
+
+  function describe(values) {
+    let taken = 0, sum = 0;
+    for (const value of values) {
+      if (Number.isNaN(value)) continue;
+      taken += 1;
+      sum += value;
+    }
+    const mean = short(taken ? sum / taken : NaN);
+    const where = state.layer < 0 ? "summed over all layers" : `in layer ${state.layer}`;
+    return {
+      count: `Number of experts of each token, ${where}: ${mean} on average.`,
+      expert: `Gate of expert ${state.expert} in layer ${Math.max(0, state.layer)}, which takes ${taken.toLocaleString("en")} ` +
+        `of these ${values.length.toLocaleString("en")} tokens.`,
+      loss: `Loss of the model's prediction of the token that follows, in nats: ${mean} on average.`,
+      seen: "How often the token occurs in the recorded text; the colour follows the logarithm.",
+    }[state.mode];
+  }
+
+  function legend(values) {
+    let highest = -Infinity, lowest = Infinity;
+    for (const value of values) {
+      if (value > highest) highest = value;
+      if (value < lowest) lowest = value;
+    }
+    const low = state.mode === "seen" ? lowest : 0;
+    const floor = state.mode === "seen" && highest > lowest ? lowest - 0.1 * (highest - lowest) : 0;
+    const span = highest - floor;
+    strengths = Float32Array.from(values, (value) => (Number.isNaN(value) || !(span > 0) ? 0 : Math.max(0, (value - floor) / span)));
+    const shown = (value) => (!Number.isFinite(value) ? "none" : state.mode === "seen" ? short(Math.round(10 ** value)) : short(value));
+    const bar = element("span", undefined, { class: "strip tint", "aria-hidden": "true" });
+    $("legend").replaceChildren(element("span", shown(low)), bar, element("span", shown(highest)));
+    $("scale").textContent = describe(values);
+  }
+
+  function cut(text) {
+    const bounds = [];
+    let first = 0;
+    for (let t = 0; t < text.T; t++) {
+      const size = t - first + 1;
+      if (t === text.T - 1 || size >= MANY || (size >= FEW && text.tokens[t].endsWith("\n"))) {
+        bounds.push([first, t + 1]);
+        first = t + 1;
+      }
+    }
+    return bounds;
+  }
+
+  function mark(span, token) {
+    span.style.setProperty("--strength", strengths[token].toFixed(3));
+    span.className = (token === state.token ? "here " : "") + (found(token) ? "hit" : "");
+  }
+
+  const found = (token) => state.hit >= 0 && state.hits[state.hit][0] <= token && token <= state.hits[state.hit][1];
+
+  function fill(piece) {
+    if (piece.filled) return;
+    piece.filled = true;
+    piece.box.style.minHeight = "";
+    const { tokens } = current();
+    piece.box.replaceChildren(...range(piece.end - piece.first).map((i) => {
+      const span = element("span", tokens[piece.first + i]);
+      mark(span, piece.first + i);
+      return span;
+    }));
+  }
+
+  function empty(piece) {
+    if (!piece.filled) return;
+    piece.filled = false;
+    piece.box.style.minHeight = `${piece.box.offsetHeight}px`;
+    piece.box.replaceChildren();
+  }
+
+  function layOut() {
+    const text = current();
+    if (watcher) watcher.disconnect();
+    const columns = Math.max(20, ($("excerpt").clientWidth - 32) / 8.7);
+    pieces = cut(text).map(([first, end]) => {
+      const box = element("div", undefined, { class: "piece" });
+      const lines = text.tokens.slice(first, end).join("").split("\n");
+      const rows = lines.reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / columns)), 0);
+      box.style.minHeight = `${rows * 27}px`;
+      return { box, first, end, filled: false };
+    });
+    const of = new Map(pieces.map((piece) => [piece.box, piece]));
+    watcher = new IntersectionObserver((entries) => {
+      for (const entry of entries) (entry.isIntersecting ? fill : empty)(of.get(entry.target));
+    }, { root: $("excerpt"), rootMargin: NEAR });
+    $("excerpt").replaceChildren(...pieces.map((piece) => piece.box));
+    $("excerpt").scrollTop = 0;
+    pieces.slice(0, 3).forEach(fill);
+    pieces.forEach((piece) => watcher.observe(piece.box));
+    $("cut").hidden = !texts[state.text].cut;
+  }
+
+  function recolour() {
+    legend(measures[state.mode](current()));
+    remark();
+  }
+
+  function remark() {
+    for (const piece of pieces) {
+      if (piece.filled) [...piece.box.children].forEach((span, i) => mark(span, piece.first + i));
+    }
+  }
+
+  function pieceOf(token) {
+    return pieces.find((piece) => token < piece.end);
+  }
+
+  function showToken(token, scroll) {
+    const text = current();
+    const before = pieceOf(state.token);
+    const last = state.token;
+    state.token = token;
+    if (before && before.filled && before.box.children[last - before.first]) mark(before.box.children[last - before.first], last);
+    const piece = pieceOf(token);
+    if (scroll) fill(piece);
+    if (piece.filled) {
+      const span = piece.box.children[token - piece.first];
+      mark(span, token);
+      if (scroll) reveal(span);
+    }
+    const title = element("p");
+    title.append(
+      element("code", visible(text.tokens[token]) || "part of a character", { class: "token", dir: "auto" }),
+      ` token ${(token + 1).toLocaleString("en")} of ${text.T.toLocaleString("en")}` +
+      (text.seen[token] ? `, occurs ${text.seen[token].toLocaleString("en")} times` : "") +
+      (Number.isNaN(text.loss[token]) ? "" : `, loss of the next ${short(text.loss[token])} nats`),
+    );
+    const list = element("ul");
+    for (let layer = 0; layer < layers; layer++) {
+      const row = element("li", undefined, { class: "row" });
+      const experts = element("span");
+      const taken = pairs(text, layer, token);
+      taken.forEach(([expert, gate], i) => {
+        if (i) experts.append(", ");
+        experts.append(element("a", `${expert}`, { href: `#expert-${layer}-${expert}` }));
+        if (gatesKnown) experts.append(` (${Number.isFinite(gate) ? short(gate) : "not a number"})`);
+      });
+      if (!taken.length) experts.textContent = "none";
+      row.append(element("span", `layer ${layer}`), experts);
+      list.append(row);
+    }
+    $("token").replaceChildren(title, list);
+  }
+
+  // Scrolls the text alone, not the page
+  function reveal(span) {
+    const box = $("excerpt").getBoundingClientRect(), at = span.getBoundingClientRect();
+    if (at.top < box.top + 20 || at.bottom > box.bottom - 20) {
+      $("excerpt").scrollTop += at.top - box.top - box.height / 2;
+    }
+  }
+
+  function search(words) {
+    const text = current();
+    const wanted = words.toLowerCase();
+    state.hits = [];
+    state.hit = -1;
+    const tokenAt = (place) => {
+      let low = 0, high = text.T - 1;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (text.ends[middle] > place) high = middle;
+        else low = middle + 1;
+      }
+      return low;
+    };
+    if (wanted) {
+      for (let at = text.joined.indexOf(wanted); at >= 0; at = text.joined.indexOf(wanted, at + wanted.length)) {
+        state.hits.push([tokenAt(at), tokenAt(at + wanted.length - 1)]);
+      }
+    }
+    if (state.hits.length) go(0);
+    else {
+      remark();
+      $("hits").textContent = wanted ? "not found" : "";
+    }
+  }
+
+  function go(hit) {
+    if (!state.hits.length) return;
+    state.hit = (hit + state.hits.length) % state.hits.length;
+    $("hits").textContent = `${(state.hit + 1).toLocaleString("en")} of ${state.hits.length.toLocaleString("en")}`;
+    showToken(state.hits[state.hit][0], true);
+    remark();
+  }
+
+  // The token shown before the reader points at one: the first would often be an empty line.
+  function busiest() {
+    const text = current();
+    let best = 0, most = -1;
+    for (let t = 0; t < Math.min(text.T, 200); t++) {
+      let count = 0;
+      for (let layer = 0; layer < layers; layer++) count += text.counts[layer * text.T + t];
+      if (count > most) [best, most] = [t, count];
+    }
+    return best;
+  }
+
+  function show() {
+    layOut();
+    recolour();
+    state.hits = [];
+    state.hit = -1;
+    $("hits").textContent = "";
+    showToken(busiest(), false);
+  }
+
+  function* rows() {
+    const text = current();
+    const names = ["domain", "token", "text", "occurrences", "loss of the next token in nats", ...range(layers).map((layer) => `experts of layer ${layer}`)];
+    const { domain } = texts[state.text];
+    yield names;
+    for (let t = 0; t < text.T; t++) {
+      const row = [domain, t, text.tokens[t], text.seen[t], text.loss[t]];
+      for (let layer = 0; layer < layers; layer++) {
+        const at = layer * text.T + t;
+        let cell = "";
+        for (let i = text.start[at]; i < text.start[at + 1]; i++) {
+          cell += `${cell && " "}${text.expert[i]}${text.gate ? `:${text.gate[i].toPrecision(3)}` : ""}`;
+        }
+        row.push(cell);
+      }
+      yield row;
+    }
+  }
+
+  const figure = remoe.figure("text", "text-tokens", "Experts of each token", $("text-words").content.textContent.trim().replace(/\s+/g, " "), rows);
+  figure.body.append($("text-body").content);
+  const options = (names) => names.map((name, i) => [i, name]);
+  const domain = choice("Text", options(texts.map((text) => text.domain)), (value) => {
+    state.text = +value;
+    show();
+  });
+  const modes = [["count", "number of experts"], ["expert", "gate of one expert"], ["loss", "loss"], ["seen", "frequency"]];
+  const known = modes.filter(([mode]) => mode !== "loss" || texts.some((text) => unpack(text.loss).some((value) => !Number.isNaN(value))));
+  const mode = choice("Colour", known, (value) => setColour(value, state.layer, state.expert));
+  const layer = choice("Layer", [[-1, "all layers"], ...remoe.layerNames], (value) => setColour(state.mode, +value, state.expert));
+  const expert = choice("Expert", options(range(experts)), (value) => setColour(state.mode, state.layer, +value));
+
+  function setColour(how, ofLayer, ofExpert) {
+    Object.assign(state, { mode: how, layer: how === "expert" ? Math.max(0, ofLayer) : ofLayer, expert: ofExpert });
+    mode.select.value = how;
+    layer.select.value = state.layer;
+    expert.select.value = ofExpert;
+    layer.label.hidden = how === "loss" || how === "seen";
+    expert.label.hidden = how !== "expert";
+    recolour();
+  }
+  const ask = element("label", "Search ");
+  const field = element("input", undefined, { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
+  ask.append(field);
+  const back = element("button", "Previous", { type: "button" });
+  const next = element("button", "Next", { type: "button" });
+  figure.tools.prepend(domain.label, mode.label, layer.label, expert.label, ask, back, next, element("span", "", { id: "hits", "aria-live": "polite" }));
+  field.addEventListener("input", () => search(field.value));
+  field.addEventListener("keydown", (event) => event.key === "Enter" && go(state.hit + (event.shiftKey ? -1 : 1)));
+  back.addEventListener("click", () => go(state.hit - 1));
+  next.addEventListener("click", () => go(state.hit + 1));
+
+  function point(event) {
+    const piece = pieces.find(({ box }) => box === event.target.parentElement);
+    if (piece) showToken(piece.first + [...piece.box.children].indexOf(event.target), false);
+  }
+  $("excerpt").addEventListener("mouseover", point);
+  $("excerpt").addEventListener("click", point);
+  $("excerpt").addEventListener("keydown", (event) => {
+    const far = event.ctrlKey ? 100 : 1;
+    const step = { ArrowRight: far, ArrowLeft: -far }[event.key];
+    const { T } = current();
+    const to = { Home: 0, End: T - 1 }[event.key] ?? (step && Math.max(0, Math.min(T - 1, state.token + step)));
+    if (to === undefined) return;
+    event.preventDefault();
+    showToken(to, true);
+  });
+  setColour("count", -1, 0);
+  show();
+  remoe.colourBy = (ofLayer, ofExpert) => {
+    setColour("expert", ofLayer, ofExpert);
+    figure.figure.scrollIntoView();
+    $("excerpt").focus({ preventScroll: true });
+  };
+})();

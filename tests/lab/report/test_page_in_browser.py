@@ -1,0 +1,260 @@
+"""The page in a browser: each control does what it says, at every width, in the dark, by keyboard, on paper."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_run import FLAGS
+
+from remoe.lab.analysis.record import RoutingRecord
+from remoe.lab.cli.main import main
+from remoe.lab.report.packed import unpacked
+from remoe.lab.report.page import render
+from remoe.lab.report.sections import page_data
+from remoe.lab.training.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Of each figure its name, title, words, and the widths of its button and its body
+FIGURES = """[...document.querySelectorAll("figure.plot")].map((one) => [
+  one.id, one.querySelector("h3").textContent, one.querySelector("figcaption p").textContent,
+  one.querySelector(".csv").offsetWidth, one.querySelector(".body").offsetWidth,
+])"""
+# Presses all CSV buttons, and keeps what they would save; a browser allows a page few downloads
+SAVED = """async () => {
+  const blobs = [];
+  URL.createObjectURL = (blob) => blobs.push(blob) && "#";
+  HTMLAnchorElement.prototype.click = () => {};
+  const buttons = [...document.querySelectorAll(".csv")];
+  buttons.forEach((button) => button.click());
+  while (blobs.length < buttons.length) await new Promise((goOn) => setTimeout(goOn, 5));
+  return Promise.all(blobs.map((blob) => blob.text()));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium")
+    with playwright.sync_playwright() as one:
+        browser = one.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "run"
+    flags = ["--steps", "12", "--validate.flips-every", "2", "--granularity", "2", *FLAGS]
+    assert main(["train", "--data", str(corpus), "--out", str(out), *flags]) == 0
+    assert main(["report", str(out), "--excerpt", "400", "--effect-tokens", "64"]) == 0
+    return out
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a file; at the end, nothing but it was requested, and nothing went wrong."""
+    wrong, contexts = [], []
+
+    def opened(path, *, width=1400, scheme="light", place=""):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page, address = context.new_page(), f"file://{path}"
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda asked: asked.url.startswith((address, "blob:")) or wrong.append(asked.url))
+        page.goto(address + place)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def content_of(page):
+    return json.loads(page.locator("#content").text_content())
+
+
+def rows_of(page, name):
+    """The data behind a figure's button, without the names of the columns."""
+    with page.expect_download() as download:
+        page.locator(f"#{name} > .tools .csv").click()
+    assert download.value.suggested_filename == f"{name}.csv"
+    with open(download.value.path(), newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def readout(page, name):
+    return page.locator(f"#{name} .readout").text_content()
+
+
+def colour_of(page):
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_a_page_fits_wide_and_narrow_windows_light_and_dark(run, opened):
+    for width, scheme in ((1400, "light"), (390, "dark")):
+        page = opened(run / "report.html", width=width, scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert colour_of(page) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
+        figures = page.evaluate(FIGURES)
+        assert len(figures) == 22
+        for name, title, words, button, body in figures:
+            assert title, name
+            assert len(words) > 40, name
+            assert button > 20, name
+            assert 150 < body <= width, name
+    page.emulate_media(color_scheme="light")
+    assert colour_of(page) == "rgb(255, 255, 255)"
+
+
+def test_colours_of_the_text(run, opened):
+    page = opened(run / "report.html")
+    (farm, town), head = content_of(page)["text"]["texts"], content_of(page)["head"]
+    counts = unpacked(farm["counts"])
+
+    def strengths():
+        spans = page.locator("#excerpt .piece").first.locator("span")
+        return spans.evaluate_all("all => all.map((span) => +span.style.getPropertyValue('--strength'))")
+
+    total = counts.sum(axis=0)
+    assert strengths() == pytest.approx((total / total.max())[: len(strengths())].tolist(), abs=1e-3)
+    page.get_by_label("Layer", exact=True).first.select_option("1")
+    assert strengths() == pytest.approx((counts[1] / counts[1].max())[: len(strengths())].tolist(), abs=1e-3)
+    page.get_by_label("Colour").select_option("expert")
+    page.get_by_label("Expert", exact=True).first.select_option("3")
+    experts, gates = unpacked(farm["expert"]), unpacked(farm["gate"])
+    expected, place = [], int(counts[0].sum())
+    for count in counts[1].tolist():
+        expected.append(sum(gates[place + i] for i in range(count) if experts[place + i] == 3))
+        place += count
+    assert strengths() == pytest.approx([gate / max(expected) for gate in expected][: len(strengths())], abs=1e-3)
+    page.get_by_label("Colour").select_option("loss")
+    loss = unpacked(farm["loss"])
+    highest = max(value for value in loss.tolist() if value == value)
+    assert strengths()[0] == pytest.approx(loss[0] / highest, abs=1e-3)
+    page.get_by_label("Colour").select_option("seen")
+    assert "occurs" in page.locator("#scale").text_content()
+    page.get_by_label("Text", exact=True).select_option("1")
+    assert page.locator("#excerpt .piece span").first.text_content() == town["tokens"][0]
+    assert head["layers"] == 2
+
+
+def test_a_token_is_read_by_pointer_keys_and_search(run, opened):
+    page = opened(run / "report.html")
+    farm, *_ = content_of(page)["text"]["texts"]
+    counts, experts = unpacked(farm["counts"]), unpacked(farm["expert"])
+    page.locator("#excerpt .piece span").nth(2).hover()
+    assert f"token 3 of {len(farm['tokens'])}" in page.locator("#token").text_content()
+    shown = page.locator("#token li").first.locator("a").all_text_contents()
+    first = int(counts[0, :2].sum())
+    assert sorted(map(int, shown)) == experts[first : first + counts[0, 2]].tolist()
+    page.locator("#excerpt").focus()
+    for key, token in (
+        ("ArrowRight", 4),
+        ("ArrowLeft", 3),
+        ("End", len(farm["tokens"])),
+        ("ArrowRight", len(farm["tokens"])),
+    ):
+        page.keyboard.press(key)
+        assert f"token {token} of" in page.locator("#token").text_content()
+    assert page.locator("#excerpt .here").is_visible()
+    text = "".join(farm["tokens"])
+    page.get_by_label("Search").fill("cow")
+    assert page.locator("#hits").text_content() == f"1 of {text.count('cow')}"
+    page.get_by_role("button", name="Next").click()
+    assert page.locator("#hits").text_content() == f"2 of {text.count('cow')}"
+    assert "cow" in "".join(page.locator("#excerpt .hit").all_text_contents())
+    page.get_by_label("Search").fill("not there")
+    assert page.locator("#hits").text_content() == "not found"
+
+
+def test_experts_have_cards_that_one_can_link_to(run, opened):
+    page = opened(run / "report.html", place="#expert-1-3")
+    content = content_of(page)["experts"]
+    assert page.locator("#card .name").text_content() == "Layer 1, expert 3"
+    assert "Load over training" in page.locator("#card").text_content()
+    bars = page.locator("#card .bar").all_text_contents()
+    assert [bar[:4] for bar in bars] == ["farm", "town"]
+    assert "nats per token" in page.locator("#card").text_content()
+    page.locator("#card").get_by_role("button", name="Colour the text by it").click()
+    assert "Gate of expert 3 in layer 1" in page.locator("#scale").text_content()
+    page.locator("#expert-load .map").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):  # to layer 0, expert 0 first
+        page.keyboard.press(key)
+    assert readout(page, "expert-load").startswith("Layer 1, expert 1: ")
+    assert page.locator("#card .name").text_content() == "Layer 1, expert 1"
+    assert page.url.endswith("#expert-1-1")
+    page.locator("#expert-load canvas").click(position={"x": 60, "y": 5})
+    assert page.locator("#card .name").text_content() == "Layer 0, expert 0"
+    rows = rows_of(page, "expert-load")
+    assert [[int(row[0]), int(row[1]), float(row[2])] for row in rows] == [
+        [layer, expert, content["share"][layer][expert]] for layer in range(2) for expert in range(8)
+    ]
+
+
+def test_curves_are_read_by_keys_and_enlarged(run, opened):
+    page = opened(run / "report.html")
+    records = read_metrics(run / "metrics.jsonl")
+    rows = rows_of(page, "training-lm_loss")
+    assert [int(row[0]) for row in rows] == [record["step"] for record in records]
+    assert [float(row[1]) for row in rows] == pytest.approx([record["lm_loss"] for record in records])
+    page.locator("#training-lm_loss .lines").focus()
+    page.keyboard.press("ArrowRight")
+    legend = page.locator("#training-lm_loss .u-value").all_text_contents()
+    assert legend == ["2", f"{records[1]['lm_loss']:.3g}"]
+    box = page.get_by_label("steps on a logarithmic scale")
+    box.focus()
+    page.keyboard.press("Space")
+    assert box.is_checked()
+    assert page.locator("#training-lm_loss .uplot").count() == 1
+    page.get_by_label("Layers").select_option("1")
+    page.locator("#training-load select").select_option("1")
+    page.locator("#training-load .map").focus()
+    page.keyboard.press("ArrowRight")
+    assert readout(page, "training-load").startswith("Layer 1, expert 0, from step 1: ")
+    saved = page.evaluate(SAVED)
+    assert len(saved) == 22
+    for text in saved:
+        names, *rows = csv.reader(io.StringIO(text, newline=""))
+        assert rows
+        assert {len(row) for row in rows} == {len(names)}
+
+
+def test_a_page_is_printed_on_white(run, opened):
+    page = opened(run / "report.html", scheme="dark")
+    page.evaluate(
+        "addEventListener('beforeprint', () => { window.paper = getComputedStyle(document.body).backgroundColor })"
+    )
+    assert page.pdf().startswith(b"%PDF")
+    assert page.evaluate("window.paper") == "rgb(255, 255, 255)"
+    assert colour_of(page) == "rgb(21, 24, 28)"
+
+
+def test_hostile_and_long_texts_do_no_harm(opened, tmp_path):
+    hostile = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>", "\u202e\u2066", "\x00\x1b[31m\x9b",
+               "א", "x" * 1_000_000, "\ufffd", "\u2028", "${alert(3)}", "{{ 7 * 7 }}"]  # fmt: skip
+    T = 20_000
+    texts = [*hostile, *["word "] * (T - len(hostile))]
+    active_LTE, zero = torch.rand(2, T, 4) < 0.3, torch.zeros(T, dtype=torch.int64)
+    gate_LTE, domain = torch.rand(2, T, 4) * active_LTE, "</template><b>\u202e"
+    record = RoutingRecord.of(active_LTE, torch.arange(T) % 50, zero, zero, [domain], gate_LTE=gate_LTE, texts=texts)
+    path = tmp_path / "hostile.html"
+    path.write_text(render(page_data(None, None, record, excerpt_tokens=T)))
+    page = opened(path, width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    shown = page.locator("#excerpt .piece span")
+    assert shown.first.text_content() == hostile[0]
+    assert shown.nth(3).text_content() == r"\x00\x1b[31m\x9b"
+    assert shown.count() < 2000  # those near the visible part
+    page.locator("#excerpt").focus()
+    page.keyboard.press("End")
+    assert page.locator("#excerpt .here").text_content() == "word "
+    assert shown.count() < 4000
