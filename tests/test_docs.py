@@ -23,7 +23,7 @@ NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n$")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 # The authors' code, TensorBoard, a script, and Megatron-LM.
-OTHER_PROGRAMS = {"--save", "--moe-relu-routing", "--logdir", "--results", "--moe-routing-trace-path"}
+OTHER_PROGRAMS = {"--save", "--moe-relu-routing", "--logdir", "--results", "--moe-routing-trace-path", "--append-eod"}
 OTHER_PROGRAMS |= {"--max-restarts", "--rdzv-id"}  # torchrun's
 SLOW = {"docs/guides/convert.md", "docs/guides/fine-tune.md"}  # over 5 seconds
 

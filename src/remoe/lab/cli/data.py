@@ -59,8 +59,8 @@ def check_command(argv: list[str]) -> int:
                 short_name(domain),
                 str(counts.documents),
                 str(counts.tokens),
-                f"{counts.bytes / 1e6:.2f}",
-                f"{counts.tokens / counts.bytes:.3f}",
+                f"{counts.bytes / 1e6:.2f}" if counts.bytes else "",
+                f"{counts.tokens / counts.bytes:.3f}" if counts.bytes else "",
                 end_section=domain == "all",
             )
     console = Console()

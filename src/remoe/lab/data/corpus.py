@@ -1,5 +1,6 @@
 """Datasets that a command prepares from raw text before it uses them."""
 
+import shlex
 from pathlib import Path
 
 from remoe.errors import ConfigError, DataError
@@ -7,6 +8,7 @@ from remoe.lab.console import say
 from remoe.lab.data.dataset import Dataset, open_dataset
 from remoe.lab.data.journal import FORMAT, JOURNAL_NAME, VERSION, ChangedError, Journal
 from remoe.lab.data.manifest import MANIFEST_NAME, read_record
+from remoe.lab.data.megatron import find_token_files, open_token_files
 from remoe.lab.data.options import PrepareOptions
 from remoe.lab.data.preparation import prepare
 from remoe.lab.data.sources import is_raw
@@ -14,20 +16,24 @@ from remoe.lab.data.sources import is_raw
 ADVICE = "delete that folder or use another --pool; runs on the old text are not comparable with new ones"
 
 
-def open_data(data: str, parent: Path, vocab_size: int) -> Dataset:
+def open_data(data: str, parent: Path, vocab_size: int, tokenizer: str | None = None) -> Dataset:
     """The dataset that `--data` names; one of raw text is prepared in `parent`/data once, and a line says so.
 
     Text that has changed since is prepared anew, in a folder with the next number: runs on the old text keep theirs.
 
     Args:
-        data: a folder that `prepare` wrote, or text as `open_corpus` takes it.
+        data: a folder that `prepare` wrote, Megatron's token files, or text as `open_corpus` takes it.
         parent: folder.
         vocab_size: of the tokenizer that is trained for raw text.
+        tokenizer: that made the token files.
 
     Raises:
         DataError: when there is no such data, or the text cannot be prepared.
-        ConfigError: when `parent` is inside the folder of the text.
+        ConfigError: when `parent` is inside the folder of the text, or with a tokenizer for other data.
     """
+    if files := find_token_files(data):
+        return open_token_files(files, parent, tokenizer)
+    _check_needless(tokenizer, data)
     if not is_raw(data):
         return open_dataset(data)
     out = first = _place(data, parent, vocab_size)
@@ -52,6 +58,16 @@ def open_data(data: str, parent: Path, vocab_size: int) -> Dataset:
             if begun:
                 say(f"the text of {data} is prepared in {out}")
             return dataset
+
+
+def _check_needless(tokenizer: str | None, data: str) -> None:
+    """Raises ConfigError where a tokenizer is given with a prepared dataset, which has its own, or with text."""
+    if tokenizer is None or (Path(data) / MANIFEST_NAME).exists():
+        return
+    raise ConfigError(
+        f"--tokenizer {tokenizer}: it is for token files of Megatron; text is prepared with a given tokenizer by"
+        f" `remoe data prepare {shlex.quote(data)} --out DIR --tokenizer {shlex.quote(tokenizer)}`"
+    )
 
 
 def open_corpus(corpus: str, pool: Path, vocab_size: int, *, as_prepared: bool) -> Dataset:

@@ -175,13 +175,13 @@ def spot_check(dataset: Dataset) -> None:
     DataError naming the shard.
     """
     shards = [(split, shard) for split in (dataset.train, dataset.validation) for shard in split.shards]
-    if sum(shard.path.stat().st_size for _, shard in shards) <= WHOLE_BYTES:
+    if sum(shard.size for _, shard in shards) <= WHOLE_BYTES:
         verify_hashes(dataset)
         return
     for split, shard in shards:
-        for start in _spread(shard.num_tokens, SAMPLED_BLOCKS, BLOCK_TOKENS):
+        for start in spread(shard.num_tokens, SAMPLED_BLOCKS, BLOCK_TOKENS):
             check_ids(shard, start, shard.tokens[start : start + BLOCK_TOKENS], split.vocab_size)
-        for first in _spread(shard.num_documents, SAMPLED_BLOCKS, SAMPLED_DOCUMENTS):
+        for first in spread(shard.num_documents, SAMPLED_BLOCKS, SAMPLED_DOCUMENTS):
             _check_documents(shard, first, dataset)
 
 
@@ -195,7 +195,7 @@ def check_ids(shard: Shard, start: int, tokens_T: np.ndarray, vocab_size: int) -
         )
 
 
-def _spread(count: int, blocks: int, size: int) -> list[int]:
+def spread(count: int, blocks: int, size: int) -> list[int]:
     """Starts of at most `blocks` blocks of `size` items, evenly spread over `count` items, both ends among them."""
     return sorted({round(start) for start in np.linspace(0, max(count - size, 0), blocks)})
 

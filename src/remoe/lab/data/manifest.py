@@ -6,6 +6,8 @@ T tokens in N documents (each ends with the EOS token):
   document_offsets  int64 (N + 1)   document i is tokens[offsets[i]:offsets[i + 1]]
   document_domain   int32 (N)       index into the domains of dataset.json
   document_bytes    int64 (N)       UTF-8 bytes of the document's text
+A shard of Megatron's token files has no `tokens`: its metadata says where in PREFIX.bin they are (`tokens_file`), and
+its document_bytes are 0 for training text.
 Shards of conversations have one more, and their document_bytes count the answers alone:
   targets           uint8 (T)       1 for a token of an answer, which the loss is about, otherwise 0
 """
@@ -145,6 +147,16 @@ def read_record(path: Path, kind: type[RecordT], name: str, version: int) -> Rec
         raise DataError(f"{path}: damaged: {place}: {first['msg']}") from None
 
 
+class TokensFile(Strict):
+    """Where a shard's tokens are, if they are in a file that another program wrote."""
+
+    path: str
+    size: int  # of the whole file, in bytes
+    dtype: Literal["<u2", "<u4"]
+    start: int  # first byte
+    length: int  # in tokens
+
+
 class ShardHeader(Strict):
     """What a shard's metadata says about it."""
 
@@ -155,6 +167,11 @@ class ShardHeader(Strict):
     index: int
     sha256: str
     index_sha256: str
+    tokens_file: TokensFile | None = None
+
+    def to_json(self) -> str:
+        """The metadata's text; as in version 0.1.0 where the shard has its own tokens."""
+        return self.model_dump_json(exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,11 @@ class Shard:
         """Number of documents, from the header alone."""
         return self.layout["document_domain"][2]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the arrays, from the header alone."""
+        return sum(np.dtype(dtype).itemsize * length for dtype, _, length in self.layout.values())
+
     def index_sha256(self) -> str:
         """Sha256 (hex) of the document index, and of the targets where there are any, as they now are in the file."""
         names = (*INDEX_TENSORS, TARGETS) if self.masked else INDEX_TENSORS
@@ -214,7 +236,9 @@ class Shard:
         dtype, start, length = self.layout[name]
         if length == 0:
             return np.empty(0, dtype)
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=start, shape=(length,))
+        elsewhere = self.header.tokens_file if name == "tokens" else None
+        path = Path(elsewhere.path) if elsewhere else self.path
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(length,))
 
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map would copy its whole content
@@ -250,11 +274,14 @@ def read_shard(path: Path) -> Shard:
             content = json.loads(file.read(length))
         header = ShardHeader.model_validate_json(content.pop("__metadata__")[METADATA_KEY])
         layout = {name: _place(entry, 8 + length) for name, entry in content.items()}
-        if set(layout) - {TARGETS} != {"tokens", *INDEX_TENSORS}:
+        expected = {*INDEX_TENSORS} if header.tokens_file else {"tokens", *INDEX_TENSORS}
+        if set(layout) - {TARGETS} != expected:
             raise ValueError("tensors missing")
+        ends = [start + count * np.dtype(dtype).itemsize for dtype, start, count in layout.values()]
+        if (file := header.tokens_file) is not None:
+            layout["tokens"] = (file.dtype, file.start, file.length)
         if TARGETS in layout and layout[TARGETS][2] != layout["tokens"][2]:
             raise ValueError("not a target for each token")
-        ends = [start + count * np.dtype(dtype).itemsize for dtype, start, count in layout.values()]
     except FileNotFoundError:
         raise DataError(f"{path}: shard missing") from None
     except OSError as error:
@@ -263,7 +290,18 @@ def read_shard(path: Path) -> Shard:
         raise DataError(f"{path}: not a remoe shard, or its header is damaged") from None
     if max(ends) != size:
         raise DataError(f"{path}: shard truncated or damaged: {size} bytes instead of {max(ends)}")
+    if header.tokens_file is not None:
+        _check_tokens_file(header.tokens_file)
     return Shard(path, header, layout)
+
+
+def _check_tokens_file(file: TokensFile) -> None:
+    try:
+        size = Path(file.path).stat().st_size
+    except OSError as error:
+        raise DataError(f"{file.path}: {error.strerror}; it has the tokens of the dataset") from None
+    if size != file.size:
+        raise DataError(f"{file.path}: changed since the dataset was made: {size} bytes instead of {file.size}")
 
 
 def _place(entry: dict[str, Any], base: int) -> tuple[str, int, int]:

@@ -164,7 +164,7 @@ class ShardWriter:
         )
         path = self.folder / shard_name(self.split, self.index)
         with replacing(path) as temporary:
-            save_file(arrays, temporary, metadata={METADATA_KEY: header.model_dump_json()})
+            save_file(arrays, temporary, metadata={METADATA_KEY: header.to_json()})
         record = self._record(header, arrays["document_domain"], lengths, arrays["document_bytes"])
         self.index += 1
         self._clear()

@@ -154,7 +154,11 @@ class TrainConfig:
     """Model size and training settings: tiny, mini, 182m, 469m or 978m."""
     data: str | None = None
     """Your text: a file or folder of .txt, .md, .jsonl, .csv, .parquet, ..., which is prepared once, next to the run;
-    or a folder written by `remoe data prepare`. By default Python's standard library."""
+    or a folder written by `remoe data prepare`; or token files of Megatron, PREFIX.bin and PREFIX.idx, or a folder of
+    them. By default Python's standard library."""
+    tokenizer: str | None = None
+    """The tokenizer that made token files of Megatron: a folder or a name on the hub. With --from, the model's by
+    default. All other data has its own."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Continue training the model in this folder: a run, one of its checkpoints, an export, or a model that `remoe
     convert` wrote. Its sizes, its router and the state of its sparsity control are kept; --data must be prepared with
@@ -317,17 +321,8 @@ _HOLDS = {
 }
 # Options that have no influence on the trained weights.
 _FREE = {
-    "out",
-    "resume",
-    "config",
-    "data",
-    "log_every",
-    "print_every",
-    "live",
-    "device",
-    "prompt",
-    "mesh",
-    "mesh_timeout",
+    *("out", "resume", "config", "data", "tokenizer", "log_every", "print_every", "live", "device", "prompt"),
+    *("mesh", "mesh_timeout"),
 }
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)

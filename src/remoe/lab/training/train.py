@@ -29,6 +29,7 @@ from remoe.lab.data import (
 )
 from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
+from remoe.lab.data.megatron import find_token_files, open_token_files
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.live.growth import Growth
@@ -131,20 +132,25 @@ def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: 
 
 def _open_data(config: TrainConfig, run: RunFolder, origin: Origin | None) -> Dataset:
     if origin:
-        return _open_for(origin, config.data)
+        return _open_for(origin, config, run)
     if config.data:
-        return open_data(config.data, run.path.parent, config.vocab_size)
+        return open_data(config.data, run.path.parent, config.vocab_size, config.tokenizer)
+    if config.tokenizer:
+        raise ConfigError("--tokenizer is for token files of Megatron: name them with --data")
     return default_dataset(run.path.parent, config.vocab_size)
 
 
-def _open_for(origin: Origin, data: str | None) -> Dataset:
+def _open_for(origin: Origin, config: TrainConfig, run: RunFolder) -> Dataset:
     """The data, by default those that the model was trained on; raises DataError when another tokenizer made them."""
-    if not (data := data or origin.data):
+    if not (data := config.data or origin.data):
         raise ConfigError(
             f"--from {origin.folder}: say with --data on what to train it; `remoe data prepare TEXT --out DATA "
             f"--tokenizer {shlex.quote(str(origin.tokenizer))}` prepares text for it"
         )
-    dataset = open_dataset(data, tokenizer=origin.tokenizer)
+    if files := find_token_files(data):
+        dataset = open_token_files(files, run.path.parent, config.tokenizer or origin.tokenizer)
+    else:
+        dataset = open_dataset(data, tokenizer=origin.tokenizer)
     dataset.check_tokenizer(load_tokenizer(origin.tokenizer), str(origin.folder))
     return dataset
 
