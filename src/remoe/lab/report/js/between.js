@@ -60,8 +60,8 @@
     }
   }
   const figure = remoe.figure("between", "flow", "Flow from layer to layer",
-    "Share of the tokens of an expert (row) that an expert of the next layer (column) also takes. A bright cell is a path that many tokens " +
-    "follow; bright columns are experts that take many tokens of any origin.",
+    "Share of the tokens of an expert (row) that an expert of the next layer (column) also takes. A strongly coloured cell is a path that many " +
+    "tokens follow; a strongly coloured column is an expert that takes many tokens of any origin.",
     rows);
   const map = remoe.heatmap(figure, {
     rows: experts, columns: experts, value: (from, to) => at(layer - 1, from, to), max: highest(), rowTick: String, columnTick: String,
