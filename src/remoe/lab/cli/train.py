@@ -35,7 +35,7 @@ def train_command(argv: list[str]) -> int:
         run = branching_run(Path(given.from_)) if given.from_ else RunFolder(given.out or newest_run())
         saved = run.load_config()
         # It may be continued on another mesh; a branch needs a folder of its own.
-        base = replace(saved, mesh=None, live=False, out=None if given.from_ else saved.out)
+        base = replace(saved, mesh=None, live=False, log=[], out=None if given.from_ else saved.out)
     elif restarted:
         run = RunFolder(given.out)
         base = saved = run.load_config()

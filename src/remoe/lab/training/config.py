@@ -225,6 +225,8 @@ class TrainConfig:
     """Steps between progress lines."""
     live: bool = False
     """Serve a page on 127.0.0.1 that shows the run as it grows; `remoe watch RUN` serves it for any run."""
+    log: list[str] = field(default_factory=list)
+    """Programs that get the records too: wandb (Weights & Biases), trackio, or both."""
     prompt: str | None = None
     """Prompt of the text sample at the end; the start of a validation text by default."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -320,10 +322,8 @@ _HOLDS = {
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
 # Options that have no influence on the trained weights.
-_FREE = {
-    *("out", "resume", "config", "data", "tokenizer", "log_every", "print_every", "live", "device", "prompt"),
-    *("mesh", "mesh_timeout"),
-}
+_FREE = {"out", "resume", "config", "data", "tokenizer", "log_every", "print_every", "live", "log", "device", "prompt"}
+_FREE |= {"mesh", "mesh_timeout"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 

@@ -1,13 +1,14 @@
-"""The records of a run: metrics.jsonl and TensorBoard."""
+"""The records of a run: metrics.jsonl, and the sinks beside it."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from remoe.errors import RemoeError
 from remoe.lab.files import replacing
+from remoe.lab.training.sinks import Sink, TensorBoard, Tracker
 
 Value = TypeVar("Value")
 
@@ -29,40 +30,45 @@ def fill_steps(steps: Sequence[int], values: Sequence[Value]) -> list[Value]:
 
 
 class MetricsWriter:
-    """Appends each record to metrics.jsonl as a JSON object, and its numbers to TensorBoard.
+    """Appends each record to metrics.jsonl as a JSON object, and gives it to the sinks.
 
     Args:
         folder: the run's folder.
         first_step: records of this step and later ones, left by an interrupted process, are dropped.
+        trackers: names of programs that get the records too, see `sinks.TRACKERS`.
+        options: of the run, for these.
 
     Raises:
         DataError: when the files cannot be written.
-        RemoeError: when metrics.jsonl is damaged.
+        RemoeError: when metrics.jsonl is damaged, or a tracker cannot be started.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, first_step: int, trackers: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self._drop_from(first_step)
+        self._sinks: list[Sink] = [TensorBoard(folder, first_step)]
+        self._sinks += [Tracker(name, folder, options or {}) for name in trackers]
         self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, object]) -> None:
         """Writes a record; it must have "step"."""
         self._file.write(json.dumps(record) + "\n")
-        for name, value in _scalars(record):
-            self._board.add_scalar(name, value, record["step"])
+        for sink in self._sinks:
+            sink.write(record)
 
     def flush(self) -> None:
         """Makes the records durable, so that no checkpoint is newer than its metrics."""
         os.fsync(self._file.fileno())
-        self._board.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _drop_from(self, first_step: int) -> None:
         if not self.path.exists():
@@ -108,13 +114,3 @@ def iterate_metrics(path: Path) -> Iterator[dict]:
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise RemoeError(f"{path}, line {number}: not a record of a step")
             yield record
-
-
-def _scalars(record: dict[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and name != "step":
-            yield prefix + name, value
-        elif name == "sparsity_per_layer":
-            yield from ((f"{prefix}{name}/{layer}", sparsity) for layer, sparsity in enumerate(value))

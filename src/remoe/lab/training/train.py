@@ -51,6 +51,7 @@ from remoe.lab.training.origin import Origin, origin_of
 from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.prolong import prolong
 from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.sinks import tracker_package
 from remoe.lab.training.start import start_of
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANY_LAYERS = 1_000
+_NOT_THE_RUN = {"out", "resume", "live", "log", "mesh", "mesh_timeout"}
 _MEMORY_ONLY = ("micro_batch_size", "recompute")  # what they change, a resumed run may change
 
 
@@ -84,6 +86,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         CheckpointError: when a resumed run was started with other options, or another process is training it.
     """
     config.check()
+    for name in config.log:  # before the data is prepared
+        tracker_package(name)
     if saved is not None:
         longer = config.steps != saved.steps
         started = prolong(saved, config, run.path, run.last_checkpoint(verified=True)) if longer else saved
@@ -94,13 +98,7 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
 
 
 def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: Ranks) -> int:
-    unchanged = saved is not None and differences(saved, config).keys() <= {
-        "out",
-        "resume",
-        "live",
-        "mesh",
-        "mesh_timeout",
-    }
+    unchanged = saved is not None and differences(saved, config).keys() <= _NOT_THE_RUN
     if unchanged and _is_finished(run, config.steps, ranks):
         print(f"{run.path}: already finished ({config.steps} of {config.steps} steps)")
         print(f"summary      {run.summary}")

@@ -166,7 +166,7 @@ class Trainer:
             CheckpointError: when a checkpoint cannot be written.
         """
         steps = self.config.steps
-        metrics = MetricsWriter(self.run.path, self.step + 1) if self.ranks.first else NoMetrics()
+        metrics = self._metrics_writer() if self.ranks.first else NoMetrics()
         progress = ProgressLine(self.config, self.step)
         validation = None
         try:
@@ -203,6 +203,9 @@ class Trainer:
             self.stopped_by = stopped
             return None
         return validation or self.validate(final=True)
+
+    def _metrics_writer(self) -> MetricsWriter:
+        return MetricsWriter(self.run.path, self.step + 1, self.config.log, self.config.to_dict())
 
     @property
     def _branching_point(self) -> int | None:
