@@ -2,7 +2,7 @@
 
 Rank p of P holds experts p e to (p + 1) e - 1, e = E / P, and tokens of its own. Nothing is padded and nothing dropped:
 a rank may send or receive any number of pairs, also none. Gates stay with the sender, which multiplies what comes back
-and sums it per token in a fixed order.
+and sums it per token in a fixed order. Tokens that several ranks hold are cut before: see `slices.py`.
 
 A rank may receive far more pairs than usual, E/k times as many while all experts are active. So the pairs travel in
 rounds in which no rank receives more rows than `receive_rows`. The backward pass keeps what the first round computed

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from remoe.errors import ConfigError
 from remoe.experts import Experts, stored_pairs
 from remoe.experts.exchange import exchange_experts
+from remoe.experts.slices import in_slices
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing.assignment import Assignment
 
@@ -62,8 +63,9 @@ def shard(
         device: where it will train.
         replicate: copies of the sharded model.
         fsdp: ranks over which a copy is sharded; replicate * fsdp * tp is the number of ranks in torch.distributed.
-        ep: ranks among which the experts of a copy are divided; a divisor of fsdp and of the number of experts.
-        tp: ranks among which each matrix of attention, of the experts and of the vocabulary is cut; with ep = 1 only.
+        ep: ranks among which the experts of a copy are divided; a multiple of tp, and a divisor of fsdp * tp and of
+            the number of experts. 1: all ranks hold parts of all experts.
+        tp: ranks among which each matrix of attention, of the vocabulary, and with ep = 1 of the experts is cut.
     """
     from transformers.distributed import DistributedConfig
     from transformers.distributed.expert_parallel import EPImplementationInterface
@@ -98,8 +100,14 @@ class RaggedExchange:
 
     def __init__(self, experts: Experts, ep_mesh: Any, tp_mesh: Any) -> None:
         self.experts, self.group = experts, ep_mesh.get_group()
+        self.same_tokens = tp_mesh.get_group() if tp_mesh.size() > 1 else None
 
     def __call__(self, x_TD: Tensor, assignment: Assignment, gate_N: Tensor) -> Tensor:
+        if self.same_tokens is None:
+            return self._exchange(x_TD, assignment)
+        return in_slices(self._exchange, x_TD, assignment, self.same_tokens)
+
+    def _exchange(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         weights = self.experts.gate_up_proj, self.experts.down_proj  # local ones while transformers calls this
         stored = stored_pairs(x_TD, len(assignment.count_E), self.experts.k)
         return exchange_experts(x_TD, *weights, assignment, self.group, self.experts.backend, stored=stored)

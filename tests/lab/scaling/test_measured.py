@@ -39,6 +39,7 @@ TRAFFIC = {
         "fsdp=4,ep=2": EVEN,
         "replicate=2,fsdp=2": {"router": "sigmoid"},
         "fsdp=2,tp=2": {**EVEN, "mesh_load": "official"},
+        "fsdp=2,ep=4,tp=2": {**EVEN, "recompute": True},
     },
 }
 LARGE = {"seq_len": 128, "batch_size": 4, "router": "topk", "k": 2}

@@ -42,6 +42,8 @@ def test_sizes_are_read_in_any_order():
         ("fsdp=4", {}, "needs 4 processes, but 2 were started"),
         ("fsdp=2,ep=3", {}, "ep=3 does not divide fsdp=2"),
         ("replicate=2,ep=2", {}, "ep=2 does not divide fsdp=1"),
+        ("tp=2,ep=4", {}, "ep=4 does not divide fsdp x tp = 2"),
+        ("tp=2,ep=3", {}, "ep=3 is not a multiple of tp=2"),
         ("fsdp=2,ep=2", {"num_experts": 3}, "ep=2 does not divide the 3 experts"),
         ("fsdp=2,ep=2", {"router": "dense"}, "router 'dense' does not send tokens to experts"),
         ("fsdp=2,ep=2", {"router": "lory"}, "router 'lory' does not send tokens to experts"),
@@ -63,9 +65,10 @@ def test_one_process_may_do_everything(text):
     assert mesh_of(config(mesh=text, compile=True, router="dense", batch_size=9, micro_batch_size=9)) == Mesh()
 
 
-def test_tensor_and_expert_parallelism_exclude_each_other():
-    with pytest.raises(ConfigError, match="ep and tp cannot be used together yet"):
-        Mesh(fsdp=2, ep=2, tp=2).check(config())
+def test_experts_that_are_divided_whole_may_have_any_width(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = {"model": {"num_attention_heads": 2, "intermediate_size": 33}}
+    assert mesh_of(config(mesh="tp=2,ep=2", **options)) == Mesh(tp=2, ep=2)
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

@@ -44,6 +44,7 @@ GLOBAL = {"mesh_load": "global", "micro_batch_size": 4}  # of the last two: equa
 WIDE = {  # four processes
     "relu replicate=2,fsdp=2,ep=2": {},
     "relu fsdp=2,tp=2": {},
+    "relu fsdp=2,ep=4,tp=2": {"recompute": True},
 }
 
 

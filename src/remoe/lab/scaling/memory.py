@@ -75,7 +75,7 @@ def stored_bytes(job: Job, density: float) -> tuple[int, int]:
     """Activations of a micro-batch that a process stores for the backward pass; and those of one layer in it."""
     m, tp, inputs = job.sizes, job.mesh.tp, FLOAT * job.tokens * job.sizes.d_model
     cut = replace(m, heads=m.heads // tp, groups=m.groups // tp)
-    if m.routes_pairs and job.mesh.ep == 1:
+    if m.routes_pairs:  # parts of all experts, or whole experts for a part of the tokens
         cut = replace(cut, d_ffn=m.d_ffn // tp)
     none, one = (
         activation_bytes(replace(cut, layers=layers), job.seq_len, job.micro_batch_size, density, bfloat16=job.bfloat16)
@@ -105,11 +105,11 @@ def _scratch(job: Job, density: float) -> float:
     m = job.sizes
     if not m.routes_pairs:
         return 1.5 * job.itemsize * job.tokens * m.expert_width / m.networks
-    width = m.d_ffn // m.granularity // (1 if job.mesh.ep > 1 else job.mesh.tp)
+    width = m.d_ffn // m.granularity // job.mesh.tp
     pairs = job.tokens * m.networks * density
     scratch = 1.5 * width * job.itemsize * min(pairs, STORED_RATIO * job.tokens * m.k * m.granularity)
     if job.mesh.ep > 1:  # rows of gradients, or a round that is recomputed
-        scratch += 2 * m.d_model * job.itemsize * min(pairs, RECEIVE_ROWS)
+        scratch += 2 * m.d_model * job.itemsize * min(pairs / job.mesh.tp, RECEIVE_ROWS)
     return scratch
 
 

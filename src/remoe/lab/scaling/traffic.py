@@ -102,19 +102,22 @@ def _of_tensor_parallelism(job: Job, density: float) -> list[Collective]:
     """All-reduces of activations: of the embedding, of the attention's output and of the gradients of its inputs.
 
     Experts add their output, the gradient of their tokens, and those of the gates; the head the gradient of its input,
-    and its logits are gathered.
+    and its logits are gathered. Experts that are divided (ep) gather their output and the gradient of their tokens.
     """
     m, n = job.sizes, job.mesh.tp
-    hidden, share = job.tokens * m.d_model, (n - 1) / n
-    outputs = 1 + job.recompute + m.routes_pairs  # of attention and experts; recomputation stops before the latter
-    gradients = 3 + m.routes_pairs  # by q, k and v, and by the experts
+    hidden, share, cut = job.tokens * m.d_model, (n - 1) / n, m.routes_pairs and job.mesh.ep == 1
+    outputs = 1 + job.recompute + cut  # of attention and experts; recomputation stops before the latter
+    gradients = 3 + cut  # by q, k and v, and by the experts
     sums = hidden * (m.layers * (outputs * job.itemsize + gradients * FLOAT) + 2 * FLOAT)
     gates = m.layers * FLOAT * job.tokens * m.networks * density * m.routes_pairs
     reduced = job.passes * 2 * share * (sums + gates)
     logits = job.passes * share * job.itemsize * job.tokens * m.vocab_size
+    padded = 0 if job.mesh.ep == 1 else -(-job.tokens // n) * n  # outputs forward, gradients backward
+    slices = job.passes * m.layers * 2 * share * job.itemsize * padded * m.d_model
     return [
         Collective("all-reduce", "activations", n, 1, reduced, waits=True),
         Collective("all-gather", "logits", n, 1, logits, waits=True),
+        Collective("all-gather", "tokens of experts", n, 1, slices, waits=True),
     ]
 
 

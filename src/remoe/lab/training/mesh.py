@@ -17,8 +17,9 @@ class Mesh:
     Attributes:
         replicate: copies of the model.
         fsdp: processes over which the weights of a copy are sharded.
-        ep: processes among which the experts of a copy are divided; a divisor of fsdp.
-        tp: processes among which each matrix of attention, experts and vocabulary is cut. They read the same data.
+        ep: processes among which the experts of a copy are divided; a multiple of tp and a divisor of fsdp * tp.
+        tp: processes among which each matrix of attention and vocabulary is cut, and with ep = 1 of the experts. They
+            read the same data.
     """
 
     replicate: int = 1
@@ -90,15 +91,20 @@ class Mesh:
             width: F, of one expert.
             vocabulary: a size that tensor parallelism must divide, and its name.
         """
-        check(self.fsdp % self.ep == 0, f"--mesh: ep={self.ep} does not divide fsdp={self.fsdp}")
+        if self.ep > 1:
+            check(self.ep % self.tp == 0, f"--mesh: ep={self.ep} is not a multiple of tp={self.tp}")
+            ranks = self.fsdp * self.tp
+            name = f"fsdp={self.fsdp}" if self.tp == 1 else f"fsdp x tp = {ranks}"
+            check(ranks % self.ep == 0, f"--mesh: ep={self.ep} does not divide {name}")
         check(experts % self.ep == 0, f"--mesh: ep={self.ep} does not divide the {experts} experts of a layer")
         check(
             self.ep == 1 or routes_pairs,
             f"--mesh: router {router!r} does not send tokens to experts, so these cannot be divided (ep=1)",
         )
-        check(self.ep == 1 or self.tp == 1, "--mesh: ep and tp cannot be used together yet")
         cut = {"the number of attention heads": heads, "the number of key-value heads": groups}
-        cut |= {"the width of an expert": width, vocabulary[0]: vocabulary[1]}
+        if self.ep == 1:
+            cut["the width of an expert"] = width
+        cut[vocabulary[0]] = vocabulary[1]
         for name, size in cut.items():
             check(size % self.tp == 0, f"--mesh: tp={self.tp} does not divide {name}, {size}")
 
