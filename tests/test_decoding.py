@@ -117,11 +117,6 @@ def test_the_usual_way_is_taken_wherever_something_else_looks_or_takes_part():
         assert not short(layer)
     assert not short(layer.train())
     layer.eval()
-    layer.max_experts = 3
-    assert not short(layer)
-    layer.max_experts, layer.gate_threshold = None, 0.1
-    assert not short(layer)
-    layer.gate_threshold = 0.0
     for module in (layer.router, layer.experts):
         handle = module.register_forward_hook(lambda *_: None)
         assert not short(layer)

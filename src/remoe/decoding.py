@@ -15,12 +15,23 @@ from torch.func import functional_call
 
 from remoe.experts import Experts
 from remoe.experts.cpu.backend import few_tokens
-from remoe.routing.assignment import LateRouting, Routing
+from remoe.routing.assignment import LateRouting, Routing, strong
 
 MOST_TOKENS = 64
 
 
-def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routing] | None:
+def limits(threshold: float | Tensor, cap: int | Tensor | None) -> bool:
+    """Whether `Routing.pruned` by these may leave a pair out."""
+    return isinstance(threshold, Tensor) or threshold > 0 or cap is not None
+
+
+def decode(
+    layer: Any,
+    x_TD: Tensor,
+    mask_T: Tensor | None,
+    threshold: float | Tensor = 0.0,
+    cap: int | Tensor | None = None,
+) -> tuple[Tensor, Routing] | None:
     """Output, without that of a shared expert, and routing of a layer; None where the usual way must be taken.
 
     Output and gates are bit for bit those of the usual way.
@@ -28,6 +39,7 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
     Args:
         layer: a `MoE`. Its weights may be sharded, quantised or adapted, and its parts wrapped: then None.
         x_TD, mask_T: as a router is given them.
+        threshold, cap: as `Routing.pruned` takes them.
     """
     router, experts = layer.router, layer.experts
     if (
@@ -39,8 +51,6 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
         or torch.is_autocast_enabled("cpu")
         or type(experts) is not Experts
         or experts.backend not in ("auto", "cpu")
-        or layer.gate_threshold > 0
-        or layer.max_experts is not None
         or not (_is_plain(router) and _is_plain(experts))
         or (dist.is_available() and dist.is_initialized())  # weights may be sharded again before the routing is read
     ):
@@ -51,11 +61,16 @@ def decode(layer: Any, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Rou
         return None
     if mask_T is not None:
         gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
+    limited = limits(threshold, cap)
+    if limited:
+        gate_TE = gate_TE * strong(gate_TE, threshold, cap)
     y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *weights)
     if y_TD is None:
         return None
     tensors = {name: t for name, t in (*router._parameters.items(), *router._buffers.items()) if t is not None}
-    return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T))
+    if not limited:
+        return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T))
+    return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T).pruned(threshold, cap))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Legend: T tokens, D model width, E experts.
 import torch
 from torch import Tensor, nn
 
-from remoe.decoding import decode
+from remoe.decoding import decode, limits
 from remoe.errors import ConfigError, check, check_integers, check_numbers
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
@@ -81,7 +81,14 @@ class MoE(nn.Module):
             self.shared_expert.reset_parameters(std)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, token_ids: Tensor | None = None, documents: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        token_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        gate_threshold: Tensor | None = None,
+        max_experts: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Runs the layer.
 
@@ -92,6 +99,8 @@ class MoE(nn.Module):
             token_ids: (...) int64 without D, for a router that needs them ("hash").
             documents: (...) int64 without D, which document each token of a sequence is in, where several are packed
                 into one; for routers that look at neighbours.
+            gate_threshold, max_experts: (...) floats and int64 without D, for each token its own value instead of the
+                layer's attribute of that name. They too count at evaluation only.
 
         Returns:
             y: like x. Tokens without an expert get zero, or the output of a shared expert alone; NaN stays NaN.
@@ -103,7 +112,13 @@ class MoE(nn.Module):
         """
         if x.shape[-1] != self.d_model:
             raise ConfigError(f"x must be (..., {self.d_model}), but is {tuple(x.shape)}")
-        for name, given in (("mask", mask), ("token_ids", token_ids), ("documents", documents)):
+        for name, given in (
+            ("mask", mask),
+            ("token_ids", token_ids),
+            ("documents", documents),
+            ("gate_threshold", gate_threshold),
+            ("max_experts", max_experts),
+        ):
             if given is not None and given.shape != x.shape[:-1]:
                 raise ConfigError(f"{name} must be {tuple(x.shape[:-1])} for this x, but is {tuple(given.shape)}")
         x_TD = x.reshape(-1, x.shape[-1])
@@ -112,9 +127,12 @@ class MoE(nn.Module):
         seq_len = max(x.shape[-2], 1) if x.ndim > 1 else 1  # a divisor of no tokens too
         packed = {} if documents is None else {"document_T": documents.reshape(-1)}
         self.router.keep_float32()
-        y_TD, routing = decode(self, x_TD, mask_T) or (None, None)
+        threshold = self.gate_threshold if gate_threshold is None else gate_threshold.reshape(-1)
+        cap = self.max_experts if max_experts is None else max_experts.reshape(-1)
+        y_TD, routing = decode(self, x_TD, mask_T, threshold, cap) or (None, None)
         if y_TD is None or routing is None:
-            routing = self._limited(self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed))
+            routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
+            routing = self._limited(routing, threshold, cap)
             if self.router.merges:
                 y_TD = self.experts(x_TD, routing)
             elif not self.router.routes_pairs and mask is None:
@@ -125,9 +143,9 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
 
-    def _limited(self, routing: Routing) -> Routing:
-        limited = not self.training and (self.gate_threshold > 0 or self.max_experts is not None)
-        return routing.pruned(self.gate_threshold, self.max_experts) if limited else routing
+    def _limited(self, routing: Routing, threshold: float | Tensor, cap: int | Tensor | None) -> Routing:
+        limited = not self.training and limits(threshold, cap)
+        return routing.pruned(threshold, cap) if limited else routing
 
     def _slots(self, routing: Routing) -> tuple:
         return routing.assignment, routing.assignment.gate_N

@@ -45,10 +45,12 @@ class CappedMoE(MoE):
         self.experts = CappedExperts(E, D, F_, plain.backend, plain.k)
         self.experts.load_state_dict(plain.state_dict())
 
-    def _limited(self, routing: Routing) -> Routing:
+    def _limited(self, routing: Routing, threshold: float | Tensor, cap: int | Tensor | None) -> Routing:
         if self.training:
             return routing.pruned(0.0, self.cap)
-        return routing.pruned(self.gate_threshold, min(self.cap, self.max_experts or self.cap))
+        if isinstance(cap, Tensor):
+            return routing.pruned(threshold, cap.clamp(max=self.cap))
+        return routing.pruned(threshold, min(self.cap, cap or self.cap))
 
     def _slots(self, routing: Routing) -> tuple[Tensor, Tensor]:
         size_TE = routing.gate_TE.detach().abs()

@@ -60,6 +60,7 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         token_mask_BS: Tensor | None = None,
         ids_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
+        dial: dict[str, Tensor] | None = None,
         **attention,
     ) -> tuple[Tensor, Routing, Tensor | None]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
@@ -67,5 +68,5 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         hidden_BSD = hidden_BSD + attended_BSD
         normed_BSD = self.post_attention_layernorm(hidden_BSD)
         given = {} if document_BS is None else {"documents": document_BS}
-        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given)
+        expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given, **(dial or {}))
         return hidden_BSD + expert_BSD, routing, weights_BHSS

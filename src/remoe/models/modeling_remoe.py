@@ -27,7 +27,7 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
 from remoe.models.packing import packed_documents, packed_mask_options
-from remoe.models.routed import RoutedModel, add_routing, build_controller, keep_statistics_local
+from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_rows, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -143,6 +143,8 @@ class RemoeModel(RemoePreTrainedModel):
         output_attentions: bool | None = None,
         cache: Cache | None = None,
         token_mask: Tensor | None = None,
+        gate_threshold: float | Tensor | None = None,
+        max_experts: int | Tensor | None = None,
         **kwargs,
     ) -> RemoeModelOutput:
         """Runs the transformer; arguments are those of transformers' decoder models.
@@ -152,10 +154,13 @@ class RemoeModel(RemoePreTrainedModel):
             attention_mask: (B, past + S), zero for padding: not attended to, not routed, not counted.
             past_key_values, cache: the KV cache, under its older or its newer name.
             token_mask: (B, S), zero for padding, where `attention_mask` is a ready one that does not tell.
+            gate_threshold, max_experts: in this call instead of `set_gate_threshold` and `set_max_experts`: one number,
+                or (B,) for each row its own; E experts or more for no limit. They count at evaluation only.
 
         Raises:
-            ConfigError: for `output_attentions` with an attention that does not compute the weights; for a KV cache
-                with a router that does not support one.
+            ConfigError: for a negative `gate_threshold`, a `max_experts` below 1, values that are not one a row, or
+                either with a router that routes no pairs; for `output_attentions` with an attention that does not
+                compute the weights; for a KV cache with a router that does not support one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -190,6 +195,7 @@ class RemoeModel(RemoePreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
+        dial = dial_of_rows(self.config, hidden_BSD, gate_threshold=gate_threshold, max_experts=max_experts)
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
@@ -203,6 +209,7 @@ class RemoeModel(RemoePreTrainedModel):
                 token_mask_BS,
                 input_ids if self.config.router_class.needs_ids else None,
                 document_BS if self.config.router_class.needs_documents else None,
+                dial,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -259,6 +266,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         num_tokens_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         cache: Cache | None = None,
+        gate_threshold: float | Tensor | None = None,
+        max_experts: int | Tensor | None = None,
         **kwargs,
     ) -> RemoeCausalLMOutput:
         """Logits, and with labels the loss.
@@ -269,6 +278,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: see `RemoeModel`.
+            gate_threshold, max_experts: see `RemoeModel`; arguments of `generate` too.
             labels: (B, S) int64, the tokens themselves; shifted here. -100, and padding, is no target.
             shift_labels: (B, S) int64, targets already shifted, instead of `labels`. One of `kwargs`, because
                 transformers' Trainer expects of a batch every label that the signature names.
@@ -289,6 +299,8 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
+            gate_threshold=gate_threshold,
+            max_experts=max_experts,
             return_dict=True,
             **kwargs,
         )

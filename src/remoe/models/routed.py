@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from remoe.errors import ConfigError
@@ -47,6 +48,37 @@ def add_routing(output: ModelOutput, as_items: bool, **values: object) -> ModelO
         else:
             object.__setattr__(output, name, value)  # that of ModelOutput would make it an item
     return output
+
+
+def dial_of_rows(config: RemoeConfig, hidden_BSD: Tensor, **given: float | Tensor | None) -> dict[str, Tensor]:
+    """Those of `gate_threshold` and `max_experts` that are given, as (B, S) tensors.
+
+    Args:
+        config: of the model.
+        hidden_BSD: (B, S, D), whose rows they are for.
+        given: by name, one number or (B,).
+
+    Raises:
+        ConfigError: for values out of range or not one a row, or a model whose tokens are not routed.
+    """
+    dial = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not config.routes_pairs:
+            raise ConfigError(f"router {config.router!r} routes no pairs: there are no gates to leave out")
+        B, S, _ = hidden_BSD.shape
+        least, dtype = (0, torch.float32) if name == "gate_threshold" else (1, torch.int64)
+        value_B = torch.as_tensor(value)
+        if dtype is torch.int64 and value_B.is_floating_point():
+            raise ConfigError(f"{name} must be whole numbers, but is {value}")
+        if value_B.ndim > 1 or (value_B.ndim == 1 and len(value_B) != B):
+            raise ConfigError(f"{name} must be one number or {B}, one for each row, but has shape {(*value_B.shape,)}")
+        on_host = value_B.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+        if on_host and not (value_B >= least).all():
+            raise ConfigError(f"{name} must be at least {least}, but is {value_B.tolist()}")
+        dial[name] = value_B.to(hidden_BSD.device, dtype).reshape(-1, 1).expand(B, S)
+    return dial
 
 
 class RoutedModel:

@@ -104,18 +104,17 @@ class Routing:
         """(E,) int64, routed pairs per expert."""
         return self.assignment.count_E
 
-    def pruned(self, threshold: float, cap: int | None) -> Self:
+    def pruned(self, threshold: float | Tensor, cap: int | Tensor | None) -> Self:
         """The same routing without its weakest pairs: compute traded for loss, without training.
 
         Args:
-            threshold: pairs whose gate is at most this in size are left out.
-            cap: at most so many experts per token, those with the largest gates; None for no cap.
+            threshold: pairs whose gate is at most this in size are left out; (T,) for each token its own.
+            cap: at most so many experts per token, those with the largest gates; None for no cap; (T,) int64 for each
+                token its own.
         """
-        size_TE = self.gate_TE.detach().abs()  # a learned scale may be negative
-        keep_TE, most = ~(size_TE <= threshold), self.assignment.token_N.shape[0]
-        if cap is not None and cap < keep_TE.shape[1]:
-            most = min(most, size_TE.shape[0] * cap)
-            keep_TE = keep_TE & largest(size_TE, cap)
+        keep_TE, most = strong(self.gate_TE, threshold, cap), self.assignment.token_N.shape[0]
+        if isinstance(cap, int):
+            most = min(most, keep_TE.shape[0] * cap)
         gate_TE = self.gate_TE * keep_TE
         return replace(self, assignment=Assignment.from_gates(gate_TE, keep_TE, most), gate_TE=gate_TE)
 
@@ -160,6 +159,19 @@ def largest(score_TE: Tensor, k: int) -> Tensor:
     """(T, E) bool: the k largest scores of each token."""
     chosen_Tk = score_TE.topk(k, dim=1).indices
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
+
+
+def strong(gate_TE: Tensor, threshold: float | Tensor, cap: int | Tensor | None) -> Tensor:
+    """(T, E) bool: the gates that `Routing.pruned` leaves with this threshold and cap."""
+    size_TE = gate_TE.detach().abs()  # a learned scale may be negative
+    keep_TE = ~(size_TE <= (threshold[:, None] if isinstance(threshold, Tensor) else threshold))
+    if isinstance(cap, Tensor):
+        order_TE = size_TE.argsort(dim=1, descending=True, stable=True)
+        place_E = torch.arange(size_TE.shape[1], device=size_TE.device)
+        keep_TE &= torch.zeros_like(keep_TE).scatter(1, order_TE, place_E < cap[:, None])
+    elif cap is not None and cap < keep_TE.shape[1]:
+        keep_TE &= largest(size_TE, cap)
+    return keep_TE
 
 
 def unmasked(active_TE: Tensor, mask_T: Tensor | None) -> Tensor:
