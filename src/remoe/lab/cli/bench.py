@@ -150,13 +150,20 @@ def train_step_command(argv: list[str]) -> int:
     """Runs `remoe bench train-step`; returns the exit code."""
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
+    import torch
+
+    from remoe.lab.bench import roofline
     from remoe.lab.bench.train_step import TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
+    device = pick_device("auto")
+    facts, dtype = machine(device) | roofline.libraries(), "bfloat16" if device.type == "cuda" else "float32"
+    rates = roofline.measure_roofline(device, getattr(torch, dtype))
     columns = ("tokens_per_second", "ms_per_step", "ratio_to_reference", "sparsity")
     table = Table(title="training step", title_justify="left")
+    table.caption, table.caption_justify = roofline.describe(facts, rates, dtype), "left"
     table.add_column("implementation")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
@@ -166,7 +173,8 @@ def train_step_command(argv: list[str]) -> int:
     _write(
         arguments,
         {
-            "machine": machine(pick_device("auto")),
+            "machine": facts,
+            "roofline": asdict(rates),
             "rows": result.rows,
             "details": result.details,
         },
