@@ -14,7 +14,7 @@ from remoe.lab.bench.timing import peak_bytes
 from remoe.lab.cli.main import main
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
-OURS = {"dense", "remoe relu", "remoe topk"}
+OURS = {"dense", "dense oneDNN", "remoe relu", "remoe topk"}
 PEERS = {"transformers eager", "transformers grouped_mm", "grouped_mm, relu load"}
 
 
@@ -25,6 +25,9 @@ def test_layer(peers):
     names = OURS | {"remoe dense"} | (PEERS if peers else set())
     assert set(row["milliseconds"]) == set(row["peak_megabytes"]) == names
     assert row["ratio_to_dense"]["dense"] == 1
+    dense = {name: row["milliseconds"][name] for name in ("dense", "dense oneDNN")}
+    assert row["milliseconds"][row["fastest_dense"]] == min(dense.values())
+    assert row["ratio_to_fastest_dense"][row["fastest_dense"]] == 1
     dense_weights = 4 * 3 * case.D * case.k * case.F
     for name in names:
         assert 0 < row["activation_megabytes"][name] < row["peak_megabytes"][name]

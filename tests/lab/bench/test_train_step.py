@@ -7,6 +7,7 @@ import forked
 import pytest
 
 from remoe.errors import ConfigError, ExtraError
+from remoe.lab.bench import roofline
 from remoe.lab.bench import train_step as module
 from remoe.lab.bench.train_step import REFERENCE, TrainStepOptions, TrainStepResult, train_step
 from remoe.lab.cli.main import main
@@ -45,11 +46,15 @@ def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, c
     row = {"name": "remoe relu", "tokens_per_second": 9.0, "ms_per_step": 1.0, "ratio_to_reference": 2.0}
     result = TrainStepResult([row | {"sparsity": None}], {"steps": 5})
     monkeypatch.setattr(module, "train_step", lambda options: result)
+    monkeypatch.setattr(roofline, "measure_roofline", lambda device, dtype: roofline.Roofline(2e11, 1e11, 3e10))
     assert main(["bench", "train-step", "--out", str(tmp_path / "step.json")]) == 0
-    assert "remoe relu" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "remoe relu" in out
+    assert "100 GFLOP/s, memory reads 30.0 GB/s" in out
     written = json.loads((tmp_path / "step.json").read_text())
     assert (written["rows"], written["details"]) == (result.rows, result.details)
     assert written["machine"]["torch"]
+    assert written["roofline"]["gemm_flops"] == 2e11
 
 
 @pytest.mark.parametrize(

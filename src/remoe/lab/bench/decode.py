@@ -12,10 +12,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from remoe.lab.bench.layer import Case, DenseLayer, Output, relu_layer, tokens
+from remoe.lab.bench.dense import dense_layers
+from remoe.lab.bench.layer import Case, Output, relu_layer, tokens
 from remoe.lab.bench.peers import mixtral_layer
 from remoe.lab.bench.roofline import Roofline
-from remoe.lab.bench.timing import median_seconds
+from remoe.lab.bench.timing import comparison, round_seconds
 from remoe.layer import MoE
 
 CASES = (Case(1, 768, 3072, 8, 1), Case(16, 768, 768, 32, 4))
@@ -31,17 +32,20 @@ def bench_decode(
     peers: bool,
     repetitions: int,
     roofline: Roofline,
+    compiled: bool = False,
 ) -> dict[str, object]:
     """Times the forward pass of each implementation on a few tokens; arguments as for `bench_layer`.
 
     Returns:
-        The case, and by implementation: milliseconds, their ratios to the dense layer and to the time of reading the
-        active weights, and the mean number of experts with at least one token.
+        The case, and by implementation: milliseconds, their spread, their ratios to the dense layers and to the time of
+        reading the active weights, and the mean number of experts with at least one token.
     """
     torch.manual_seed(0)
     expert_bytes = 3 * case.D * case.F * dtype.itemsize
     layers = max(2, -(-RESIDENT_BYTES // (expert_bytes * min(case.E, case.T * case.k))))
-    factories: dict[str, Callable[[], nn.Module]] = {"dense": lambda: DenseLayer(case.D, case.k * case.F)}
+    with device:
+        dense = dense_layers(case.D, case.k * case.F, dtype, compiled)
+    factories: dict[str, Callable[[], nn.Module]] = dict(dense)
     for backend in backends:
         name = "remoe" if backend == "auto" else f"remoe {backend}"
         factories[f"{name} relu"] = lambda b=backend: Output(relu_layer(case, b, case.k / case.E))
@@ -53,21 +57,21 @@ def bench_decode(
         stacks = {name: [make().to(device, dtype).eval() for _ in range(layers)] for name, make in factories.items()}
     inputs = {name: [_input(layer, case, device, dtype) for layer in stack] for name, stack in stacks.items()}
     steps = {name: _step(stack, inputs[name]) for name, stack in stacks.items()}
-    seconds = {name: s / layers for name, s in median_seconds(steps, device, repetitions, ahead=False).items()}
+    rounds = round_seconds(steps, device, repetitions, ahead=False)
+    times = comparison({name: [s / layers for s in seconds] for name, seconds in rounds.items()}, tuple(dense))
     active = {
         name: sum(_active_experts(layer, x) for layer, x in zip(stack, inputs[name], strict=True)) / layers
         for name, stack in stacks.items()
         if isinstance(stack[0], Output)
     }
     reading = {name: experts * expert_bytes / roofline.read_bytes for name, experts in active.items()}
-    reading["dense"] = case.k * expert_bytes / roofline.read_bytes
+    reading |= dict.fromkeys(dense, case.k * expert_bytes / roofline.read_bytes)
     return {
         **asdict(case),
         "layers": layers,
         "active_experts": active,
-        "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
-        "ratio_to_dense": {name: s / seconds["dense"] for name, s in seconds.items()},
-        "ratio_to_reading_the_weights": {name: seconds[name] / s for name, s in reading.items()},
+        **times,
+        "ratio_to_reading_the_weights": {name: times["milliseconds"][name] / 1e3 / s for name, s in reading.items()},
     }
 
 

@@ -8,11 +8,11 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from remoe.lab.bench.dense import dense_layers
 from remoe.lab.bench.peers import peer_layers
 from remoe.lab.bench.roofline import Roofline
-from remoe.lab.bench.timing import host_seconds, median_seconds, peak_bytes
+from remoe.lab.bench.timing import comparison, host_seconds, peak_bytes, round_seconds
 from remoe.layer import MoE
 from remoe.routing import Routing
 
@@ -46,19 +46,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "experts": tuple(Case(2048, 256, 256, E, 4) for E in (8, 16, 32, 64, 128)),
     "cuda": (Case(16384, 2048, 5632, 8, 1), Case(16384, 2048, 1408, 32, 4), Case(16384, 2048, 704, 64, 8)),
 }
-
-
-class DenseLayer(nn.Module):
-    """The SwiGLU feed-forward layer of LLaMA: with width k F the same active FLOPs, without routing."""
-
-    def __init__(self, d_model: int, width: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(d_model, width, bias=False)
-        self.up_proj = nn.Linear(d_model, width, bias=False)
-        self.down_proj = nn.Linear(width, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Output(nn.Module):
@@ -97,6 +84,7 @@ def bench_layer(
     peers: bool,
     repetitions: int,
     roofline: Roofline,
+    compiled: bool = False,
 ) -> dict[str, object]:
     """Times each implementation, and measures its memory.
 
@@ -108,14 +96,16 @@ def bench_layer(
         peers: whether to measure the other implementations that are installed.
         repetitions: number of timed rounds.
         roofline: of the same device and dtype.
+        compiled: whether one of the dense layers is compiled.
 
     Returns:
-        The case, statistics of the pairs, and by implementation: milliseconds, ratios to the dense layer, fractions of
-        the roofline, and megabytes.
+        The case, statistics of the pairs, and by implementation: milliseconds, their spread, ratios to the dense
+        layers, fractions of the roofline, and megabytes.
     """
     torch.manual_seed(0)
     with device:  # drawing so many weights on the host would take longer than all measurements
-        layers: dict[str, nn.Module] = {"dense": DenseLayer(case.D, case.k * case.F)}
+        dense = dense_layers(case.D, case.k * case.F, dtype, compiled)
+        layers: dict[str, nn.Module] = {name: make() for name, make in dense.items()}
         for backend in backends:
             name = "remoe" if backend == "auto" else f"remoe {backend}"
             layers[f"{name} relu"] = Output(relu_layer(case, backend, case.k / case.E))
@@ -129,17 +119,17 @@ def bench_layer(
         with device:
             layers |= peer_layers(case, device, relu.layer.router, int(active_T.max()))
     steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
-    seconds = median_seconds(steps, device, repetitions)
-    dense = seconds["dense"]
+    times = comparison(round_seconds(steps, device, repetitions), tuple(dense))
     host = host_seconds(steps, repetitions) if device.type == "cuda" else {}
     peak = {name: peak_bytes(step, device) for name, step in steps.items()}
     return {
         **asdict(case),
         "active_pairs_per_token": active_T.sum().item() / case.T,
         "most_pairs_of_a_token": int(active_T.max()),
-        "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
-        "ratio_to_dense": {name: s / dense for name, s in seconds.items()},
-        "share_of_gemm_rate": {name: case.flops / s / roofline.gemm_flops for name, s in seconds.items()},
+        **times,
+        "share_of_gemm_rate": {
+            name: case.flops / (ms / 1e3) / roofline.gemm_flops for name, ms in times["milliseconds"].items()
+        },
         "host_milliseconds": {name: 1e3 * s for name, s in host.items()},
         "peak_megabytes": {name: p / 1e6 for name, p in peak.items()},
         "activation_megabytes": {name: (p - steps[name].gradient_bytes) / 1e6 for name, p in peak.items()},

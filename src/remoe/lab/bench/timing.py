@@ -10,10 +10,45 @@ WARM_UP = 2
 HEAD_START = 20_000_000  # cycles of the GPU, about ten milliseconds
 
 
-def median_seconds(
+def comparison(seconds: dict[str, list[float]], dense: tuple[str, ...]) -> dict[str, object]:
+    """What a table shows of the times of several implementations.
+
+    Args:
+        seconds: of each round, by implementation.
+        dense: names of those that are dense layers; "dense" is among them.
+
+    Returns:
+        By implementation: median milliseconds, their spread (the distance of the quartiles, over the median), and the
+        ratios of the median to that of "dense" and to that of the fastest dense layer. Also the name of the latter.
+    """
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    fastest = min(dense, key=medians.__getitem__)
+    return {
+        "milliseconds": {name: 1e3 * median for name, median in medians.items()},
+        "spread": {name: _quartile_distance(values) / medians[name] for name, values in seconds.items()},
+        "fastest_dense": fastest,
+        "ratio_to_fastest_dense": {name: median / medians[fastest] for name, median in medians.items()},
+        "ratio_to_dense": {name: median / medians["dense"] for name, median in medians.items()},
+    }
+
+
+def _quartile_distance(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def median_seconds(functions: dict[str, Callable], device: torch.device, repetitions: int) -> dict[str, float]:
+    """Median of `round_seconds`, by function."""
+    times = round_seconds(functions, device, repetitions)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def round_seconds(
     functions: dict[str, Callable], device: torch.device, repetitions: int, *, ahead: bool = True
-) -> dict[str, float]:
-    """Median time of each function over `repetitions` rounds; in every round each one runs once.
+) -> dict[str, list[float]]:
+    """Time of each function in each of `repetitions` rounds; in every round each one runs once.
 
     Args:
         functions: by name.
@@ -24,7 +59,7 @@ def median_seconds(
             kernels takes as long as the host needs to launch them, which `host_seconds` measures.
     """
     if device.type == "cuda":
-        return _median_seconds_cuda(functions, repetitions, ahead)
+        return _round_seconds_cuda(functions, repetitions, ahead)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(WARM_UP + repetitions):
         for name, function in functions.items():
@@ -32,10 +67,10 @@ def median_seconds(
             function()
             if round_ >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
-def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead: bool) -> dict[str, float]:
+def _round_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead: bool) -> dict[str, list[float]]:
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than the L2 cache
     events: dict[str, list[tuple]] = {name: [] for name in functions}
     for round_ in range(WARM_UP + repetitions):
@@ -51,7 +86,7 @@ def _median_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead
             if round_ >= WARM_UP:
                 events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs) for name, pairs in events.items()}
+    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
 
 
 def host_seconds(functions: dict[str, Callable], repetitions: int) -> dict[str, float]:

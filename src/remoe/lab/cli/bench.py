@@ -1,13 +1,15 @@
-"""`remoe bench layer | decode | train-step`: tables of measurements, and JSON files that also describe the machine."""
+"""`remoe bench layer | decode | train-step | diff`: tables of measurements, and JSON files that `diff` compares."""
 
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
 
+QUICK_ROUNDS = 5
 MOST_THREADS = 4096  # torch takes any number, and fails later
 
 
@@ -33,10 +36,12 @@ class Common:
 class LayerArguments(Common):
     """Time the forward and backward pass of one layer, including its router, against a dense SwiGLU layer.
 
-    The dense layer has the same active FLOPs. Implementations take turns, and the table shows medians. Columns: "ms"
-    time; "/ dense" time divided by the dense layer's; "/ GEMM" FLOP/s of the experts as a fraction of those of a large
-    matrix product; "peak" peak memory in MB; "act." peak memory without the gradients of the weights; "all on" peak
-    memory with every expert active; "host" (GPU only) time until the host has launched all kernels, in ms.
+    The dense layers have the same active FLOPs. Implementations take turns, and the table shows medians. Columns: "ms"
+    time; "+-" distance of the quartiles over the median; "/ best" time divided by that of the fastest dense layer that
+    PyTorch can run here (MKL, oneDNN or torch.compile); "/ dense" divided by that of nn.Linear; "/ GEMM" FLOP/s of the
+    experts as a fraction of those of a large matrix product; "peak" peak memory in MB; "all on" the same with every
+    expert active; "host" (GPU only) time until the host has
+    launched all kernels, in ms.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
@@ -49,8 +54,12 @@ class LayerArguments(Common):
     """Implementations of our experts to measure: auto, naive, cpu, grouped, triton, sonic."""
     peers: bool = True
     """Also measure the other implementations that are installed."""
+    compiled: bool = True
+    """Also measure the dense layer under torch.compile, which takes some seconds for each size."""
     repetitions: int = 15
     """Number of timed rounds."""
+    quick: bool = False
+    """Under a minute: at most 5 rounds, only our layers and the dense ones, without torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,48 @@ class TrainStepArguments(Common):
     """Steps per turn."""
 
 
+@dataclass(frozen=True)
+class DiffArguments:
+    """Compare two files that `remoe bench layer`, `decode` or `train-step` wrote with --out.
+
+    Columns: "before" and "after" in ms; "ratio" after / before; "+-" the larger spread of the two, in percent. A change
+    of less than two spreads is called "within spread". The lines above the table name all facts of machine, versions
+    and rates that differ.
+    """
+
+    before: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BEFORE")]
+    """JSON file of the earlier measurement."""
+    after: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="AFTER")]
+    """JSON file of the later measurement."""
+
+
+def diff_command(argv: list[str]) -> int:
+    """Runs `remoe bench diff`; returns the exit code."""
+    arguments = parse(DiffArguments, argv, prog="remoe bench diff")
+    from remoe.lab.bench.diff import compare_files
+
+    found = compare_files(arguments.before, arguments.after)
+    console = Console()
+    for line in found.conditions:
+        console.print(line, markup=False, highlight=False)
+    for case in dict.fromkeys(change.case for change in found.changes):
+        table = Table(
+            title=f"T, D, F, E, k = {case}" if case else "training step", title_justify="left", box=SIMPLE_HEAD
+        )
+        table.add_column("implementation", no_wrap=True)
+        for column in ("before", "after", "ratio", "+-", ""):
+            table.add_column(column, justify="right", no_wrap=True)
+        for change in found.changes:
+            if change.case == case:
+                spread = "" if change.spread is None else f"{change.spread:.0%}"
+                times = (_figure(change.before), _figure(change.after), f"{change.ratio:.2f}")
+                table.add_row(change.name, *times, spread, change.verdict)
+        console.print(table)
+    for line in found.only:
+        console.print(line, markup=False, highlight=False)
+    return 0
+
+
 def layer_command(argv: list[str]) -> int:
     """Runs `remoe bench layer`; returns the exit code."""
     return _layer_or_decode(parse(LayerArguments, argv, prog="remoe bench layer"), "layer")
@@ -99,13 +150,20 @@ def train_step_command(argv: list[str]) -> int:
     """Runs `remoe bench train-step`; returns the exit code."""
     arguments = parse(TrainStepArguments, argv, prog="remoe bench train-step")
     _start(arguments)
+    import torch
+
+    from remoe.lab.bench import roofline
     from remoe.lab.bench.train_step import TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
     given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
     result = train_step(TrainStepOptions(**given))
+    device = pick_device("auto")
+    facts, dtype = machine(device) | roofline.libraries(), "bfloat16" if device.type == "cuda" else "float32"
+    rates = roofline.measure_roofline(device, getattr(torch, dtype))
     columns = ("tokens_per_second", "ms_per_step", "ratio_to_reference", "sparsity")
     table = Table(title="training step", title_justify="left")
+    table.caption, table.caption_justify = roofline.describe(facts, rates, dtype), "left"
     table.add_column("implementation")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
@@ -115,7 +173,8 @@ def train_step_command(argv: list[str]) -> int:
     _write(
         arguments,
         {
-            "machine": machine(pick_device("auto")),
+            "machine": facts,
+            "roofline": asdict(rates),
             "rows": result.rows,
             "details": result.details,
         },
@@ -133,7 +192,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 
     from remoe.experts import check_backend, resolve_backend
     from remoe.lab.bench import decode, layer
-    from remoe.lab.bench.roofline import measure_roofline
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
     from remoe.lab.machine import keep_freed_memory, machine, pick_device
 
     for backend in arguments.backends:
@@ -150,21 +209,19 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     for backend, case in itertools.product(arguments.backends, cases):  # checked before the work, not after it
         resolve_backend(backend, device.type, dtype, case.D, case.F)
     console, rows = Console(), []
+    compiled, peers = arguments.compiled and not arguments.quick, arguments.peers and not arguments.quick
+    if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        console.print("No C++ compiler here: the dense layer is not measured under torch.compile.")
+        compiled = False
+    repetitions = min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
     roofline = measure_roofline(device, dtype)
-    facts = machine(device)
-    console.print(
-        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, {name}: "
-        f"GEMM {roofline.gemm_flops / 1e9:,.0f} GFLOP/s "
-        f"(torch.mm {roofline.default_gemm_flops / 1e9:,.0f}), memory reads {roofline.read_bytes / 1e9:,.1f} GB/s"
-    )
+    facts = machine(device) | libraries()
     for case in cases:
-        row = bench(case, device, dtype, arguments.backends, arguments.peers, arguments.repetitions, roofline)
+        row = bench(case, device, dtype, arguments.backends, peers, repetitions, roofline, compiled)
         rows.append(row)
-        console.print(_table(case, row))
+        console.print(_table(case, row, describe(facts, roofline, name)))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
-        _write(
-            arguments, {**measured, "repetitions": arguments.repetitions}
-        )  # after every case: a later one may be interrupted
+        _write(arguments, {**measured, "repetitions": repetitions})  # after every case: a later one may be interrupted
     if arguments.out is not None:
         print(f"written: {arguments.out}")
     return 0
@@ -173,26 +230,32 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 # Name in a row: heading of the column.
 _COLUMNS = {
     "milliseconds": "ms",
+    "spread": "+-",
+    "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",
-    "activation_megabytes": "act.",
     "dense_stage_peak_megabytes": "all on",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
 }
 
 
-def _table(case: object, row: dict) -> Table:
+def _table(case: object, row: dict, caption: str) -> Table:
     columns = [name for name in _COLUMNS if row.get(name)]
-    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = f"{caption}. Fastest dense layer: {row['fastest_dense']}.", "left"
     table.add_column("implementation", no_wrap=True)
     for column in columns:
         table.add_column(_COLUMNS[column], justify="right", no_wrap=True)
     for name in row["milliseconds"]:
-        table.add_row(name, *(_figure(row[column][name]) if name in row[column] else "" for column in columns))
+        table.add_row(name, *(_cell(column, row[column][name]) if name in row[column] else "" for column in columns))
     return table
+
+
+def _cell(column: str, value: float) -> str:
+    return f"{value:.0%}" if column == "spread" else _figure(value)
 
 
 def _figure(value: float) -> str:

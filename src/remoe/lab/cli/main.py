@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "train_step_command",
         "time training steps against transformers' Mixtral",
     ),
+    "bench diff": ("remoe.lab.cli.bench", "diff_command", "show the ratios between two files of measurements"),
     "data prepare": ("remoe.lab.cli.data", "prepare_command", "convert text into token shards"),
     "data check": ("remoe.lab.cli.data", "check_command", "verify prepared data and show its contents"),
 }
