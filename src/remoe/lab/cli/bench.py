@@ -18,7 +18,7 @@ from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
 
-QUICK_ROUNDS = 5
+QUICK_ROUNDS = 3
 MOST_THREADS = 4096  # torch takes any number, and fails later
 
 
@@ -59,7 +59,7 @@ class LayerArguments(Common):
     repetitions: int = 15
     """Number of timed rounds."""
     quick: bool = False
-    """Under a minute: at most 5 rounds, only our layers and the dense ones, without torch.compile."""
+    """At most 3 rounds, and only our layers and the dense ones, without torch.compile."""
 
 
 @dataclass(frozen=True)
