@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from remoe.errors import DataError, RemoeError
+from remoe.errors import ConfigError, DataError, RemoeError
 from remoe.lab.training import faults
+from remoe.lab.training.config import config_from_dict
 from remoe.lab.training.faults import LOG, last_words
+from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.ranks import Ranks
+from remoe.lab.training.train import run_training
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +63,14 @@ def _agree(rank, folder, failing):
     ranks.wait()
 
 
+def _begin(rank, folder):
+    """A new run where an older one is."""
+    config = config_from_dict({"mesh": "fsdp=2", "batch_size": 8, "micro_batch_size": 2, "device": "cpu"}, "test")
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        run_training(config, RunFolder(folder / "run"), None)
+    (folder / f"raised-{rank}").write_text(f"{error.type.__name__}: {error.value}")
+
+
 def raised(folder):
     return {rank: path.read_text() for rank in range(3) if (path := folder / f"raised-{rank}").exists()}
 
@@ -93,3 +104,12 @@ def test_a_failure_that_all_ranks_agree_on_is_printed_once(tmp_path, failing):
     assert raised(tmp_path) == expected
     words = "a shard is missing" if 2 in failing else "rank 2 stops because rank 1 failed"
     assert f"rank 2 of 3, step 0: {words}" in (tmp_path / LOG).read_text()
+
+
+def test_a_run_that_is_refused_writes_nothing_into_the_older_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    run_ranks(_begin, tmp_path)
+    assert "ConfigError: " in raised(tmp_path)[0]
+    assert "already holds a run" in raised(tmp_path)[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]

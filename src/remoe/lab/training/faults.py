@@ -23,7 +23,7 @@ _WAITS, _FAILED = b"waits", b"failed"
 
 
 @contextmanager
-def last_words(ranks: Ranks, folder: Path) -> Iterator[None]:
+def last_words(ranks: Ranks, folder: Path | None) -> Iterator[None]:
     """Context of a run's work. On several ranks, an error in it goes to `ranks.log`, and one rank prints it.
 
     A collective that fails because another rank hangs or has ended becomes a RemoeError that names rank, step and
@@ -31,7 +31,7 @@ def last_words(ranks: Ranks, folder: Path) -> Iterator[None]:
 
     Args:
         ranks: those that train the model.
-        folder: the run's.
+        folder: the run's; None where another run is in its place, whose log gets no words.
     """
     if ranks.count == 1:
         yield
@@ -114,7 +114,9 @@ def _report(ranks: Ranks, report: bytes, patience: float = 0.0) -> dict[int, byt
         return None
 
 
-def _write(folder: Path, ranks: Ranks, words: str) -> None:
+def _write(folder: Path | None, ranks: Ranks, words: str) -> None:
+    if folder is None:
+        return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = f"{now} rank {ranks.rank} of {ranks.count}, step {ranks.step}: {' '.join(words.split())}\n"
     with contextlib.suppress(OSError), (folder / LOG).open("a") as file:  # a full disk, or no folder yet

@@ -93,7 +93,8 @@ def run_training(config: TrainConfig, run: RunFolder, saved: TrainConfig | None)
         started = prolong(saved, config, run.path, run.last_checkpoint(verified=True)) if longer else saved
         _check_unchanged(started, config, run)
     ranks = Ranks(mesh_of(config), config.device, config.mesh_timeout)
-    with last_words(ranks, run.path):
+    older = saved is None and run.config.exists()  # a run that this one is refused to replace
+    with last_words(ranks, None if older else run.path):
         return _run(config, run, saved, ranks)
 
 
