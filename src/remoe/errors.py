@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 
 class RemoeError(Exception):
@@ -71,6 +72,13 @@ def check_numbers(least: float, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < math.inf:
             raise ConfigError(f"{name} must be a finite number of at least {least}, but is {value!r}")
+
+
+def check_shapes(shape: Sequence[int], **tensors: Any) -> None:
+    """Each tensor that is given (not None) must have this shape, that of x without D."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ConfigError(f"{name} must be {tuple(shape)} for this x, but is {tuple(tensor.shape)}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:

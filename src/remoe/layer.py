@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe.decoding import decode, limits
-from remoe.errors import ConfigError, check, check_integers, check_numbers
+from remoe.errors import ConfigError, check, check_integers, check_numbers, check_shapes
 from remoe.experts import Experts, MergedExperts
 from remoe.routing import Routing, build_router
 from remoe.routing.base import split_by_granularity
@@ -108,19 +108,13 @@ class MoE(nn.Module):
             routing: gates (`gate_TE`), counts per expert (`count_E`), `sparsity` and `regularizer` of these T tokens.
 
         Raises:
-            ConfigError: for an x of another width than D, or a mask, ids or documents whose shape is not x's without D.
+            ConfigError: for an x of another width than D, or another tensor whose shape is not x's without D.
         """
         if x.shape[-1] != self.d_model:
             raise ConfigError(f"x must be (..., {self.d_model}), but is {tuple(x.shape)}")
-        for name, given in (
-            ("mask", mask),
-            ("token_ids", token_ids),
-            ("documents", documents),
-            ("gate_threshold", gate_threshold),
-            ("max_experts", max_experts),
-        ):
-            if given is not None and given.shape != x.shape[:-1]:
-                raise ConfigError(f"{name} must be {tuple(x.shape[:-1])} for this x, but is {tuple(given.shape)}")
+        given = {"token_ids": token_ids, "documents": documents}
+        given |= {"gate_threshold": gate_threshold, "max_experts": max_experts}
+        check_shapes(x.shape[:-1], mask=mask, **given)
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if mask is None else mask.reshape(-1).bool()
         ids_T = None if token_ids is None else token_ids.reshape(-1)
@@ -131,8 +125,8 @@ class MoE(nn.Module):
         cap = self.max_experts if max_experts is None else max_experts.reshape(-1)
         y_TD, routing = decode(self, x_TD, mask_T, threshold, cap) or (None, None)
         if y_TD is None or routing is None:
-            routing = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
-            routing = self._limited(routing, threshold, cap)
+            made = self.router(x_TD, mask_T, ids_T=ids_T, seq_len=seq_len, **packed)
+            routing = self._limited(made, threshold, cap)
             if self.router.merges:
                 y_TD = self.experts(x_TD, routing)
             elif not self.router.routes_pairs and mask is None:
@@ -144,8 +138,7 @@ class MoE(nn.Module):
         return y_TD.view(x.shape), routing
 
     def _limited(self, routing: Routing, threshold: float | Tensor, cap: int | Tensor | None) -> Routing:
-        limited = not self.training and limits(threshold, cap)
-        return routing.pruned(threshold, cap) if limited else routing
+        return routing if self.training or not limits(threshold, cap) else routing.pruned(threshold, cap)
 
     def _slots(self, routing: Routing) -> tuple:
         return routing.assignment, routing.assignment.gate_N

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from common_models import build, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from remoe.errors import ConfigError
 from remoe.experts.cpu.backend import few_tokens
+from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS
 
@@ -97,6 +101,23 @@ def test_the_path_of_few_tokens_takes_the_dial(monkeypatch):
     assert torch.equal(y, expected)
     assert torch.equal(routing.gate_TE, usual.gate_TE)
     assert torch.equal(routing.count_E, usual.count_E)
+
+
+def test_the_text_of_sampling_options_has_the_dial():
+    words = {"<end>": 0} | {f"w{i}": i for i in range(1, 30)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<end>")), eos_token="<end>")
+    model, counts = model_of(), []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: counts.append(int((output[1].gate_TE != 0).sum(dim=1).max()))
+    )
+    generate_text(model, tokenizer, "w1", SamplingOptions(max_new_tokens=4))
+    assert max(counts) > 1
+    counts.clear()
+    generate_text(model, tokenizer, "w1", SamplingOptions(max_new_tokens=4, max_experts=1))
+    assert max(counts) == 1
+    counts.clear()
+    generate_text(model, tokenizer, "w1", SamplingOptions(max_new_tokens=4, gate_threshold=1e6))
+    assert max(counts) == 0
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ class SamplingOptions:
     """Values above 1 make tokens that were already written less likely."""
     seed: int = 0
     """Random seed: the same seed gives the same text."""
+    gate_threshold: float | None = None
+    """Leave out experts whose gate is at most this: less compute, a higher loss."""
+    max_experts: int | None = None
+    """Execute at most so many experts per token, those with the largest gates."""
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
@@ -45,6 +49,10 @@ class SamplingOptions:
             raise ConfigError("--top-k must be at least 0, and --repetition-penalty at least 0.001")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed must be from 0 to 2**63 - 1, but is {self.seed}")
+        if self.gate_threshold is not None and not self.gate_threshold >= 0:
+            raise ConfigError(f"--gate-threshold must be at least 0, but is {self.gate_threshold}")
+        if self.max_experts is not None and self.max_experts < 1:
+            raise ConfigError(f"--max-experts must be at least 1, but is {self.max_experts}")
 
 
 def check_prompt(prompt: str) -> None:
@@ -71,7 +79,8 @@ def generate_text(
 
     Raises:
         ConfigError: for sampling options out of range, a prompt that is not valid Unicode or longer than the model's
-            longest sequence and LONGEST_PROMPT, or, for a model that is not ours, more tokens than that sequence.
+            longest sequence and LONGEST_PROMPT, or, for a model that is not ours, more tokens than that sequence or a
+            gate threshold or cap.
     """
     import torch  # not at the top: the command line's help must not wait for it
 
@@ -107,6 +116,10 @@ def generate_text(
     known, size = vocabulary_size(tokenizer), model.get_output_embeddings().weight.shape[0]
     if known < size:  # a vocabulary that is rounded up: these ids have no text
         sampling["suppress_tokens"] = list(range(known, size))
+    dial = {"gate_threshold": options.gate_threshold, "max_experts": options.max_experts}
+    dial = {name: value for name, value in dial.items() if value is not None}
+    if dial and not isinstance(model, RemoeForCausalLM):
+        raise ConfigError("--gate-threshold and --max-experts need a model of remoe's own type")
     devices = [model.device] if model.device.type == "cuda" else []
     # A sample must not disturb the random numbers of a training run.
     with evaluating(model), torch.random.fork_rng(devices=devices):
@@ -119,6 +132,7 @@ def generate_text(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
+            **dial,
         )
     written = output_ids[0].tolist()
     whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (written, ids))

@@ -101,7 +101,7 @@ class ReplayedRouting(Routing):
         assert self.own is not None
         return self.own.count_E
 
-    def pruned(self, threshold: float, cap: int | None) -> Self:
+    def pruned(self, threshold: float | Tensor, cap: int | Tensor | None) -> Self:
         """As `Routing.pruned`, of the given pairs and of the router's own."""
         assert self.own is not None
         return replace(super().pruned(threshold, cap), own=self.own.pruned(threshold, cap))

@@ -40,6 +40,8 @@ from remoe.lab.cli.main import COMMANDS, main
         (["train", "--out", "nowhere", "--resume"], "nowhere is not a run"),
         (["generate", "nowhere"], "nowhere does not exist"),
         (["generate", "nowhere", "--top-p", "2"], "top-p"),
+        (["generate", "nowhere", "--gate-threshold", "nan"], "--gate-threshold must be at least 0"),
+        (["generate", "nowhere", "--max-experts", "0"], "--max-experts must be at least 1"),
         (["generate", "nowhere", "--temperature", "nan"], "temperature"),
         (["generate", "nowhere", "--seed", "99999999999999999999999"], "--seed"),
         (["plan", "tiny", "--seq-len", "0"], "at least 1"),
