@@ -194,7 +194,7 @@ def wait_for(condition, process=None):
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
-    base = {**BASE, "steps": 160}
+    base = {**BASE, "steps": 80}
     path = write_experiment(tmp_path, base=base, variants={"relu": {}})
     run = load_experiment(path).runs[0]
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
@@ -214,8 +214,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(corpus, tmp_path, number):
         assert not re.search("started|resumed", output.read_text())
         assert pool.recorded(run)
     assert main(arguments(path, corpus, tmp_path)) == 0
-    assert pool.summary(run)["steps"] == 160
-    assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 161))
+    assert pool.summary(run)["steps"] == 80
+    assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 81))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
@@ -242,7 +242,7 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 def test_workers_train_side_by_side(corpus, tmp_path, capfd):
-    base = {**BASE, "steps": 160}
+    base = {**BASE, "steps": 80}
     path = write_experiment(tmp_path, base=base, equal_flops=False)
     pool = Pool(tmp_path / "pool", open_dataset(corpus).fingerprint)
     runs = load_experiment(path).runs
@@ -252,11 +252,11 @@ def test_workers_train_side_by_side(corpus, tmp_path, capfd):
     assert process.wait(60) == 143
     assert re.findall(r"(\S+): stopped; the same command", output.read_text()) != []
     steps = [read_metrics(pool.folder(run).metrics)[-1]["step"] for run in runs]
-    assert all(0 < step < 160 for step in steps)  # both were on their way, and both have stopped
+    assert all(0 < step < 80 for step in steps)  # both were on their way, and both have stopped
     assert main([*arguments(path, corpus, tmp_path), "--workers", "2"]) == 0
     assert "another process" not in capfd.readouterr().out  # a worker waits for the other in silence
     for run in runs:
-        assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 161))
+        assert [record["step"] for record in read_metrics(pool.folder(run).metrics)] == list(range(1, 81))
         assert pool.summary(run)["machine"]["threads"] == max(1, torch.get_num_threads() // 2)
 
 
