@@ -25,6 +25,8 @@ class ExportOptions:
     quantize: Literal["int8"] | None = None
     """Write the weights of attention and experts in 8 bits, by torchao. The card has the validation loss before and
     after. By default they stay as they are."""
+    license: str | None = None
+    """The model's license for the card, by its name on the Hugging Face Hub, such as apache-2.0."""
 
 
 def export_command(argv: list[str]) -> int:
@@ -34,7 +36,7 @@ def export_command(argv: list[str]) -> int:
     with importing():
         from remoe.lab.export import export_run
 
-    out = export_run(options.run, options.out, options.max_experts, options.quantize)
+    out = export_run(options.run, options.out, options.max_experts, options.quantize, options.license)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
     if options.quantize is None:  # int8 weights take no gradients
