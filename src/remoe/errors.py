@@ -23,6 +23,10 @@ class CheckpointError(RemoeError):
     """A checkpoint or a run's folder that is missing, incomplete or belongs to something else."""
 
 
+class HubError(RemoeError):
+    """The Hugging Face Hub cannot be reached or refuses what was asked of it."""
+
+
 class OutOfMemory(RemoeError):
     """Memory ran out in work whose size options decide."""
 

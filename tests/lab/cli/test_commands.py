@@ -190,7 +190,7 @@ def test_yaml_and_flags(corpus, tmp_path, capsys):
     ("command", "name"),
     [
         ("train", "[OPTIONS]"),
-        ("export", "RUN DIR [--max-experts {None}|INT] [--quantize {None,int8}]"),
+        ("export", "[OPTIONS] RUN DIR"),
         ("eval", "RUN"),
         ("generate", "RUN"),
         ("plan", "PRESET"),

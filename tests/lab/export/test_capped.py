@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny_run import FLAGS
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
@@ -93,6 +94,8 @@ def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, run, tmp_p
     assert f"| validation loss without the cap | {without:.4f} |" in card
     assert f"| validation loss with the cap | {with_cap['loss']:.4f} |" in card
     assert f"{with_cap['loss']:.4f}" != f"{without:.4f}"
+    evaluation = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert evaluation == pytest.approx({name: with_cap[name] for name in ("loss", "perplexity")}, rel=1e-5)
     assert "has the index 4 and the weight 0" in card
     capsys.readouterr()
     assert main(["export", str(run), str(tmp_path / "none"), "--max-experts", "0"]) == 2

@@ -12,6 +12,7 @@ import fresh
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tiny_run import FLAGS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -59,7 +60,7 @@ def exported(corpus, tmp_path_factory):
     run, out = folder / "run", folder / "My model"
     flags = ["--steps", "6", "--validate.every", "6", "--out", str(run)]
     assert main(["train", "--data", str(corpus), *FLAGS, *flags]) == 0
-    assert main(["export", str(run), str(out)]) == 0
+    assert main(["export", str(run), str(out), "--license", "apache-2.0"]) == 0
     return run, out
 
 
@@ -326,6 +327,11 @@ def test_card_says_what_the_model_is(exported):
     ):
         assert text in card
     assert str(run.parent) not in card.replace(str(folder), "")
+    header = ModelCard(card).data
+    assert (header.license, header.model_name) == ("apache-2.0", "My model")
+    whole = RunFolder(run).load_summary()["validation"]["all"]
+    found = {r.metric_type: r.metric_value for r in header.eval_results if r.dataset_config == "all"}
+    assert found == {name: whole[name] for name in ("loss", "perplexity", "bits_per_byte")}
     for plot in ("training-loss.png", "training-course.png"):
         assert plot in card
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")

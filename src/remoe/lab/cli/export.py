@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from remoe.errors import check
 from remoe.lab.cli.parsing import importing, parse
 
 PROG = "remoe export"
@@ -25,18 +26,31 @@ class ExportOptions:
     quantize: Literal["int8"] | None = None
     """Write the weights of attention and experts in 8 bits, by torchao. The card has the validation loss before and
     after. By default they stay as they are."""
+    license: str | None = None
+    """The model's license for the card, by its name on the Hugging Face Hub, such as apache-2.0."""
+    push: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
+    """Upload the folder to this model repository on the Hugging Face Hub, which is created if it does not exist. The
+    token is that of `hf auth login` or HF_TOKEN."""
+    private: bool = False
+    """With --push: only the owner sees the repository."""
 
 
 def export_command(argv: list[str]) -> int:
-    """Writes the folder and prints how to load it."""
+    """Writes the folder, prints how to load it, and uploads it if asked to."""
     options = parse(ExportOptions, argv, prog=PROG)
 
     with importing():
         from remoe.lab.export import export_run
+        from remoe.lab.export.push import check_repository, push_folder
 
-    out = export_run(options.run, options.out, options.max_experts, options.quantize)
+    check(options.push is not None or not options.private, "--private needs --push OWNER/NAME")
+    if options.push is not None:
+        check_repository(options.push)  # before the work, not after it
+    out = export_run(options.run, options.out, options.max_experts, options.quantize, options.license)
     print(f"wrote {out}; to load it without remoe:")
     print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
     if options.quantize is None:  # int8 weights take no gradients
         print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
+    if options.push is not None:
+        print(f"pushed to {push_folder(out, options.push, private=options.private)}")
     return 0

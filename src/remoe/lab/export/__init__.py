@@ -7,6 +7,7 @@ from pathlib import Path
 from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.export.card import write_card
+from remoe.lab.export.header import check_licence
 from remoe.lab.files import check_new_folder, new_folder
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_run
@@ -17,7 +18,13 @@ from remoe.models.quantization import quantize
 from remoe.routing import ROUTERS
 
 
-def export_run(run: str | Path, out: str | Path, max_experts: int | None = None, scheme: str | None = None) -> Path:
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    max_experts: int | None = None,
+    scheme: str | None = None,
+    licence: str | None = None,
+) -> Path:
     """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
 
     Args:
@@ -27,18 +34,22 @@ def export_run(run: str | Path, out: str | Path, max_experts: int | None = None,
             cap, on the run's validation text. None for no cap.
         scheme: "int8" for weights as `remoe.quantize` makes them; the card then has the loss before and after. None to
             leave them as they are.
+        licence: identifier of the model's licence on the Hugging Face Hub, such as "apache-2.0", for the card.
 
     Returns:
         `out`.
 
     Raises:
         CheckpointError: when there is no checkpoint to read.
-        ConfigError: when `out` holds something already, the router is not of this package, or has no pairs to cap.
+        ConfigError: when `out` holds something already, the router is not of this package or has no pairs to cap, or
+            the licence is no identifier.
         DataError: when there is a cap or a quantisation to measure, and the run's data is gone.
         ExtraError: when torchao is needed and not installed.
     """
     out = Path(out)
     check_new_folder(out)  # before the work, not after it
+    if licence is not None:
+        check_licence(licence)
     model, _, checkpoint = load_run(run)
     if not isinstance(model, RemoeForCausalLM):
         raise ConfigError(f"{run} trained a {type(model).__name__}: {checkpoint} is a folder for remoe.load_relufied")
@@ -51,7 +62,7 @@ def export_run(run: str | Path, out: str | Path, max_experts: int | None = None,
     with new_folder(out) as written:
         export_model(model, written)
         shutil.copytree(folder.tokenizer, written, dirs_exist_ok=True)
-        write_card(folder, checkpoint, model, written, capped, quantised)
+        write_card(folder, checkpoint, model, written, capped, quantised, licence)
     return out
 
 

@@ -1,11 +1,12 @@
 """The model card of an exported run: its data, results and sparsity, with plots of its training."""
 
+import math
 from pathlib import Path
-
-import yaml
 
 from remoe.lab.analysis import figures
 from remoe.lab.analysis.figures import save
+from remoe.lab.data.documents import TOTAL
+from remoe.lab.export.header import header
 from remoe.lab.text import markdown
 from remoe.lab.training.checkpoint import saved_step
 from remoe.lab.training.folder import RunFolder
@@ -30,6 +31,7 @@ def write_card(
     out: Path,
     capped: tuple[float, float] | None = None,
     quantised: tuple[str, float, float] | None = None,
+    licence: str | None = None,
 ) -> None:
     """Writes README.md, and plots as PNG when the run has its metrics.
 
@@ -40,6 +42,7 @@ def write_card(
         out: existing folder.
         capped: of a model with a cap on the experts of a token, its validation loss without and with the cap.
         quantised: of a model with smaller weights, the scheme, and its validation loss before and after.
+        licence: identifier of the model's licence on the Hub.
     """
     config = run.load_config()
     summary = run.load_summary()
@@ -47,11 +50,15 @@ def write_card(
     step = saved_step(checkpoint)
     finished = summary.get("steps") == step
     c = model.config
-    tags = ["moe", "remoe"] if c.routes_pairs else ["remoe"]
+    name = out.resolve().name
+    validation = summary["validation"] if finished else {}
+    measured = quantised or capped
+    if measured is not None:  # the exported model is not the one that the run measured
+        validation = {TOTAL: {"loss": measured[-1], "perplexity": math.exp(min(measured[-1], 700))}}
     parts = [
-        yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}),
+        header(c, name, config.data, validation, licence),
         "---\n",
-        f"# {markdown(out.resolve().name)}\n",
+        f"# {markdown(name)}\n",
         _what(c),
         _USE + "\n",
         "## Training\n",
