@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "eval_command",
         "loss, perplexity, bits per byte and sparsity per domain; with --tasks, zero-shot accuracy",
     ),
+    "serve": ("remoe.lab.cli.serve", "serve_command", "answer requests of OpenAI's API with a trained model"),
     "watch": ("remoe.lab.cli.watch", "watch_command", "show a run in a browser while it trains"),
     "record": (
         "remoe.lab.cli.record",
