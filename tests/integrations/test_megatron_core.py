@@ -84,6 +84,8 @@ def test_evaluation_counts_nothing_and_losses_per_token_are_scaled():
         ({"moe_token_dispatcher_type": "alltoall"}, "assumes moe_router_topk pairs"),
         ({"moe_pad_expert_input_to_capacity": True}, "drops pairs"),
         ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function"),
         ({"context_parallel_size": 2}, "context_parallel_size"),
     ],
 )

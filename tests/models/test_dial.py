@@ -141,3 +141,12 @@ def test_wrong_values_are_refused(given, message):
 def test_a_router_without_pairs_refuses_the_dial(router):
     with pytest.raises(ConfigError, match="routes no pairs"):
         model_of(router=router)(tokens(batch=2), max_experts=1)
+
+
+@torch.no_grad()
+def test_a_routing_read_later_is_that_of_the_values_that_were_given():
+    model, ids = model_of(), tokens(batch=2)[:, :1]
+    thresholds = torch.zeros(2)
+    routings = model(ids, gate_threshold=thresholds).routings
+    thresholds.fill_(100)
+    assert routings[0].count_E.sum() > 0

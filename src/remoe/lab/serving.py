@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from remoe.errors import ConfigError, missing_extra
+from remoe.errors import ConfigError, check, missing_extra
 from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.training.load import load_model
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -101,6 +101,7 @@ def serving(
         CheckpointError: when there is no model, or it cannot be loaded.
         DataError: when its tokenizer cannot be loaded.
     """
+    check(bool(host), "an empty host would listen on every network: give an address")
     serve, models = _server()
     name, port = Path(folder).resolve().name, _free(host, port)
     held = load_served(folder, device or torch.device("cpu"))

@@ -77,7 +77,7 @@ def dial_of_rows(config: RemoeConfig, hidden_BSD: Tensor, **given: float | Tenso
         on_host = value_B.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
         if on_host and not (value_B >= least).all():
             raise ConfigError(f"{name} must be at least {least}, but is {value_B.tolist()}")
-        dial[name] = value_B.to(hidden_BSD.device, dtype).reshape(-1, 1).expand(B, S)
+        dial[name] = value_B.to(hidden_BSD.device, dtype).clamp(min=least).reshape(-1, 1).expand(B, S)  # a copy
     return dial
 
 

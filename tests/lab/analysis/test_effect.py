@@ -6,9 +6,10 @@ import pytest
 import torch
 from common_models import build
 
+from remoe.errors import ConfigError
 from remoe.lab.analysis.effect import expert_effects
 from remoe.lab.analysis.mixture import Mixture
-from remoe.lab.analysis.texts import PreparedText
+from remoe.lab.analysis.texts import PreparedText, Prompt
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.training.validate import evaluate
 
@@ -49,3 +50,12 @@ def test_few_tokens_are_a_sequence_of_each_domain_and_an_idle_expert_has_no_effe
     assert found.effect_LE[0].count_nonzero() == 3
     many = expert_effects(Mixture(model), text, ["farm", "town"], 2 * 3 * SEQ_LEN)
     assert many.tokens_C.tolist() == [3 * SEQ_LEN, 3 * SEQ_LEN]
+
+
+def test_a_prompt_of_one_token_has_no_loss_to_change():
+    def one_token(text, add_special_tokens):
+        return {"input_ids": [3]}
+
+    text = Prompt("a", one_token, SEQ_LEN, special=False)
+    with pytest.raises(ConfigError, match="two tokens or more"):
+        expert_effects(Mixture(build(num_hidden_layers=1)), text, ["prompt"], 8)

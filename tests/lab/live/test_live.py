@@ -75,6 +75,7 @@ def test_the_state_is_said_in_words(run, monkeypatch):
     state, (words,) = growth.state()
     assert state == "stopped"
     assert "--resume" in words
+    growth.look()  # at no record
     run.metrics.write_text(line(4))
     growth.look()
     assert growth.state() == ("training", ["Training: step 4 of 10, about 0:06 left."])  # 6 steps of 10 tokens
@@ -170,3 +171,22 @@ def test_a_run_serves_its_page_while_it_trains(corpus, tmp_path, capsys, monkeyp
     assert "live http://127.0.0.1:" in capsys.readouterr().out
     assert [row[0] for row in asked[0]["rows"]] == [1, 2, 3]
     assert asked[0]["state"] == "finished"
+
+
+def test_what_a_run_wrote_before_does_not_count_as_training(run):
+    run.metrics.write_text(line(1) + line(2))
+    growth = Growth(run)
+    assert growth.answer(0, 0)["state"] == "stopped"
+    with run.metrics.open("a") as file:
+        file.write(line(3))
+    assert growth.answer(0, 0)["state"] == "training"
+
+
+def test_a_page_of_an_earlier_server_takes_all_rows_anew(run, monkeypatch):
+    earlier = Growth(run).answer(0, 0)["epoch"]
+    now = growth_module.time.time_ns()
+    monkeypatch.setattr(growth_module.time, "time_ns", lambda: now + 10**7)
+    run.metrics.write_text(line(1) + line(2))
+    answer = Growth(run).answer(earlier, 2)
+    assert answer["epoch"] != earlier
+    assert len(answer["rows"]) == 2

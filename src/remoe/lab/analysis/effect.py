@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from remoe.errors import check
 from remoe.lab.analysis.mixture import Mixture
 from remoe.lab.analysis.recording import batch_rows, routing_of_batch
 from remoe.lab.analysis.texts import Batch, Text
@@ -50,6 +51,9 @@ def expert_effects(
         domains: (C,) of the text; each gives its first sequences.
         max_tokens: of all domains together, divided equally; at least one sequence of each is read.
         document_end: as in `record_routing`.
+
+    Raises:
+        ConfigError: when no token's loss is known. A domain without one is left out.
     """
     C, share = len(domains), max_tokens // len(domains)
     rows = max(1, min(batch_rows(mixture, text.seq_len), share // text.seq_len))
@@ -68,7 +72,10 @@ def expert_effects(
                     with mixture.without(layer, expert):
                         without_T, *_ = routing_of_batch(mixture, batch, document_end=document_end)
                     effect_CLE[domain, layer, expert] += without_T.double().nansum() - nats
-    return Effects(list(domains), tokens_C, nats_C / tokens_C, effect_CLE / tokens_C[:, None, None])
+    read_C = tokens_C > 0  # a domain of single tokens has none whose loss is known
+    check(bool(read_C.any()), "the effect of experts needs a text of two tokens or more")
+    tokens_C, read = tokens_C[read_C], [name for name, is_read in zip(domains, read_C.tolist(), strict=True) if is_read]
+    return Effects(read, tokens_C, nats_C[read_C] / tokens_C, effect_CLE[read_C] / tokens_C[:, None, None])
 
 
 def _first(text: Text, rows: int, domains: Sequence[str], share: int) -> list[Batch]:

@@ -36,7 +36,8 @@ class Growth:
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.config = run, run.load_config()
-        self.epoch, self._file, self._read, self._moved = 0, 0, 0, -math.inf
+        self.epoch = time.time_ns() >> 20  # another than that of an earlier server, whose page may still be open
+        self._file, self._read, self._moved, self._looked = 0, 0, -math.inf, False
         self._forget()
 
     def _forget(self) -> None:
@@ -59,10 +60,12 @@ class Growth:
                         break
                     self._read += len(line)
                     self._add(line)
-                    self._moved = time.monotonic()
+                    if self._looked:  # not what was there before
+                        self._moved = time.monotonic()
         except FileNotFoundError:
             if self.rows:
                 self._forget()
+        self._looked = True
 
     def _add(self, line: bytes) -> None:
         try:

@@ -1,12 +1,14 @@
 """The server of the live page: on 127.0.0.1, with Python's own HTTP server; the page asks for what is new."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from remoe.lab.live.growth import Growth
@@ -43,6 +45,11 @@ class LiveServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except OSError:
             super().__init__((ADDRESS, 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a page that was closed before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -126,6 +126,7 @@ remoe.heatmap = (figure, options) => {
     choose();
   });
   holder.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;  // the browser's own
     const [down, right] = {
       ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
     }[event.key] || [0, 0];

@@ -111,11 +111,15 @@
     function zoom(factor) {
       const { min, max } = u.scales.x;
       const middle = u.cursor.idx === null ? (min + max) / 2 : u.data[0][u.cursor.idx];
-      u.setScale("x", { min: middle - (middle - min) * factor, max: middle + (max - middle) * factor });
+      u.setScale("x", {
+        min: Math.max(u.data[0][0], middle - (middle - min) * factor),
+        max: Math.min(u.data[0].at(-1), middle + (max - middle) * factor),
+      });
     }
 
     const whole = () => u.setScale("x", { min: u.data[0][0], max: u.data[0].at(-1) });
     holder.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;  // the browser's own
       const far = event.shiftKey ? 20 : 1;
       const action = {
         ArrowLeft: () => read(-far), ArrowRight: () => read(far), Home: () => read(-Infinity), End: () => read(Infinity),
