@@ -138,3 +138,14 @@ def test_what_does_not_fit_is_refused(options, replay, message):
 def test_a_model_without_mixtures_is_refused():
     with pytest.raises(ConfigError, match="no layers"), replay_routing(torch.nn.Linear(2, 2), Replay([])):
         pass
+
+
+def test_a_compiled_model_is_refused():
+    model, ids = ours()
+    replay = Replay.of(model(ids).routings)
+    compiled = torch.compile(model, backend="eager")
+    model_in_place, _ = ours()
+    model_in_place.compile(backend="eager")
+    for given in (compiled, model_in_place):
+        with pytest.raises(ConfigError, match="compiled"), replay_routing(given, replay):
+            pass

@@ -23,13 +23,15 @@ def replay_routing(model: nn.Module, replay: Replay) -> Iterator[None]:
     (`gradient_checkpointing_enable`), that pass must run inside the block too.
 
     Args:
-        model: a ReMoE model, a model with `MoE` layers, or a relufied model; it may be wrapped.
+        model: a ReMoE model, a model with `MoE` layers, or a relufied model; it may be wrapped, but not compiled.
         replay: of as many layers as the model has, and of the T tokens of each pass, row after row.
 
     Raises:
-        ConfigError: for a model without such layers or with another number of them, a router whose tokens are not
-            routed, and in a pass whatever `Replay.apply` raises.
+        ConfigError: for a model without such layers or with another number of them, a compiled one, a router whose
+            tokens are not routed, and in a pass whatever `Replay.apply` raises.
     """
+    if any("_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()):
+        raise ConfigError("a compiled model does not see a replay: pass the model from before torch.compile")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     relufied = [module for module in model.modules() if isinstance(module, RelufiedRouter)]
     found = len(layers) or len({router.layer for router in relufied})
