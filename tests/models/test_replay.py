@@ -115,6 +115,8 @@ def test_disagreement_is_the_share_of_pairs_that_one_has():
     second = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 0]]).bool()
     assert disagreement([first, first, first], [second, first, ~first]).tolist() == [0.25, 0.0, 1.0]
     assert disagreement([first & False], [first & False]).tolist() == [0.0]
+    known_T = (first == second).all(dim=1)
+    assert disagreement([first], [second], known_T).tolist() == [0.0]
     with pytest.raises(ConfigError, match="different sizes"):
         disagreement([first], [first, second])
 
@@ -149,3 +151,15 @@ def test_a_compiled_model_is_refused():
     for given in (compiled, model_in_place):
         with pytest.raises(ConfigError, match="compiled"), replay_routing(given, replay):
             pass
+
+
+@pytest.mark.parametrize("name", ["relu", "relufied"])
+def test_pairs_that_are_given_for_padding_are_left_out(name):
+    model, ids = MODELS[name]()
+    mask = padded(ids)
+    routings = model(input_ids=ids, attention_mask=mask).routings
+    replay = Replay([torch.ones_like(routing.gate_TE, dtype=torch.bool) for routing in routings])
+    with replay_routing(model, replay):
+        replayed = model(input_ids=ids, attention_mask=mask).routings
+    for routing in replayed:
+        assert torch.equal(executed_pairs(routing).all(dim=1), mask.flatten().bool())

@@ -43,7 +43,7 @@ def replay_routing(model: nn.Module, replay: Replay) -> Iterator[None]:
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             handle = layer.router.register_forward_hook(
-                lambda router, _, own, index=index: replay.apply(index, router, own)
+                lambda router, given, own, index=index: replay.apply(index, router, own, given[1])  # x_TD, mask_T
             )
             stack.callback(handle.remove)
         for router in relufied:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError, check
-from remoe.routing.assignment import Assignment, Routing, tree
+from remoe.routing.assignment import Assignment, Routing, tree, unmasked
 from remoe.routing.relu import ReLURouter
 from remoe.routing.topk import TopKRouter
 
@@ -48,7 +48,7 @@ class Replay:
         gates = [routing.gate_TE.detach() for routing in routings] if keep_gates else None
         return cls([executed_pairs(routing) for routing in routings], gates)
 
-    def apply(self, layer: int, router: Any, own: Routing) -> "ReplayedRouting":
+    def apply(self, layer: int, router: Any, own: Routing, mask_T: Tensor | None = None) -> "ReplayedRouting":
         """The routing of one layer with the given pairs.
 
         Args:
@@ -56,6 +56,7 @@ class Replay:
             router: its router. Without given gates it must be a `ReLURouter` without a cap, or a `TopKRouter`: the
                 gates of other routers are not defined on pairs that they did not choose.
             own: what the router returned.
+            mask_T: (T,) bool, false for padding, whose given pairs are left out.
 
         Raises:
             ConfigError: for another number of layers, tokens or experts, or a router without gates on given pairs.
@@ -70,6 +71,7 @@ class Replay:
             check(self.known_T.shape == shape[:1], f"known_T must be {tuple(shape[:1])}")
             known_T1 = self.known_T.to(device)[:, None]
             active_TE = torch.where(known_T1, active_TE, executed_pairs(own))
+        active_TE = unmasked(active_TE, mask_T)
         if self.gate_LTE is None:
             gate_TE = gates_on_pairs(router, own, active_TE)
         else:
@@ -141,19 +143,23 @@ def executed_pairs(routing: Routing) -> Tensor:
     return active_TE[:, :E]
 
 
-def disagreement(first_LTE: Sequence[Tensor], second_LTE: Sequence[Tensor]) -> Tensor:
+def disagreement(first_LTE: Sequence[Tensor], second_LTE: Sequence[Tensor], mask_T: Tensor | None = None) -> Tensor:
     """(L,) float32: in each layer, the share of pairs that only one of two routings has.
 
     The pairs of both together are the whole, so that it is 0 for equal routings and 1 for routings without a common
     pair. With k experts for every token it is the share of the k that differ.
 
     Args:
-        first_LTE, second_LTE: for each layer (T, E) bool.
+        first_LTE, second_LTE: for each layer (T, E) bool; the second may lie on another device.
+        mask_T: (T,) bool, tokens to count, such as `Replay.known_T`; all by default.
 
     Raises:
         ConfigError: for routings of different sizes.
     """
     sizes = [[tuple(active_TE.shape) for active_TE in one] for one in (first_LTE, second_LTE)]
     check(sizes[0] == sizes[1], f"the two routings have different sizes: {sizes[0]} and {sizes[1]}")
+    mask_T = None if mask_T is None else mask_T.to(first_LTE[0].device)
+    first_LTE = [unmasked(active_TE, mask_T) for active_TE in first_LTE]
+    second_LTE = [unmasked(active_TE.to(first_LTE[0].device), mask_T) for active_TE in second_LTE]
     pairs = [((a != b).sum(), a.sum() + b.sum()) for a, b in zip(first_LTE, second_LTE, strict=True)]
     return torch.stack([different.float() / total.clamp(min=1) for different, total in pairs])

@@ -137,7 +137,7 @@ def test_a_group_lists_its_own_commands(arguments, capsys):
 )
 def test_what_cannot_be_trained_is_found_before_any_data_is_prepared(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("remoe.lab.training.train.default_dataset", lambda *_: pytest.fail("prepares data"))
+    monkeypatch.setattr("remoe.lab.training.data.default_dataset", lambda *_: pytest.fail("prepares data"))
     assert main(["train", *flags]) == 2
     error = capsys.readouterr().err
     assert any(words in error for words in ("error: unknown", "has no option 'a'", "'triton' cannot run here"))

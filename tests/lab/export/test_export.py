@@ -20,7 +20,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
-from remoe.lab.export.card import _data_name, _what
 from remoe.lab.training.folder import RunFolder
 from remoe.models.bundle import PACKAGE, flat_name, relocated, write_bundle
 
@@ -180,26 +179,6 @@ def test_eval_leaves_models_of_others_to_tasks(exported, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("def ")
     assert main(["eval", str(tmp_path / "llama"), "--data", str(RunFolder(run).load_config().data)]) == 2
     assert "is a LlamaForCausalLM, not a model of this package" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"router": "dense"}, "A dense language model (router `dense`). Trained"),
-        ({"router": "lory", "num_experts_per_tok": 1}, "8 experts, merged into one for each segment"),
-        (
-            {"router": "topk", "shared_expert_size": 8},
-            "every token also has a shared expert of width 8.",
-        ),
-    ],
-)
-def test_the_cards_sentence_is_of_the_model(options, words):
-    assert words in _what(remoe.RemoeConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **options))
-
-
-def test_the_card_names_the_data_without_its_place():
-    assert _data_name("/home/me/texts-bpe4096") == "texts-bpe4096"
-    assert _data_name("data/stdlib-3.11.7-bpe4096") == "stdlib-3.11.7-bpe4096: Python's standard library"
 
 
 @pytest.mark.slow

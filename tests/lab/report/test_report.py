@@ -29,10 +29,11 @@ from remoe.lab.cli.main import main
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.report.contents import outcome
-from remoe.lab.report.course import COLUMNS, POINTS, course_of, kept_points
+from remoe.lab.report.course import COLUMNS, course_of
 from remoe.lab.report.packed import short, unpacked, whole_numbers
 from remoe.lab.report.page import SCRIPTS, script_json
 from remoe.lab.report.reading import text_of
+from remoe.lab.thinning import POINTS, kept_points
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import read_metrics

@@ -5,7 +5,8 @@ import pytest
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
 from remoe.lab.compare.keys import key_of
-from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml, differences
+from remoe.lab.training.changes import differences
+from remoe.lab.training.config import TrainConfig, config_from_dict, config_from_yaml
 from remoe.lab.training.renamed import renamed
 from remoe.lab.training.yaml_files import to_yaml
 

@@ -83,9 +83,10 @@ class RelufiedRouter(ReLURouter):
         mask_BS = self.context.mask_BS if self.context.routings is not None or recomputed else None
         # Blocks that see other tokens than the batch's, as some multimodal ones do, are counted without a mask.
         fits = mask_BS is not None and mask_BS.numel() == x_TD.shape[0]
-        routing = super().forward(x_TD, mask_BS.flatten().to(x_TD.device) if fits else None)
+        mask_T = mask_BS.flatten().to(x_TD.device) if fits else None
+        routing = super().forward(x_TD, mask_T)
         if self.replay is not None:
-            routing = self.replay.apply(self.layer, self, routing)
+            routing = self.replay.apply(self.layer, self, routing, mask_T)
         if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
             self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.

@@ -25,7 +25,7 @@ from remoe.lab.data.corpus import open_data
 from remoe.lab.machine import keep_freed_memory, pick_device
 from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
-from remoe.lab.training.train import default_dataset
+from remoe.lab.training.data import default_dataset
 from remoe.lab.training.trainer import Trainer
 
 REMOE, MIXTRAL = "remoe", "mixtral"

@@ -190,7 +190,7 @@ def _dataset(options: CompareOptions, vocab_size: int) -> "Dataset":
     from remoe.lab.data import open_dataset
     from remoe.lab.data.corpus import open_corpus
     from remoe.lab.data.sources import is_raw
-    from remoe.lab.training.train import default_dataset
+    from remoe.lab.training.data import default_dataset
 
     if options.data is not None and not is_raw(options.data):
         return open_dataset(options.data)

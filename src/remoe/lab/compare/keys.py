@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from remoe.lab.nested import flatten
-from remoe.lab.training.config import TrainConfig, changes_result, config_from_dict
+from remoe.lab.training.changes import changes_result
+from remoe.lab.training.config import TrainConfig, config_from_dict
 from remoe.routing import ROUTERS, router_options
 
 # Options that version 0.1.0 had elsewhere: today's name, and the old default. A run's key hashes the names and values

@@ -28,7 +28,8 @@ from remoe.lab.files import atomic_write, locked
 from remoe.lab.machine import pick_device
 from remoe.lab.nested import flatten
 from remoe.lab.training.build import wants_bfloat16
-from remoe.lab.training.config import TrainConfig, changes_result
+from remoe.lab.training.changes import changes_result
+from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import iterate_metrics

@@ -5,15 +5,16 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable
-from itertools import chain
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from remoe.errors import RemoeError
 from remoe.lab.console import duration
 from remoe.lab.files import locked
 from remoe.lab.text import short_name, visible
+from remoe.lab.thinning import kept_points
 from remoe.lab.training.folder import RunFolder
 from remoe.routing import ROUTERS
 
@@ -134,24 +135,11 @@ class Growth:
 
 
 def thinned(rows: list[list[float | None]]) -> list[list[float | None]]:
-    """At most about MOST_ROWS rows: of each stretch those with the lowest and highest value of a column, and the last.
-
-    So no spike is lost.
-    """
+    """At most about MOST_ROWS rows: those with the lowest and highest values of their columns, and the last."""
     if len(rows) <= MOST_ROWS:
         return rows
-    size = -(-len(rows) * 2 * len(COLUMNS) // MOST_ROWS)
-    kept = []
-    for stretch in (rows[start : start + size] for start in range(0, len(rows), size)):
-        columns = [[row for row in stretch if row[i] is not None] or stretch[-1:] for i in range(1, len(COLUMNS))]
-        ends = ((min(known, key=_of(i)), max(known, key=_of(i))) for i, known in enumerate(columns, 1))
-        found = {id(row): row for row in chain(*ends, stretch[-1:])}
-        kept += sorted(found.values(), key=_of(0))
-    return kept
-
-
-def _of(column: int) -> Callable[[list[float | None]], float]:
-    return lambda row: -math.inf if row[column] is None else row[column]
+    values_NS = np.array([row[1:] for row in rows], np.float64).T  # None becomes NaN
+    return [rows[i] for i in kept_points(values_NS, MOST_ROWS)]
 
 
 def _number(value: object) -> float | None:

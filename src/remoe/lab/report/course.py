@@ -5,15 +5,14 @@ Legend: S records of steps, N columns, L layers, E experts.
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.report.packed import exact, short, whole_numbers
+from remoe.lab.thinning import kept_points
 
-POINTS = 2400  # of a plot, about
 COLUMNS = 200  # of a map, at least half as many for a longer run
 SINGLE = ("lm_loss", "reg_loss", "lambda", "sparsity", "grad_norm", "lr", "tokens_per_second", "flip_rate")
 
@@ -55,31 +54,6 @@ def course_of(records: Iterable[dict[str, Any]], experts: int, k: int, target: f
         rows = np.array([row if len(row) == width else [math.nan] * width for row in layers])
         plots["sparsity_per_layer"] = _plot(steps, {f"layer {layer}": rows[:, layer] for layer in range(width)})
     return {"target": target, "stages": stages if target is not None else [], "plots": plots, "load": load.section()}
-
-
-def kept_points(values_NS: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """The indices that a plot keeps: for every span of records the lowest and the highest value of each series.
-
-    Half of the spans have equally many records, half grow geometrically, for logarithmic steps.
-
-    Args:
-        values_NS: (N, S), the series of a plot; NaN is neither lowest nor highest.
-        points: about the most indices.
-    """
-    series, size = values_NS.shape
-    if size <= points:
-        return np.arange(size)
-    spans = max(8, points // (4 * series))
-    low_NS, high_NS = (
-        np.where(np.isnan(values_NS), np.inf, values_NS),
-        np.where(np.isnan(values_NS), -np.inf, values_NS),
-    )
-    kept = [np.array([0, size - 1])]
-    for edges in (np.linspace(0, size, spans + 1), np.geomspace(1, size + 1, spans + 1) - 1):
-        starts = np.unique(edges.round().astype(int))
-        for start, end in pairwise(starts):
-            kept += [start + low_NS[:, start:end].argmin(axis=1), start + high_NS[:, start:end].argmax(axis=1)]
-    return np.unique(np.concatenate(kept))
 
 
 def _plot(steps: list[int], series: dict[str, Any]) -> dict[str, Any]:

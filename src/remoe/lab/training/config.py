@@ -15,7 +15,7 @@ import tyro
 
 from remoe.errors import ConfigError, check, check_choice
 from remoe.lab.generation import check_prompt
-from remoe.lab.nested import flatten, merge
+from remoe.lab.nested import merge
 from remoe.lab.training.named_values import NamedValues, NamedWeights
 from remoe.lab.training.presets import preset
 from remoe.lab.training.renamed import renamed
@@ -321,10 +321,6 @@ _HOLDS = {
     "finite and above 0": lambda value: 0 < value < math.inf,
     "finite and above 1": lambda value: 1 < value < math.inf,
 }
-# Options that have no influence on the trained weights.
-_FREE = {"out", "resume", "config", "data", "tokenizer", "log_every", "print_every", "live", "log", "device", "prompt"}
-_FREE |= {"mesh", "mesh_timeout"}
-_FREE_GROUPS = ("validate.", "checkpoint.")
 _ADAPTER = pydantic.TypeAdapter(TrainConfig)
 
 
@@ -378,18 +374,6 @@ def read_options(path: str | Path) -> dict[str, Any]:
 def preset_values(name: str) -> dict[str, Any]:
     """The options that a preset sets, including the preset's name."""
     return {"preset": name, **preset(name)}
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The options that differ between two configurations, by dotted name: (old, new), with None for a missing one."""
-    flat_old, flat_new = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
-    pairs = {name: (flat_old.get(name), flat_new.get(name)) for name in {**flat_old, **flat_new}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def changes_result(name: str) -> bool:
-    """Whether an option, by its dotted name, influences the trained weights; a resumed run may change only others."""
-    return name not in _FREE and not name.startswith(_FREE_GROUPS)
 
 
 def _unknown(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -11,8 +11,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from remoe.convert.relufy.model import MODEL_TYPE, STEERING, RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, ConfigError, RemoeError, check
 from remoe.lab.nested import flatten, merge
+from remoe.lab.training.changes import differences
 from remoe.lab.training.checkpoint import sha256, verify
-from remoe.lab.training.config import ModelOptions, TrainConfig, config_from_dict, differences
+from remoe.lab.training.config import ModelOptions, TrainConfig, config_from_dict
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.shards import INDEX, model_files, read_model
 from remoe.models.configuration_remoe import RemoeConfig

@@ -4,32 +4,22 @@ import json
 import logging
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import remoe
-from remoe.errors import CheckpointError, ConfigError, OutOfMemory
+from remoe.errors import CheckpointError, OutOfMemory
 from remoe.experts.cpu import build as kernels
 from remoe.lab.console import say
 from remoe.lab.data import (
     TOTAL,
-    Dataset,
     MixedBatches,
-    PrepareOptions,
-    load_tokenizer,
-    open_dataset,
-    prepare,
     spot_check,
 )
-from remoe.lab.data.corpus import open_data
-from remoe.lab.data.manifest import MANIFEST_NAME
-from remoe.lab.data.megatron import find_token_files, open_token_files
 from remoe.lab.files import atomic_write, locked
 from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.live.growth import Growth
@@ -38,8 +28,10 @@ from remoe.lab.machine import keep_freed_memory, machine
 from remoe.lab.memory import SMALLER, check_memory, less_memory, ran_out
 from remoe.lab.text import lines, short_name, visible
 from remoe.lab.training.build import experts_backend, model_config, wants_bfloat16, without_values
+from remoe.lab.training.changes import changes_result, differences
 from remoe.lab.training.checkpoint import checkpoint_step
-from remoe.lab.training.config import TrainConfig, changes_result, differences
+from remoe.lab.training.config import TrainConfig
+from remoe.lab.training.data import open_training_data
 from remoe.lab.training.elastic import launch
 from remoe.lab.training.faults import last_words, write_stop
 from remoe.lab.training.folder import RunFolder
@@ -47,7 +39,7 @@ from remoe.lab.training.interrupt import exit_code
 from remoe.lab.training.lora import is_adapter
 from remoe.lab.training.mesh import mesh_of
 from remoe.lab.training.metrics import iterate_metrics
-from remoe.lab.training.origin import Origin, origin_of
+from remoe.lab.training.origin import origin_of
 from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.prolong import prolong
 from remoe.lab.training.ranks import Ranks
@@ -116,7 +108,7 @@ def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: 
     if saved is None:
         run.check_new()
     keep_freed_memory()
-    dataset = ranks.in_turn(lambda: _open_data(config, run, origin))
+    dataset = ranks.in_turn(lambda: open_training_data(config, run.path.parent, origin))
     config.data = str(dataset.path.resolve())  # so that the run can be resumed and evaluated from anywhere
     dataset.load_tokenizer()  # fails before the training, not after it
     spot_check(dataset)
@@ -127,31 +119,6 @@ def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: 
         code = _train(trainer, saved)
         ranks.leave()
         return code
-
-
-def _open_data(config: TrainConfig, run: RunFolder, origin: Origin | None) -> Dataset:
-    if origin:
-        return _open_for(origin, config, run)
-    if config.data:
-        return open_data(config.data, run.path.parent, config.vocab_size, config.tokenizer)
-    if config.tokenizer:
-        raise ConfigError("--tokenizer is for token files of Megatron: name them with --data")
-    return default_dataset(run.path.parent, config.vocab_size)
-
-
-def _open_for(origin: Origin, config: TrainConfig, run: RunFolder) -> Dataset:
-    """The data, by default those that the model was trained on; raises DataError when another tokenizer made them."""
-    if not (data := config.data or origin.data):
-        raise ConfigError(
-            f"--from {origin.folder}: say with --data on what to train it; `remoe data prepare TEXT --out DATA "
-            f"--tokenizer {shlex.quote(str(origin.tokenizer))}` prepares text for it"
-        )
-    if files := find_token_files(data):
-        dataset = open_token_files(files, run.path.parent, config.tokenizer or origin.tokenizer)
-    else:
-        dataset = open_dataset(data, tokenizer=origin.tokenizer)
-    dataset.check_tokenizer(load_tokenizer(origin.tokenizer), str(origin.folder))
-    return dataset
 
 
 def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
@@ -183,22 +150,6 @@ def _train(trainer: Trainer, saved: TrainConfig | None) -> int:
         atomic_write(run.summary, json.dumps(summary, indent=2).encode())
         _print_summary(summary, trainer)
         return 0
-
-
-def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:
-    """The standard library of the running Python, prepared once in `parent`/data.
-
-    Args:
-        parent: folder.
-        vocab_size: of the tokenizer that is trained for it.
-        wait: whether to wait for another process that prepares it, instead of raising DataError.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    out = parent / "data" / f"stdlib-{version}-bpe{vocab_size}"
-    if (out / MANIFEST_NAME).exists():  # even if the library has changed since
-        return open_dataset(out)
-    prepare(PrepareOptions(sources=("stdlib",), out=out, vocab_size=vocab_size, validation_fraction=0.05), wait=wait)
-    return open_dataset(out)
 
 
 @contextmanager
