@@ -28,6 +28,14 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     return torch.mm(a_MK, b_KN)
 
 
+def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """Adds `product(a, b)` to a sum, which may have more digits than the factors."""
+    if sum_MN.dtype is not a_MK.dtype or prefers_onednn(a_MK, b_KN.shape[1]):
+        sum_MN += product(a_MK, b_KN)
+    else:
+        sum_MN.addmm_(a_MK, b_KN)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` by `product`."""
 

@@ -247,3 +247,21 @@ def test_second_derivatives_are_refused():
     loss = linear_cross_entropy(hidden_TD, weight_VD, target_T).sin()
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(loss, hidden_TD, create_graph=True)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_large_and_undefined_logits(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(module, "compiled_kernels", lambda dtype: None)
+    logits_tV = torch.tensor([[1e4, 0, -1e4, 3], [200, -200, 200, 0], [0, torch.nan, 0, 0]])
+    nats_t1, dlogits_tV = module._cross_entropy(logits_tV.clone(), torch.tensor([[3], [0], [1]]))
+    expected_t = F.cross_entropy(logits_tV, torch.tensor([3, 0, 1]), reduction="none")
+    torch.testing.assert_close(nats_t1[:, 0], expected_t, equal_nan=True)
+    expected_tV = logits_tV.softmax(dim=1) - F.one_hot(torch.tensor([3, 0, 1]), 4)
+    torch.testing.assert_close(dlogits_tV, expected_tV, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", [5, -1])
+def test_a_target_outside_of_the_vocabulary_is_refused(target):
+    with pytest.raises((IndexError, RuntimeError), match=r"vocabulary|out of bounds"):
+        linear_cross_entropy(torch.ones(3, 2), torch.ones(5, 2), torch.tensor([0, target, 4]))

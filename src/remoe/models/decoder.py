@@ -5,12 +5,13 @@ Legend: B batch, S sequence, D model width, H attention heads.
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from remoe.matmul import Linear
 from remoe.models.capped import build_mixture
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.norm import RMSNorm
 from remoe.routing import Routing
 from remoe.routing.float32 import Float32State
 
@@ -51,8 +52,8 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
             shared_expert_size=config.shared_expert_size,
             router_options=config.router_options,
         )
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,

@@ -11,7 +11,8 @@ Legend: B batch, S sequence, T tokens, D model width, V vocabulary, t tokens of 
 import torch
 from torch import Tensor, nn
 
-from remoe.matmul import product
+from remoe.experts.cpu.build import compiled_kernels
+from remoe.matmul import add_product, product
 from remoe.operators import operator_name
 
 IGNORED_TARGET = -100
@@ -59,22 +60,34 @@ def _forward(
     for start in range(0, T, chunk):
         hidden_tD, target_t = hidden_TD[start : start + chunk], target_T[start : start + chunk]
         counts_t1 = (target_t != IGNORED_TARGET)[:, None]
-        index_t1 = target_t[:, None].where(counts_t1, 0)
         logits_tV = product(hidden_tD, weight_DV).to(dtype)
-        # log sum exp = max - log(largest probability): one pass of exponentials gives loss and gradient.
-        largest_t1, target_logit_t1 = logits_tV.amax(dim=1, keepdim=True), logits_tV.gather(1, index_t1)
-        prob_tV = logits_tV.softmax(dim=1)
-        nats_t1 = largest_t1 - prob_tV.amax(dim=1, keepdim=True).log() - target_logit_t1
+        nats_t1, dlogits_tV = _cross_entropy(logits_tV, target_t[:, None].where(counts_t1, 0))
         total += nats_t1.where(counts_t1, 0).sum()
         if not (hidden_grad or weight_grad):
             continue
-        dlogits_tV = prob_tV.scatter_add_(1, index_t1, prob_tV.new_full((), -1).expand_as(index_t1)).to(hidden_TD.dtype)
+        dlogits_tV = dlogits_tV.to(hidden_TD.dtype)
         # A token without a target is masked in the (t, D) factors: a pass over (t, V) would cost more.
         if hidden_grad:
             dhidden_TD[start : start + chunk] = product(dlogits_tV, weight_VD).where(counts_t1, 0)
         if weight_grad:
-            dweight_DV += product(hidden_tD.where(counts_t1, 0).t(), dlogits_tV)
+            add_product(dweight_DV, hidden_tD.where(counts_t1, 0).t(), dlogits_tV)
     return total, dhidden_TD, dweight_DV
+
+
+def _cross_entropy(logits_tV: Tensor, target_t1: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, (t, 1), and their gradients by the logits, softmax - onehot, in the logits' memory."""
+    kernels = compiled_kernels(logits_tV.dtype) if logits_tV.device.type == "cpu" else None
+    if kernels is not None and logits_tV.dtype is torch.float32:
+        nats_t1, target_t1 = torch.empty_like(target_t1, dtype=torch.float32), target_t1.contiguous()
+        addresses = logits_tV.data_ptr(), target_t1.data_ptr()
+        if not kernels.cross_entropy(*addresses, *logits_tV.shape, nats_t1.data_ptr()):
+            raise IndexError(f"a target is not one of the {logits_tV.shape[1]} ids of the vocabulary")
+        return nats_t1, logits_tV
+    # log sum exp = max - log(largest probability): one pass of exponentials gives loss and gradient.
+    largest_t1, target_logit_t1 = logits_tV.amax(dim=1, keepdim=True), logits_tV.gather(1, target_t1)
+    prob_tV = logits_tV.softmax(dim=1)
+    nats_t1 = largest_t1 - prob_tV.amax(dim=1, keepdim=True).log() - target_logit_t1
+    return nats_t1, prob_tV.scatter_add_(1, target_t1, prob_tV.new_full((), -1).expand_as(target_t1))
 
 
 @_forward.register_fake

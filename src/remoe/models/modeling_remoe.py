@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple
 
 from remoe.errors import ConfigError
@@ -26,6 +25,7 @@ from remoe.experts import Experts
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
 from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
+from remoe.models.norm import RMSNorm
 from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_rows, keep_statistics_local
 from remoe.models.saving import umask_decides
@@ -122,7 +122,7 @@ class RemoeModel(RemoePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(RemoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         states = [state for layer in self.layers for state in layer.mlp.router.named_buffers()]

@@ -25,7 +25,7 @@ from remoe.matmul import is_intel
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("rows.h", "gemm.h", "library.h", "steps.cpp", "passes.cpp")
+_NAMES = ("rows.h", "gemm.h", "library.h", "steps.cpp", "passes.cpp", "rowwise.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -33,7 +33,7 @@ _SECONDS = 120  # for each call of the compiler
 _FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder
 _TORCH = Path(torch.__file__).resolve().parent  # as the system names what it has loaded
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "gather": (_P, _P, _I, _I, _P),
     "scatter_add": (_P, _P, _I, _I, _P),
@@ -41,7 +41,11 @@ _ARGUMENTS = {
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
     "few_tokens_by_gates": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _P),
+    "rms_norm": (_P, _P, _I, _I, _F, _P, _P),
+    "rms_norm_backward": (_P, _P, _P, _P, _I, _I, _P, _P),
 }
+_FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}
+_ANSWERING = ("few_tokens_by_gates", "cross_entropy")  # with a bool; the others return nothing
 Sizes = _I * 9  # the struct of that name in passes.cpp
 _PASS_ARGUMENTS = {
     "forward_scratch": (Sizes,),
@@ -61,12 +65,12 @@ class _Functions:
 
 
 class Kernels(_Functions):
-    """The functions of steps.cpp for one dtype."""
+    """The functions of steps.cpp and rowwise.cpp for one dtype."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
-        for name, arguments in _ARGUMENTS.items():
+        for name, arguments in (_ARGUMENTS | (_FLOAT32_ARGUMENTS if suffix == "float32" else {})).items():
             function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, ctypes.c_bool if name.endswith("_by_gates") else None
+            function.argtypes, function.restype = arguments, ctypes.c_bool if name in _ANSWERING else None
             setattr(self, name, function)
 
 

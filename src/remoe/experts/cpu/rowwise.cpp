@@ -1,0 +1,110 @@
+// Steps of a language model that go row by row and are no matrix products, with their gradients: RMSNorm, and the
+// cross-entropy of logits. Each row stays in cache until it is done.
+//
+// Rows are split among threads, and every sum is made in an order that does not depend on the number of threads.
+//
+// Legend: T tokens, D model width, t tokens of one chunk, V vocabulary, s sums.
+
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+const int64_t PARALLEL = 16384;   // fewer elements than this are not worth waking the other threads for
+const int64_t ROWS_OF_A_SUM = 64;  // rows whose weight gradients one thread adds up
+
+template <typename X>
+void rms_norm(const X *x_TD, const X *weight_D, int64_t T, int64_t D, float eps, X *y_TD, float *scale_T) {
+#pragma omp parallel for schedule(static) if (T * D >= PARALLEL)
+    for (int64_t t = 0; t < T; t++) {
+        const X *x = x_TD + t * D;
+        X *y = y_TD + t * D;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t d = 0; d < D; d++) squares += load(x[d]) * load(x[d]);
+        const float scale = 1 / std::sqrt(squares / D + eps);
+        scale_T[t] = scale;
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) {
+            X normed;  // 16-bit models round before they multiply by the weight
+            store(&normed, load(x[d]) * scale);
+            store(y + d, load(weight_D[d]) * load(normed));
+        }
+    }
+}
+
+// dx, and for each ROWS_OF_A_SUM rows the sum of their weight gradients.
+template <typename X>
+void rms_norm_backward(const X *dy_TD, const X *x_TD, const X *weight_D, const float *scale_T, int64_t T, int64_t D,
+                       X *dx_TD, float *dweight_sD) {
+    const int64_t sums = (T + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM;
+#pragma omp parallel for schedule(static) if (T * D >= PARALLEL)
+    for (int64_t s = 0; s < sums; s++) {
+        float *dweight = dweight_sD + s * D;
+        std::fill(dweight, dweight + D, 0.0f);
+        for (int64_t t = s * ROWS_OF_A_SUM; t < std::min(T, (s + 1) * ROWS_OF_A_SUM); t++) {
+            const X *dy = dy_TD + t * D, *x = x_TD + t * D;
+            X *dx = dx_TD + t * D;
+            const float scale = scale_T[t];
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t d = 0; d < D; d++) dot += load(dy[d]) * load(weight_D[d]) * load(x[d]);
+            const float along = dot * scale * scale / D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) {
+                dweight[d] += load(dy[d]) * load(x[d]) * scale;
+                store(dx + d, (load(dy[d]) * load(weight_D[d]) - load(x[d]) * along) * scale);
+            }
+        }
+    }
+}
+
+// Logits become the gradients of the cross-entropy, softmax - onehot(target). False where a target is no column; the
+// results are then undefined.
+bool cross_entropy(float *logits_tV, const int64_t *target_t, int64_t t, int64_t V, float *nats_t) {
+    bool valid = true;
+#pragma omp parallel for schedule(static) reduction(&& : valid) if (t * V >= PARALLEL)
+    for (int64_t i = 0; i < t; i++) {
+        float *row = logits_tV + i * V, largest = row[0], sum = 0;
+        const int64_t target = target_t[i];
+        if (target < 0 || target >= V) {
+            valid = false;
+            continue;
+        }
+#pragma omp simd reduction(max : largest)
+        for (int64_t v = 0; v < V; v++) largest = row[v] > largest ? row[v] : largest;
+        const float above = largest - row[target];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t v = 0; v < V; v++) {
+            row[v] = exponential(row[v] - largest);
+            sum += row[v];
+        }
+        nats_t[i] = std::log(sum) + above;
+        const float share = 1 / sum;
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) row[v] *= share;
+        row[target] -= 1;
+    }
+    return valid;
+}
+
+}  // namespace
+
+#define EXPORT(X, suffix)                                                                                             \
+    extern "C" void rms_norm_##suffix(const X *x, const X *weight, int64_t T, int64_t D, float eps, X *y,             \
+                                      float *scale) {                                                                 \
+        rms_norm(x, weight, T, D, eps, y, scale);                                                                     \
+    }                                                                                                                 \
+    extern "C" void rms_norm_backward_##suffix(const X *dy, const X *x, const X *weight, const float *scale,          \
+                                               int64_t T, int64_t D, X *dx, float *dweight) {                         \
+        rms_norm_backward(dy, x, weight, scale, T, D, dx, dweight);                                                   \
+    }
+
+EXPORT(float, float32)
+EXPORT(bfloat16, bfloat16)
+
+extern "C" bool cross_entropy_float32(float *logits, const int64_t *target, int64_t t, int64_t V, float *nats) {
+    return cross_entropy(logits, target, t, V, nats);
+}
