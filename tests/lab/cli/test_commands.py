@@ -52,7 +52,7 @@ def test_a_prompt_and_a_text_have_bounds(run, capsys, caplog, monkeypatch):
     assert time.process_time() - begin < 5
     assert main(["generate", str(run), "--max-new-tokens", "1000000000000"]) == 2
     assert "--max-new-tokens must be from 1 to 1,000,000, but is 1000000000000" in capsys.readouterr().err
-    monkeypatch.setattr("remoe.lab.generation.MANY_TOKENS", 4)
+    monkeypatch.setattr("remoe.lab.generation.text.MANY_TOKENS", 4)
     assert main(["generate", str(run), "--max-new-tokens", "5"]) == 0
     assert caplog.messages == ["writing up to 5 tokens, which takes a while"]
 

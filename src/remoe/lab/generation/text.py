@@ -1,0 +1,290 @@
+"""Texts that a model writes after prompts, many at a time, token by token.
+
+Legend: B prompts of a batch, S sequence length, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import LogitsProcessor
+
+from remoe.errors import ConfigError, check
+from remoe.lab.data.tokenizer import vocabulary_size
+from remoe.lab.generation.options import SamplingOptions, check_prompt
+from remoe.lab.generation.stream import Ending, TextStream
+from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PROMPT = 16_384  # tokens, for models of shorter sequences; attention over ten times as many takes minutes
+MANY_TOKENS = 2_000  # more take so long that a line says what is being done
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        ids: its tokens.
+        ending: what ends the text beside the tokens that end any text of the model.
+    """
+
+    ids: list[int]
+    ending: Ending = field(default_factory=Ending)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: without the prompt.
+        tokens: their number, that which ended the text included.
+        ended: whether the model ended the text itself.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+Write = Callable[[int, str, bool], object]  # takes the prompt's number, a piece of its text, and whether it is the last
+
+
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions
+) -> str:
+    """The text that the model writes after `prompt`.
+
+    Args:
+        model: put into evaluation mode, and afterwards into the mode that it was in.
+        tokenizer: the model's own.
+        prompt: the start of the text; an empty prompt starts a new document.
+        options: sampling.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        ConfigError: as `write_texts`, and for a prompt that is not valid Unicode.
+    """
+    request = Request(prompt_ids(model, tokenizer, prompt))
+    (written,) = write_texts(model, tokenizer, [request], options)
+    return written.text
+
+
+def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a prompt; an empty one is the token that begins a new document.
+
+    Raises:
+        ConfigError: for a prompt that is not valid Unicode.
+    """
+    check_prompt(prompt)
+    # Our training data has none of the special tokens that a tokenizer puts around a text; other models may need them.
+    special = not isinstance(model, RemoeForCausalLM)
+    return tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
+
+
+def write_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    options: SamplingOptions,
+    *,
+    batch_size: int = 1,
+    write: Write = lambda number, piece, last: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[Written]:
+    """The texts that the model writes after prompts, in their order.
+
+    A text depends on its own prompt, the options and the seed, not on the prompts that it shares a batch with, as far
+    as the rounding of sums in another order leaves the same token the most likely one.
+
+    Args:
+        model: put into evaluation mode for each batch, and afterwards into the mode that it was in.
+        tokenizer: the model's own.
+        requests: the prompts.
+        options: sampling; each text is drawn with the seed.
+        batch_size: prompts at a time, shorter ones padded on the left.
+        write: called with a prompt's number, a piece of its text and whether that is the last, as soon as each token
+            is there; texts of a batch come at the same time.
+        stopped: asked after each token; where it holds, the texts of the batch stay as they are, and no more follow.
+
+    Yields:
+        The text of each prompt, when its batch is done.
+
+    Raises:
+        ConfigError: for sampling options out of range, a prompt that is longer than the model's longest sequence and
+            LONGEST_PROMPT, or, for a model that is not ours, more tokens than that sequence or a gate threshold or
+            cap.
+    """
+    options.check()
+    check_dial(model, options)
+    _check_lengths(model, [len(request.ids) for request in requests], options)
+    settings = _settings(model, tokenizer, options)
+    for start in range(0, len(requests), batch_size):
+        rows = [
+            _Row(number, request, tokenizer, settings["eos_token_id"], write)
+            for number, request in enumerate(requests[start : start + batch_size], start)
+        ]
+        _write_batch(model, rows, settings, options, stopped)
+        yield from (Written(row.text, row.tokens, row.ended) for row in rows)
+        if stopped():
+            return
+
+
+def check_dial(model: PreTrainedModel, options: SamplingOptions) -> None:
+    """Raises ConfigError for a gate threshold or a cap with a model that has no gates to leave out."""
+    if options.gate_threshold is None and options.max_experts is None:
+        return
+    check(isinstance(model, RemoeForCausalLM), "--gate-threshold and --max-experts need a model of remoe's own type")
+    routes = model.config.routes_pairs
+    check(routes, f"router {model.config.router!r} routes no pairs: there are no gates to leave out")
+
+
+def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], options: SamplingOptions) -> None:
+    """Raises ConfigError for a prompt that is too long, and warns of what takes long or is longer than in training."""
+    context = longest_sequence(model)
+    most, longest = max(lengths, default=0), max(context or 0, LONGEST_PROMPT)
+    if most > longest:
+        which = "the prompt" if len(lengths) == 1 else f"prompt {lengths.index(most) + 1}"
+        raise ConfigError(f"{which} has {most:,} tokens; this model takes at most {longest:,}")
+    if options.max_new_tokens > MANY_TOKENS:
+        logger.warning("writing up to %d tokens, which takes a while", options.max_new_tokens)
+    if context is not None and most + options.max_new_tokens > context:
+        if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
+            raise ConfigError(
+                f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
+            )
+        logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the model was made for; None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
+
+
+def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions) -> dict[str, Any]:
+    """Arguments of `generate` that all batches share."""
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "repetition_penalty": options.repetition_penalty,
+        "eos_token_id": sorted(ends | {tokenizer.eos_token_id}),
+        "pad_token_id": tokenizer.eos_token_id,
+        "do_sample": False,  # tokens are drawn by `_Draw`
+        "num_beams": 1,
+    }
+    known, size = vocabulary_size(tokenizer), model.get_output_embeddings().weight.shape[0]
+    if known < size:  # a vocabulary that is rounded up: these ids have no text
+        settings["suppress_tokens"] = list(range(known, size))
+    dial = {"gate_threshold": options.gate_threshold, "max_experts": options.max_experts}
+    return settings | {name: value for name, value in dial.items() if value is not None}
+
+
+class _Row:
+    """A text that is being written."""
+
+    def __init__(
+        self, number: int, request: Request, tokenizer: PreTrainedTokenizerBase, ends: list[int], write: Write
+    ) -> None:
+        self.ids, self.ends = request.ids, request.ending.ids | set(ends)
+        self.stream = TextStream(tokenizer, request.ids, request.ending.text)
+        self.number, self.write = number, write
+        self.tokens, self.ended, self.text = 0, False, ""
+
+    def take(self, token: int) -> None:
+        if self.ended:  # padding
+            return
+        self.tokens += 1
+        ends = token in self.ends
+        piece = self.stream.finish() if ends else self.stream.put(token)
+        self.ended = ends or self.stream.ended
+        self._add(piece, self.ended)
+
+    def finish(self) -> None:
+        if not self.ended:
+            self._add(self.stream.finish(), True)
+
+    def _add(self, piece: str, last: bool) -> None:
+        self.text += piece
+        if piece or last:
+            self.write(self.number, piece, last)
+
+
+def _write_batch(
+    model: PreTrainedModel,
+    rows: list[_Row],
+    settings: dict[str, Any],
+    options: SamplingOptions,
+    stopped: Callable[[], bool],
+) -> None:
+    S = max(len(row.ids) for row in rows)
+    padding = [S - len(row.ids) for row in rows]
+    input_BS = [[settings["pad_token_id"]] * left + row.ids for left, row in zip(padding, rows, strict=True)]
+    mask_BS = [[0] * left + [1] * (S - left) for left in padding]
+    with evaluating(model):
+        output_BS = model.generate(
+            torch.tensor(input_BS, device=model.device),
+            attention_mask=torch.tensor(mask_BS, device=model.device),
+            logits_processor=_sampling(options, len(rows), model.device),
+            stopping_criteria=[_Watch(rows, stopped)],
+            **settings,
+        )
+    for row, written in zip(rows, output_BS[:, S:].tolist(), strict=True):
+        for token in written[row.tokens :]:
+            row.take(token)
+        row.finish()
+
+
+class _Watch(StoppingCriteria):
+    """Passes each token on to its row; true for the rows whose text has ended."""
+
+    def __init__(self, rows: list[_Row], stopped: Callable[[], bool]) -> None:
+        self.rows, self.stopped = rows, stopped
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            row.take(token)
+        stop = self.stopped()
+        return torch.tensor([stop or row.ended for row in self.rows], device=input_ids.device)
+
+
+def _sampling(options: SamplingOptions, B: int, device: torch.device) -> list[LogitsProcessor]:
+    """What makes the drawn token of each row the most likely one, in the order of transformers' own sampling."""
+    if options.temperature == 0:
+        return []
+    steps: list[LogitsProcessor] = []
+    if options.temperature != 1:
+        steps.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k > 0:
+        steps.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        steps.append(TopPLogitsWarper(options.top_p))
+    return [*steps, _Draw(options.seed, B, device)]
+
+
+class _Draw(LogitsProcessor):
+    """Draws a token for each row with a generator of its own, so that neither other rows nor a training run matter."""
+
+    def __init__(self, seed: int, B: int, device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for _ in range(B)]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = zip(scores.softmax(dim=-1).split(1), self.generators, strict=True)
+        token_B1 = torch.cat([torch.multinomial(probability_1V, 1, generator=own) for probability_1V, own in rows])
+        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
