@@ -1,21 +1,27 @@
 """`remoe serve`: OpenAI's own client gets what `generate` writes."""
 
+import json
+import logging
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from tiny_run import FLAGS
 
-from remoe.lab import serving
 from remoe.lab.cli import serve
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
 from remoe.lab.generation import SamplingOptions, generate_text
+from remoe.lab.serving import server
+from remoe.lab.serving.server import CPU_BATCHING, serving
 from remoe.lab.training.load import load_model
 
 GREEDY = {"max_tokens": 12, "temperature": 0}
+ENDLESS = {"model": "mine", "prompt": "cow", "max_tokens": 500_000, "temperature": 0}
 PROMPTS = [f"cow {i % 7}. sheep" + " goat" * (i % 5) for i in range(32)]
 
 
@@ -38,10 +44,24 @@ def folder(run):
 
 
 @pytest.fixture(scope="module")
-def client(folder):
-    with serving.serving(folder, port=0) as (url, name):
+def url(folder):
+    with serving(folder, port=0) as (url, name):
         assert name == "mine"
-        yield connect(url)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return connect(url)
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    """Address of a server with continuous batching."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CPU_BATCHING, "max_memory_percent", 0.01)
+        with serving(folder, port=0, continuous_batching=True) as (url, _):
+            yield url
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +104,98 @@ def test_a_sample_is_the_one_that_generate_draws_with_the_seed(client, written):
 
 
 @pytest.mark.slow
-def test_requests_at_the_same_time_do_not_change_each_other(client, folder, written, monkeypatch):
+def test_requests_at_the_same_time_do_not_change_each_other(client, together, written):
     def all_of(client):
+        same = {"X-Request-ID": "1"}  # as clients may send it
+
+        def one(prompt):
+            return complete(client, prompt, max_tokens=6, extra_headers=same).choices[0].text
+
         with ThreadPoolExecutor(32) as pool:
-            return list(pool.map(lambda prompt: complete(client, prompt, max_tokens=6).choices[0].text, PROMPTS))
+            return list(pool.map(one, PROMPTS))
 
     expected = [written(prompt, max_new_tokens=6) for prompt in PROMPTS]
     assert len(set(expected)) > 4
     assert all_of(client) == expected
-    monkeypatch.setitem(serving.CPU_BATCHING, "cb_max_memory_percent", 0.01)
-    with serving.serving(folder, port=0, continuous_batching=True) as (url, _):
-        together = connect(url)
-        assert complete(together, "").choices[0].text == written("")
-        assert all_of(together) == expected
+    assert complete(connect(together), "").choices[0].text == written("")
+    assert all_of(connect(together)) == expected
+
+
+def send(url, path="/v1/completions", body=None, host=None):
+    """A connection on which a request was sent, by hand, so that a test can close it."""
+    address = url.split("/")[2]
+    connection = socket.create_connection(address.rsplit(":", 1), timeout=20)
+    text = json.dumps(body)
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {host or address}\r\nConnection: close\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}"
+    connection.sendall(f"{head}\r\n".encode())
+    return connection
+
+
+def load(url):
+    """What the server is busy with."""
+    with send(url, "/load") as connection:
+        return json.loads(connection.makefile().read().split("\n\n")[-1])
+
+
+def wait_for_load(url, number):
+    end = time.monotonic() + 20
+    while (now := load(url)) != {"requests": number, "generating": number}:
+        assert time.monotonic() < end, now
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["url", "together"])
+def test_a_client_that_goes_away_frees_its_place(kind, stream, written, request):
+    url = request.getfixturevalue(kind)
+    waiting = [send(url, body={**ENDLESS, "stream": stream}) for _ in range(3)]
+    wait_for_load(url, 3)
+    for connection in waiting:
+        connection.close()
+    wait_for_load(url, 0)
+    assert complete(connect(url), "cow").choices[0].text == written("cow")
+
+
+@pytest.mark.slow
+def test_a_text_that_is_written_before_the_server_listens_for_it_arrives(together, monkeypatch):
+    from transformers.cli.serving import utils
+
+    class Late(utils.CBStreamer):
+        def __init__(self, *args, **options):
+            time.sleep(0.3)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(utils, "CBStreamer", Late)
+    pieces = list(complete(connect(together).with_options(timeout=10), "cow", max_tokens=1, stream=True))
+    assert pieces[-1].usage.completion_tokens == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", [False, True])
+def test_the_end_does_not_wait_for_what_is_being_written(batching, folder, monkeypatch, caplog, capfd):
+    monkeypatch.setitem(CPU_BATCHING, "max_memory_percent", 0.01)
+    monkeypatch.setattr(server, "GRACE", 0.1)
+    level, threads = logging.getLogger("transformers").level, set(threading.enumerate())
+    with serving(folder, port=0, continuous_batching=batching) as (url, _):
+        connections = [send(url, body={**ENDLESS, "stream": stream}) for stream in (False, True)]
+        wait_for_load(url, 2)
+    for connection in connections:
+        assert not connection.makefile().read().endswith("[DONE]")
+    assert not {thread for thread in threading.enumerate() if not thread.daemon} - threads
+    assert logging.getLogger("transformers").level == level
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_page_of_another_site_is_refused(url):
+    status = {}
+    for host in ("evil.example", "evil.example:80", "localhost:1", "127.0.0.1", "[::1]:8000", "127.0.0.1.evil.example"):
+        with send(url, "/v1/models", host=host) as connection:
+            status[host] = int(connection.makefile().readline().split()[1])
+    assert list(status.values()) == [403, 403, 200, 200, 200, 403]
 
 
 @pytest.mark.slow
@@ -142,9 +241,9 @@ def test_the_command_serves_a_run_until_it_is_interrupted(run, folder, written, 
 
 @pytest.mark.slow
 def test_another_server_of_transformers_is_one_line(folder, capsys, monkeypatch):
-    from transformers.cli import serve
+    from transformers.cli.serving import server
 
-    monkeypatch.setattr(serve, "Serve", lambda force_model, host, port: None)
+    monkeypatch.setattr(server, "build_server", lambda model_manager: None)
     assert main(["serve", str(folder), "--device", "cpu"]) == 2
     assert "remoe serve needs the server of transformers 5.24" in capsys.readouterr().err
 

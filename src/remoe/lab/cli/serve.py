@@ -39,10 +39,10 @@ def serve_command(argv: list[str]) -> int:
         raise ConfigError(f"--port must be between 0 and 65535, but is {options.port}")
 
     with importing():
-        from remoe.lab import serving
         from remoe.lab.machine import pick_device
+        from remoe.lab.serving.server import serving
 
-    with serving.serving(
+    with serving(
         options.folder,
         host=options.host,
         port=options.port,

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from remoe.lab.hosts import is_own_host
 from remoe.lab.live.growth import Growth
 
 ADDRESS, PORT = "127.0.0.1", 8765
@@ -62,8 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        # A page of another site may make its own name point here; the name that it was asked for betrays it.
-        if self.headers.get("Host") not in (f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")):
+        if not is_own_host(self.headers.get("Host", "")):
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"this page is served to 127.0.0.1 alone\n")
         elif url.path in _FILES:
             name, kind = _FILES[url.path]

@@ -1,45 +1,49 @@
 """transformers' own server, OpenAI's API over HTTP, with one model of ours behind it.
 
-That server looks a model's class up in transformers itself, which has none of ours. Its manager of models is replaced
-by one that holds a single model, loaded as all commands load theirs.
+That server looks a model's class up in transformers itself, which has none of ours. It gets a manager of models that
+holds a single model, loaded as all commands load theirs.
 """
 
 import errno
 import inspect
+import logging
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import transformers
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remoe.errors import ConfigError, check, missing_extra
 from remoe.lab.data.tokenizer import vocabulary_size
+from remoe.lab.serving.gate import Gate
 from remoe.lab.training.load import load_model
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 # Continuous batching without a GPU: the share of the memory for its cache, of which transformers takes 0.6, and the
 # tokens of one forward pass.
-CPU_BATCHING: dict[str, float | int] = {"cb_max_memory_percent": 0.2, "cb_max_batch_tokens": 512}
+CPU_BATCHING: dict[str, float | int] = {"max_memory_percent": 0.2, "max_batch_tokens": 512}
 
-NEEDED = {  # what is used of transformers' server
-    "Serve": {
-        "force_model",
-        "continuous_batching",
-        "device",
-        "host",
-        "port",
-        "log_level",
-        "non_blocking",
-        *CPU_BATCHING,
-    },
-    "_load_model": {"gguf_file", "tqdm_class", "progress_callback"},
-    "_load_processor": {"gguf_file"},
-    "process_model_name": set(),
+HANDLERS = {  # by argument of `build_server`: module and class
+    "chat_handler": ("chat_completion", "ChatCompletionHandler"),
+    "completion_handler": ("completion", "CompletionHandler"),
+    "response_handler": ("response", "ResponseHandler"),
+    "transcription_handler": ("transcription", "TranscriptionHandler"),
+    "systemone_handler": ("systemone", "SystemOneHandler"),
+}
+GRACE = 2.0  # seconds for what is being answered when the server ends
+NEEDED = {  # what else is used of transformers' server: module, function or class, arguments
+    ("server", "build_server"): {"model_manager", "generation_state", *HANDLERS},
+    ("model_manager", "ModelManager"): {"device", "continuous_batching", "force_model"},
+    ("utils", "GenerationState"): {"continuous_batching"},
+    ("utils", "GenerateManager"): set(),
+    ("utils", "CBGenerateManager"): {"cb_config"},
 }
 
 
@@ -102,20 +106,67 @@ def serving(
         DataError: when its tokenizer cannot be loaded.
     """
     check(bool(host), "an empty host would listen on every network: give an address")
-    serve, models = _server()
+    theirs = _server()
+    import uvicorn
+
     name, port = Path(folder).resolve().name, _free(host, port)
-    held = load_served(folder, device or torch.device("cpu"))
+    model, tokenizer = load_served(folder, device or torch.device("cpu"))
+    with _errors_only():
+        manager = _holding(theirs["model_manager"], name, model, tokenizer, continuous_batching)
+        running: dict[str, Callable[[], None]] = {}
+        state = _state(theirs["utils"], name, running, continuous_batching, model.device)
+        handlers = {key: getattr(theirs[module], kind)(manager, state) for key, (module, kind) in HANDLERS.items()}
+        app = theirs["server"].build_server(manager, **handlers, generation_state=state)
+        held = state.get_manager(name, use_cb=continuous_batching).held
+        app.add_api_route("/load", lambda: {"requests": len(running), "generating": held()})
+        options = {"log_level": "error", "access_log": False, "lifespan": "off"}
+        server = uvicorn.Server(uvicorn.Config(Gate(app, host, running), host=host, port=port, **options))
+        thread = threading.Thread(target=server.run, name="remoe serve")
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise ConfigError(f"cannot listen on {host}, port {port}")
+                time.sleep(0.01)
+            listening = server.servers[0].sockets[0].getsockname()
+            yield f"http://{f'[{host}]' if ':' in host else host}:{listening[1]}/v1", name
+        finally:
+            server.should_exit = True
+            thread.join(GRACE)
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no error
+            server.force_exit = True
+            thread.join()
+            state.shutdown()
+            manager.shutdown()
 
-    class Held(models.ModelManager):
-        """Holds one model, and loads no other."""
 
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Context in which transformers logs errors alone: its server warns of every request."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _holding(
+    module: ModuleType, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batching: bool
+) -> object:
+    """A manager of transformers' server that holds one model, and loads no other."""
+
+    class Held(module.ModelManager):
         def _load_processor(self, name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
             self._only(name)
-            return held[1]
+            return tokenizer
 
         def _load_model(self, name: str, **_: object) -> PreTrainedModel:
             self._only(name)
-            return held[0]
+            return model
 
         def _only(self, asked: str) -> None:
             if asked != name:
@@ -125,35 +176,24 @@ def serving(
         def process_model_name(model_id: str) -> str:
             return model_id
 
-    theirs, models.ModelManager = models.ModelManager, Held
-    try:
-        server = serve.Serve(
-            name,
-            continuous_batching=continuous_batching,
-            device=str(held[0].device),
-            host=host,
-            port=port,
-            log_level="error",
-            **({} if held[0].device.type == "cuda" else CPU_BATCHING),
-            non_blocking=True,
-        )
-    finally:
-        models.ModelManager = theirs
-    try:
-        while not server.server.started:
-            if not server._thread.is_alive():
-                raise ConfigError(f"cannot listen on {host}, port {port}")
-            time.sleep(0.01)
-        listening = server.server.servers[0].sockets[0].getsockname()
-        yield f"http://{f'[{host}]' if ':' in host else host}:{listening[1]}/v1", name
-    finally:
-        server.kill_server()  # waits at most 2 s
-        server.server.force_exit = True  # what is still being answered is cut off
-        server._thread.join()
+    return Held(device=str(model.device), continuous_batching=batching, force_model=name)
 
 
-def _server() -> tuple[ModuleType, ModuleType]:
-    """transformers' modules of the server and of its models.
+def _state(
+    module: ModuleType, name: str, running: dict[str, Callable[[], None]], batching: bool, device: torch.device
+) -> object:
+    """The state of generation of transformers' server, with managers of ours."""
+    from remoe.lab.serving.managers import OneByOne, Together
+
+    state = module.GenerationState(continuous_batching=batching)
+    state._generate_managers[name] = OneByOne(running)
+    config = ContinuousBatchingConfig(**({} if device.type == "cuda" else CPU_BATCHING))
+    state._cb_model_id, state._cb_manager = name, Together(running, config)
+    return state
+
+
+def _server() -> dict[str, ModuleType]:
+    """The modules of transformers' server, by name.
 
     Raises:
         ExtraError: when a package of the extra `serve` is missing.
@@ -166,17 +206,16 @@ def _server() -> tuple[ModuleType, ModuleType]:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "serve", "remoe serve") from error
     other = ConfigError(f"remoe serve needs the server of transformers 5.24; {transformers.__version__} has another")
+    needed = {**NEEDED, **{key: {"model_manager", "generation_state"} for key in HANDLERS.values()}}
     try:
-        from transformers.cli import serve
-        from transformers.cli.serving import model_manager
+        modules = {module: import_module(f"transformers.cli.serving.{module}") for module, _ in needed}
     except ImportError as error:
         raise other from error
-    manager = getattr(model_manager, "ModelManager", None)
-    for name, needed in NEEDED.items():
-        found = getattr(serve, name, None) or getattr(manager, name, None)
-        if found is None or not needed <= inspect.signature(found).parameters.keys():
+    for (module, name), arguments in needed.items():
+        found = getattr(modules[module], name, None)
+        if found is None or not arguments <= inspect.signature(found).parameters.keys():
             raise other
-    return serve, model_manager
+    return modules
 
 
 def _free(host: str, port: int) -> int:

@@ -1,0 +1,1 @@
+"""`remoe serve`: a model behind OpenAI's API, by transformers' own server."""
