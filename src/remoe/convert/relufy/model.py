@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,21 @@ def load_relufied(folder: str | Path, **options: object) -> PreTrainedModel:
     data = json.loads(path.read_text())
     if data.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"{folder} holds no relufied model, but one of type {data.get('model_type')!r}")
-    settings = data["relufied"]
-    data["model_type"] = settings["model_type"]
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(data)
-    cls = getattr(importlib.import_module(settings["module"]), settings["class"])
+    config = relufied_config(data)
     options.setdefault("experts_implementation", experts_function.NAME)
-    return relufied_class(cls).from_pretrained(folder, config=config, **options)
+    return class_of(config).from_pretrained(folder, config=config, **options)
+
+
+def relufied_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a relufied model, of transformers' own class, from what its `config.json` has."""
+    kind = values["relufied"]["model_type"]
+    return CONFIG_MAPPING[kind].from_dict(values | {"model_type": kind})
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the relufied model that a configuration describes."""
+    settings = config.relufied
+    return relufied_class(getattr(importlib.import_module(settings["module"]), settings["class"]))
 
 
 class _Context:
