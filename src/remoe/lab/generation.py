@@ -85,6 +85,7 @@ def generate_text(
     import torch  # not at the top: the command line's help must not wait for it
 
     from remoe.lab.data.tokenizer import vocabulary_size
+    from remoe.models.context import longest_sequence
     from remoe.models.modeling_remoe import RemoeForCausalLM
     from remoe.models.modes import evaluating
 
@@ -94,7 +95,7 @@ def generate_text(
     special = not isinstance(model, RemoeForCausalLM)
     ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
-    context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
+    context = longest_sequence(model)
     if len(ids) > (longest := max(context or 0, LONGEST_PROMPT)):
         raise ConfigError(f"the prompt has {len(ids):,} tokens; this model takes at most {longest:,}")
     if options.max_new_tokens > MANY_TOKENS:

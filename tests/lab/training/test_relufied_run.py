@@ -9,7 +9,10 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, Qwen3
 
 import remoe
 from remoe.costs import parameters
+from remoe.lab.analysis.source import open_source
 from remoe.lab.cli.main import main
+from remoe.lab.report.contents import facts
+from remoe.lab.report.sections import training_of
 from remoe.lab.training.cost import relufied_flops
 from remoe.lab.training.load import load_run
 from remoe.lab.training.origin import open_origin
@@ -71,3 +74,28 @@ def test_a_model_whose_layers_are_all_mixtures_costs_what_one_of_ours_does(corpu
     fixed, routed = relufied_flops(model, LENGTH)
     assert fixed + 0.3 * routed == pytest.approx(training_flops(origin.configured(config), LENGTH, 1, [0.7]))
     assert parameters(origin.sizes(config))[0] == sum(weight.numel() for weight in model.parameters())
+
+
+def test_eval_measures_it_and_turns_its_dial(run, tmp_path):
+    figures = {}
+    for name, flags in {"run": [], "capped": ["--max-experts", "1"]}.items():
+        assert main(["eval", str(run), "--json", str(tmp_path / "e.json"), *flags]) == 0
+        figures[name] = json.loads((tmp_path / "e.json").read_text())["all"]
+        (tmp_path / "e.json").unlink()
+    summary = summary_of(run)["validation"]["all"]
+    assert figures["run"] == pytest.approx({name: summary[name] for name in figures["run"]})
+    assert figures["capped"]["sparsity"] >= 0.75 > figures["run"]["sparsity"]
+    assert main(["eval", str(run), "--sweep-threshold", "0,100", "--json", str(tmp_path / "s.json")]) == 0
+    points = json.loads((tmp_path / "s.json").read_text())["points"]
+    assert [point["active_experts"] for point in points] == [pytest.approx(4 * (1 - summary["sparsity"])), 0]
+
+
+def test_report_shows_its_training(run, tmp_path):
+    source = open_source(str(run), max_tokens=LENGTH)
+    record = source.record(tmp_path / "record.parquet")
+    training, found = training_of(source, STEPS), facts(source, record.about, STEPS)
+    assert training["target"] == 0.5
+    assert training["plots"].keys() >= {"lm_loss", "lambda", "sparsity"}
+    assert found["trained"] == f"{STEPS} steps of {BATCH * LENGTH} tokens"
+    assert found["validation sparsity"].endswith("(target: 0.5)")
+    assert found["model"] == "RelufiedQwen3MoeForCausalLM"
