@@ -6,6 +6,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from remoe.errors import ConfigError, missing_extra
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.routed import RoutedModel
 
 INT4_GROUP = 32
 SCHEMES = ("int8", "int4")
@@ -27,12 +28,14 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         The model.
 
     Raises:
-        ConfigError: for an unknown scheme, int4 without CUDA, a model that is quantised already or merges its experts,
-            or a scheme that torchao cannot do here.
+        ConfigError: for an unknown scheme, int4 without CUDA, a model of another class (a relufied one for instance),
+            one that is quantised already or merges its experts, or a scheme that torchao cannot do here.
         ExtraError: when torchao is not installed.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"unknown quantisation {scheme!r}; choose one of: {', '.join(SCHEMES)}")
+    if not isinstance(model, RoutedModel):
+        raise ConfigError(f"quantisation takes a model of this package's own class, not a {type(model).__name__}")
     if scheme == "int4" and model.device.type != "cuda":
         raise ConfigError("int4 needs CUDA; use int8")
     if model.config.router_class.merges:

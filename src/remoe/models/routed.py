@@ -81,21 +81,8 @@ def dial_of_rows(config: RemoeConfig, hidden_BSD: Tensor, **given: float | Tenso
     return dial
 
 
-class RoutedModel:
-    """A mixin for models with `config`, `model` (a `RemoeModel`) and `sparsity`."""
-
-    config: RemoeConfig
-    sparsity: SparsityController
-    _keep_in_fp32_modules_strict = {"sparsity"}  # lambda moves in small steps
-
-    def update_routing(self, group: "ProcessGroup | None" = None, *, lr_fraction: float = 1.0) -> None:
-        """Moves lambda and the routers' own state by the statistics since the last call; no host sync.
-
-        Args:
-            group, lr_fraction: as in `SparsityController.update`.
-        """
-        self.sparsity.layers = tuple(layer.mlp for layer in self.model.layers)  # one may have been replaced or wrapped
-        self.sparsity.update(group, lr_fraction=lr_fraction)
+class Dialled:
+    """A mixin for models whose layers have a `gate_threshold` and a `max_experts`."""
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.
@@ -121,7 +108,27 @@ class RoutedModel:
         for layer in self._routed_layers():
             layer.max_experts = max_experts
 
-    def _routed_layers(self) -> list[MoE]:
+    def _routed_layers(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+
+class RoutedModel(Dialled):
+    """A mixin for models with `config`, `model` (a `RemoeModel`) and `sparsity`."""
+
+    config: RemoeConfig
+    sparsity: SparsityController
+    _keep_in_fp32_modules_strict = {"sparsity"}  # lambda moves in small steps
+
+    def update_routing(self, group: "ProcessGroup | None" = None, *, lr_fraction: float = 1.0) -> None:
+        """Moves lambda and the routers' own state by the statistics since the last call; no host sync.
+
+        Args:
+            group, lr_fraction: as in `SparsityController.update`.
+        """
+        self.sparsity.layers = tuple(layer.mlp for layer in self.model.layers)  # one may have been replaced or wrapped
+        self.sparsity.update(group, lr_fraction=lr_fraction)
+
+    def _routed_layers(self) -> list[nn.Module]:
         if not self.config.routes_pairs:
             raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
         return [layer.mlp for layer in self.model.layers]

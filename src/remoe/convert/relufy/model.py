@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from remoe.convert.relufy import experts as experts_function
+from remoe.decoding import limits
 from remoe.errors import ConfigError
 from remoe.models.loss import is_padding_mask
-from remoe.models.routed import add_routing, keep_statistics_local
+from remoe.models.routed import Dialled, add_routing, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import ReLURouter, Routing
 from remoe.routing.replay import Replay
@@ -47,12 +49,21 @@ def load_relufied(folder: str | Path, **options: object) -> PreTrainedModel:
     data = json.loads(path.read_text())
     if data.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"{folder} holds no relufied model, but one of type {data.get('model_type')!r}")
-    settings = data["relufied"]
-    data["model_type"] = settings["model_type"]
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(data)
-    cls = getattr(importlib.import_module(settings["module"]), settings["class"])
+    config = relufied_config(data)
     options.setdefault("experts_implementation", experts_function.NAME)
-    return relufied_class(cls).from_pretrained(folder, config=config, **options)
+    return class_of(config).from_pretrained(folder, config=config, **options)
+
+
+def relufied_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a relufied model, of transformers' own class, from what its `config.json` has."""
+    kind = values["relufied"]["model_type"]
+    return CONFIG_MAPPING[kind].from_dict(values | {"model_type": kind})
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the relufied model that a configuration describes."""
+    settings = config.relufied
+    return relufied_class(getattr(importlib.import_module(settings["module"]), settings["class"]))
 
 
 class _Context:
@@ -70,6 +81,8 @@ class RelufiedRouter(ReLURouter):
     """A ReLU router that answers as transformers' routers do: (logits, weights (T, E), indices (T, E))."""
 
     replay: Replay | None = None  # see `remoe.models.replay`
+    gate_threshold: float = 0.0  # these two as `MoE` has them
+    max_experts: int | None = None
 
     def __init__(self, context: _Context, layer: int, d_model: int, num_experts: int, k: int, load_balance: bool):
         super().__init__(d_model, num_experts, k, load_balance=load_balance, bias=True)
@@ -87,6 +100,8 @@ class RelufiedRouter(ReLURouter):
         routing = super().forward(x_TD, mask_T)
         if self.replay is not None:
             routing = self.replay.apply(self.layer, self, routing, mask_T)
+        if not self.training and limits(self.gate_threshold, self.max_experts):
+            routing = routing.pruned(self.gate_threshold, self.max_experts)
         if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
             self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.
@@ -122,8 +137,8 @@ def recompute_with_masks(model: nn.Module, context: _Context | None) -> None:
             module._gradient_checkpointing_func = plain if context is None else _Recompute(context, plain)
 
 
-class RelufiedMixin:
-    """What `relufy` adds to a transformers model: the penalty in its loss, steering, saving."""
+class RelufiedMixin(Dialled):
+    """What `relufy` adds to a transformers model: the penalty in its loss, steering, saving, the compute dial."""
 
     sparsity: SparsityController
     converted: type[PreTrainedModel]  # the class that it was of
@@ -198,10 +213,11 @@ class RelufiedMixin:
             raise ConfigError("recomputation of a relufied model needs use_reentrant=False")
         self.sparsity.observe(routings)
 
+    def _routed_layers(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, RelufiedRouter)]
+
     def _trains_routers(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            module.weight.requires_grad for module in self.modules() if isinstance(module, RelufiedRouter)
-        )
+        return torch.is_grad_enabled() and any(router.weight.requires_grad for router in self._routed_layers())
 
 
 def _initial_std(config: PreTrainedConfig) -> float:

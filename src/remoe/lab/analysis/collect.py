@@ -1,4 +1,4 @@
-"""The routing of single batches of a model of this package.
+"""The routing of single batches of a model of this package, or of a relufied one.
 
 Legend: B sequences, S sequence length, L layers, T tokens without padding, E experts.
 """
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import Routing
 from remoe.routing.replay import executed_pairs
 
 
 @torch.no_grad()
 def active_of(
-    model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None = None
+    model: PreTrainedModel, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None = None
 ) -> Tensor:
     """(L, T, E) bool, on the CPU: the pairs that the model executes for the tokens of some sequences.
 
@@ -31,7 +31,7 @@ def active_of(
 
 
 @torch.no_grad()
-def gates_of(model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def gates_of(model: PreTrainedModel, input_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """(L, T, E) float32, on the CPU: the gates, zero for pairs that are not executed; arguments as in `active_of`."""
     routings = _routings(model, input_BS, mask_BS, None)
     kept_T = mask_BS.flatten().to(routings[0].gate_TE.device)
@@ -39,7 +39,7 @@ def gates_of(model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor) -> Tens
 
 
 def _routings(
-    model: RemoeForCausalLM, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None
+    model: PreTrainedModel, input_BS: Tensor, mask_BS: Tensor, autocast: torch.autocast | None
 ) -> Sequence[Routing]:
     device = next(model.parameters()).device
     with autocast or torch.autocast(device.type, enabled=False):

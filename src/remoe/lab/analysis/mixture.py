@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from remoe.convert.relufy.fit import routed
 from remoe.convert.relufy.model import RelufiedMixin, RelufiedRouter, mixture_routers
 from remoe.errors import ConfigError
+from remoe.models.context import longest_sequence
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 from remoe.routing import Routing
@@ -86,7 +87,7 @@ class Mixture:
     @property
     def longest(self) -> int | None:
         """The longest sequence that the model is for; None if it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest_sequence(self.model)
 
     @property
     def vocabulary(self) -> int:

@@ -20,6 +20,7 @@ from remoe.lab.training.checkpoint import sha256
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_model
 from remoe.lab.training.shards import model_files
+from remoe.models.context import longest_sequence
 from remoe.models.modeling_remoe import RemoeForCausalLM
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def open_source(
     ours, run = isinstance(model, RemoeForCausalLM), run_of(checkpoint)
     config = run and run.load_config()
     mixture = Mixture(model) if not ours or model.config.routes_pairs else None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
+    longest = longest_sequence(model) or LONGEST_WINDOW
     length = config.seq_len if config else min(longest, LONGEST_WINDOW)
     data, document_end = data or (config and config.data), tokenizer.eos_token_id
     if prompt is not None:

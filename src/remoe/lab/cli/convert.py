@@ -180,9 +180,10 @@ def _samples(
 ) -> list["Tensor"]:
     """About `count` training tokens, in sequences from all over the data."""
     from remoe.lab.data import TrainBatches
+    from remoe.models.context import longest_sequence
 
     dataset.check_tokenizer(tokenizer, source)
-    length = min(LONGEST_SAMPLE, getattr(model.config, "max_position_embeddings", None) or LONGEST_SAMPLE, count)
+    length = min(LONGEST_SAMPLE, longest_sequence(model) or LONGEST_SAMPLE, count)
     batches = TrainBatches(dataset.train, length, 1, seed=0)
     return [batches.batch(step)[:, :-1] for step in range(count // length)]
 

@@ -1,6 +1,6 @@
 """The trade-off between loss and speed when a trained model leaves out experts with small gates.
 
-Legend: P pairs, N sequences, S sequence length.
+Legend: P pairs, N sequences, S sequence length, L layers, T tokens, E experts.
 """
 
 import time
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from remoe.errors import ConfigError
 from remoe.lab.analysis.collect import gates_of
 from remoe.lab.data import ValidationWindows
 from remoe.lab.evaluation.trained import open_trained
 from remoe.lab.training.validate import evaluate, total
-from remoe.models.modeling_remoe import RemoeForCausalLM
 
 QUANTILE_VALUES = 1_000_000  # torch's quantile takes no more than 16 million
 # Shares of the active pairs that the default thresholds leave out.
@@ -65,12 +65,11 @@ def sweep_run(
     trained = open_trained(path, data, scheme)
     model, windows = trained.model, trained.windows(split)
     model.set_max_experts(max_experts)
-    gate_P = _active_gates(model, windows, batch_size)  # which warms the machine up as well
+    experts, gate_P = _active_gates(model, windows, batch_size)  # which warms the machine up as well
     if thresholds is None:
         if len(gate_P) == 0:
             raise ConfigError(f"{path}: no expert is active for any token of the sample: thresholds change nothing")
         thresholds = [0.0, *(gate_P.quantile(share).item() for share in SWEPT_SHARES)]
-    experts = model.config.experts_per_layer
     points = []
     for threshold in thresholds:
         model.set_gate_threshold(threshold)
@@ -82,9 +81,9 @@ def sweep_run(
     return trained.checkpoint, trained.dataset.path, points
 
 
-def _active_gates(model: RemoeForCausalLM, windows: ValidationWindows, batch_size: int) -> Tensor:
-    """(P,) float32: the absolute gates of a batch's active pairs over all layers, at most a million of them."""
+def _active_gates(model: PreTrainedModel, windows: ValidationWindows, batch_size: int) -> tuple[int, Tensor]:
+    """E; and (P,) float32: the absolute gates of a batch's active pairs over all layers, at most a million of them."""
     input_NS, _, mask_NS = next(windows.batches(windows.domains[0], batch_size))
-    gate_P = gates_of(model, input_NS, mask_NS).flatten().abs()  # a learned scale can be negative
-    gate_P = gate_P[gate_P > 0]
-    return gate_P[:: len(gate_P) // QUANTILE_VALUES + 1]
+    gate_LTE = gates_of(model, input_NS, mask_NS).abs()  # a learned scale can be negative
+    gate_P = gate_LTE[gate_LTE > 0]
+    return gate_LTE.shape[-1], gate_P[:: len(gate_P) // QUANTILE_VALUES + 1]

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.errors import CheckpointError
 from remoe.lab.data import TOTAL, Dataset, ValidationWindows, open_dataset
 from remoe.lab.machine import keep_freed_memory, pick_device
 from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.load import load_model
 from remoe.lab.training.validate import evaluate, total
+from remoe.models.context import longest_sequence
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.quantization import quantize
 
@@ -32,7 +34,8 @@ def evaluate_run(
     """Evaluates a run's newest checkpoint, a given checkpoint, or a model in a folder of its own.
 
     Args:
-        path: a run's folder, one of its checkpoints, or the folder of a saved or exported model of this package.
+        path: a run's folder, one of its checkpoints, or the folder of a saved or exported model of this package, or
+            of a relufied one.
         data: prepared data; None for the data that the run was trained on.
         split: "validation" or "train".
         max_tokens: in total, divided among the domains in proportion to their size; None for all.
@@ -69,7 +72,7 @@ class Trained:
         run: the run that trained it; None for a model in a folder of its own.
     """
 
-    model: RemoeForCausalLM
+    model: RemoeForCausalLM | RelufiedMixin
     tokenizer: "PreTrainedTokenizerBase"
     checkpoint: Path
     dataset: Dataset
@@ -83,7 +86,7 @@ class Trained:
 
     def windows(self, split: str) -> ValidationWindows:
         """Sequences of the data as long as in the run's training; for a model without a run at most LONGEST_WINDOW."""
-        longest = min(self.model.config.max_position_embeddings, LONGEST_WINDOW)
+        longest = min(longest_sequence(self.model) or LONGEST_WINDOW, LONGEST_WINDOW)
         return ValidationWindows(getattr(self.dataset, split), self.run.load_config().seq_len if self.run else longest)
 
 
@@ -95,7 +98,7 @@ def open_trained(path: str, data: str | None, scheme: str | None = None) -> Trai
     """
     keep_freed_memory()
     model, tokenizer, checkpoint = load_model(path)
-    if not isinstance(model, RemoeForCausalLM):
+    if not isinstance(model, RemoeForCausalLM | RelufiedMixin):
         raise CheckpointError(
             f"{path} is a {type(model).__name__}, not a model of this package: it can only be evaluated with --tasks"
         )

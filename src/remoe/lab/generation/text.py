@@ -24,6 +24,7 @@ from remoe.errors import ConfigError, check
 from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.generation.options import SamplingOptions, check_prompt
 from remoe.lab.generation.stream import Ending, TextStream
+from remoe.models.context import longest_sequence
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
 
@@ -170,11 +171,6 @@ def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], options: Samp
                 f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
             )
         logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
-
-
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the model was made for; None where it does not say."""
-    return getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def facts(source: Source | None, about: About | None, step: int | None) -> dict[
     if not isinstance(source.model, RemoeForCausalLM):
         found["model"] = type(source.model).__name__
         found["parameters"] = quantity(sum(parameter.numel() for parameter in source.model.parameters()))
-        return found
+        return found | _trained(source, about, step)
     found.setdefault("router", c.router)
     if c.shared_expert_size:
         found["shared expert"] = f"width {c.shared_expert_size}, used by every token"
@@ -34,21 +34,20 @@ def facts(source: Source | None, about: About | None, step: int | None) -> dict[
     found["parameters"] = (
         total if total == active else f"{total}, of which a token uses {active} at the target sparsity"
     )
-    return found | _trained(source, step)
+    return found | _trained(source, about, step)
 
 
-def _trained(source: Source, step: int | None) -> dict[str, str]:
+def _trained(source: Source, about: About | None, step: int | None) -> dict[str, str]:
     if source.run is None:
         return {}
-    c, config, summary = source.model.config, source.run.load_config(), source.run.load_summary()
+    config, summary = source.run.load_config(), source.run.load_summary()
     found = {"trained": f"{step:,} steps of {config.batch_size * config.seq_len:,} tokens"}
     if summary.get("steps") == step:
         everything = summary["validation"]["all"]
         found["validation loss"] = f"{everything['loss']:.4f} nats per token"
-        if c.routes_pairs:
-            found["validation sparsity"] = (
-                f"{everything['sparsity']:.4f} (target: {1 - c.active_per_token / c.experts_per_layer:.4g})"
-            )
+        if about is not None:
+            target = f"target: {1 - about.k / about.experts:.4g}"
+            found["validation sparsity"] = f"{everything['sparsity']:.4f} ({target})"
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import remoe
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.source import Source
@@ -78,9 +79,12 @@ def head_of(source: Source | None, step: int | None, record: RoutingRecord | Non
 def training_of(source: Source, step: int | None) -> dict[str, Any] | None:
     """The course of a run up to a step; see `course_of`."""
     c = source.model.config
-    target = 1 - c.active_per_token / c.experts_per_layer if c.steered else None
-    records = training_records(source.run, step)
-    return course_of(records, c.experts_per_layer, c.active_per_token, target)
+    if isinstance(source.model, RelufiedMixin):
+        experts, k, steered = c.relufied["num_experts"], c.relufied["k"], True
+    else:
+        experts, k, steered = c.experts_per_layer, c.active_per_token, c.steered
+    target = 1 - k / experts if steered else None
+    return course_of(training_records(source.run, step), experts, k, target)
 
 
 def _experts(record: RoutingRecord, summary: RoutingSummary, effects: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """`--from`: the model that a run starts from, its options, and its weights."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from remoe.convert.relufy.model import MODEL_TYPE, STEERING, RelufiedMixin, load_relufied
+from remoe.convert.relufy.model import MODEL_TYPE, STEERING, RelufiedMixin, class_of, load_relufied, relufied_config
+from remoe.costs import ModelSizes, parameters
 from remoe.errors import CheckpointError, ConfigError, RemoeError, check
 from remoe.lab.nested import flatten, merge
 from remoe.lab.training.changes import differences
@@ -18,6 +19,7 @@ from remoe.lab.training.folder import RunFolder, run_of
 from remoe.lab.training.shards import INDEX, model_files, read_model
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
+from remoe.models.plan import sizes_of
 from remoe.routing import build_router
 from remoe.sparsity import SparsityController
 
@@ -136,6 +138,16 @@ class Origin:
         values |= {"router_options": config.router_options or None, "sparsity": vars(config.sparsity).copy()}
         return RemoeConfig.from_dict(values)
 
+    def sizes(self, config: TrainConfig) -> ModelSizes:
+        """The sizes of the model, to estimate its memory; of a relufied one, with the number of its own parameters."""
+        sizes = sizes_of(self.configured(config))
+        if not self.relufied:
+            return sizes
+        with torch.device("meta"):
+            model = class_of(self.config)(self.config)
+        total = sum(weight.numel() for weight in model.parameters())
+        return replace(sizes, others=sizes.others + total - parameters(sizes)[0])
+
     def load(self, config: TrainConfig) -> RemoeForCausalLM | RelufiedMixin:
         """The model in float32 on the CPU, with the state of its sparsity control, and what a run sets anew.
 
@@ -217,8 +229,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         if "quantization_config" in values:
             raise CheckpointError(f"{folder} holds quantised weights, which cannot be trained")
         if kind == MODEL_TYPE:
-            inner = values["relufied"]["model_type"]
-            return CONFIG_MAPPING[inner].from_dict(values | {"model_type": inner})
+            return relufied_config(values)
         if kind == RemoeConfig.model_type:
             return RemoeConfig.from_pretrained(folder)
     except RemoeError:

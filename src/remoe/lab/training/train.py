@@ -3,7 +3,6 @@
 import json
 import logging
 import shlex
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,14 +30,13 @@ from remoe.lab.training.build import experts_backend, model_config, wants_bfloat
 from remoe.lab.training.changes import changes_result, differences
 from remoe.lab.training.checkpoint import checkpoint_step
 from remoe.lab.training.config import TrainConfig
+from remoe.lab.training.cost import cost_of, count_parameters
 from remoe.lab.training.data import open_training_data
 from remoe.lab.training.elastic import launch
 from remoe.lab.training.faults import last_words, write_stop
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import exit_code
-from remoe.lab.training.lora import is_adapter
 from remoe.lab.training.mesh import mesh_of
-from remoe.lab.training.metrics import iterate_metrics
 from remoe.lab.training.origin import origin_of
 from remoe.lab.training.outcome import experts_in_use, outcome
 from remoe.lab.training.prolong import prolong
@@ -47,7 +45,7 @@ from remoe.lab.training.sinks import tracker_package
 from remoe.lab.training.start import start_of
 from remoe.lab.training.trainer import Trainer
 from remoe.lab.training.validate import Evaluation, total
-from remoe.models.plan import sizes_of, training_flops
+from remoe.models.plan import sizes_of
 from remoe.routing import ROUTERS
 from remoe.stages import first_sparse_step, settling_time
 
@@ -100,7 +98,8 @@ def _run(config: TrainConfig, run: RunFolder, saved: TrainConfig | None, ranks: 
     # Fails before the data is prepared and the folder made when the model cannot be built or run here.
     origin = origin_of(config, run, resumed=saved is not None)
     shape = origin.configured(config) if origin else model_config(config, config.vocab_size, eos_token_id=0)
-    warning = check_memory(config, sizes_of(shape), ranks.device, ranks.mesh)
+    sizes = origin.sizes(config) if origin else sizes_of(shape)
+    warning = check_memory(config, sizes, ranks.device, ranks.mesh)
     if config.model.num_hidden_layers > MANY_LAYERS:
         logger.warning("building a model of %s layers, which takes a while", f"{config.model.num_hidden_layers:,}")
     without_values(shape)
@@ -203,7 +202,7 @@ def _is_finished(run: RunFolder, steps: int, ranks: Ranks) -> bool:
 
 def _print_header(trainer: Trainer) -> None:
     model, config, dataset = trainer.model, trainer.config, trainer.dataset
-    parameters = _parameters(trainer)
+    parameters = count_parameters(model)
     what = f"from {config.from_}" if trainer.origin else config.preset
     dtype = "bfloat16 autocast" if wants_bfloat16(config.dtype, trainer.device) else "float32"
     say(
@@ -268,7 +267,7 @@ def _summarise(trainer: Trainer, validation: dict[str, Evaluation]) -> dict:
     figures = {
         "steps": trainer.step,
         "router": config.router,
-        **_cost(trainer, total(validation).sparsity),
+        **cost_of(trainer, total(validation).sparsity),
         **({"mixture": mixture} if (mixture := _mixture(trainer)) else {}),
         "seconds": trainer.seconds,
         "peak_memory_bytes": trainer.peak_memory_bytes,
@@ -299,31 +298,6 @@ def _continuation(trainer: Trainer, tokenizer: "PreTrainedTokenizerBase", prompt
         room = trainer.shape.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
         options.max_new_tokens = min(options.max_new_tokens, room)
     return generate_text(trainer.whole_model(), tokenizer, prompt, options) if options.max_new_tokens > 0 else ""
-
-
-def _cost(trainer: Trainer, sparsity: float) -> dict[str, float]:
-    """Parameters, tokens, FLOPs of the pairs that were routed, and throughput; `sparsity` is that of validation."""
-    config, shape = trainer.config, trainer.shape
-    parameters = _parameters(trainer)
-    experts = _parameters(trainer, ".experts.")
-    step_tokens = config.batch_size * config.seq_len
-    flops = training_flops(shape, config.seq_len, step_tokens, trainer.sparsities)
-    metrics = iterate_metrics(trainer.run.metrics) if trainer.step else ()
-    speeds = [r["tokens_per_second"] for r in metrics if "tokens_per_second" in r]
-    return {
-        "total_parameters": parameters,
-        "active_parameters": round(parameters - experts * (sparsity if shape.routes_pairs else 0)),
-        "tokens": trainer.step * step_tokens,
-        "flops": flops,
-        "flops_per_token": flops / (trainer.step * step_tokens) if trainer.step else None,
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
-    }
-
-
-def _parameters(trainer: Trainer, part: str = "") -> int:
-    """Weights of the model, without adapters, whose names have `part` in them."""
-    named = trainer.model.named_parameters()
-    return sum(weight.numel() for name, weight in named if part in name and not is_adapter(name))
 
 
 def _validation_prompt(trainer: Trainer, tokenizer) -> str:
