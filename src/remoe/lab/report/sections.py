@@ -76,11 +76,12 @@ def head_of(source: Source | None, step: int | None, record: RoutingRecord | Non
 
 
 def training_of(source: Source, step: int | None) -> dict[str, Any] | None:
-    """The course of a run up to a step; see `course_of`."""
+    """The course of a run up to a step, see `course_of`; and controlled, whether lambda controls the sparsity."""
     c = source.model.config
     target = 1 - c.active_per_token / c.experts_per_layer if c.steered else None
     records = training_records(source.run, step)
-    return course_of(records, c.experts_per_layer, c.active_per_token, target)
+    course = course_of(records, c.experts_per_layer, c.active_per_token, target)
+    return course and course | {"controlled": c.steered and c.sparsity["rule"] != "none"}
 
 
 def _experts(record: RoutingRecord, summary: RoutingSummary, effects: dict[str, Any] | None) -> dict[str, Any]:
