@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 
 import pytest
 import torch
@@ -11,19 +10,29 @@ from tiny_run import FLAGS
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.cli.main import main
+from remoe.lab.report.course import course_of
 from remoe.lab.report.packed import unpacked
 from remoe.lab.report.page import render
 from remoe.lab.report.sections import page_data
 from remoe.lab.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # Of each figure its name, title, words, and the widths of its button and its body
 FIGURES = """[...document.querySelectorAll("figure.plot")].map((one) => [
   one.id, one.querySelector("h3").textContent, one.querySelector("figcaption p").textContent,
   one.querySelector(".csv").offsetWidth, one.querySelector(".body").offsetWidth,
 ])"""
+# Charts that answer when the colours change
+CHARTS = """() => {
+  let charts = 0;
+  const redraw = CanvasRenderingContext2D.prototype.clearRect;
+  return new Promise((answer) => {
+    CanvasRenderingContext2D.prototype.clearRect = function (...box) { charts += 1; return redraw.apply(this, box); };
+    dispatchEvent(new Event("beforeprint"));
+    requestAnimationFrame(() => requestAnimationFrame(() => answer(charts)));
+  });
+}"""
 # Presses all CSV buttons, and keeps what they would save; a browser allows a page few downloads
 SAVED = """async () => {
   const blobs = [];
@@ -37,45 +46,12 @@ SAVED = """async () => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    with playwright.sync_playwright() as one:
-        browser = one.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "run"
     flags = ["--steps", "12", "--validate.flips-every", "2", "--granularity", "2", *FLAGS]
     assert main(["train", "--data", str(corpus), "--out", str(out), *flags]) == 0
     assert main(["report", str(out), "--excerpt", "400", "--effect-tokens", "64"]) == 0
     return out
-
-
-@pytest.fixture
-def opened(browser):
-    """Opens a file; at the end, nothing but it was requested, and nothing went wrong."""
-    wrong, contexts = [], []
-
-    def opened(path, *, width=1400, scheme="light", place=""):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page, address = context.new_page(), f"file://{path}"
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda asked: asked.url.startswith((address, "blob:")) or wrong.append(asked.url))
-        page.goto(address + place)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
 
 
 def content_of(page):
@@ -194,6 +170,7 @@ def test_experts_have_cards_that_one_can_link_to(run, opened):
     assert page.url.endswith("#expert-1-1")
     page.locator("#expert-load canvas").click(position={"x": 60, "y": 5})
     assert page.locator("#card .name").text_content() == "Layer 0, expert 0"
+    assert page.evaluate(CHARTS) == page.locator(".uplot").count()  # the chart of the card before is destroyed
     rows = rows_of(page, "expert-load")
     assert [[int(row[0]), int(row[1]), float(row[2])] for row in rows] == [
         [layer, expert, content["share"][layer][expert]] for layer in range(2) for expert in range(8)
@@ -258,3 +235,18 @@ def test_hostile_and_long_texts_do_no_harm(opened, tmp_path):
     page.keyboard.press("End")
     assert page.locator("#excerpt .here").text_content() == "word "
     assert shown.count() < 4000
+
+
+def test_words_say_only_what_is_so_for_the_router(opened, tmp_path):
+    records = [{"step": step, "lambda": 0.01, "reg_loss": 1.0, "sparsity": 0.5} for step in (1, 2)]
+    for steered, controlled in ((True, True), (True, False), (False, False)):
+        course = course_of(iter(records), experts=4, k=2, target=0.5 if steered else None)
+        head = {"title": "a run", "version": "0", "facts": {}, "outcome": [], "router": "any"}
+        (path := tmp_path / "page.html").write_text(
+            render({"head": head, "training": course | {"controlled": controlled}})
+        )
+        words = opened(path).locator("#training figcaption p").all_text_contents()
+        assert any("grows" in text for text in words) == controlled
+        assert any("is constant" in text for text in words) == (not controlled)
+        assert any("gates" in text for text in words) == steered
+        assert any("dashed line is the target" in text for text in words) == steered

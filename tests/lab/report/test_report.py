@@ -1,5 +1,6 @@
 """The report shows what the model does, needs no other file, and says what it cannot show."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -31,8 +32,9 @@ from remoe.lab.generation import SamplingOptions, generate_text
 from remoe.lab.report.contents import outcome
 from remoe.lab.report.course import COLUMNS, course_of
 from remoe.lab.report.packed import short, unpacked, whole_numbers
-from remoe.lab.report.page import SCRIPTS, script_json
+from remoe.lab.report.page import SCRIPTS, render, script_json
 from remoe.lab.report.reading import text_of
+from remoe.lab.report.sections import page_data
 from remoe.lab.thinning import POINTS, kept_points
 from remoe.lab.training.folder import newest_run
 from remoe.lab.training.load import load_run
@@ -342,3 +344,20 @@ def test_every_curve_keeps_its_own_spike():
     values = np.full((3, 10_000), 0.5)
     values[[0, 1, 2], [4_000, 4_001, 4_002]] = [9, -9, 9]
     assert {4_000, 4_001, 4_002, 0, 9_999} <= set(kept_points(values, 600).tolist())
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [(True, "by the shared expert alone"), (False, "skips the layer"), (None, "by no routed expert")],
+)
+def test_words_on_tokens_without_experts_say_what_is_known(shared, expected):
+    token_T, zero = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    for active_LTE, said in (
+        (torch.arange(12).view(1, 4, 3) % 5 == 0, expected),
+        (torch.eye(3)[[0, 1, 2, 0]][None].bool(), "Every token shown has 1 expert in each layer"),
+    ):
+        record = RoutingRecord.of(active_LTE, token_T, zero, zero, ["farm"])
+        record.about = dataclasses.replace(record.about, shared_expert=shared)
+        text = " ".join(render(page_data(None, None, record, excerpt_tokens=4)).split())
+        assert said in text
+        assert ("skips the layer" in text) == (said == "skips the layer")

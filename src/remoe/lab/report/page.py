@@ -107,6 +107,7 @@ def render(data: dict[str, Any]) -> str:
         head=data["head"],
         sections={name: title for name, title in SECTIONS.items() if name in data},
         stages=data.get("training", {}).get("stages"),
+        same=data.get("text", {}).get("same"),
         scripts=SCRIPTS,
         content=script_json(data),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from remoe.lab.analysis.record import UNKNOWN, Block, RoutingRecord
-from remoe.lab.report.packed import exact, short, whole_numbers
+from remoe.lab.report.packed import exact, short, unpacked, whole_numbers
 from remoe.lab.text import lines, short_name
 
 ROWS = 4096  # read at a time
@@ -38,10 +38,10 @@ def text_of(record: RoutingRecord, length: int) -> dict[str, Any]:
         length: tokens of each domain, or fewer if its text is shorter or all pairs would be more than `MAX_PAIRS`.
 
     Returns:
-        gatesKnown; and texts, for each domain that has tokens: domain, tokens (T,); counts (L, T), the number of
-        experts; expert (P,) and gate (P,), ordered by layer, token and expert, gate None if unknown; loss (T,) in nats,
-        NaN if unknown; seen (T,), how often the token's id occurs in the record, 0 if unknown; cut, whether the text
-        ends because of `MAX_PAIRS`.
+        gatesKnown; same, the number of experts that each token has in every layer, None if it varies; and texts, for
+        each domain that has tokens: domain, tokens (T,); counts (L, T), the number of experts; expert (P,) and gate
+        (P,), ordered by layer, token and expert, gate None if unknown; loss (T,) in nats, NaN if unknown; seen (T,),
+        how often the token's id occurs in the record, 0 if unknown; cut, whether the text ends because of `MAX_PAIRS`.
     """
     found = [_Domain() for _ in record.about.domains]
     most = MAX_PAIRS // max(1, len(found))
@@ -57,7 +57,9 @@ def text_of(record: RoutingRecord, length: int) -> dict[str, Any]:
         for name, one in zip(record.about.domains, found, strict=True)
         if one.tokens
     ]
-    return {"gatesKnown": record.about.gates, "texts": texts}
+    counts = [unpacked(text["counts"]) for text in texts]
+    found = {int(count) for one in counts for count in (one.min(), one.max())}
+    return {"gatesKnown": record.about.gates, "same": found.pop() if len(found) == 1 else None, "texts": texts}
 
 
 def _add(domain: _Domain, block: Block, rows: np.ndarray, length: int, most: int) -> None:

@@ -77,14 +77,14 @@ def head_of(source: Source | None, step: int | None, record: RoutingRecord | Non
 
 
 def training_of(source: Source, step: int | None) -> dict[str, Any] | None:
-    """The course of a run up to a step; see `course_of`."""
+    """The course of a run up to a step, see `course_of`; and controlled, whether lambda controls the sparsity."""
     c = source.model.config
-    if isinstance(source.model, RelufiedMixin):
+if isinstance(source.model, RelufiedMixin):
         experts, k, steered = c.relufied["num_experts"], c.relufied["k"], True
     else:
         experts, k, steered = c.experts_per_layer, c.active_per_token, c.steered
-    target = 1 - k / experts if steered else None
-    return course_of(training_records(source.run, step), experts, k, target)
+    course = course_of(training_records(source.run, step), experts, k, 1 - k / experts if steered else None)
+    return course and course | {"controlled": source.model.sparsity.rule != "none"}
 
 
 def _experts(record: RoutingRecord, summary: RoutingSummary, effects: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 // What the parts of the page share: its data, elements, numbers, figures with their CSV, and the theme.
 const remoe = (() => {
   const data = JSON.parse(document.getElementById("content").textContent);
-  const listeners = [];
+  const listeners = new Set();
 
   // The numbers of a packed array, and its shape
   function unpack(packed) {
@@ -105,9 +105,10 @@ const remoe = (() => {
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-  // Calls again whenever the colours or the width change
+  // Calls again whenever the colours or the width change, until the function that it returns is called
   function onTheme(redraw) {
-    listeners.push(redraw);
+    listeners.add(redraw);
+    return () => listeners.delete(redraw);
   }
   function retheme() {
     for (const redraw of listeners) redraw();

@@ -70,15 +70,18 @@
     return list.children.length ? [part("Tokens with its largest gates, in their context", list)] : [];
   }
 
+  let drawn = null; // of the card that is open
+
   function course(l, e) {
     if (!load) return;
+    if (drawn) drawn.destroy();
     const [, , count] = load.share.shape;
     const start = (l * experts + e) * count;
     const values = loadShare.subarray(start, start + count);
     const figure = remoe.figure("card", "card-load", "Load over training",
       "Share of the tokens that the expert took at each step of training; means over the steps of a point.",
       () => [["step", "share of the tokens"], ...range(count).map((i) => [loadSteps[i], values[i]])]);
-    remoe.lines(figure, {
+    drawn = remoe.lines(figure, {
       x: loadSteps, xName: "step", names: ["share of the tokens"], values: [values], unit: "share of the tokens", target,
       stages: data.training.stages,
     });

@@ -134,8 +134,9 @@
     figure.tools.prepend(button);
     make();
     const resize = () => u.setSize({ width: width(), height: HEIGHT });
-    new ResizeObserver(resize).observe(figure.body);
-    remoe.onTheme(() => {
+    const resized = new ResizeObserver(resize);
+    resized.observe(figure.body);
+    const forget = remoe.onTheme(() => {
       if (stale) make();
       resize();
       u.redraw();
@@ -146,6 +147,13 @@
         stale = true;
         seen.unobserve(holder);
         seen.observe(holder);
+      },
+      destroy() {
+        forget();
+        resized.disconnect();
+        seen.disconnect();
+        u.destroy();
+        holder.remove();
       },
     };
   };

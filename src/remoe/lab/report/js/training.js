@@ -5,13 +5,18 @@
   if (!found) return;
   const { rowsOf, unpack, range, percent, element, choice } = remoe;
   const LOG = ["lambda", "penalty", "grad_norm"];
+  const steered = found.target !== null; // by a penalty on the gates
   const words = {
     lm_loss: ["Training loss", "Loss of the language model, without the penalty, at each step. Lower is better.", "nats per token"],
-    sparsity: ["Sparsity S", "Share of (token, expert) pairs that are inactive. The dashed line is the target.", "share of inactive pairs"],
-    lambda: ["Coefficient λ", "Weight of the penalty on the gates. It grows while too many experts are active and shrinks while too few are.", "λ (log scale)"],
-    reg_loss: ["Regulariser", "The sum of gates that is penalised, before it is multiplied by λ.", "per token"],
+    sparsity: ["Sparsity S", `Share of (token, expert) pairs that are inactive.${steered ? " The dashed line is the target." : ""}`, "share of inactive pairs"],
+    lambda: ["Coefficient λ", found.controlled
+      ? "Weight of the penalty on the gates. It grows while too many experts are active and shrinks while too few are."
+      : `Weight of the ${steered ? "penalty on the gates" : "router's own loss"} in the training loss. It is constant in this run.`, "λ (log scale)"],
+    reg_loss: ["Regulariser", steered ? "The sum of gates that is penalised, before it is multiplied by λ."
+      : "The router's own loss, before it is multiplied by λ; zero for a router without one.", steered ? "per token" : "regulariser"],
     penalty: ["Penalty", "λ times the regulariser: what training adds to the loss.", "nats (log scale)"],
-    sparsity_per_layer: ["Sparsity of each layer", "The target holds for the mean over the layers; single layers may be denser or sparser.", "share of inactive pairs"],
+    sparsity_per_layer: ["Sparsity of each layer", "Share of (token, expert) pairs of each layer that are inactive." +
+      (steered ? " The target holds for the mean over the layers; single layers may be denser or sparser." : ""), "share of inactive pairs"],
     inactive: ["Inactive experts", "Number of experts, over all layers, with less than an eighth of the target load at a step. An expert that stays inactive is dead.", "experts"],
     flip_rate: ["Flips", "Share of (token, expert) pairs of a fixed text that change in one training step: how unstable the routing is.", "share of pairs"],
     tokens_per_second: ["Throughput", "Tokens per second of each step. Single low values are steps beside a validation or a checkpoint.", "tokens/s"],
