@@ -19,11 +19,9 @@ MANY_TOKENS = 2_000  # more take so long that a line says what is being done
 
 
 @dataclass
-class SamplingOptions:
+class Sampling:
     """How the next token is chosen."""
 
-    max_new_tokens: int = 120
-    """The most tokens to write; there are fewer when the model ends its text."""
     temperature: float = 0.8
     """0 always takes the most likely token, 1 samples from the model's own distribution."""
     top_k: int = 50
@@ -38,6 +36,14 @@ class SamplingOptions:
     """Leave out experts whose gate is at most this: less compute, a higher loss."""
     max_experts: int | None = None
     """Execute at most so many experts per token, those with the largest gates."""
+
+
+@dataclass
+class SamplingOptions(Sampling):
+    """How a text is written."""
+
+    max_new_tokens: int = 120
+    """The most tokens to write; there are fewer when the model ends its text."""
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
@@ -69,13 +75,39 @@ def generate_text(
     """The text that the model writes after `prompt`.
 
     Args:
+        model, tokenizer, prompt, options: as in `generate_ids`.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        ConfigError: as `generate_ids`.
+    """
+    written, first = generate_ids(model, tokenizer, prompt, options)
+    whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (written, written[:first]))
+    if whole.startswith(start):  # some decoders drop a space that begins a text
+        return whole[len(start) :]
+    return tokenizer.decode(written[first:], skip_special_tokens=True)  # a character of both
+
+
+def generate_ids(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    options: SamplingOptions,
+    **more: object,
+) -> tuple[list[int], int]:
+    """Token ids of `prompt` and of what the model writes after it.
+
+    Args:
         model: put into evaluation mode, and afterwards into the mode that it was in.
         tokenizer: the model's own.
         prompt: the start of the text; an empty prompt starts a new document.
         options: sampling.
+        more: arguments of the model's `generate`.
 
     Returns:
-        The continuation, without the prompt.
+        The ids, and how many of them are the prompt's.
 
     Raises:
         ConfigError: for sampling options out of range, a prompt that is not valid Unicode or longer than the model's
@@ -102,7 +134,7 @@ def generate_text(
     if context is not None and len(ids) + options.max_new_tokens > context:
         if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
             raise ConfigError(
-                f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
+                f"prompt and text may exceed {context} tokens, the most that this model takes: write fewer tokens"
             )
         logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
     sampling = {"do_sample": False}
@@ -133,9 +165,6 @@ def generate_text(
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
             **dial,
+            **more,
         )
-    written = output_ids[0].tolist()
-    whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (written, ids))
-    if whole.startswith(start):  # some decoders drop a space that begins a text
-        return whole[len(start) :]
-    return tokenizer.decode(written[len(ids) :], skip_special_tokens=True)  # a character of both
+    return output_ids[0].tolist(), len(ids)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from remoe.lab.report.sections import page_data
 from remoe.lab.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # Of each figure its name, title, words, and the widths of its button and its body
 FIGURES = """[...document.querySelectorAll("figure.plot")].map((one) => [
@@ -37,45 +35,12 @@ SAVED = """async () => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    with playwright.sync_playwright() as one:
-        browser = one.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "run"
     flags = ["--steps", "12", "--validate.flips-every", "2", "--granularity", "2", *FLAGS]
     assert main(["train", "--data", str(corpus), "--out", str(out), *flags]) == 0
     assert main(["report", str(out), "--excerpt", "400", "--effect-tokens", "64"]) == 0
     return out
-
-
-@pytest.fixture
-def opened(browser):
-    """Opens a file; at the end, nothing but it was requested, and nothing went wrong."""
-    wrong, contexts = [], []
-
-    def opened(path, *, width=1400, scheme="light", place=""):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page, address = context.new_page(), f"file://{path}"
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda asked: asked.url.startswith((address, "blob:")) or wrong.append(asked.url))
-        page.goto(address + place)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
 
 
 def content_of(page):

@@ -14,9 +14,11 @@ from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.source import Source
 from remoe.lab.analysis.summary import CHUNK, RoutingSummary, routing_of
+from remoe.lab.analysis.writing import Written
 from remoe.lab.report.contents import facts, outcome, training_records
 from remoe.lab.report.course import course_of
 from remoe.lab.report.details import between_of, effects_of, experts_of
+from remoe.lab.report.generation import generation_of
 from remoe.lab.report.reading import text_of
 from remoe.lab.text import lines, short_name
 
@@ -28,6 +30,7 @@ def page_data(
     *,
     excerpt_tokens: int,
     effect_tokens: int = 0,
+    written: Written | None = None,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:
     """Everything that a page shows.
@@ -38,10 +41,12 @@ def page_data(
         record: the routing, or None for a model that routes no pairs.
         excerpt_tokens: of each domain, shown as text.
         effect_tokens: on which the effect of each expert is measured; 0 for none.
+        written: a text that the model wrote, whose record is `record`; None for none.
         token_text: returns the text of a token id; by default the record's.
 
     Returns:
-        head, always; text, experts and between if there is a record; training if the run has records of steps.
+        head, always; text, experts and between if there is a record; generation if there is a text that was written;
+        training if the run has records of steps.
     """
     data: dict[str, Any] = {"head": head_of(source, step, record)}
     if record is not None:
@@ -50,6 +55,7 @@ def page_data(
         if effect_tokens and source is not None:
             effects = effects_of(source, summary.domains, effect_tokens)
         between, flows = between_of(record)
+        data["generation"] = None if written is None else generation_of(written)
         data["text"] = text_of(record, excerpt_tokens)
         data["experts"] = _experts(record, summary, effects) | experts_of(record, flows)
         data["between"] = between | _measures(summary)
