@@ -45,6 +45,9 @@ class ReportOptions:
     effect_tokens: int = 0
     """Tokens, divided equally among the domains, on which each expert is switched off to measure its effect on the
     loss. That takes a forward pass for every expert that has one of the tokens. Not measured by default."""
+    dial_tokens: int = 0
+    """Tokens, divided equally among the domains, on which loss and speed are measured at several gate thresholds and
+    caps on a token's experts. That takes about forty forward passes. Not measured by default."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
 
 
@@ -53,8 +56,8 @@ def report_command(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog=PROG)
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
-    if options.effect_tokens < 0:
-        raise ConfigError("--effect-tokens must not be negative")
+    if options.effect_tokens < 0 or options.dial_tokens < 0:
+        raise ConfigError("--effect-tokens and --dial-tokens must not be negative")
     if options.data is not None and options.prompt is not None:
         raise ConfigError("--data and --prompt do not go together")
     generation = _generation(options)
@@ -72,6 +75,7 @@ def report_command(argv: list[str]) -> int:
         "excerpt_tokens": options.excerpt,
         "effect_tokens": options.effect_tokens,
         "generation": generation,
+        "dial_tokens": options.dial_tokens,
     }
     with waiting("recording the routing and drawing"):
         page = write_report(options.model, options.data, out, prompt=options.prompt, **sizes)

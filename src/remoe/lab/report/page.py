@@ -26,9 +26,10 @@ SECTIONS = {
     "text": "Text",
     "experts": "Experts",
     "between": "Between layers",
+    "dial": "Dial",
     "training": "Training",
 }
-SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training", "generation")
+SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training", "generation", "dial")
 
 
 def write_report(
@@ -41,6 +42,7 @@ def write_report(
     prompt: str | None = None,
     effect_tokens: int = 0,
     generation: SamplingOptions | None = None,
+    dial_tokens: int = 0,
 ) -> Path:
     """Records the routing of a model on some text, or reads a record, and writes a page about it.
 
@@ -55,6 +57,8 @@ def write_report(
         effect_tokens: number of tokens on which the effect of each expert on the loss is measured, which takes a
             forward pass for each expert; 0 for none.
         generation: how the model continues the prompt, whose text and routing the page then shows; None for none.
+        dial_tokens: number of tokens on which loss and speed are measured at several gate thresholds and caps; 0 for
+            none.
 
     Returns:
         The file.
@@ -65,9 +69,10 @@ def write_report(
         DataError: if the data was made with another tokenizer, or the page cannot be written.
     """
     if is_record(path):
-        if data is not None or prompt is not None or effect_tokens:
+        if data is not None or prompt is not None or effect_tokens or dial_tokens:
             raise ConfigError(
-                f"{path} is a record of a text that was read: --data, --prompt and --effect-tokens do not go with it"
+                f"{path} is a record of a text that was read: --data, --prompt, --effect-tokens and --dial-tokens do "
+                "not go with it"
             )
         record, place = RoutingRecord(Path(path)), _checked(out, Path(path).with_suffix(".html"))
         write_output(place, render(page_data(None, None, record, excerpt_tokens=excerpt_tokens)).encode())
@@ -89,6 +94,7 @@ def write_report(
             excerpt_tokens=excerpt_tokens,
             effect_tokens=effect_tokens,
             written=written,
+            dial_tokens=dial_tokens,
             token_text=lambda token: source.tokenizer.decode([token]),
         )
     write_output(place, render(data).encode())

@@ -69,8 +69,10 @@ remoe.heatmap = (figure, options) => {
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
     const shown = Math.max(0, Math.min(columns, options.until ? options.until() : columns)); // the others are empty
-    context.fillStyle = colour("card");
-    context.fillRect(LEFT, 0, cell * columns, row * rows);
+    if (options.until) {
+      context.fillStyle = colour("line");
+      context.fillRect(LEFT, 0, cell * shown + 2, row * rows);
+    }
     if (shown) context.drawImage(image, 0, 0, shown, rows, LEFT, 0, cell * shown, row * rows);
     context.fillStyle = colour("soft");
     context.font = "12px system-ui, sans-serif";
