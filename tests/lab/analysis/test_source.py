@@ -105,6 +105,22 @@ def test_the_report_of_an_unconverted_mixture(mixtral, tmp_path):
     assert "The router decides how many" not in text  # TopK does not
 
 
+def test_the_report_of_a_generation(mixtral, tmp_path):
+    page = tmp_path / "page.html"
+    flags = ["--prompt", WORDS, "--generate", "6", "--temperature", "5", "--top-k", "0", "--effect-tokens", "50"]
+    assert main(["report", str(mixtral), "--out", str(page), *flags]) == 0
+    content = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    generation, (shown,) = content["generation"], content["text"]["texts"]
+    assert "".join(generation["tokens"]).startswith(WORDS)
+    assert generation["prompt"] == len(load_tokenizer(mixtral)(WORDS)["input_ids"])
+    assert len(generation["tokens"]) == generation["prompt"] + 6
+    assert generation["sampling"] == {"temperature": 5.0, "top-k": 0, "top-p": 1.0, "seed": 0}
+    assert shown["tokens"] == generation["tokens"][:-1]
+    assert shown["domain"] == "prompt and text"
+    assert [shown[name] for name in ("expert", "gate")] == [generation[name] for name in ("expert", "gate")]
+    assert content["experts"]["effect"]["tokens"] == len(shown["tokens"]) - 1
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

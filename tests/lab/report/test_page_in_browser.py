@@ -50,7 +50,7 @@ def run(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "run"
     flags = ["--steps", "12", "--validate.flips-every", "2", "--granularity", "2", *FLAGS]
     assert main(["train", "--data", str(corpus), "--out", str(out), *flags]) == 0
-    assert main(["report", str(out), "--excerpt", "400", "--effect-tokens", "64"]) == 0
+    assert main(["report", str(out), "--excerpt", "400", "--effect-tokens", "64", "--dial-tokens", "64"]) == 0
     return out
 
 
@@ -81,7 +81,7 @@ def test_a_page_fits_wide_and_narrow_windows_light_and_dark(run, opened):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert colour_of(page) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
         figures = page.evaluate(FIGURES)
-        assert len(figures) == 22
+        assert len(figures) == 26
         for name, title, words, button, body in figures:
             assert title, name
             assert len(words) > 40, name
@@ -198,11 +198,27 @@ def test_curves_are_read_by_keys_and_enlarged(run, opened):
     page.keyboard.press("ArrowRight")
     assert readout(page, "training-load").startswith("Layer 1, expert 0, from step 1: ")
     saved = page.evaluate(SAVED)
-    assert len(saved) == 22
+    assert len(saved) == 26
     for text in saved:
         names, *rows = csv.reader(io.StringIO(text, newline=""))
         assert rows
         assert {len(row) for row in rows} == {len(names)}
+
+
+def test_the_dial_marks_the_model_as_it_was_trained(run, opened):
+    page = opened(run / "report.html")
+    dial = content_of(page)["dial"]
+    columns = [dial["cap"][name] for name in ("setting", "loss", "active", "speed")]
+    assert [[float(cell) for cell in row] for row in rows_of(page, "dial-cap-speed")] == [
+        list(row) for row in zip(*columns, strict=True)
+    ]
+    assert f"{dial['tokens']} tokens" in page.locator("#dial-threshold-loss figcaption").text_content()
+    for name, place, key in (("threshold", 0, "Home"), ("cap", -1, "End")):
+        page.locator(f"#dial-{name}-loss .lines").focus()
+        page.keyboard.press(key)
+        setting, measured, trained = page.locator(f"#dial-{name}-loss .u-value").all_text_contents()
+        assert float(setting) == dial[name]["setting"][place]
+        assert float(measured) == float(trained) == pytest.approx(dial[name]["loss"][place], abs=5e-3)
 
 
 def test_a_page_is_printed_on_white(run, opened):

@@ -57,7 +57,7 @@ def expert_effects(
     """
     C, share = len(domains), max_tokens // len(domains)
     rows = max(1, min(batch_rows(mixture, text.seq_len), share // text.seq_len))
-    batches = _first(text, rows, domains, share)
+    batches = first_batches(text, rows, domains, share)
     tokens_C = torch.zeros(C, dtype=torch.int64)
     nats_C = torch.zeros(C, dtype=torch.float64)
     effect_CLE = torch.zeros(C, mixture.layers, mixture.experts, dtype=torch.float64)
@@ -78,7 +78,7 @@ def expert_effects(
     return Effects(read, tokens_C, nats_C[read_C] / tokens_C, effect_CLE[read_C] / tokens_C[:, None, None])
 
 
-def _first(text: Text, rows: int, domains: Sequence[str], share: int) -> list[Batch]:
+def first_batches(text: Text, rows: int, domains: Sequence[str], share: int) -> list[Batch]:
     """The first batches of each domain, until it has `share` tokens."""
     found, taken = [], Counter(dict.fromkeys(domains, 0))
     for batch in text.batches(rows):

@@ -6,12 +6,14 @@ to switch an expert off.
 Legend: B batch, S sequence, T = B S tokens, K listed experts per token, E experts, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from remoe.convert.relufy.fit import routed
@@ -119,13 +121,48 @@ class Mixture:
         if position_BS is not None:
             given["position_ids"] = position_BS.to(self.device)
         if self.ours:
-            out = self.model(**given, logits_to_keep=0 if logits else 1)
-            return out.logits, [LayerRouting(executed_pairs(one), one.gate_TE) for one in out.routings]
-        found: dict[str, LayerRouting] = {}
+            given["logits_to_keep"] = 0 if logits else 1
+        heard: list[list[LayerRouting]] = []
+        with self.listening(lambda output, layers: heard.append(layers)):
+            out = self.model(**given)
+        return out.logits, heard[0]
 
-        def reader(name: str):
+    @contextmanager
+    def listening(self, hear: Callable[[Any, list[LayerRouting]], None]) -> Iterator[None]:
+        """Context in which every forward pass of the model, also those of `generate`, is reported.
+
+        Args:
+            hear: called after each pass with the model's output and the routing of each layer, whose T are the tokens
+                of that pass, row after row.
+
+        Raises:
+            ConfigError: in a pass, for a router that is not reached, or answers in another way than transformers' do.
+        """
+        if self.ours:
+            hook = self.model.register_forward_hook(
+                lambda model, args, out: hear(out, [LayerRouting(executed_pairs(r), r.gate_TE) for r in out.routings])
+            )
+            hooks = [hook]
+        else:
+            hooks = self._listen_to_routers(hear)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _listen_to_routers(self, hear: Callable[[Any, list[LayerRouting]], None]) -> list[RemovableHandle]:
+        found: dict[str, LayerRouting] = {}
+        tokens = 0
+
+        def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal tokens
+            found.clear()
+            tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+
+        def reader(name: str) -> Callable:
             def read(router: nn.Module, args: tuple, output: object) -> None:
-                gate_TE, active_TE, k = routed(output, input_BS.numel(), router, name)
+                gate_TE, active_TE, k = routed(output, tokens, router, name)
                 self.sizes[name] = (gate_TE.shape[1], k)
                 if isinstance(router, RelufiedRouter):  # lists every expert, those that are not executed by a zero
                     active_TE = gate_TE != 0
@@ -133,16 +170,15 @@ class Mixture:
 
             return read
 
-        hooks = [router.register_forward_hook(reader(name)) for name, router in self.routers.items()]
-        try:
-            logits = self.model(**given).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name in self.routers:
-            if name not in found:
-                raise ConfigError(f"{name}: the text never reached this router")
-        return logits, [found[name] for name in self.routers]
+        def end(model: nn.Module, args: tuple, output: Any) -> None:
+            for name in self.routers:
+                if name not in found:
+                    raise ConfigError(f"{name}: the text never reached this router")
+            hear(output, [found[name] for name in self.routers])
+
+        readers = [router.register_forward_hook(reader(name)) for name, router in self.routers.items()]
+        begins = self.model.register_forward_pre_hook(begin, with_kwargs=True)
+        return [begins, *readers, self.model.register_forward_hook(end)]
 
     @contextmanager
     def without(self, layer: int, expert: int) -> Iterator[None]:

@@ -46,10 +46,7 @@ def record_routing(
             None to leave them unmasked.
         autocast: context of the forward pass.
     """
-    about = About(
-        mixture.layers, mixture.experts, mixture.k, mixture.router, mixture.steered, mixture.shared_expert,
-        model=model or {}, text=text.identity,
-    )  # fmt: skip
+    about = about_of(mixture, model or {}, text.identity)
     buffer = io.BytesIO()
     rows, sequences = batch_rows(mixture, text.seq_len), 0
     with RecordWriter(sink or buffer, about) as writer, evaluating(mixture.model):
@@ -69,6 +66,14 @@ def record_routing(
             )
             sequences += len(token_BS)
     return RoutingRecord(sink if isinstance(sink, Path) else buffer.getvalue())
+
+
+def about_of(mixture: Mixture, model: dict[str, Any], text: dict[str, Any]) -> About:
+    """The description of a record of a model's routing; `model` and `text` identify the two."""
+    return About(
+        mixture.layers, mixture.experts, mixture.k, mixture.router, mixture.steered, mixture.shared_expert,
+        model=model, text=text,
+    )  # fmt: skip
 
 
 def batch_rows(mixture: Mixture, seq_len: int) -> int:

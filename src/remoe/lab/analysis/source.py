@@ -52,12 +52,13 @@ class Source:
     def record(self, sink: Path | BinaryIO) -> RoutingRecord:
         """Records the routing of the text."""
         assert self.mixture is not None
-        texts, identity = TokenTexts(self.tokenizer), self._identity()
+        texts, identity = TokenTexts(self.tokenizer), self.identity()
         return record_routing(
             self.mixture, self.text, sink, texts=texts, model=identity, document_end=self.document_end
         )
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What identifies the model: its path, class, type and a hash of its weights."""
         weights = model_files(self.checkpoint)
         digest = hashlib.sha256("".join(map(sha256, weights)).encode())
         config = self.model.config

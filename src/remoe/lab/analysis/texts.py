@@ -146,22 +146,23 @@ class TokenIds:
 
     Args:
         token_NS: (N, S) int64.
+        domain: what the text is.
 
     Raises:
         ConfigError: for anything else.
     """
 
-    def __init__(self, token_NS: Tensor) -> None:
+    def __init__(self, token_NS: Tensor, domain: str = GIVEN) -> None:
         if token_NS.ndim != 2 or token_NS.dtype != torch.int64 or token_NS.numel() == 0:
             raise ConfigError(f"token ids must be int64 (N, S), but are {token_NS.dtype} {tuple(token_NS.shape)}")
-        self.token_NS, self.seq_len = token_NS.cpu(), token_NS.shape[1]
+        self.token_NS, self.seq_len, self.domain = token_NS.cpu(), token_NS.shape[1], domain
         self.identity = {"tokens": token_NS.numel(), "seq_len": self.seq_len}
 
     def batches(self, rows: int) -> Iterator[Batch]:
         for part_NS in self.token_NS.split(rows):
             target_NS = torch.full_like(part_NS, IGNORED_TARGET)
             target_NS[:, :-1] = part_NS[:, 1:]
-            yield Batch(GIVEN, part_NS, target_NS, torch.ones_like(part_NS, dtype=torch.bool))
+            yield Batch(self.domain, part_NS, target_NS, torch.ones_like(part_NS, dtype=torch.bool))
 
 
 class TokenTexts:

@@ -1,6 +1,6 @@
 """`remoe report`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +8,11 @@ import tyro
 
 from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import importing, parse, waiting
+from remoe.lab.generation import Sampling, SamplingOptions
 from remoe.lab.outputs import check_output, is_report
 
 PROG = "remoe report"
+LONGEST_GENERATION = 10_000  # tokens
 
 
 @dataclass
@@ -29,6 +31,9 @@ class ReportOptions:
     the data of the run; required for a model's folder."""
     prompt: str | None = None
     """Text to read instead of --data."""
+    generate: int = 0
+    """Tokens that the model writes after the prompt, at most 10,000. The page plays how they were written, with the
+    experts that ran meanwhile. The sampling options below belong to it."""
     out: str | None = None
     """File to write. By default report.html in the folder of the run or model; for a checkpoint report-step-N.html in
     the folder of its run; for a record its name with .html."""
@@ -40,6 +45,10 @@ class ReportOptions:
     effect_tokens: int = 0
     """Tokens, divided equally among the domains, on which each expert is switched off to measure its effect on the
     loss. That takes a forward pass for every expert that has one of the tokens. Not measured by default."""
+    dial_tokens: int = 0
+    """Tokens, divided equally among the domains, on which loss and speed are measured at several gate thresholds and
+    caps on a token's experts. That takes about forty forward passes. Not measured by default."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
 
 
 def report_command(argv: list[str]) -> int:
@@ -47,10 +56,11 @@ def report_command(argv: list[str]) -> int:
     options = parse(ReportOptions, argv, prog=PROG)
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
-    if options.effect_tokens < 0:
-        raise ConfigError("--effect-tokens must not be negative")
+    if options.effect_tokens < 0 or options.dial_tokens < 0:
+        raise ConfigError("--effect-tokens and --dial-tokens must not be negative")
     if options.data is not None and options.prompt is not None:
         raise ConfigError("--data and --prompt do not go together")
+    generation = _generation(options)
     out = None if options.out is None else Path(options.out)
     if out is not None:  # checked before the work, not after it
         if not out.parent.is_dir():
@@ -64,8 +74,24 @@ def report_command(argv: list[str]) -> int:
         "max_tokens": options.max_tokens,
         "excerpt_tokens": options.excerpt,
         "effect_tokens": options.effect_tokens,
+        "generation": generation,
+        "dial_tokens": options.dial_tokens,
     }
     with waiting("recording the routing and drawing"):
         page = write_report(options.model, options.data, out, prompt=options.prompt, **sizes)
     print(f"report       {page}\nopen it in a browser")
     return 0
+
+
+def _generation(options: ReportOptions) -> SamplingOptions | None:
+    if not 0 <= options.generate <= LONGEST_GENERATION:
+        raise ConfigError(f"--generate must be from 0 to {LONGEST_GENERATION:,}, but is {options.generate}")
+    if options.generate and options.prompt is None:
+        raise ConfigError("--generate needs a --prompt")
+    if not options.generate:
+        if options.sampling != Sampling():
+            raise ConfigError("the sampling options belong to --generate, which is not given")
+        return None
+    sampling = SamplingOptions(max_new_tokens=options.generate, **asdict(options.sampling))
+    sampling.check()
+    return sampling

@@ -6,12 +6,12 @@ Names load on first use, so that the options do not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from remoe.lab.generation.options import SamplingOptions, check_prompt
+from remoe.lab.generation.options import Sampling, SamplingOptions, check_prompt
 
 if TYPE_CHECKING:
-    from remoe.lab.generation.text import generate_text, write_texts
+    from remoe.lab.generation.text import generate_ids, generate_text, write_texts
 
-__all__ = ["SamplingOptions", "check_prompt", "generate_text", "write_texts"]
+__all__ = ["Sampling", "SamplingOptions", "check_prompt", "generate_ids", "generate_text", "write_texts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,11 +9,9 @@ LONGEST_TEXT = 1_000_000  # tokens
 
 
 @dataclass
-class SamplingOptions:
+class Sampling:
     """How the next token is chosen."""
 
-    max_new_tokens: int = 120
-    """The most tokens to write; there are fewer when the model ends its text."""
     temperature: float = 0.8
     """0 always takes the most likely token, 1 samples from the model's own distribution."""
     top_k: int = 50
@@ -28,6 +26,14 @@ class SamplingOptions:
     """Leave out experts whose gate is at most this: less compute, a higher loss."""
     max_experts: int | None = None
     """Execute at most so many experts per token, those with the largest gates."""
+
+
+@dataclass
+class SamplingOptions(Sampling):
+    """How a text is written."""
+
+    max_new_tokens: int = 120
+    """The most tokens to write; there are fewer when the model ends its text."""
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""

@@ -87,6 +87,34 @@ def generate_text(
     return written.text
 
 
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: SamplingOptions,
+    watch: StoppingCriteria,
+    **more: object,
+) -> tuple[list[int], int]:
+    """Token ids of a prompt and of what the model writes after it.
+
+    Args:
+        model, tokenizer, prompt, options: as in `generate_text`.
+        watch: called after each token.
+        more: arguments of the model's `generate`.
+
+    Returns:
+        The ids, and how many of them are the prompt's.
+
+    Raises:
+        ConfigError: as `generate_text`.
+    """
+    ids = prompt_ids(model, tokenizer, prompt)
+    settings = _settings(model, tokenizer, [len(ids)], options) | more
+    row = _Row(0, Request(ids), tokenizer, settings["eos_token_id"], lambda *_: None)
+    (written_S,) = _write_batch(model, [row], settings, options, [watch])
+    return written_S, len(ids)
+
+
 def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The tokens of a prompt; an empty one is the token that begins a new document.
 
@@ -132,16 +160,13 @@ def write_texts(
             LONGEST_PROMPT, or, for a model that is not ours, more tokens than that sequence or a gate threshold or
             cap.
     """
-    options.check()
-    check_dial(model, options)
-    _check_lengths(model, [len(request.ids) for request in requests], options)
-    settings = _settings(model, tokenizer, options)
+    settings = _settings(model, tokenizer, [len(request.ids) for request in requests], options)
     for start in range(0, len(requests), batch_size):
         rows = [
             _Row(number, request, tokenizer, settings["eos_token_id"], write)
             for number, request in enumerate(requests[start : start + batch_size], start)
         ]
-        _write_batch(model, rows, settings, options, stopped)
+        _write_batch(model, rows, settings, options, [_Stop(stopped)])
         yield from (Written(row.text, row.tokens, row.ended) for row in rows)
         if stopped():
             return
@@ -173,8 +198,13 @@ def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], options: Samp
         logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
 
 
-def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions) -> dict[str, Any]:
-    """Arguments of `generate` that all batches share."""
+def _settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], options: SamplingOptions
+) -> dict[str, Any]:
+    """Arguments of `generate` that all batches share; raises ConfigError for options or prompts that do not go."""
+    options.check()
+    check_dial(model, options)
+    _check_lengths(model, lengths, options)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     settings = {
@@ -227,8 +257,9 @@ def _write_batch(
     rows: list[_Row],
     settings: dict[str, Any],
     options: SamplingOptions,
-    stopped: Callable[[], bool],
-) -> None:
+    criteria: Sequence[StoppingCriteria],
+) -> list[list[int]]:
+    """Writes the texts of the rows; returns their ids, with the padding and the prompts before them."""
     S = max(len(row.ids) for row in rows)
     padding = [S - len(row.ids) for row in rows]
     input_BS = [[settings["pad_token_id"]] * left + row.ids for left, row in zip(padding, rows, strict=True)]
@@ -238,26 +269,37 @@ def _write_batch(
             torch.tensor(input_BS, device=model.device),
             attention_mask=torch.tensor(mask_BS, device=model.device),
             logits_processor=_sampling(options, len(rows), model.device),
-            stopping_criteria=[_Watch(rows, stopped)],
+            stopping_criteria=[_Watch(rows), *criteria],
             **settings,
         )
-    for row, written in zip(rows, output_BS[:, S:].tolist(), strict=True):
-        for token in written[row.tokens :]:
+    output = output_BS.tolist()
+    for row, written in zip(rows, output, strict=True):
+        for token in written[S + row.tokens :]:
             row.take(token)
         row.finish()
+    return output
 
 
 class _Watch(StoppingCriteria):
     """Passes each token on to its row; true for the rows whose text has ended."""
 
-    def __init__(self, rows: list[_Row], stopped: Callable[[], bool]) -> None:
-        self.rows, self.stopped = rows, stopped
+    def __init__(self, rows: list[_Row]) -> None:
+        self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             row.take(token)
-        stop = self.stopped()
-        return torch.tensor([stop or row.ended for row in self.rows], device=input_ids.device)
+        return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
+
+
+class _Stop(StoppingCriteria):
+    """True for all rows where `stopped` holds."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
 
 
 def _sampling(options: SamplingOptions, B: int, device: torch.device) -> list[LogitsProcessor]:

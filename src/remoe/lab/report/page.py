@@ -15,12 +15,21 @@ from markupsafe import Markup
 from remoe.errors import ConfigError, DataError
 from remoe.lab.analysis.record import RoutingRecord, is_record
 from remoe.lab.analysis.source import Source, open_source
+from remoe.lab.analysis.writing import write_text
+from remoe.lab.generation import SamplingOptions
 from remoe.lab.outputs import check_output, is_report, write_output
 from remoe.lab.report.sections import page_data
 from remoe.lab.training.checkpoint import saved_step
 
-SECTIONS = {"text": "Text", "experts": "Experts", "between": "Between layers", "training": "Training"}
-SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training")
+SECTIONS = {
+    "generation": "Generation",
+    "text": "Text",
+    "experts": "Experts",
+    "between": "Between layers",
+    "dial": "Dial",
+    "training": "Training",
+}
+SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training", "generation", "dial")
 
 
 def write_report(
@@ -32,6 +41,8 @@ def write_report(
     excerpt_tokens: int,
     prompt: str | None = None,
     effect_tokens: int = 0,
+    generation: SamplingOptions | None = None,
+    dial_tokens: int = 0,
 ) -> Path:
     """Records the routing of a model on some text, or reads a record, and writes a page about it.
 
@@ -45,6 +56,9 @@ def write_report(
         prompt: text to read instead of data.
         effect_tokens: number of tokens on which the effect of each expert on the loss is measured, which takes a
             forward pass for each expert; 0 for none.
+        generation: how the model continues the prompt, whose text and routing the page then shows; None for none.
+        dial_tokens: number of tokens on which loss and speed are measured at several gate thresholds and caps; 0 for
+            none.
 
     Returns:
         The file.
@@ -55,25 +69,32 @@ def write_report(
         DataError: if the data was made with another tokenizer, or the page cannot be written.
     """
     if is_record(path):
-        if data is not None or prompt is not None or effect_tokens:
+        if data is not None or prompt is not None or effect_tokens or dial_tokens:
             raise ConfigError(
-                f"{path} is a record of a text that was read: --data, --prompt and --effect-tokens do not go with it"
+                f"{path} is a record of a text that was read: --data, --prompt, --effect-tokens and --dial-tokens do "
+                "not go with it"
             )
         record, place = RoutingRecord(Path(path)), _checked(out, Path(path).with_suffix(".html"))
         write_output(place, render(page_data(None, None, record, excerpt_tokens=excerpt_tokens)).encode())
         return place
-    source = open_source(path, data, prompt, max_tokens=max_tokens)
+    source, written = open_source(path, data, prompt, max_tokens=max_tokens), None
     # Read first, because a run that is still training soon deletes the checkpoint.
     step = saved_step(source.checkpoint) if source.run else None
     place = _checked(out, _place(source, Path(path), step))
+    if generation is not None:
+        source, written = write_text(source, prompt, generation)
     with tempfile.TemporaryDirectory() as folder:
-        record = source.record(Path(folder) / "record.parquet") if source.mixture else None
+        sink, record = Path(folder) / "record.parquet", None
+        if source.mixture is not None:
+            record = source.record(sink) if written is None else written.record(source, sink)
         data = page_data(
             source,
             step,
             record,
             excerpt_tokens=excerpt_tokens,
             effect_tokens=effect_tokens,
+            written=written,
+            dial_tokens=dial_tokens,
             token_text=lambda token: source.tokenizer.decode([token]),
         )
     write_output(place, render(data).encode())

@@ -75,7 +75,7 @@ def _add(domain: _Domain, block: Block, rows: np.ndarray, length: int, most: int
     domain.pairs += len(expert_P)
     ids = block.token_T[rows].tolist()
     texts = block.texts or []
-    domain.tokens += [_shown(texts[row], token) for row, token in zip(rows.tolist(), ids, strict=True)]
+    domain.tokens += [shown_text(texts[row], token) for row, token in zip(rows.tolist(), ids, strict=True)]
     domain.ids += ids
     domain.losses.append(block.loss_T[rows].numpy())
     domain.full = domain.cut or len(domain.tokens) >= length
@@ -105,7 +105,7 @@ def _by_layer(counts: Sequence[np.ndarray], blocks: Sequence[np.ndarray]) -> np.
     return np.concatenate([part for layer in zip(*parts, strict=True) for part in layer])
 
 
-def _shown(text: str | None, token: int) -> str:
+def shown_text(text: str | None, token: int) -> str:
     """A token's text; its id, or a dot, where the record does not have it."""
     if text is None:
         return "· " if token == UNKNOWN else f"[{token}] "

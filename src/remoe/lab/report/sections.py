@@ -15,9 +15,12 @@ from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.source import Source
 from remoe.lab.analysis.summary import CHUNK, RoutingSummary, routing_of
+from remoe.lab.analysis.writing import Written
 from remoe.lab.report.contents import facts, outcome, training_records
 from remoe.lab.report.course import course_of
 from remoe.lab.report.details import between_of, effects_of, experts_of
+from remoe.lab.report.dial import dial_of
+from remoe.lab.report.generation import generation_of
 from remoe.lab.report.reading import text_of
 from remoe.lab.text import lines, short_name
 
@@ -29,6 +32,8 @@ def page_data(
     *,
     excerpt_tokens: int,
     effect_tokens: int = 0,
+    written: Written | None = None,
+    dial_tokens: int = 0,
     token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:
     """Everything that a page shows.
@@ -39,10 +44,13 @@ def page_data(
         record: the routing, or None for a model that routes no pairs.
         excerpt_tokens: of each domain, shown as text.
         effect_tokens: on which the effect of each expert is measured; 0 for none.
+        dial_tokens: on which loss and speed are measured at several gate thresholds and caps; 0 for none.
+        written: a text that the model wrote, whose record is `record`; None for none.
         token_text: returns the text of a token id; by default the record's.
 
     Returns:
-        head, always; text, experts and between if there is a record; training if the run has records of steps.
+        head, always; text, experts and between if there is a record; generation if there is a text that was written;
+        dial if it is measured; training if the run has records of steps.
     """
     data: dict[str, Any] = {"head": head_of(source, step, record)}
     if record is not None:
@@ -51,9 +59,12 @@ def page_data(
         if effect_tokens and source is not None:
             effects = effects_of(source, summary.domains, effect_tokens)
         between, flows = between_of(record)
+        data["generation"] = None if written is None else generation_of(written)
         data["text"] = text_of(record, excerpt_tokens)
         data["experts"] = _experts(record, summary, effects) | experts_of(record, flows)
         data["between"] = between | _measures(summary)
+        if dial_tokens and source is not None:
+            data["dial"] = dial_of(source, summary.domains, dial_tokens)
     if source is not None and source.run is not None:
         data["training"] = training_of(source, step)
     return {name: section for name, section in data.items() if section is not None}
@@ -79,7 +90,7 @@ def head_of(source: Source | None, step: int | None, record: RoutingRecord | Non
 def training_of(source: Source, step: int | None) -> dict[str, Any] | None:
     """The course of a run up to a step, see `course_of`; and controlled, whether lambda controls the sparsity."""
     c = source.model.config
-if isinstance(source.model, RelufiedMixin):
+    if isinstance(source.model, RelufiedMixin):
         experts, k, steered = c.relufied["num_experts"], c.relufied["k"], True
     else:
         experts, k, steered = c.experts_per_layer, c.active_per_token, c.steered

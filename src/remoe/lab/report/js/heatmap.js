@@ -68,7 +68,12 @@ remoe.heatmap = (figure, options) => {
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
-    context.drawImage(image, LEFT, 0, cell * columns, row * rows);
+    const shown = Math.max(0, Math.min(columns, options.until ? options.until() : columns)); // the others are empty
+    if (options.until) {
+      context.fillStyle = colour("line");
+      context.fillRect(LEFT, 0, cell * shown + 2, row * rows);
+    }
+    if (shown) context.drawImage(image, 0, 0, shown, rows, LEFT, 0, cell * shown, row * rows);
     context.fillStyle = colour("soft");
     context.font = "12px system-ui, sans-serif";
     context.textBaseline = "middle";
@@ -139,6 +144,7 @@ remoe.heatmap = (figure, options) => {
   new ResizeObserver(() => image && draw()).observe(figure.body);
   paint();
   return {
+    draw,
     set(changed) {
       ({ rows, columns, value, max } = { rows, columns, value, max, ...changed });
       at = null;

@@ -61,7 +61,7 @@
     };
   }
 
-  // The figure's curves. options: x, xName, names, values, unit, log, logX, stages, target, dots
+  // The figure's curves. options: x, xName, names, values, unit, log, logX, fraction, stages, target, dots
   remoe.lines = (figure, options) => {
     const holder = element("div", undefined, {
       class: "lines", tabindex: 0, role: "group",
@@ -83,7 +83,7 @@
       u = new uPlot({
         width: width(), height: HEIGHT, ms: 1,
         scales: { x: { time: false, distr: options.logX ? 3 : 1 }, y: { distr: options.log ? 3 : 1, ...options.scaleY } },
-        axes: [{ ...axis(options.xName, false, true), size: 30 }, axis(options.unit, options.log)],
+        axes: [{ ...axis(options.xName, false, !options.fraction), size: 30 }, axis(options.unit, options.log)],
         legend: { live: true },
         cursor: { sync: options.sync ? { key: options.sync } : undefined, points: { size: 6 } },
         series: [
