@@ -1,5 +1,6 @@
 """Output on the terminal: rich's console, for which a closed output is an error, and progress of long work."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ class Console(console.Console):
 def say(text: str) -> None:
     """Print a line to standard output: broken between words on a terminal, whole elsewhere."""
     Console().print(text)
+
+
+def emit(text: str) -> None:
+    """Write a piece of a text to standard output at once, with control characters escaped on a terminal."""
+    sys.stdout.write(lines(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 class Reporter:

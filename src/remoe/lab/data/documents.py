@@ -90,17 +90,22 @@ def make_document(text: object, domain: object, group: object, place: str) -> Do
     return Document(text, domain, group)
 
 
+def check_messages(messages: object, place: str) -> None:
+    """Raise DataError, with `place`, for anything but a list of messages, each with `role` and `content`."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: the conversation is not a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{place}: a message must have `role` and `content`, both text")
+
+
 def conversation(messages: object, place: str) -> str:
     """A conversation, a list of messages with `role` and `content`, as the text of a document: JSON.
 
     Raises:
         DataError: with `place`, for anything but a list of messages with an answer.
     """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: the conversation is not a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"{place}: a message must have `role` and `content`, both text")
+    check_messages(messages, place)
     if not any(message["role"] == ANSWERS and message["content"] for message in messages):
         raise DataError(f"{place}: no message of the role {ANSWERS!r}, so there is nothing to learn")
     return json.dumps(messages, ensure_ascii=False)
