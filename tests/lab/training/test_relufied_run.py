@@ -99,3 +99,25 @@ def test_report_shows_its_training(run, tmp_path):
     assert found["trained"] == f"{STEPS} steps of {BATCH * LENGTH} tokens"
     assert found["validation sparsity"].endswith("(target: 0.5)")
     assert found["model"] == "RelufiedQwen3MoeForCausalLM"
+
+
+def test_export_is_the_same_model_with_a_card(run, corpus, tmp_path, capsys):
+    out = tmp_path / "export"
+    assert main(["export", str(run), str(out), "--license", "mit"]) == 0
+    assert f"remoe.load_relufied({str(out)!r})" in capsys.readouterr().out
+    card, exported = (out / "README.md").read_text(), remoe.load_relufied(out)
+    assert "library_name: remoe" in card
+    assert "class `Qwen3MoeForCausalLM` with 1 layer of 4 experts" in card
+    assert f"{summary_of(run)['validation_loss']:.4f}" in card
+    trained = load_run(run)[0].state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())
+    again = ["--from", str(out), "--data", str(corpus), "--out", str(tmp_path / "again"), "--steps", "0"]
+    assert main(["train", *again, "--seq-len", str(LENGTH), "--device", "cpu"]) == 0
+    assert summary_of(tmp_path / "again")["start"]["validation"]["all"]["loss"] == summary_of(run)["validation_loss"]
+
+
+@pytest.mark.parametrize("flags", [["--max-experts", "1"], ["--quantize", "int8"]], ids=str)
+def test_forms_that_it_does_not_have_are_one_line(run, tmp_path, capsys, flags):
+    assert main(["export", str(run), str(tmp_path / "out"), *flags]) == 2
+    assert "which cannot be exported with a cap or quantised" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

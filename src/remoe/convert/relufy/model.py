@@ -54,6 +54,12 @@ def load_relufied(folder: str | Path, **options: object) -> PreTrainedModel:
     return class_of(config).from_pretrained(folder, config=config, **options)
 
 
+def is_relufied(folder: str | Path) -> bool:
+    """Whether a folder holds a relufied model."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and json.loads(path.read_text()).get("model_type") == MODEL_TYPE
+
+
 def relufied_config(values: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a relufied model, of transformers' own class, from what its `config.json` has."""
     kind = values["relufied"]["model_type"]

@@ -14,7 +14,10 @@ PROG = "remoe export"
 
 @dataclass
 class ExportOptions:
-    """Write a trained model to a folder that transformers loads without remoe, with trust_remote_code=True."""
+    """Write a trained model to a folder that transformers loads without remoe, with trust_remote_code=True.
+
+    A transformers model that `remoe convert relufy` converted and a run trained is loaded by remoe.load_relufied.
+    """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of a run (its newest checkpoint is exported), or one of its checkpoints."""
@@ -40,6 +43,7 @@ def export_command(argv: list[str]) -> int:
     options = parse(ExportOptions, argv, prog=PROG)
 
     with importing():
+        from remoe.convert.relufy.model import is_relufied
         from remoe.lab.export import export_run
         from remoe.lab.export.push import check_repository, push_folder
 
@@ -47,8 +51,11 @@ def export_command(argv: list[str]) -> int:
     if options.push is not None:
         check_repository(options.push)  # before the work, not after it
     out = export_run(options.run, options.out, options.max_experts, options.quantize, options.license)
-    print(f"wrote {out}; to load it without remoe:")
-    print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    if is_relufied(out):
+        print(f"wrote {out}; to load it:\n  remoe.load_relufied({str(out)!r})")
+    else:
+        print(f"wrote {out}; to load it without remoe:")
+        print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
     if options.quantize is None:  # int8 weights take no gradients
         print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
     if options.push is not None:

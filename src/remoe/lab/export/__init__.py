@@ -1,9 +1,10 @@
-"""A trained model as a folder that transformers loads without this package."""
+"""A trained model as a folder that transformers loads without this package; a relufied one needs it."""
 
 import json
 import shutil
 from pathlib import Path
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.export.card import write_card
@@ -27,6 +28,8 @@ def export_run(
 ) -> Path:
     """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
 
+    A relufied model of transformers is written without code: `remoe.load_relufied` loads it.
+
     Args:
         run: the run's folder or a checkpoint's.
         out: a new or empty folder.
@@ -41,8 +44,8 @@ def export_run(
 
     Raises:
         CheckpointError: when there is no checkpoint to read.
-        ConfigError: when `out` holds something already, the router is not of this package or has no pairs to cap, or
-            the licence is no identifier.
+        ConfigError: when `out` holds something already, the router is not of this package or has no pairs to cap, the
+            licence is no identifier, or a relufied model is to be capped or quantised.
         DataError: when there is a cap or a quantisation to measure, and the run's data is gone.
         ExtraError: when torchao is needed and not installed.
     """
@@ -51,16 +54,20 @@ def export_run(
     if licence is not None:
         check_licence(licence)
     model, _, checkpoint = load_run(run)
-    if not isinstance(model, RemoeForCausalLM):
-        raise ConfigError(f"{run} trained a {type(model).__name__}: {checkpoint} is a folder for remoe.load_relufied")
-    if not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
+    relufied = isinstance(model, RelufiedMixin)
+    if relufied and not (max_experts is scheme is None):
+        raise ConfigError(f"{run} trained a {type(model).__name__}, which cannot be exported with a cap or quantised")
+    if not relufied and not ROUTERS[model.config.router].__module__.startswith("remoe.routing."):
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
     if (folder := run_of(checkpoint)) is None:
         raise CheckpointError(f"{run} holds no run: its config.yaml is missing")
     capped = None if max_experts is None else _capped(model, folder, max_experts)
     quantised = None if scheme is None else _quantised(model, folder, scheme)
     with new_folder(out) as written:
-        export_model(model, written)
+        if relufied:
+            model.save_pretrained(written)
+        else:
+            export_model(model, written)
         shutil.copytree(folder.tokenizer, written, dirs_exist_ok=True)
         write_card(folder, checkpoint, model, written, capped, quantised, licence)
     return out

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.analysis import figures
 from remoe.lab.analysis.figures import save
 from remoe.lab.data.documents import TOTAL
@@ -11,10 +12,19 @@ from remoe.lab.text import markdown
 from remoe.lab.training.checkpoint import saved_step
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.metrics import read_metrics
+from remoe.lab.training.origin import shape_of_relufied
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS, ReLURouter
 
+_USE_RELUFIED = """```python
+import remoe
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+model = remoe.load_relufied("DIR")
+print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt"), max_new_tokens=50)[0]))
+```"""
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +37,7 @@ print(tokenizer.decode(model.generate(**tokenizer("PROMPT", return_tensors="pt")
 def write_card(
     run: RunFolder,
     checkpoint: Path,
-    model: RemoeForCausalLM,
+    model: RemoeForCausalLM | RelufiedMixin,
     out: Path,
     capped: tuple[float, float] | None = None,
     quantised: tuple[str, float, float] | None = None,
@@ -49,18 +59,19 @@ def write_card(
     records = read_metrics(run.metrics) if run.metrics.is_file() else []
     step = saved_step(checkpoint)
     finished = summary.get("steps") == step
-    c = model.config
+    relufied = isinstance(model, RelufiedMixin)
+    c = shape_of_relufied(model.config) if relufied else model.config
     name = out.resolve().name
     validation = summary["validation"] if finished else {}
     measured = quantised or capped
     if measured is not None:  # the exported model is not the one that the run measured
         validation = {TOTAL: {"loss": measured[-1], "perplexity": math.exp(min(measured[-1], 700))}}
     parts = [
-        header(c, name, config.data, validation, licence),
+        header(c, name, config.data, validation, licence, "remoe" if relufied else "transformers"),
         "---\n",
         f"# {markdown(name)}\n",
-        _what(c),
-        _USE + "\n",
+        _what_relufied(model) if relufied else _what(c),
+        (_USE_RELUFIED if relufied else _USE) + "\n",
         "## Training\n",
         _table(
             {
@@ -103,6 +114,16 @@ def _what(c: RemoeConfig) -> str:
     relu = ", the ReLU routing of ReMoE (arXiv 2412.14711)" if c.router_class is ReLURouter else ""
     shared = f"; every token also has a shared expert of width {c.shared_expert_size}" if c.shared_expert_size else ""
     return f"{kind}{relu}{shared}. Trained with `remoe`.\n"
+
+
+def _what_relufied(model: RelufiedMixin) -> str:
+    """The same about a relufied model."""
+    settings, count = model.config.relufied, len(model.sparsity.dead_steps_L)
+    return (
+        f"A language model of transformers' class `{settings['class']}` with {count} layer{'s' * (count > 1)} of "
+        f"{settings['num_experts']} experts, whose routers `remoe.relufy` made ReLU routers (ReMoE, arXiv 2412.14711). "
+        "Trained with `remoe`.\n"
+    )
 
 
 def _cap(c: RemoeConfig, without: float, with_cap: float) -> str:

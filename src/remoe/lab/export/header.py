@@ -23,7 +23,12 @@ def check_licence(licence: str) -> None:
 
 
 def header(
-    c: RemoeConfig, name: str, data: str, validation: dict[str, dict[str, float]], licence: str | None = None
+    c: RemoeConfig,
+    name: str,
+    data: str,
+    validation: dict[str, dict[str, float]],
+    licence: str | None = None,
+    library: str = "transformers",
 ) -> str:
     """The header's lines, without the separators.
 
@@ -34,8 +39,9 @@ def header(
         validation: losses (nats per token), perplexities and bits per byte by domain; empty if not known. A domain
             without one of the figures, or with one that is not finite, is listed without it.
         licence: identifier of the model's licence on the Hub.
+        library: that loads the model.
     """
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     fields["tags"] = ["moe", "remoe"] if c.routes_pairs else ["remoe"]
     if licence is not None:
         fields["license"] = licence

@@ -53,7 +53,7 @@ class Origin:
     @property
     def shape(self) -> RemoeConfig:
         """The model's sizes; of a relufied model as if each of its layers were a mixture of experts."""
-        return _shape_of_relufied(self.config) if self.relufied else self.config
+        return shape_of_relufied(self.config) if self.relufied else self.config
 
     def options(self) -> dict[str, Any]:
         """Nested options of `remoe train` that describe the model."""
@@ -248,7 +248,8 @@ def _router_tensors(shape: RemoeConfig, options: dict[str, Any]) -> dict[str, to
     return {name: value.shape for name, value in router.state_dict().items()}
 
 
-def _shape_of_relufied(config: PreTrainedConfig) -> RemoeConfig:
+def shape_of_relufied(config: PreTrainedConfig) -> RemoeConfig:
+    """The sizes of a relufied model as if each of its layers were a mixture of experts."""
     text, settings = config.get_text_config(), config.relufied
 
     def first(*names: str) -> Any:
