@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from remoe.lab.data.mixture import MixedBatches, training_batches
     from remoe.lab.data.options import PrepareOptions
     from remoe.lab.data.preparation import prepare
+    from remoe.lab.data.stream_batches import StreamBatches
     from remoe.lab.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "MixedBatches": "mixture",
     "PrepareOptions": "options",
     "Split": "dataset",
+    "StreamBatches": "stream_batches",
     "TOTAL": "documents",
     "TrainBatches": "batches",
     "ValidationWindows": "batches",
@@ -40,6 +42,7 @@ __all__ = [
     "MixedBatches",
     "PrepareOptions",
     "Split",
+    "StreamBatches",
     "TrainBatches",
     "ValidationWindows",
     "load_tokenizer",

@@ -72,6 +72,11 @@ class Dataset:
     validation: Split
 
     @property
+    def streamed(self) -> bool:
+        """Whether the training text is read while a model trains; the training split is then empty."""
+        return self.manifest.stream is not None
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest token id of the tokenizer."""
         return self.manifest.vocab_size

@@ -8,6 +8,7 @@ T tokens in N documents (each ends with the EOS token):
   document_bytes    int64 (N)       UTF-8 bytes of the document's text
 A shard of Megatron's token files has no `tokens`: its metadata says where in PREFIX.bin they are (`tokens_file`), and
 its document_bytes are 0 for training text.
+A dataset with `stream` has shards of validation alone; `stream.py` reads its training text.
 Shards of conversations have one more, and their document_bytes count the answers alone:
   targets           uint8 (T)       1 for a token of an answer, which the loss is about, otherwise 0
 """
@@ -79,6 +80,22 @@ class SplitRecord(Counts):
     domains: dict[str, Counts]
 
 
+class StreamRecord(Strict):
+    """The training text of a dataset that is read as a stream, see `stream.py`.
+
+    Attributes:
+        source: what `--data` named, with absolute paths.
+        column: of its text.
+        identity: sha256 (hex) of its files' names, sizes and times, or of their addresses on the hub.
+        files: how many there are.
+    """
+
+    source: str
+    column: str
+    identity: str
+    files: int
+
+
 class Manifest(Strict):
     """Content of `dataset.json`; `fingerprint` covers everything that determines the tokens and their order."""
 
@@ -95,16 +112,21 @@ class Manifest(Strict):
     validation_fraction: float | None
     seed: int | None
     splits: dict[SplitName, SplitRecord]
+    stream: StreamRecord | None = None
 
     def content_fingerprint(self) -> str:
         """Sha256 (hex) over the content that determines the data, which excludes where it came from."""
         provenance = {"fingerprint", "sources", "validation", "validation_fraction", "seed"}
-        content = self.model_dump(exclude=provenance)
+        content = self._dump(exclude=provenance)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The file's content; equal manifests give equal bytes."""
-        return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(self._dump(), indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _dump(self, exclude: set[str] = frozenset()) -> dict[str, Any]:
+        """As in version 0.1.0 where the training text is in shards."""
+        return self.model_dump(exclude=exclude | ({"stream"} if self.stream is None else set()))
 
 
 def summarise(shards: list[ShardRecord]) -> SplitRecord:

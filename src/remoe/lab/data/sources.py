@@ -107,7 +107,7 @@ def resolve_source(name: str, columns: Columns) -> Source:
         return _folder_source(name, path, columns)
     if not path.exists():
         raise DataError(f"{name}: no such file or folder")
-    _check_file(path)
+    check_file(path)
     suffix = known_suffix(path)
     if suffix is None:
         raise DataError(f"{name}: unknown file type (known: {', '.join(sorted(READERS))})")
@@ -120,22 +120,30 @@ def resolve_dataset(name: str, columns: Columns) -> DatasetSource:
     NAME may be such a folder too. Raises DataError if `datasets` is not installed, the hub cannot be
     reached, or it has no such dataset, configuration or split.
     """
-    if name.startswith("hf:"):
-        target, _, rest = name.removeprefix("hf:").partition(":")
-        config, _, split = rest.partition(":")
-    else:
-        target, config, split = name, "", ""
-    if not target:
-        raise DataError(f"{name}: no dataset named; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise DataError(f"{name}: needs the package `datasets`: pip install 'remoe[datasets]'") from None
+    target, config, split = split_name(name) if name.startswith("hf:") else (name, "", "")
+    check_package(name)
     if is_saved_dataset(Path(target)):
         return _saved_source(name, Path(target), config, split, columns)
     if Path(target).exists():
         raise DataError(f"{name}: {target} was not written by save_to_disk; name its files without `hf:`")
     return _hub_source(name, target, config, split or "train", columns)
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """NAME, CONFIG and SPLIT of `hf:NAME[:CONFIG[:SPLIT]]`, empty where not given; DataError without NAME."""
+    target, _, rest = name.removeprefix("hf:").partition(":")
+    config, _, split = rest.partition(":")
+    if not target:
+        raise DataError(f"{name}: no dataset named; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    return target, config, split
+
+
+def check_package(name: str) -> None:
+    """Raise DataError, about the source of this name, if `datasets` is not installed."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise DataError(f"{name}: needs the package `datasets`: pip install 'remoe[datasets]'") from None
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -159,7 +167,7 @@ def _saved_source(name: str, folder: Path, config: str, split: str, columns: Col
     try:
         dataset = load_from_disk(str(folder))
     except Exception as error:  # a damaged folder raises errors of Arrow, JSON or the file system
-        raise DataError(f"{name}: cannot be opened: {_reason(error)}") from error
+        raise DataError(f"{name}: cannot be opened: {first_line(error)}") from error
     if isinstance(dataset, DatasetDict):
         chosen = split or "train"
         if chosen not in dataset:
@@ -177,13 +185,14 @@ def _hub_source(name: str, target: str, config: str, split: str, columns: Column
     try:
         dataset = load_dataset(target, config or None, split=split)
     except Exception as error:  # the hub, its client and the dataset's own files share no base class of errors
-        raise DataError(f"{name}: cannot be loaded from the Hugging Face hub: {_reason(error)}") from error
+        raise DataError(f"{name}: cannot be loaded from the Hugging Face hub: {first_line(error)}") from error
     files = sorted(dataset.info.download_checksums or {})  # their addresses name the revision
     identity: Signature = [[name, dataset.num_rows, 0], *([address, 0, 0] for address in files)]
     return DatasetSource(name, dataset, identity, target.rstrip("/").rsplit("/", 1)[-1], columns)
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -191,14 +200,14 @@ def _folder_source(name: str, folder: Path, columns: Columns) -> FileSource:
     found = walk_files(folder)
     kept = [path for path in found if known_suffix(path) and path.name.lower() != ABOUT]
     for path in kept:
-        _check_file(path)
+        check_file(path)
     files = tuple((path, _folder_domain(folder, path)) for path in kept)
     if not files:
         raise DataError(f"{name}: this folder has no files to read (known: {', '.join(sorted(READERS))})")
     return FileSource(name, files, columns, tuple(sorted(set(found) - set(kept))))
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise DataError for what cannot be read any number of times, and for a name that JSON cannot hold."""
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: not a file but a pipe, a socket or a device")

@@ -7,7 +7,7 @@ from remoe.lab.training.config import TrainConfig
 
 # Options that have no influence on the trained weights.
 _FREE = {"out", "resume", "config", "data", "tokenizer", "log_every", "print_every", "live", "log", "device", "prompt"}
-_FREE |= {"mesh", "mesh_timeout"}
+_FREE |= {"mesh", "mesh_timeout", "stream", "text_column"}
 _FREE_GROUPS = ("validate.", "checkpoint.")
 
 

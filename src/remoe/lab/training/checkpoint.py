@@ -166,7 +166,8 @@ def load_training_state(
                 _fill_whole(model, weights, path)
             _restore_training(state, model, optimizer)
             course = state[_COURSE][...].tolist()
-        info = {"step": index(info["step"]), "data": info["data"]} | {name: info.get(name, 0) for name in _COST}
+        known = {"step": index(info["step"]), "data": info["data"], "stream": info.get("stream")}
+        info = known | {name: info.get(name, 0) for name in _COST}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         raise CheckpointError(f"cannot load checkpoint {path}: {message}") from error

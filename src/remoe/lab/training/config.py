@@ -157,8 +157,14 @@ class TrainConfig:
     or a folder written by `remoe data prepare`; or token files of Megatron, PREFIX.bin and PREFIX.idx, or a folder of
     them. By default Python's standard library."""
     tokenizer: str | None = None
-    """The tokenizer that made token files of Megatron: a folder or a name on the hub. With --from, the model's by
-    default. All other data has its own."""
+    """The tokenizer that made token files of Megatron, or that --stream shall use: a folder or a name on the hub. With
+    --from, the model's by default. All other data has its own."""
+    stream: bool = False
+    """Read and tokenise the text of --data while the model trains, instead of preparing it first: a folder or file of
+    .jsonl, .parquet or .csv, or hf:NAME[:CONFIG[:SPLIT]]. Documents are held out by a hash of their text, 2 % of them.
+    Needs --tokenizer and the extra `datasets`."""
+    text_column: str = "text"
+    """With --stream, the column or key that contains the text."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Continue training the model in this folder: a run, one of its checkpoints, an export, or a model that `remoe
     convert` wrote. Its sizes, its router and the state of its sparsity control are kept; --data must be prepared with

@@ -1,16 +1,31 @@
 """The data of a run: what its options name, what its model was trained on before, or the standard library."""
 
+import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from remoe.errors import ConfigError
-from remoe.lab.data import Dataset, PrepareOptions, load_tokenizer, open_dataset, prepare
+from remoe.lab.data import (
+    Dataset,
+    MixedBatches,
+    PrepareOptions,
+    StreamBatches,
+    TrainBatches,
+    load_tokenizer,
+    open_dataset,
+    prepare,
+    training_batches,
+)
 from remoe.lab.data.corpus import open_data
 from remoe.lab.data.manifest import MANIFEST_NAME
 from remoe.lab.data.megatron import find_token_files, open_token_files
+from remoe.lab.data.stream import open_stream
+from remoe.lab.data.stream_batches import newest_state
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.origin import Origin
+from remoe.lab.training.ranks import Ranks
 
 
 def open_training_data(config: TrainConfig, parent: Path, origin: Origin | None) -> Dataset:
@@ -27,6 +42,10 @@ def open_training_data(config: TrainConfig, parent: Path, origin: Origin | None)
     """
     if origin:
         return _open_for(origin, config, parent)
+    if config.stream:
+        if not config.data:
+            raise ConfigError("--stream: name with --data the text to be read")
+        return _open_streamed(config, parent, config.tokenizer)
     if config.data:
         return open_data(config.data, parent, config.vocab_size, config.tokenizer)
     if config.tokenizer:
@@ -41,12 +60,42 @@ def _open_for(origin: Origin, config: TrainConfig, parent: Path) -> Dataset:
             f"--from {origin.folder}: say with --data on what to train it; `remoe data prepare TEXT --out DATA "
             f"--tokenizer {shlex.quote(str(origin.tokenizer))}` prepares text for it"
         )
-    if files := find_token_files(data):
+    if config.stream:
+        dataset = _open_streamed(replace(config, data=data), parent, config.tokenizer or origin.tokenizer)
+    elif files := find_token_files(data):
         dataset = open_token_files(files, parent, config.tokenizer or origin.tokenizer)
     else:
         dataset = open_dataset(data, tokenizer=origin.tokenizer)
     dataset.check_tokenizer(load_tokenizer(origin.tokenizer), str(origin.folder))
     return dataset
+
+
+def _open_streamed(config: TrainConfig, parent: Path, tokenizer: str | Path | None) -> Dataset:
+    """The dataset that --stream names: text, or what an earlier run with that text wrote."""
+    if not (Path(config.data) / MANIFEST_NAME).exists():
+        return open_stream(config.data, config.text_column, parent, tokenizer)
+    dataset = open_dataset(config.data)
+    if not dataset.streamed:
+        raise ConfigError(f"--stream: {config.data} is a prepared dataset, which is read without it")
+    return dataset
+
+
+def batches_of(dataset: Dataset, config: TrainConfig) -> TrainBatches | MixedBatches | StreamBatches:
+    """The training batches of a run; raises ConfigError and DataError for what does not fit the data."""
+    order = config.seq_len, config.batch_size, config.seed
+    if not dataset.streamed:
+        return training_batches(dataset.train, *order, config.domain_weights)
+    if config.domain_weights:
+        raise ConfigError(f"--domain-weights: {dataset.path} is read as a stream, of which no domains are known")
+    return StreamBatches(dataset, *order)
+
+
+def state_of(batches: TrainBatches | MixedBatches | StreamBatches, ranks: Ranks) -> dict[str, object]:
+    """What a checkpoint has of the batches: the place in a stream, otherwise nothing. Every rank must call this."""
+    if not isinstance(batches, StreamBatches):
+        return {}
+    states = ranks.gather(json.dumps(batches.state()))
+    return {"stream": newest_state([json.loads(state) for state in states])}
 
 
 def default_dataset(parent: Path, vocab_size: int, *, wait: bool = False) -> Dataset:

@@ -17,6 +17,7 @@ from remoe.lab.console import say
 from remoe.lab.data import (
     TOTAL,
     MixedBatches,
+    StreamBatches,
     spot_check,
 )
 from remoe.lab.files import atomic_write, locked
@@ -211,7 +212,7 @@ def _print_header(trainer: Trainer) -> None:
         f"experts backend {_experts(trainer)}"
     )
     say(
-        f"data {dataset.path}: {dataset.train.num_tokens:,} training tokens, {_data_read(trainer)}"
+        f"data {dataset.path}: {_data_read(trainer)}"
         f"{', documents masked from each other' if config.mask_documents else ''}"
         f"{', loss on the answers of conversations' if dataset.train.masked else ''}; "
         f"device {trainer.device} ({dtype}, {torch.get_num_threads()} threads); run {trainer.run.path}"
@@ -223,13 +224,24 @@ def _print_header(trainer: Trainer) -> None:
 
 
 def _data_read(trainer: Trainer) -> str:
-    """How often the run reads its text, and the domains; with weights, each domain's share and how often it is read."""
+    """Tokens, how often the run reads them, and the domains; with weights, the same for each domain.
+
+    Of a stream, in how many parts it is read, and how much of it is held out.
+    """
     config, dataset = trainer.config, trainer.dataset
+    if isinstance(trainer.batches, StreamBatches):
+        stream, held_out = dataset.manifest.stream, dataset.validation
+        return (
+            f"{short_name(stream.source)} as a stream in {trainer.batches.parts} parts, but for the documents that are "
+            f"held out ({dataset.manifest.validation_fraction:.0%}; {held_out.num_documents:,} of them, "
+            f"{held_out.num_tokens:,} tokens, for validation)"
+        )
+    size = f"{dataset.train.num_tokens:,} training tokens"
     if mixture := _mixture(trainer):
         parts = (f"{short_name(name)} {part['share']:.3g} ({part['epochs']:.2g})" for name, part in mixture.items())
-        return f"domains by weight, as shares of the sequences (times read): {', '.join(parts)}"
+        return f"{size}, domains by weight, as shares of the sequences (times read): {', '.join(parts)}"
     passes = config.steps * config.batch_size * config.seq_len / dataset.train.num_tokens
-    return f"read {passes:.2g} times, domains {', '.join(map(short_name, dataset.domains))}"
+    return f"{size}, read {passes:.2g} times, domains {', '.join(map(short_name, dataset.domains))}"
 
 
 def _mixture(trainer: Trainer) -> dict[str, dict[str, float]]:

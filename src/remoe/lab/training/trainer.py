@@ -18,11 +18,12 @@ from remoe.convert.relufy.model import RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
-from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer, training_batches
+from remoe.lab.data import Dataset, StreamBatches, ValidationWindows, load_tokenizer
 from remoe.lab.machine import peak_memory
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.lab.training.config import TrainConfig
+from remoe.lab.training.data import batches_of, state_of
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.interrupt import Interrupt
 from remoe.lab.training.lora import adapt, merged_weights, trained_tensors
@@ -84,8 +85,7 @@ class Trainer:
         config.check()
         self.config, self.dataset, self.run, self.origin = config, dataset, run, origin
         self.ranks = Ranks(Mesh(), config.device) if ranks is None else ranks
-        order = (config.seq_len, config.batch_size, config.seed)
-        self.batches = training_batches(dataset.train, *order, config.domain_weights)
+        self.batches = batches_of(dataset, config)
         self.windows = ValidationWindows(dataset.validation, config.seq_len)
         self.device = self.ranks.device
         self.autocast = torch.autocast(
@@ -139,6 +139,8 @@ class Trainer:
             info, self.sparsities = load_training_state(checkpoint, self.model, self.optimizer, weights)
         if info["data"] != self.dataset.fingerprint:
             raise CheckpointError(f"{self.dataset.path} is not the data that {self.run.path} was trained on")
+        if isinstance(self.batches, StreamBatches):
+            self.batches.load_state(info["stream"])
         if self.origin is None:  # a run that 0.1.0 began counts the ids that no token has to its end
             self.model.config.tokenizer_size = RemoeConfig.from_pretrained(checkpoint).tokenizer_size
         self.step = self.saved_step = info["step"]
@@ -348,6 +350,7 @@ class Trainer:
             "data": self.dataset.fingerprint,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **state_of(self.batches, self.ranks),
         }
         folder, state = self.run.checkpoints, (self.model, self.optimizer, info, self.sparsities)
         if self.saving is not None:
