@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import remoe
 from remoe.models import loss as module
-from remoe.models.loss import linear_cross_entropy
+from remoe.models.loss import LossHead, linear_cross_entropy
 
 
 @pytest.fixture(params=[1, 16, 63, 1000], ids=lambda t: f"{t} tokens a chunk")
@@ -200,12 +200,29 @@ class _Adapter(nn.Module):
 
 def test_an_adapter_or_a_hook_on_the_head_is_not_passed_by():
     ids = tokens()
-    adapted, hooked = model(), model()
+    adapted, hooked, sharded = model(), model(), model()
     plain_loss = model()(ids, labels=ids).lm_loss
     adapted.lm_head = _Adapter(adapted.lm_head)
-    hooked.lm_head.register_forward_hook(lambda module, args, output: output * 2)
-    losses = [ours(ids, labels=ids).lm_loss for ours in (adapted, hooked)]
-    assert losses[0] == losses[1] != plain_loss
+    sharded.lm_head.__class__ = LossHead
+    for ours in (hooked, sharded):
+        ours.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    losses = [ours(ids, labels=ids).lm_loss for ours in (adapted, hooked, sharded)]
+    assert losses[0] == losses[1] == losses[2] != plain_loss
+
+
+def test_a_head_that_computes_the_loss_gives_the_same_and_is_called():
+    ids, plain, ours, calls = tokens(), model(tokenizer_size=90), model(tokenizer_size=90), []
+    ours.lm_head.__class__ = LossHead
+    ours.lm_head.register_forward_hook(lambda *_: calls.append("called"))
+    ours.lm_head.own_hooks = 1  # as FSDP's
+    results = []
+    for each in (plain, ours):
+        out = each(ids, labels=ids.clamp(max=89))
+        out.loss.backward()
+        assert out.logits is None
+        results.append((out.loss.detach(), each.lm_head.weight.grad))
+    assert calls == ["called"]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 def test_compiled_without_graph_break():

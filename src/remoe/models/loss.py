@@ -45,6 +45,35 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor)
     return _forward(hidden_TD, weight_VD, target_T, hidden_grad, weight_grad)[0]
 
 
+class LossHead(nn.Linear):
+    """A language-model head that computes the loss itself: FSDP has its weight whole only while the head is called.
+
+    Attributes:
+        own_hooks: how many hooks FSDP has registered.
+    """
+
+    own_hooks = 0
+
+    def forward(self, x: Tensor, target_T: Tensor | None = None, tokens: int | None = None) -> Tensor:
+        """(..., D) to logits (..., V); or with targets `linear_cross_entropy`, over the first `tokens` ids."""
+        if target_T is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight[:tokens], target_T)
+
+    def count_hooks(self) -> int:
+        """How many hooks a call of the head passes by."""
+        return len(self._forward_hooks) + len(self._forward_pre_hooks)
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Whether a head is one linear layer: offloading, tensor parallelism, adapters and users' hooks wrap it."""
+    if hasattr(head, "_hf_hook") or "forward" in vars(head):
+        return False
+    if isinstance(head, LossHead):
+        return head.bias is None and head.count_hooks() == head.own_hooks
+    return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+
+
 @torch.library.custom_op(operator_name("linear_cross_entropy"), mutates_args=())
 def _forward(
     hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, hidden_grad: bool, weight_grad: bool

@@ -24,7 +24,15 @@ from remoe.errors import ConfigError
 from remoe.experts import Experts
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
-from remoe.models.loss import IGNORED_TARGET, is_padding_mask, linear_cross_entropy, padding_mask, shifted_targets
+from remoe.models.loss import (
+    IGNORED_TARGET,
+    LossHead,
+    is_padding_mask,
+    is_plain_head,
+    linear_cross_entropy,
+    padding_mask,
+    shifted_targets,
+)
 from remoe.models.norm import RMSNorm
 from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_rows, keep_statistics_local
@@ -366,11 +374,7 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         return nn.functional.pad(logits[..., :size], (0, logits.shape[-1] - size), value=low)
 
     def _fuses_loss(self) -> bool:
-        """Whether head and loss are the plain ones: offloading, tensor parallelism and adapters wrap the head."""
-        head = self.lm_head
-        hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook") or "forward" in vars(head)
-        plain_head = type(head) is nn.Linear and head.bias is None and not hooks
-        return plain_head and self.loss_function is ForCausalLMLoss
+        return is_plain_head(self.lm_head) and self.loss_function is ForCausalLMLoss
 
     def _language_model_loss(
         self, hidden_BSD: Tensor, logits: Tensor | None, target_BS: Tensor, items: Tensor | int
@@ -378,11 +382,12 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         """0-dim: summed cross-entropy of the targets / items, from the logits where there are any."""
         if logits is not None:
             return self.loss_function(logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=target_BS)
-        weight_VD = self.lm_head.weight
-        if self._has_unused_ids():
-            weight_VD = weight_VD[: self.config.tokenizer_size]
+        weight_VD, tokens = self.lm_head.weight, self.config.tokenizer_size if self._has_unused_ids() else None
         hidden_TD, target_T = hidden_BSD.flatten(0, 1).to(weight_VD.device), target_BS.flatten().to(weight_VD.device)
-        nats = linear_cross_entropy(hidden_TD, weight_VD, target_T)
+        if isinstance(self.lm_head, LossHead):
+            nats = self.lm_head(hidden_TD, target_T, tokens)
+        else:
+            nats = linear_cross_entropy(hidden_TD, weight_VD[:tokens], target_T)
         return nats / (items.to(nats.device) if isinstance(items, Tensor) else items)
 
 

@@ -22,6 +22,7 @@ from remoe.errors import ConfigError
 from remoe.experts import Experts, stored_pairs
 from remoe.experts.exchange import exchange_experts
 from remoe.experts.slices import in_slices
+from remoe.models.loss import LossHead
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing.assignment import Assignment
 
@@ -85,7 +86,12 @@ def shard(
     experts = init_device_mesh(
         device.type, (1, replicate, config.efsdp_size, ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
     )
+    fuses_loss = tp == 1 and model._fuses_loss()
+    if fuses_loss:
+        model.lm_head.__class__ = LossHead
     model.maybe_distribute_model(model, config, TransformersDeviceMesh(dense, experts))
+    if fuses_loss:
+        model.lm_head.own_hooks = model.lm_head.count_hooks()
 
 
 def set_timeout(model: nn.Module, seconds: int) -> None:
@@ -205,9 +211,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     copies = torch.tensor([_copies(gradient) for gradient in gradients], device=norms.device)
     square = (norms.square() / copies).sum()
     dist.all_reduce(square)
-    norm = square.sqrt().float()
+    norm = square.sqrt()
     torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return norm.float()
 
 
 def _copies(tensor: Tensor) -> int:

@@ -24,7 +24,7 @@ from remoe.lab.text import lines
 from remoe.lab.training.load import load_model
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]
-SAMPLING = SamplingOptions(6, temperature=0)
+SAMPLING = SamplingOptions(max_new_tokens=6, temperature=0)
 PROMPTS = ["cow 1. sheep", "hen goat barn road", "bus"]
 
 
@@ -188,8 +188,8 @@ def test_lines_without_a_template_are_texts_of_their_own(loaded, texts, monkeypa
 
 
 def test_the_dial_and_the_sampling_can_be_set(loaded, texts, monkeypatch, capsys):
-    capped = generate_text(*loaded, PROMPTS[0], SamplingOptions(6, temperature=0, max_experts=1))
-    closed = generate_text(*loaded, PROMPTS[0], SamplingOptions(6, temperature=0, gate_threshold=1e6))
+    capped = generate_text(*loaded, PROMPTS[0], SamplingOptions(max_new_tokens=6, temperature=0, max_experts=1))
+    closed = generate_text(*loaded, PROMPTS[0], SamplingOptions(max_new_tokens=6, temperature=0, gate_threshold=1e6))
     assert len({capped, closed, texts[0]}) == 3
     typed = ["/set max_experts 1", PROMPTS[0], "/set --max-experts none", PROMPTS[0], "/set gate_threshold 1e6"]
     typed += [PROMPTS[0], "/set max_experts 0", "/set seed none", "/set colour 1", "/set top_k 1.5", "/what", "/set"]

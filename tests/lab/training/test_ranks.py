@@ -76,6 +76,7 @@ def _on_ranks(rank, folder, data, names):
     for name in names:
         load = GLOBAL if name.startswith("balanced") else {}
         trainer = train(options(name, data, mesh=name.split()[1], **load), folder / name)
+        assert trainer.model._fuses_loss() == ("tp=" not in name)  # no process holds the logits
         state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
     torch.save(state, folder / f"state-{rank}.pt")
     _saving(rank, trainer)
