@@ -1,9 +1,12 @@
-"""Peak memory of a process."""
+"""Memory of a process: its peak, and what it holds."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from remoe.lab.machine import peak_memory, used_memory
 
 PEAK = "import torch; from remoe.lab.machine import peak_memory; print(peak_memory(torch.device('cpu')))"
 
@@ -15,3 +18,15 @@ def test_the_peak_is_the_processes_own():
     block[::4096] = b"x" * (2**30 // 4096)
     child = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert 2**25 < int(child.stdout) < 2**30
+
+
+def test_memory_in_use_counts_what_is_held_now():
+    device, size = torch.device("cpu"), 2**26
+    before = used_memory(device)
+    block = bytearray(size)
+    block[::4096] = b"x" * (size // 4096)
+    held = used_memory(device)
+    assert held - before == pytest.approx(size, rel=0.2)
+    assert held <= peak_memory(device)
+    del block
+    assert used_memory(device) < held - size / 2

@@ -65,6 +65,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: resident main memory; for a CUDA device the most GPU memory so far."""
+    held = Path("/proc/self/statm")
+    if device.type == "cuda" or not held.exists():
+        return peak_memory(device)
+    return int(held.read_text().split()[1]) * resource.getpagesize()
+
+
 def machine(device: torch.device) -> dict[str, object]:
     """Date, processor, cores, threads, GPU and the versions of the installed packages that affect a measurement."""
     facts: dict[str, object] = {

@@ -20,6 +20,10 @@ from remoe.lab.generation.text import Request, prompt_ids
 PROMPTS = ["cow 1. sheep", "", "hen goat barn road " * 3, "bus", "tram lamp 3. "]
 
 
+def greedy(tokens: int) -> SamplingOptions:
+    return SamplingOptions(max_new_tokens=tokens, temperature=0)
+
+
 def relufied():
     model = tiny_models.build("mixtral", vocab_size=310)
     remoe.relufy(model, [tiny_models.token_ids()])
@@ -58,7 +62,12 @@ def test_greedy_tokens_are_those_of_generate_and_arrive_one_by_one():
     model, tokenizer, pieces = small_writer.model(tokenizer_size=290), small_writer.tokenizer(), []
     asked = requests(model, tokenizer)
     texts = write_texts(
-        model, tokenizer, asked, SamplingOptions(max_new_tokens=9, temperature=0), batch_size=5, write=lambda *new: pieces.append(new)
+        model,
+        tokenizer,
+        asked,
+        greedy(9),
+        batch_size=5,
+        write=lambda *new: pieces.append(new),
     )
     for number, (request, written) in enumerate(zip(asked, texts, strict=True)):
         ids = torch.tensor([request.ids])
@@ -77,7 +86,7 @@ def test_greedy_tokens_are_those_of_generate_and_arrive_one_by_one():
 def test_what_ends_one_text_ends_no_other():
     model, tokenizer = small_writer.model(), small_writer.tokenizer()
     ids = prompt_ids(model, tokenizer, "cow 1. sheep")
-    (whole,) = write_texts(model, tokenizer, [Request(ids)], SamplingOptions(max_new_tokens=12, temperature=0))
+    (whole,) = write_texts(model, tokenizer, [Request(ids)], greedy(12))
     stream, pieces = TextStream(tokenizer, ids), []
     model.generation_config.eos_token_id = None
     out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
@@ -85,7 +94,7 @@ def test_what_ends_one_text_ends_no_other():
     assert not whole.ended
     later = next(i for i in range(5, 12) if out[i] not in out[:i])
     asked = [Request(ids, Ending(frozenset([out[later]]))), Request(ids), Request(ids, Ending(text=whole.text[3:6]))]
-    by_token, free, by_text = write_texts(model, tokenizer, asked, SamplingOptions(max_new_tokens=12, temperature=0), batch_size=3)
+    by_token, free, by_text = write_texts(model, tokenizer, asked, greedy(12), batch_size=3)
     assert (by_token.tokens, by_token.ended) == (later + 1, True)
     assert whole.text.startswith("".join(pieces[:later]))
     assert by_token.text == whole.text[: len(by_token.text)]
@@ -98,9 +107,7 @@ def test_what_ends_one_text_ends_no_other():
 def test_a_stop_leaves_what_is_written():
     model, tokenizer, seen = small_writer.model(), small_writer.tokenizer(), []
     options = {"batch_size": 2, "write": lambda *new: seen.append(new), "stopped": lambda: len(seen) >= 4}
-    texts = list(
-        write_texts(model, tokenizer, requests(model, tokenizer), SamplingOptions(max_new_tokens=50, temperature=0), **options)
-    )
+    texts = list(write_texts(model, tokenizer, requests(model, tokenizer), greedy(50), **options))
     assert len(texts) == 2  # the first batch
     assert 1 < texts[0].tokens < 50
     assert not texts[0].ended

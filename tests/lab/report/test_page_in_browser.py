@@ -81,7 +81,7 @@ def test_a_page_fits_wide_and_narrow_windows_light_and_dark(run, opened):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert colour_of(page) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
         figures = page.evaluate(FIGURES)
-        assert len(figures) == 26
+        assert len(figures) == 27
         for name, title, words, button, body in figures:
             assert title, name
             assert len(words) > 40, name
@@ -198,7 +198,7 @@ def test_curves_are_read_by_keys_and_enlarged(run, opened):
     page.keyboard.press("ArrowRight")
     assert readout(page, "training-load").startswith("Layer 1, expert 0, from step 1: ")
     saved = page.evaluate(SAVED)
-    assert len(saved) == 26
+    assert len(saved) == 27
     for text in saved:
         names, *rows = csv.reader(io.StringIO(text, newline=""))
         assert rows

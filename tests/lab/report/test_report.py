@@ -146,6 +146,9 @@ def test_the_course_is_that_of_the_records(run):
         plot = course["plots"][name]
         assert unpacked(plot["step"]).tolist() == [record["step"] for record in known]
         assert unpacked(plot["values"])[0].tolist() == pytest.approx([record[name] for record in known])
+    memory = unpacked(course["plots"]["memory"]["values"])[0]
+    assert memory.tolist() == pytest.approx([record["memory_bytes"] / 2**30 for record in records])
+    assert 0.05 < memory.min() < 100  # of a Python process with torch, in GiB
     per_layer = unpacked(course["plots"]["sparsity_per_layer"]["values"]).T
     assert per_layer.tolist() == pytest.approx(np.array([record["sparsity_per_layer"] for record in records]))
     load_SLE = np.array([record["load_per_expert"] for record in records])

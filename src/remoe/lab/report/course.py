@@ -13,6 +13,7 @@ from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.report.packed import exact, short, whole_numbers
 from remoe.lab.thinning import kept_points
 
+GIB = 2**30
 COLUMNS = 200  # of a map, at least half as many for a longer run
 SINGLE = ("lm_loss", "reg_loss", "lambda", "sparsity", "grad_norm", "lr", "tokens_per_second", "flip_rate")
 
@@ -32,13 +33,14 @@ def course_of(records: Iterable[dict[str, Any]], experts: int, k: int, target: f
         (L, E, N), means over its records. None without records. A value that a record does not have is NaN.
     """
     steps: list[int] = []
-    single: dict[str, list[float]] = {name: [] for name in (*SINGLE, "penalty", "inactive")}
+    single: dict[str, list[float]] = {name: [] for name in (*SINGLE, "memory", "penalty", "inactive")}
     layers: list[list[float]] = []
     load, stages = _Load(), []
     for record in records:
         steps.append(record["step"])
         for name in SINGLE:
             single[name].append(record.get(name, math.nan))
+        single["memory"].append(record.get("memory_bytes", math.nan) / GIB)
         single["penalty"].append(record.get("lambda", math.nan) * record.get("reg_loss", math.nan))
         load_LE = np.asarray(record.get("load_per_expert", []), np.float32)
         known = load_LE.ndim == 2 and load_LE.size > 0

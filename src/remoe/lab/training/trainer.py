@@ -18,8 +18,8 @@ from remoe.convert.relufy.model import RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
-from remoe.lab.data import Dataset, StreamBatches, ValidationWindows, load_tokenizer
-from remoe.lab.machine import peak_memory
+from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
+from remoe.lab.machine import peak_memory, used_memory
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.lab.training.config import TrainConfig
@@ -262,6 +262,7 @@ class Trainer:
             "lr": lr,
             "tokens": step * tokens,
             "tokens_per_second": tokens / seconds,
+            "memory_bytes": used_memory(self.device),
             **self.speed.record(seconds, sparsity),
         }
 

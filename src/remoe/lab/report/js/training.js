@@ -20,6 +20,7 @@
     inactive: ["Inactive experts", "Number of experts, over all layers, with less than an eighth of the target load at a step. An expert that stays inactive is dead.", "experts"],
     flip_rate: ["Flips", "Share of (token, expert) pairs of a fixed text that change in one training step: how unstable the routing is.", "share of pairs"],
     tokens_per_second: ["Throughput", "Tokens per second of each step. Single low values are steps beside a validation or a checkpoint.", "tokens/s"],
+    memory: ["Memory", "Memory that the first process held after each step: main memory on a CPU, and on a GPU the most GPU memory up to the step.", "GiB"],
     grad_norm: ["Gradient norm", "Norm of the gradient before it is clipped.", "norm (log scale)"],
     lr: ["Learning rate", "Learning rate of each step: it rises in the warm-up and then falls.", "learning rate"],
   };
