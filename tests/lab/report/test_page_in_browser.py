@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from pages import FIGURES, SAVED
 from tiny_run import FLAGS
 
 from remoe.lab.analysis.record import RoutingRecord
@@ -18,11 +19,6 @@ from remoe.lab.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-# Of each figure its name, title, words, and the widths of its button and its body
-FIGURES = """[...document.querySelectorAll("figure.plot")].map((one) => [
-  one.id, one.querySelector("h3").textContent, one.querySelector("figcaption p").textContent,
-  one.querySelector(".csv").offsetWidth, one.querySelector(".body").offsetWidth,
-])"""
 # Charts that answer when the colours change
 CHARTS = """() => {
   let charts = 0;
@@ -32,16 +28,6 @@ CHARTS = """() => {
     dispatchEvent(new Event("beforeprint"));
     requestAnimationFrame(() => requestAnimationFrame(() => answer(charts)));
   });
-}"""
-# Presses all CSV buttons, and keeps what they would save; a browser allows a page few downloads
-SAVED = """async () => {
-  const blobs = [];
-  URL.createObjectURL = (blob) => blobs.push(blob) && "#";
-  HTMLAnchorElement.prototype.click = () => {};
-  const buttons = [...document.querySelectorAll(".csv")];
-  buttons.forEach((button) => button.click());
-  while (blobs.length < buttons.length) await new Promise((goOn) => setTimeout(goOn, 5));
-  return Promise.all(blobs.map((blob) => blob.text()));
 }"""
 
 

@@ -19,16 +19,18 @@ LONGEST_GENERATION = 10_000  # tokens
 class ReportOptions:
     """Write an HTML page that shows how a model routes: text coloured by expert, loads, measures and figures.
 
-    The page is one file that needs no network; open it in a browser.
+    With several models, the page shows the same text in all of them, and their differences to the first. The page is
+    one file that needs no network; open it in a browser.
     """
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="MODEL")]
     """Folder of a run (its newest checkpoint is used), one of its checkpoints, or a model's folder with its tokenizer:
     exported or converted by this package, or a mixture of transformers that `remoe convert relufy` knows. Or a record
-    that `remoe record` wrote."""
+    that `remoe record` wrote. Two to six of these are compared; if their tokenizers differ, on raw text or a
+    prompt."""
     data: str | None = None
     """Folder written by `remoe data prepare` with the model's tokenizer, or raw text: a file or a folder. By default
-    the data of the run; required for a model's folder."""
+    the data of the run, of several the first one's; required for a model's folder."""
     prompt: str | None = None
     """Text to read instead of --data."""
     generate: int = 0
@@ -36,7 +38,8 @@ class ReportOptions:
     experts that ran meanwhile. The sampling options below belong to it."""
     out: str | None = None
     """File to write. By default report.html in the folder of the run or model; for a checkpoint report-step-N.html in
-    the folder of its run; for a record its name with .html."""
+    the folder of its run; for a record its name with .html. For several models report-with-NAMES.html in the folder of
+    the first, or beside its record."""
     max_tokens: int = 200_000
     """Tokens for the figures (approximate); of prepared data divided among the domains in proportion to their size, of
     raw text the first ones."""
@@ -58,6 +61,10 @@ def report_command(argv: list[str]) -> int:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
     if options.effect_tokens < 0 or options.dial_tokens < 0:
         raise ConfigError("--effect-tokens and --dial-tokens must not be negative")
+    if not options.model:
+        raise ConfigError(f"MODEL missing (see {PROG} --help)")
+    if len(options.model) > 1 and (options.effect_tokens or options.dial_tokens or options.generate):
+        raise ConfigError("--effect-tokens, --dial-tokens and --generate are for one model")
     if options.data is not None and options.prompt is not None:
         raise ConfigError("--data and --prompt do not go together")
     generation = _generation(options)
@@ -69,16 +76,17 @@ def report_command(argv: list[str]) -> int:
 
     with importing():
         from remoe.lab.report import write_report
+        from remoe.lab.report.several import write_comparison
 
-    sizes = {
-        "max_tokens": options.max_tokens,
-        "excerpt_tokens": options.excerpt,
-        "effect_tokens": options.effect_tokens,
-        "generation": generation,
-        "dial_tokens": options.dial_tokens,
-    }
+    sizes = {"max_tokens": options.max_tokens, "excerpt_tokens": options.excerpt}
     with waiting("recording the routing and drawing"):
-        page = write_report(options.model, options.data, out, prompt=options.prompt, **sizes)
+        if len(options.model) > 1:
+            page = write_comparison(options.model, options.data, out, prompt=options.prompt, **sizes)
+        else:
+            sizes |= {"effect_tokens": options.effect_tokens, "dial_tokens": options.dial_tokens}
+            page = write_report(
+                options.model[0], options.data, out, prompt=options.prompt, generation=generation, **sizes
+            )
     print(f"report       {page}\nopen it in a browser")
     return 0
 

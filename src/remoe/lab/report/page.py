@@ -74,13 +74,13 @@ def write_report(
                 f"{path} is a record of a text that was read: --data, --prompt, --effect-tokens and --dial-tokens do "
                 "not go with it"
             )
-        record, place = RoutingRecord(Path(path)), _checked(out, Path(path).with_suffix(".html"))
+        record, place = RoutingRecord(Path(path)), checked_place(out, Path(path).with_suffix(".html"))
         write_output(place, render(page_data(None, None, record, excerpt_tokens=excerpt_tokens)).encode())
         return place
     source, written = open_source(path, data, prompt, max_tokens=max_tokens), None
     # Read first, because a run that is still training soon deletes the checkpoint.
     step = saved_step(source.checkpoint) if source.run else None
-    place = _checked(out, _place(source, Path(path), step))
+    place = checked_place(out, _place(source, Path(path), step))
     if generation is not None:
         source, written = write_text(source, prompt, generation)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def write_report(
     return place
 
 
-def _checked(out: Path | None, default: Path) -> Path:
+def checked_place(out: Path | None, default: Path) -> Path:
     """The file to write, before any work is done."""
     if out is None:
         check_output("--out", default, is_report)  # the default may be a file of the user's own
@@ -120,18 +120,27 @@ def _place(source: Source, path: Path, step: int | None) -> Path:
 
 def render(data: dict[str, Any]) -> str:
     """The page that shows the data of `page_data`."""
-    environment = jinja2.Environment(
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            head=data["head"],
+            sections={name: title for name, title in SECTIONS.items() if name in data},
+            stages=data.get("training", {}).get("stages"),
+            same=data.get("text", {}).get("same"),
+            scripts=SCRIPTS,
+            content=script_json(data),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Templates in this folder; `source(name)` is the text of a file in it."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("remoe.lab.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
-    return environment.get_template("page.html").render(
-        head=data["head"],
-        sections={name: title for name, title in SECTIONS.items() if name in data},
-        stages=data.get("training", {}).get("stages"),
-        same=data.get("text", {}).get("same"),
-        scripts=SCRIPTS,
-        content=script_json(data),
-    )
+    made.globals["source"] = lambda name: Markup(made.loader.get_source(made, name)[0])
+    return made
 
 
 def script_json(content: dict[str, Any]) -> Markup:

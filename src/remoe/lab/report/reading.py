@@ -30,21 +30,22 @@ class _Domain:
     cut: bool = False
 
 
-def text_of(record: RoutingRecord, length: int) -> dict[str, Any]:
+def text_of(record: RoutingRecord, length: int, most: int | None = None) -> dict[str, Any]:
     """The first tokens of each domain, and how they were routed.
 
     Args:
         record: the routing.
-        length: tokens of each domain, or fewer if its text is shorter or all pairs would be more than `MAX_PAIRS`.
+        length: tokens of each domain, or fewer if its text is shorter or all pairs would be more than `most`.
+        most: by default `MAX_PAIRS`.
 
     Returns:
         gatesKnown; same, the number of experts that each token has in every layer, None if it varies; and texts, for
         each domain that has tokens: domain, tokens (T,); counts (L, T), the number of experts; expert (P,) and gate
         (P,), ordered by layer, token and expert, gate None if unknown; loss (T,) in nats, NaN if unknown; seen (T,),
-        how often the token's id occurs in the record, 0 if unknown; cut, whether the text ends because of `MAX_PAIRS`.
+        how often the token's id occurs in the record, 0 if unknown; cut, whether the text ends because of `most`.
     """
     found = [_Domain() for _ in record.about.domains]
-    most = MAX_PAIRS // max(1, len(found))
+    most = (most or MAX_PAIRS) // max(1, len(found))
     for block in record.blocks(gates=True, texts=True, rows=ROWS):
         for domain in block.domain_T.unique().tolist():
             if not found[domain].full:

@@ -18,7 +18,7 @@ from remoe.convert.relufy.model import RelufiedMixin, load_relufied
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
-from remoe.lab.data import Dataset, ValidationWindows, load_tokenizer
+from remoe.lab.data import Dataset, StreamBatches, ValidationWindows, load_tokenizer
 from remoe.lab.machine import peak_memory, used_memory
 from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint

@@ -61,7 +61,8 @@
     };
   }
 
-  // The figure's curves. options: x, xName, names, values, unit, log, logX, fraction, stages, target, dots
+  // The figure's curves. options: x, xName, names, values, unit, log, logX, fraction, stages, target, dots,
+  // colours: the number of each series' colour, by default its own
   remoe.lines = (figure, options) => {
     const holder = element("div", undefined, {
       class: "lines", tabindex: 0, role: "group",
@@ -79,6 +80,8 @@
       const kept = at.map((value) => value !== null);
       const only = (values) => clean(values, options.log).filter((_, i) => kept[i]);
       const count = options.names.length;
+      const colours = options.colours || remoe.range(count);
+      const hues = options.colours ? COLOURS.length : count;
       if (u) u.destroy();
       u = new uPlot({
         width: width(), height: HEIGHT, ms: 1,
@@ -89,8 +92,8 @@
         series: [
           { label: options.xName, value: (_, value) => short(value) },
           ...options.names.map((label, i) => ({
-            label, stroke: stroke(i, count), width: 1.5, spanGaps: true, value: (_, value) => short(value),
-            dash: count > 1 && count <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[i % DASHES.length] : [],
+            label, stroke: stroke(colours[i], hues), width: 1.5, spanGaps: true, value: (_, value) => short(value),
+            dash: count > 1 && hues <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[colours[i] % DASHES.length] : [],
             ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
         ],

@@ -1,0 +1,255 @@
+"use strict";
+// The text in several models: coloured by the difference of one to the reference, and both for one token.
+(() => {
+  const found = remoe.data.text;
+  if (!found || !found.length) return;
+  const { unpack, element, range, short, visible, choice, routed, named } = remoe;
+  const shared = Math.min(...routed.map((model) => model.layers)); // layers that all models have
+  const $ = (id) => document.getElementById(id);
+  const state = { text: 0, mode: "count", layer: -1, other: 1, span: 0, hits: [], hit: -1 };
+  const MOST = 0.98; // the share of the differences that the scale does not cut
+  const opened = new Map();
+  let strengths = [];
+
+  // Unpacks a text when it is first shown
+  function open(number) {
+    if (opened.has(number)) return opened.get(number);
+    const packed = found[number];
+    const models = packed.models.map((one, i) => {
+      const counts = unpack(one.counts), [layers, T] = one.counts.shape;
+      const start = new Uint32Array(layers * T + 1);
+      for (let j = 0; j < counts.length; j++) start[j + 1] = start[j] + counts[j];
+      return {
+        T, layers, counts, start, expert: unpack(one.expert), gate: one.gate && unpack(one.gate), loss: unpack(one.loss),
+        tokens: one.tokens || packed.tokens, ends: packed.ends && unpack(packed.ends[i]),
+      };
+    });
+    const made = { models, spans: packed.spans };
+    made.pieces = range(packed.spans).map((span) => text(made, packed.namedBy, span));
+    let end = 0;
+    made.joined = made.pieces.join("").toLowerCase();
+    made.placed = made.pieces.map((piece) => (end += piece.toLowerCase().length));
+    opened.set(number, made);
+    return made;
+  }
+
+  // The tokens of a model in a span: first, and one behind the last
+  const tokensOf = (model, span) => (model.ends ? [span ? model.ends[span - 1] : 0, model.ends[span]] : [span, span + 1]);
+  const text = (of, i, span) => of.models[i].tokens.slice(...tokensOf(of.models[i], span)).join("");
+  const current = () => open(state.text);
+
+  // What is compared: for each span the mean number of experts of a token and layer, or the sum of the losses
+  const measures = {
+    count(model, spans) {
+      const layers = state.layer < 0 ? range(model.layers) : [state.layer];
+      return Float32Array.from({ length: spans }, (_, span) => {
+        const [first, end] = tokensOf(model, span);
+        let sum = 0;
+        for (const layer of layers) for (let t = first; t < end; t++) sum += model.counts[layer * model.T + t];
+        return sum / ((end - first) * layers.length);
+      });
+    },
+    loss(model, spans) {
+      return Float32Array.from({ length: spans }, (_, span) => {
+        const [first, end] = tokensOf(model, span);
+        let sum = 0;
+        for (let t = first; t < end; t++) sum += t ? model.loss[t - 1] : NaN; // a record has the loss of the next token
+        return sum;
+      });
+    },
+  };
+
+  const compared = (mode) => [0, state.other].map((i) => measures[mode](current().models[i], current().spans));
+  const signed = (value) => (Number.isNaN(value) ? "–" : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${short(Math.abs(value))}`);
+
+  function recolour() {
+    const [first, other] = compared(state.mode);
+    const differences = other.map((value, i) => value - first[i]);
+    const sizes = Array.from(differences, Math.abs).filter((size) => size > 0).sort((a, b) => a - b);
+    const highest = sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(MOST * sizes.length))] : 0;
+    strengths = differences.map((value) => (highest && !Number.isNaN(value) ? Math.max(-1, Math.min(1, value / highest)) : 0));
+    const known = differences.filter((value) => !Number.isNaN(value));
+    const mean = known.reduce((sum, value) => sum + value, 0) / known.length;
+    const [name, reference] = [routed[state.other].name, routed[0].name];
+    const unit = state.mode === "count" ? "experts of a token in a layer" : "nats with which a model predicts it from the text before it";
+    const where = state.mode === "loss" ? "" : state.layer < 0 ? ", mean of all layers" : `, layer ${state.layer}`;
+    $("scale").textContent = `Colour: ${unit}${where}, ${name} minus ${reference}; ${signed(mean)} on average. ` +
+      (state.mode === "count" ? `Orange: ${name} uses more experts; blue: fewer.` : `Orange: ${name} predicts it worse; blue: better.`);
+    const bar = element("span", undefined, { class: "strip both", "aria-hidden": "true" });
+    $("legend").replaceChildren(element("span", `−${short(highest)} or less`), bar, element("span", `+${short(highest)} or more`));
+    scroller.remark();
+  }
+
+  const hit = (span) => state.hit >= 0 && state.hits[state.hit][0] <= span && span <= state.hits[state.hit][1];
+  function mark(made, span) {
+    made.style.setProperty("--strength", Math.abs(strengths[span]).toFixed(3));
+    made.className = (strengths[span] > 0 ? "more " : "") + (span === state.span ? "here " : "") + (hit(span) ? "hit" : "");
+  }
+  let scroller = null;
+
+  function cell(model, layer, span) {
+    const [first, end] = tokensOf(model, span);
+    const tokens = range(end - first).map((i) => {
+      const at = layer * model.T + first + i;
+      const pairs = range(model.start[at + 1] - model.start[at]).map((j) => model.start[at] + j);
+      if (model.gate) pairs.sort((a, b) => Math.abs(model.gate[b]) - Math.abs(model.gate[a]));
+      return pairs.map((j) => `${model.expert[j]}${model.gate ? ` (${short(model.gate[j])})` : ""}`).join(", ") || "none";
+    });
+    return tokens.join(" | ");
+  }
+
+  function row(title, texts) {
+    const line = element("tr");
+    line.append(element("th", title, { scope: "row" }), ...texts.map((text) => element("td", text)));
+    return line;
+  }
+
+  function showSpan(span, scroll) {
+    const of = current(), last = state.span;
+    state.span = span;
+    scroller.remark(last);
+    if (scroll) scroller.reveal(span);
+    scroller.remark(span);
+    const title = element("p");
+    title.append(element("code", visible(of.pieces[span]) || "part of a character", { class: "token", dir: "auto" }),
+      ` ${of.models[0].ends ? "piece" : "token"} ${(span + 1).toLocaleString("en")} of ${of.spans.toLocaleString("en")}`);
+    const table = element("table", undefined, { class: "numbers spans" });
+    const head = element("thead"), top = element("tr"), body = element("tbody");
+    top.append(element("td"), ...routed.map((model) => {
+      const name = named("th", model.number);
+      name.setAttribute("scope", "col");
+      return name;
+    }));
+    head.append(top);
+    const layer = state.layer;
+    state.layer = -1;
+    const values = (mode) => of.models.map((model) => valueOf(mode, model, span));
+    const [counts, losses] = [values("count"), values("loss")];
+    state.layer = layer;
+    const texts = (all) => all.map((value, i) => (i ? `${short(value)} (${signed(value - all[0])})` : short(value)));
+    body.append(row("experts per layer", texts(counts)), row("loss in nats", texts(losses)));
+    if (of.models[0].ends) {
+      body.append(row("tokens", of.models.map((model) => model.tokens.slice(...tokensOf(model, span)).map((one) => visible(one) || "·").join(" | "))));
+    }
+    for (let l = 0; l < Math.max(...of.models.map((model) => model.layers)); l++) {
+      body.append(row(`layer ${l}`, of.models.map((model) => (l < model.layers ? cell(model, l, span) : "–"))));
+    }
+    table.append(head, body);
+    const scrolled = element("div", undefined, { class: "scroll" });
+    scrolled.append(table);
+    $("token").replaceChildren(title, scrolled);
+  }
+
+  // The value of one span
+  function valueOf(mode, model, span) {
+    const [first, end] = tokensOf(model, span);
+    const one = { ...model, ends: Uint32Array.of(first, end) };
+    return measures[mode](one, 2)[1];
+  }
+
+  function search(words) {
+    const of = current(), wanted = words.toLowerCase();
+    state.hits = [];
+    state.hit = -1;
+    const spanAt = (place) => {
+      let low = 0, high = of.spans - 1;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (of.placed[middle] > place) high = middle;
+        else low = middle + 1;
+      }
+      return low;
+    };
+    if (wanted) {
+      for (let at = of.joined.indexOf(wanted); at >= 0; at = of.joined.indexOf(wanted, at + wanted.length)) {
+        state.hits.push([spanAt(at), spanAt(at + wanted.length - 1)]);
+      }
+    }
+    if (state.hits.length) go(0);
+    else {
+      scroller.remark();
+      $("hits").textContent = wanted ? "not found" : "";
+    }
+  }
+
+  function go(number) {
+    if (!state.hits.length) return;
+    state.hit = (number + state.hits.length) % state.hits.length;
+    $("hits").textContent = `${(state.hit + 1).toLocaleString("en")} of ${state.hits.length.toLocaleString("en")}`;
+    showSpan(state.hits[state.hit][0], true);
+    scroller.remark();
+  }
+
+  function show() {
+    Object.assign(state, { span: 0, hits: [], hit: -1 });
+    $("hits").textContent = "";
+    $("cut").hidden = !found[state.text].cut;
+    strengths = new Float32Array(current().spans);
+    scroller.lay(current().pieces);
+    recolour();
+    // The token shown before the reader points at one: the largest difference near the beginning
+    const near = Array.from(strengths.slice(0, 200), Math.abs);
+    showSpan(near.indexOf(Math.max(...near)), false);
+  }
+
+  function* rows() {
+    const of = current();
+    yield ["domain", "number", "text", ...routed.flatMap((model) => [`${model.name}: experts per layer`, `${model.name}: loss in nats`,
+      ...range(model.layers).map((l) => `${model.name}: experts of layer ${l}`)])];
+    const layer = state.layer;
+    state.layer = -1;
+    const values = of.models.map((model) => [measures.count(model, of.spans), measures.loss(model, of.spans)]);
+    state.layer = layer;
+    for (let span = 0; span < of.spans; span++) {
+      yield [found[state.text].domain, span, of.pieces[span], ...of.models.flatMap((model, i) => [
+        values[i][0][span], values[i][1][span], ...range(model.layers).map((l) => cell(model, l, span)),
+      ])];
+    }
+  }
+
+  const words = "The same text in all models. A token is coloured by how much a model differs from the reference: in its number of experts, or in " +
+    "how well it predicts the token. Point at a token, or move with the arrow keys, to see its experts, their gates and its loss in each model.";
+  const figure = remoe.figure("text", "text-tokens", "Differences in the text", words, rows);
+  figure.body.append($("text-body").content);
+  const known = found.some((one) => one.models.every((model) => unpack(model.loss).some((value) => !Number.isNaN(value))));
+  const options = (names) => names.map((name, i) => [i, name]);
+  const domain = choice("Text", options(found.map((one) => one.domain)), (value) => {
+    state.text = +value;
+    show();
+  });
+  const mode = choice("Colour", [["count", "number of experts"], ...(known ? [["loss", "loss"]] : [])], (value) => {
+    state.mode = value;
+    layer.label.hidden = value === "loss";
+    recolour();
+  });
+  const layer = choice("Layer", [[-1, "all layers"], ...range(shared).map((l) => [l, `layer ${l}`])], (value) => {
+    state.layer = +value;
+    recolour();
+  });
+  const other = choice("Model", routed.slice(1).map((model, i) => [i + 1, model.name]), (value) => {
+    state.other = +value;
+    recolour();
+  });
+  other.label.hidden = routed.length < 3;
+  const ask = element("label", "Search ");
+  const field = element("input", undefined, { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
+  ask.append(field);
+  const back = element("button", "Previous", { type: "button" });
+  const next = element("button", "Next", { type: "button" });
+  figure.tools.prepend(domain.label, mode.label, layer.label, other.label, ask, back, next, element("span", "", { id: "hits", "aria-live": "polite" }));
+  field.addEventListener("input", () => search(field.value));
+  field.addEventListener("keydown", (event) => event.key === "Enter" && go(state.hit + (event.shiftKey ? -1 : 1)));
+  back.addEventListener("click", () => go(state.hit - 1));
+  next.addEventListener("click", () => go(state.hit + 1));
+  scroller = remoe.scroller($("excerpt"), { mark, point: (span) => showSpan(span, false) });
+  $("excerpt").addEventListener("keydown", (event) => {
+    const far = event.ctrlKey ? 100 : 1;
+    const step = { ArrowRight: far, ArrowLeft: -far }[event.key];
+    const { spans } = current();
+    const to = { Home: 0, End: spans - 1 }[event.key] ?? (step && Math.max(0, Math.min(spans - 1, state.span + step)));
+    if (to === undefined) return;
+    event.preventDefault();
+    showSpan(to, true);
+  });
+  show();
+})();
