@@ -31,9 +31,13 @@ def test_rows_of_ours_and_of_the_reference(corpus, monkeypatch):
     options = TrainStepOptions("tiny", str(corpus), settle=3, rounds=2, steps=2, contestants=ours, config=SMALL)
     result = train_step(options)
     assert [row["name"] for row in result.rows] == [*ours, REFERENCE]
+    vocabulary = result.details["model"]["vocab_size"]
     for row in result.rows:
         assert row["tokens_per_second"] == pytest.approx(1e3 * 4 * 32 / row["ms_per_step"])
         assert row["ratio_to_reference"] > 0
+        assert row["model_flops"] == pytest.approx(
+            row["tokens_per_second"] * flops_per_token(vocabulary, row["sparsity"])
+        )
         assert (row["sparsity"] is None) == row["name"].startswith("mixtral")
         assert len(result.details["ms_per_step"][row["name"]]) == 2
     reference = next(row for row in result.rows if row["name"] == REFERENCE)
@@ -42,8 +46,16 @@ def test_rows_of_ours_and_of_the_reference(corpus, monkeypatch):
     json.dumps({"rows": result.rows, "details": result.details})
 
 
+def flops_per_token(vocabulary: int, sparsity: float | None) -> float:
+    """By hand: projections of 4 heads and 2 groups, attention, experts of width 4 D, head; D = 32, S = 32."""
+    experts = 1.0 if sparsity is None else 4 * (1 - sparsity)
+    layer = 2 * 32 * 32 * 1.5 + 2 * 32 * 32 + 3 * 32 * 128 * experts
+    return 6 * (2 * layer + 32 * vocabulary)
+
+
 def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, capsys):
     row = {"name": "remoe relu", "tokens_per_second": 9.0, "ms_per_step": 1.0, "ratio_to_reference": 2.0}
+    row["model_flops"] = 5e10
     result = TrainStepResult([row | {"sparsity": None}], {"steps": 5})
     monkeypatch.setattr(module, "train_step", lambda options: result)
     monkeypatch.setattr(roofline, "measure_roofline", lambda device, dtype: roofline.Roofline(2e11, 1e11, 3e10))
@@ -53,6 +65,7 @@ def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, c
     assert "100 GFLOP/s, memory reads 30.0 GB/s" in out
     written = json.loads((tmp_path / "step.json").read_text())
     assert (written["rows"], written["details"]) == (result.rows, result.details)
+    assert written["rows"][0]["share_of_gemm_rate"] == 0.25
     assert written["machine"]["torch"]
     assert written["roofline"]["gemm_flops"] == 2e11
 

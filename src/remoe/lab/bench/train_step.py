@@ -27,6 +27,7 @@ from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
 from remoe.lab.training.data import default_dataset
 from remoe.lab.training.trainer import Trainer
+from remoe.models.plan import flops_per_sequence
 
 REMOE, MIXTRAL = "remoe", "mixtral"
 # Name in the table: (package, its router or implementation of the experts, whether the C library keeps freed memory).
@@ -69,7 +70,7 @@ class TrainStepResult:
 
     Attributes:
         rows: name, tokens_per_second, ms_per_step, ratio_to_reference (of tokens/s), sparsity S at the end (None for
-            Mixtral).
+            Mixtral), and model_flops: FLOP/s by `remoe.costs.flops_per_sequence`.
         details: options, shape, and by name each turn's ms per step and the last loss.
     """
 
@@ -112,16 +113,18 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
             process.stop()
     tokens = config.batch_size * config.seq_len
     reference = statistics.median(turns[REFERENCE])
-    rows = [
-        {
+    rows: list[dict[str, object]] = []
+    for name in names:
+        row = {
             "name": name,
             "tokens_per_second": 1e3 * tokens / statistics.median(turns[name]),
             "ms_per_step": statistics.median(turns[name]),
             "ratio_to_reference": reference / statistics.median(turns[name]),
             "sparsity": last[name]["sparsity"],
         }
-        for name in names
-    ]
+        density = model.k / model.num_experts if row["sparsity"] is None else 1 - row["sparsity"]
+        per_token = flops_per_sequence(model, config.seq_len, density) / config.seq_len
+        rows.append(row | {"model_flops": row["tokens_per_second"] * per_token})
     details = {
         "options": asdict(options) | {"data": dataset.path.name},
         "reference": REFERENCE,

@@ -78,7 +78,9 @@ class DecodeArguments(LayerArguments):
 class TrainStepArguments(Common):
     """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
 
-    All contestants have the same shape, batch, data and optimiser, and take turns. Needs `pip install 'remoe[bench]'`.
+    All contestants have the same shape, batch, data and optimiser, and take turns. Columns: "/ reference" tokens/s
+    divided by Mixtral's; "/ GEMM" the model's FLOP/s as a fraction of those of a large matrix product. Needs
+    `pip install 'remoe[bench]'`.
     """
 
     preset: str = "mini"
@@ -86,6 +88,12 @@ class TrainStepArguments(Common):
     data: str | None = None
     """Text, which is prepared in runs/data, or a folder written by `remoe data prepare`. By default the standard
     library."""
+    num_experts: int | None = None
+    """Number of experts, instead of the preset's."""
+    batch_size: int | None = None
+    """Sequences per step, instead of the preset's."""
+    compile: bool = False
+    """Compile our models with torch.compile."""
     settle: int = 120
     """Training steps before ReLU routing is measured: it starts with half of its experts active."""
     rounds: int = 7
@@ -156,17 +164,29 @@ def train_step_command(argv: list[str]) -> int:
     from remoe.lab.bench.train_step import TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
-    given = {name: value for name, value in asdict(arguments).items() if name not in ("out", "threads")}
-    result = train_step(TrainStepOptions(**given))
+    given, config = asdict(arguments), {}
+    for name in ("num_experts", "batch_size", "compile"):
+        if (value := given.pop(name)) not in (None, False):
+            config[name] = value
+    del given["out"], given["threads"]
+    result = train_step(TrainStepOptions(**given, config=config))
     device = pick_device("auto")
     facts, dtype = machine(device) | roofline.libraries(), "bfloat16" if device.type == "cuda" else "float32"
     rates = roofline.measure_roofline(device, getattr(torch, dtype))
-    columns = ("tokens_per_second", "ms_per_step", "ratio_to_reference", "sparsity")
-    table = Table(title="training step", title_justify="left")
+    for row in result.rows:
+        row["share_of_gemm_rate"] = row["model_flops"] / rates.gemm_flops
+    columns = {
+        "tokens_per_second": "tokens/s",
+        "ms_per_step": "ms",
+        "ratio_to_reference": "/ reference",
+        "share_of_gemm_rate": "/ GEMM",
+        "sparsity": "sparsity",
+    }
+    table = Table(title="training step", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption, table.caption_justify = roofline.describe(facts, rates, dtype), "left"
-    table.add_column("implementation")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(row["name"], *("" if row[c] is None else _figure(row[c]) for c in columns))
     Console().print(table)
