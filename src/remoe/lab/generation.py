@@ -63,6 +63,34 @@ def check_prompt(prompt: str) -> None:
         raise ConfigError(f"the prompt is not valid UTF-8 text: {error}") from error
 
 
+def check_length(
+    model: "PreTrainedModel", prompt_tokens: int, new_tokens: int, option: str = "--max-new-tokens"
+) -> bool:
+    """Whether prompt and text may be longer than the sequences of training, which a model of ours allows.
+
+    Args:
+        model: that will write the text.
+        prompt_tokens: length of the prompt.
+        new_tokens: the most tokens that will be written.
+        option: name of the option that sets new_tokens.
+
+    Raises:
+        ConfigError: for a prompt longer than the model's longest sequence and LONGEST_PROMPT, or, for a model that is
+            not ours, more tokens than that sequence.
+    """
+    from remoe.models.modeling_remoe import RemoeForCausalLM
+
+    context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
+    if prompt_tokens > (longest := max(context or 0, LONGEST_PROMPT)):
+        raise ConfigError(f"the prompt has {prompt_tokens:,} tokens; this model takes at most {longest:,}")
+    beyond = context is not None and prompt_tokens + new_tokens > context
+    if beyond and not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
+        raise ConfigError(
+            f"prompt and text may exceed {context} tokens, the most that this model takes: lower {option}"
+        )
+    return beyond
+
+
 def generate_text(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, options: SamplingOptions
 ) -> str:
@@ -94,17 +122,11 @@ def generate_text(
     special = not isinstance(model, RemoeForCausalLM)
     ids = tokenizer(prompt, add_special_tokens=special)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=model.device)
-    context = getattr(model.config, "max_position_embeddings", None)  # not every transformers model has one
-    if len(ids) > (longest := max(context or 0, LONGEST_PROMPT)):
-        raise ConfigError(f"the prompt has {len(ids):,} tokens; this model takes at most {longest:,}")
     if options.max_new_tokens > MANY_TOKENS:
         logger.warning("writing up to %d tokens, which takes a while", options.max_new_tokens)
-    if context is not None and len(ids) + options.max_new_tokens > context:
-        if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
-            raise ConfigError(
-                f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
-            )
-        logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
+    if check_length(model, len(ids), options.max_new_tokens):
+        longest = model.config.max_position_embeddings
+        logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", longest)
     sampling = {"do_sample": False}
     if options.temperature > 0:
         sampling = {
