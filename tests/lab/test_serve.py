@@ -10,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_run import FLAGS
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import remoe
 from remoe.lab.cli import serve
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
@@ -21,7 +24,7 @@ from remoe.lab.serving.server import CPU_BATCHING, serving
 from remoe.lab.training.load import load_model
 
 GREEDY = {"max_tokens": 12, "temperature": 0}
-ENDLESS = {"model": "mine", "prompt": "cow", "max_tokens": 500_000, "temperature": 0}
+ENDLESS = {"model": "mine", "prompt": "cow", "max_tokens": 20_000, "temperature": 0}
 PROMPTS = [f"cow {i % 7}. sheep" + " goat" * (i % 5) for i in range(32)]
 
 
@@ -124,7 +127,7 @@ def test_requests_at_the_same_time_do_not_change_each_other(client, together, wr
 def send(url, path="/v1/completions", body=None, host=None):
     """A connection on which a request was sent, by hand, so that a test can close it."""
     address = url.split("/")[2]
-    connection = socket.create_connection(address.rsplit(":", 1), timeout=20)
+    connection = socket.create_connection(address.rsplit(":", 1), timeout=60)
     text = json.dumps(body)
     head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {host or address}\r\nConnection: close\r\n"
     if body:
@@ -140,7 +143,7 @@ def load(url):
 
 
 def wait_for_load(url, number):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while (now := load(url)) != {"requests": number, "generating": number}:
         assert time.monotonic() < end, now
         time.sleep(0.02)
@@ -169,7 +172,7 @@ def test_a_text_that_is_written_before_the_server_listens_for_it_arrives(togethe
             super().__init__(*args, **options)
 
     monkeypatch.setattr(utils, "CBStreamer", Late)
-    pieces = list(complete(connect(together).with_options(timeout=10), "cow", max_tokens=1, stream=True))
+    pieces = list(complete(connect(together).with_options(timeout=60), "cow", max_tokens=1, stream=True))
     assert pieces[-1].usage.completion_tokens == 1
 
 
@@ -189,6 +192,49 @@ def test_the_end_does_not_wait_for_what_is_being_written(batching, folder, monke
     assert "Traceback" not in caplog.text + capfd.readouterr().err
 
 
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def capped(run):
+    model = load_model(run)[0]
+    model.set_max_experts(1)
+    model.config.max_experts = 1
+    return model
+
+
+def upcycled(_):
+    return remoe.upcycle(LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.3)), num_experts=4)
+
+
+def relufied(_):
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=4, num_local_experts=4))
+    remoe.relufy(model, [torch.arange(120).view(2, 60)])
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [capped, upcycled, relufied])
+def test_exports_and_converted_models_are_served(make, run, tmp_path, monkeypatch):
+    model = make(run)
+    model.save_pretrained(tmp_path / "mine")
+    load_model(run)[1].save_pretrained(tmp_path / "mine")
+    loaded, tokenizer, _ = load_model(tmp_path / "mine")
+    options = SamplingOptions(temperature=0, max_new_tokens=12)
+    expected = [generate_text(loaded, tokenizer, prompt, options) for prompt in PROMPTS[:3]]
+    assert len(set(expected)) > 1
+    monkeypatch.setitem(CPU_BATCHING, "max_memory_percent", 0.01)
+    monkeypatch.setattr(server, "GRACE", 0.1)
+    with serving(tmp_path / "mine", port=0, continuous_batching=True) as (url, _), ThreadPoolExecutor(3) as pool:
+        client = connect(url)
+        assert list(pool.map(lambda prompt: complete(client, prompt).choices[0].text, PROMPTS[:3])) == expected
+
+
 @pytest.mark.slow
 def test_a_page_of_another_site_is_refused(url):
     status = {}
@@ -199,15 +245,60 @@ def test_a_page_of_another_site_is_refused(url):
 
 
 @pytest.mark.slow
-def test_a_stop_word_ends_the_text(client, written):
+@pytest.mark.parametrize("kind", ["url", "together"])
+def test_a_stop_word_ends_the_text(kind, written, request):
+    client = connect(request.getfixturevalue(kind))
     whole = written("cow 1. sheep")
     word = whole[2:5]
-    answer = complete(client, "cow 1. sheep", stop=[word])
+    answer = complete(client, "cow 1. sheep", stop=[word, "never"])
     assert answer.choices[0].finish_reason == "stop"
     text = answer.choices[0].text
     assert whole.startswith(text)
+    assert word in text
     assert 5 <= len(text) < len(whole)
     assert answer.usage.completion_tokens < 12
+    pieces = list(complete(client, "cow 1. sheep", stop=word, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == text
+    assert pieces[-1].choices[0].finish_reason == "stop"
+    assert pieces[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert complete(client, "cow 1. sheep", stop="never").choices[0].text == whole
+    wait_for_load(str(client.base_url), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["url", "together"])
+def test_a_prompt_longer_than_the_window_is_continued_as_by_generate(kind, written, request):
+    client = connect(request.getfixturevalue(kind))
+    prompt = " ".join(3 * PROMPTS)  # the window is 32 tokens, and a forward pass of the batch at most 512
+    answer = complete(client, prompt, max_tokens=4)
+    assert answer.usage.prompt_tokens > 512
+    assert answer.choices[0].text == written(prompt, max_new_tokens=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["url", "together"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_answered_is_an_error_of_one_line(kind, stream, request):
+    import openai
+
+    client = connect(request.getfixturevalue(kind))
+    wrong = {
+        "the prompt has 60,000 tokens; this model takes at most 16,384": {"prompt": "\u00a7" * 30_000},
+        "max_tokens must be from 1 to 1,000,000, but is 0": {"prompt": "cow", "max_tokens": 0},
+    }
+    if kind == "together":
+        wrong["all requests have the sampling settings of the first one: temperature"] = {
+            "prompt": "cow",
+            "temperature": 1,
+        }
+        wrong["tokens; the server has room for "] = {"prompt": "cow", "max_tokens": 1_000_000}
+    complete(client, "cow")
+    for message, options in wrong.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, stream=stream, **options)
+        assert message in caught.value.body["message"]
+        assert "\n" not in caught.value.body["message"]
+    assert load(str(client.base_url)) == {"requests": 0, "generating": 0}
 
 
 @pytest.mark.slow

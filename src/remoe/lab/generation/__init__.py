@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 from remoe.lab.generation.options import Sampling, SamplingOptions, check_prompt
 
 if TYPE_CHECKING:
-    from remoe.lab.generation.text import generate_ids, generate_text, write_texts
+    from remoe.lab.generation.text import check_length, generate_ids, generate_text, write_texts
 
-__all__ = ["Sampling", "SamplingOptions", "check_prompt", "generate_ids", "generate_text", "write_texts"]
+__all__ = [
+    "Sampling",
+    "SamplingOptions",
+    "check_length",
+    "check_prompt",
+    "generate_ids",
+    "generate_text",
+    "write_texts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -183,19 +183,45 @@ def check_dial(model: PreTrainedModel, options: SamplingOptions) -> None:
 
 def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], options: SamplingOptions) -> None:
     """Raises ConfigError for a prompt that is too long, and warns of what takes long or is longer than in training."""
-    context = longest_sequence(model)
-    most, longest = max(lengths, default=0), max(context or 0, LONGEST_PROMPT)
-    if most > longest:
-        which = "the prompt" if len(lengths) == 1 else f"prompt {lengths.index(most) + 1}"
-        raise ConfigError(f"{which} has {most:,} tokens; this model takes at most {longest:,}")
+    most = max(lengths, default=0)
+    which = "the prompt" if len(lengths) == 1 else f"prompt {lengths.index(most) + 1}"
+    beyond = check_length(model, most, options.max_new_tokens, which=which)
     if options.max_new_tokens > MANY_TOKENS:
         logger.warning("writing up to %d tokens, which takes a while", options.max_new_tokens)
-    if context is not None and most + options.max_new_tokens > context:
-        if not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
-            raise ConfigError(
-                f"prompt and text may exceed {context} tokens, the most that this model takes: lower --max-new-tokens"
-            )
+    if beyond:
+        context = longest_sequence(model)
         logger.warning("prompt and text may exceed %d tokens, the longest sequence seen in training", context)
+
+
+def check_length(
+    model: PreTrainedModel,
+    prompt_tokens: int,
+    new_tokens: int,
+    option: str = "--max-new-tokens",
+    which: str = "the prompt",
+) -> bool:
+    """Whether prompt and text may be longer than the sequences of training, which a model of ours allows.
+
+    Args:
+        model: that will write the text.
+        prompt_tokens: length of the prompt.
+        new_tokens: the most tokens that will be written.
+        option: name of the option that sets new_tokens.
+        which: name of the prompt.
+
+    Raises:
+        ConfigError: for a prompt longer than the model's longest sequence and LONGEST_PROMPT, or, for a model that is
+            not ours, more tokens than that sequence.
+    """
+    context = longest_sequence(model)
+    if prompt_tokens > (longest := max(context or 0, LONGEST_PROMPT)):
+        raise ConfigError(f"{which} has {prompt_tokens:,} tokens; this model takes at most {longest:,}")
+    beyond = context is not None and prompt_tokens + new_tokens > context
+    if beyond and not isinstance(model, RemoeForCausalLM):  # it may have no positions beyond
+        raise ConfigError(
+            f"prompt and text may exceed {context} tokens, the most that this model takes: lower {option}"
+        )
+    return beyond
 
 
 def _settings(

@@ -6,6 +6,7 @@ transformers 5.24 stops a stream whose client has gone away. Any other request i
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -13,9 +14,30 @@ from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StoppingCriteria
-from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
+from transformers.cli.serving.utils import CBGenerateManager, GenerateManager, _StreamError
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from remoe.errors import ConfigError
+from remoe.lab.generation import LONGEST_TEXT, check_length
 
 Running = dict[str, Callable[[], None]]
+
+# Settings of generation that each request of a batch has for itself, and those that only sampling uses.
+OF_A_REQUEST = {"max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id"}
+OF_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+
+
+def check_request(model: PreTrainedModel, input_ids: list[int] | torch.Tensor, config: GenerationConfig) -> int:
+    """The most tokens that a request may take in all.
+
+    Raises:
+        ConfigError: when the request cannot be answered; the server makes an error 400 of it.
+    """
+    if not 1 <= config.max_new_tokens <= LONGEST_TEXT:
+        raise ConfigError(f"max_tokens must be from 1 to {LONGEST_TEXT:,}, but is {config.max_new_tokens}")
+    tokens = len(input_ids) if isinstance(input_ids, list) else input_ids.shape[-1]
+    check_length(model, tokens, config.max_new_tokens, "max_tokens")
+    return tokens + config.max_new_tokens
 
 
 class _Stop(StoppingCriteria):
@@ -49,9 +71,18 @@ class OneByOne(GenerateManager):
         future.add_done_callback(self._unfinished.discard)
         return future
 
-    def generate_streaming(self, *args: Any, request_id: str, **options: Any) -> tuple[asyncio.Queue, Any]:
+    def generate_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict[str, torch.Tensor],
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue, Any]:
         """As transformers does."""
-        pieces, streamer = super().generate_streaming(*args, request_id=request_id, **options)
+        check_request(model, inputs["input_ids"], gen_config)
+        pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         self.running[request_id] = streamer.cancel
         return pieces, streamer
 
@@ -64,6 +95,7 @@ class OneByOne(GenerateManager):
         request_id: str,
     ) -> tuple[str, int, torch.Tensor]:
         """Text, number of tokens of the prompt, and tokens of the text."""
+        check_request(model, inputs["input_ids"], gen_config)
         loop, stopped = asyncio.get_running_loop(), threading.Event()
         answer = loop.create_future()
 
@@ -106,19 +138,96 @@ class Together(CBGenerateManager):
             return 0
         return len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests)
 
-    def generate_streaming(self, *args: Any, request_id: str, **options: Any) -> tuple[asyncio.Queue, Any]:
-        """As transformers does."""
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        """Starts with the first request, whose settings of sampling are those of all.
+
+        Raises:
+            ConfigError: for a later request with others.
+        """
+        super().init_cb(model, gen_config)
+        first, other = (_shared_settings(config) for config in (self._cb.generation_config, gen_config))
+        differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        if differing:
+            names = "temperature" if "do_sample" in differing else ", ".join(differing)
+            raise ConfigError(
+                f"with continuous batching, all requests have the sampling settings of the first one: {names} differs"
+            )
+
+    def generate_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict[str, list[int]],
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue, Any]:
+        """As transformers does, but a stop word ends the text."""
+        self._check_room(check_request(model, inputs["input_ids"], gen_config))
         # There already, should the first token be faster than transformers, which adds its own after the request.
         handlers = self._cb.output_router.result_handlers
         self._cb.register_result_handler(request_id, lambda output: handlers[request_id][0](output))
-        pieces, streamer = super().generate_streaming(*args, request_id=request_id, **options)
+        pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        if gen_config.stop_strings:
+            self._stop_at(gen_config.stop_strings, processor, request_id, streamer)
         self.running[request_id] = lambda: self._cancel(request_id)
         return pieces, streamer
 
-    async def generate_non_streaming(self, *args: Any, request_id: str, **options: Any) -> tuple[str, int, list[int]]:
-        """As transformers does."""
+    async def generate_non_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict[str, list[int]],
+        gen_config: GenerationConfig,
+        request_id: str,
+    ) -> tuple[str, int, list[int]]:
+        """Text, number of tokens of the prompt, and tokens of the text."""
+        if gen_config.stop_strings:
+            return await self._until_stop(model, processor, inputs, gen_config, request_id)
+        self._check_room(check_request(model, inputs["input_ids"], gen_config))
         self.running[request_id] = lambda: self._cancel(request_id)
-        return await super().generate_non_streaming(*args, request_id=request_id, **options)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+
+    def _stop_at(self, words: str | list[str], processor: Any, request_id: str, streamer: Any) -> None:
+        """Ends a text with the token that completes a stop word; the streamer gets its tokens as `written`."""
+        words = [words] if isinstance(words, str) else words
+        reach = max(len(word.encode()) for word in words) + 4  # tokens that may have a part of a word, and some more
+        handlers = self._cb.output_router.result_handlers
+        handle, loop = handlers[request_id]
+        stopped = False
+
+        def hand_on(output: GenerationOutput) -> None:
+            nonlocal stopped
+            if stopped:  # a token that was on its way
+                return
+            streamer.written = output.generated_tokens
+            tail = processor.decode(output.generated_tokens[-reach:], skip_special_tokens=True)
+            stopped = any(word in tail for word in words)
+            if stopped and not output.is_finished():
+                output.status = RequestStatus.FINISHED
+                self._cb.cancel_request(request_id)
+            handle(output)
+
+        handlers[request_id] = hand_on, loop
+
+    async def _until_stop(self, *request: Any) -> tuple[str, int, list[int]]:
+        """As `generate_non_streaming`, by way of a stream, because every token must be looked at."""
+        pieces, streamer = self.generate_streaming(*request)
+        while (piece := await pieces.get()) is not None:
+            if isinstance(piece, _StreamError):
+                raise RuntimeError(piece.msg)
+        _, processor, inputs, *_ = request
+        text = processor.decode(streamer.written, skip_special_tokens=True)
+        return text, len(inputs["input_ids"]), streamer.written
+
+    def _check_room(self, tokens: int) -> None:
+        """Raises ConfigError for more tokens than the cache takes, at which the thread would end."""
+        while self._cb.batch_processor is None and self._cb.is_running():
+            time.sleep(0.001)  # the thread makes the cache first of all
+        if self._cb.batch_processor is not None:
+            room = self._cb.batch_processor.cache.max_tokens_read
+            if tokens > room:
+                raise ConfigError(f"prompt and text may have {tokens:,} tokens; the server has room for {room:,}")
 
     def _cancel(self, request_id: str) -> None:
         """Takes a request out of the batch, with what was kept to deliver its tokens."""
@@ -134,3 +243,9 @@ class Together(CBGenerateManager):
         """Ends the thread after its present step, whatever it has to do."""
         if self._cb is not None:
             self._cb.stop(hard_stop=True)
+
+
+def _shared_settings(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that hold for all requests of a batch."""
+    without = OF_A_REQUEST if config.do_sample else OF_A_REQUEST | OF_SAMPLING
+    return {name: value for name, value in config.to_dict().items() if name not in without}

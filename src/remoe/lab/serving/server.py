@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -25,6 +26,9 @@ from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.serving.gate import Gate
 from remoe.lab.training.load import load_model
 from remoe.models.modeling_remoe import RemoeForCausalLM
+
+if TYPE_CHECKING:
+    from fastapi.responses import JSONResponse
 
 # Continuous batching without a GPU: the share of the memory for its cache, of which transformers takes 0.6, and the
 # tokens of one forward pass.
@@ -38,6 +42,7 @@ HANDLERS = {  # by argument of `build_server`: module and class
     "systemone_handler": ("systemone", "SystemOneHandler"),
 }
 GRACE = 2.0  # seconds for what is being answered when the server ends
+KEEP_ALIVE = 65  # seconds: longer than clients keep a connection, or one may send a request on it as it is closed
 NEEDED = {  # what else is used of transformers' server: module, function or class, arguments
     ("server", "build_server"): {"model_manager", "generation_state", *HANDLERS},
     ("model_manager", "ModelManager"): {"device", "continuous_batching", "force_model"},
@@ -117,9 +122,10 @@ def serving(
         state = _state(theirs["utils"], name, running, continuous_batching, model.device)
         handlers = {key: getattr(theirs[module], kind)(manager, state) for key, (module, kind) in HANDLERS.items()}
         app = theirs["server"].build_server(manager, **handlers, generation_state=state)
+        app.add_exception_handler(ConfigError, _refuse)
         held = state.get_manager(name, use_cb=continuous_batching).held
         app.add_api_route("/load", lambda: {"requests": len(running), "generating": held()})
-        options = {"log_level": "error", "access_log": False, "lifespan": "off"}
+        options = {"log_level": "error", "access_log": False, "lifespan": "off", "timeout_keep_alive": KEEP_ALIVE}
         server = uvicorn.Server(uvicorn.Config(Gate(app, host, running), host=host, port=port, **options))
         thread = threading.Thread(target=server.run, name="remoe serve")
         thread.start()
@@ -138,6 +144,13 @@ def serving(
             thread.join()
             state.shutdown()
             manager.shutdown()
+
+
+def _refuse(_: object, error: ConfigError) -> "JSONResponse":
+    """Error 400 for a request that cannot be answered, in the form of OpenAI's API."""
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
 
 @contextmanager
