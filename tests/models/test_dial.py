@@ -82,6 +82,14 @@ def test_generate_takes_the_dial_for_each_row_and_with_several_answers():
     assert not torch.allclose(together.logits[0][2], unlimited.logits[0][2])  # the cap of one has an effect
 
 
+def test_beams_take_one_number_as_a_tensor_and_a_list():
+    model, ids = model_of(), tokens(batch=2)
+    for value, expected in ((torch.tensor(1), 1), ([1, 1], 1)):
+        found = write(model, ids, max_experts=value, num_beams=2)
+        assert torch.equal(found.logits[0], write(model, ids, max_experts=expected, num_beams=2).logits[0])
+    assert not torch.equal(found.logits[0], write(model, ids, num_beams=2).logits[0])
+
+
 @torch.no_grad()
 def test_the_path_of_few_tokens_takes_the_dial(monkeypatch):
     used = []

@@ -110,6 +110,49 @@ def test_unknown_tokens_are_routed_by_the_router():
         assert torch.equal(pairs_TE[~known_T], layer.router(x_TD).gate_TE[~known_T] > 0)
 
 
+@pytest.mark.parametrize("name", ["relu", "relufied"])
+@torch.no_grad()
+def test_a_cap_or_threshold_leaves_given_pairs_alone(name):
+    model, ids = MODELS[name]()
+    other = Replay.of(model(input_ids=ids.flip(1)).routings)
+    with replay_routing(model, other):
+        expected = model(input_ids=ids).logits
+    model.set_max_experts(1)
+    model.set_gate_threshold(0.05)
+    with replay_routing(model, other):
+        output = model(input_ids=ids)
+    assert torch.equal(output.logits, expected)
+    known_T = torch.arange(ids.numel()) < 4
+    with replay_routing(model, Replay(other.active_LTE, None, known_T)):
+        routing = model(input_ids=ids).routings[0]
+    assert torch.equal(executed_pairs(routing)[known_T], other.active_LTE[0][known_T])
+    assert other.active_LTE[0][~known_T].sum(dim=1).max() > 1
+    assert executed_pairs(routing)[~known_T].sum(dim=1).max() == 1  # the router's own pairs are limited as always
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_with_fewer_slots_refuses_the_replay(training):
+    model, ids = ours(max_experts=2)
+    refused = pytest.raises(ConfigError, match="has 3 experts, but the model is for 2 at most")
+    with refused, replay_routing(model.train(training), Replay([torch.tensor([[1, 1, 1, 0]] * 27).bool()] * 3)):
+        model(ids)
+
+
+@torch.no_grad()
+def test_routers_that_an_adapter_wraps_are_replayed():
+    peft = pytest.importorskip("peft")
+    model, ids = ours()
+    other = Replay.of(model(ids.flip(1)).routings)
+    with replay_routing(model, other):
+        expected = model(ids).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["router"])).eval()
+    with replay_routing(adapted, other):
+        assert torch.equal(adapted(input_ids=ids).logits, expected)
+    with torch.enable_grad(), replay_routing(adapted, other):
+        routings = adapted(input_ids=ids).routings
+    assert all(torch.equal(executed_pairs(one), given) for one, given in zip(routings, other.active_LTE, strict=True))
+
+
 def test_disagreement_is_the_share_of_pairs_that_one_has():
     first = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]).bool()
     second = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 0]]).bool()

@@ -9,10 +9,12 @@ Legend: T tokens, D model width, F expert width, E experts, c slots of a token.
 import torch
 from torch import Tensor, nn
 
+from remoe.errors import check
 from remoe.experts import Experts
 from remoe.layer import MoE
 from remoe.routing import Routing
 from remoe.routing.assignment import Assignment
+from remoe.routing.replay import ReplayedRouting, executed_pairs
 
 
 class CappedExperts(Experts):
@@ -47,10 +49,17 @@ class CappedMoE(MoE):
 
     def _limited(self, routing: Routing, threshold: float | Tensor, cap: int | Tensor | None) -> Routing:
         if self.training:
-            return routing.pruned(0.0, self.cap)
-        if isinstance(cap, Tensor):
-            return routing.pruned(threshold, cap.clamp(max=self.cap))
-        return routing.pruned(threshold, min(self.cap, cap or self.cap))
+            routing = routing.pruned(0.0, self.cap)
+        elif isinstance(cap, Tensor):
+            routing = routing.pruned(threshold, cap.clamp(max=self.cap))
+        else:
+            routing = routing.pruned(threshold, min(self.cap, cap or self.cap))
+        if isinstance(routing, ReplayedRouting):  # its pairs are not pruned, but there are no more slots
+            most = int(executed_pairs(routing).sum(dim=1).max())
+            check(
+                most <= self.cap, f"a token of the replay has {most} experts, but the model is for {self.cap} at most"
+            )
+        return routing
 
     def _slots(self, routing: Routing) -> tuple[Tensor, Tensor]:
         size_TE = routing.gate_TE.detach().abs()

@@ -5,12 +5,14 @@ Legend: T tokens, E experts.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import nn
 
 from remoe.convert.relufy.model import RelufiedRouter
 from remoe.errors import ConfigError, check
 from remoe.layer import MoE
+from remoe.routing import Router, Routing
 from remoe.routing.replay import Replay
 
 
@@ -42,11 +44,23 @@ def replay_routing(model: nn.Module, replay: Replay) -> Iterator[None]:
         raise ConfigError("the model's router routes no pairs: there is nothing to replay")
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            handle = layer.router.register_forward_hook(
-                lambda router, given, own, index=index: replay.apply(index, router, own, given[1])  # x_TD, mask_T
-            )
-            stack.callback(handle.remove)
+            for module in layer.router.modules():  # an adapter may have wrapped the router, or put a copy beside it
+                if isinstance(module, Router):
+                    hook = partial(_replayed, replay, index)
+                elif module is layer.router:
+                    hook = _nothing
+                else:
+                    continue
+                stack.callback(module.register_forward_hook(hook).remove)
         for router in relufied:
             stack.callback(setattr, router, "replay", router.replay)
             router.replay = replay
         yield
+
+
+def _replayed(replay: Replay, index: int, router: Router, given: tuple, own: Routing) -> Routing:
+    return replay.apply(index, router, own, given[1])  # x_TD, mask_T
+
+
+def _nothing(*_: object) -> None:
+    """The hook of a wrapper, which tells the layer that calling it does more than its gates say."""

@@ -132,3 +132,14 @@ class RoutedModel(Dialled):
         if not self.config.routes_pairs:
             raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
         return [layer.mlp for layer in self.model.layers]
+
+    def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[Tensor, dict[str, object]]:
+        """As transformers does, which repeats tensors for each beam: one without dimensions stays as it is."""
+        for_all = {}
+        for name in ("gate_threshold", "max_experts"):
+            if isinstance(kwargs.get(name), Tensor | list | tuple):
+                kwargs[name] = torch.as_tensor(kwargs[name])
+                if kwargs[name].ndim == 0:
+                    for_all[name] = kwargs.pop(name)
+        input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        return input_ids, kwargs | for_all

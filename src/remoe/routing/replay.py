@@ -81,7 +81,8 @@ class Replay:
             if known_T1 is not None:
                 gate_TE = torch.where(known_T1, gate_TE, own.gate_TE)
         values = own.logits_TE, own.num_tokens, own.regularizer, own.extra_loss, own.statistic_E
-        return ReplayedRouting(Assignment.from_gates(gate_TE, active_TE), gate_TE, *values, own)
+        known_T = None if self.known_T is None else self.known_T.to(device)
+        return ReplayedRouting(Assignment.from_gates(gate_TE, active_TE), gate_TE, *values, own, known_T)
 
 
 @tree
@@ -93,9 +94,11 @@ class ReplayedRouting(Routing):
 
     Attributes:
         own: what the router itself would have executed.
+        known_T: (T,) bool, the tokens whose pairs were given; None for all.
     """
 
     own: Routing | None = None
+    known_T: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:
@@ -104,9 +107,15 @@ class ReplayedRouting(Routing):
         return self.own.count_E
 
     def pruned(self, threshold: float | Tensor, cap: int | Tensor | None) -> Self:
-        """As `Routing.pruned`, of the given pairs and of the router's own."""
+        """As `Routing.pruned`, of the router's own pairs. Given pairs are executed as they were given."""
         assert self.own is not None
-        return replace(super().pruned(threshold, cap), own=self.own.pruned(threshold, cap))
+        own = self.own.pruned(threshold, cap)
+        if self.known_T is None:
+            return replace(self, own=own)
+        known_T1 = self.known_T[:, None]
+        gate_TE = torch.where(known_T1, self.gate_TE, own.gate_TE)
+        active_TE = torch.where(known_T1, executed_pairs(self), executed_pairs(own))
+        return replace(self, assignment=Assignment.from_gates(gate_TE, active_TE), gate_TE=gate_TE, own=own)
 
 
 def gates_on_pairs(router: Any, own: Routing, active_TE: Tensor) -> Tensor:

@@ -78,3 +78,32 @@ def test_pairs_of_another_program_are_executed(tmp_path):
         replay_of_record(record, 4)
     with pytest.raises(ConfigError, match="no such sequences"):
         replay_of_record(record, 6, slice(2, 3))
+    with pytest.raises(ConfigError, match="must not be negative"):
+        replay_of_record(record, 6, slice(-1, None))
+
+
+@torch.no_grad()
+def test_a_batch_with_padding_on_the_left_is_matched_token_for_token():
+    model, ids = build(), tokens()
+    text = Given(ids, [9, 5, 9])
+    record = record_routing(Mixture(model), text, losses=False)
+    length = ids.shape[1] + 2
+    input_ids, mask = torch.zeros(3, length, dtype=torch.int64), torch.zeros(3, length, dtype=torch.int64)
+    for row, n in enumerate([9, 5, 9]):
+        input_ids[row, -n:], mask[row, -n:] = ids[row, :n], 1
+    batch = {"input_ids": input_ids, "attention_mask": mask}
+    replay, token_BS = replay_of_record(record, length, **batch)
+    assert torch.equal(token_BS, input_ids.where(mask.bool(), -1))
+    expected = model(**batch)
+    with replay_routing(model, replay):
+        found = model(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    assert replay.active_LTE[0][mask.flatten().bool()].any()
+    input_ids[1, -2] += 1
+    with pytest.raises(ConfigError, match=rf"row 1, column {length - 2}: the batch has token {input_ids[1, -2]}"):
+        replay_of_record(record, length, **batch)
+    mask[2, 2:6] = 0
+    with pytest.raises(ConfigError, match="row 2 of the batch has 5 tokens, but its sequence in record has 9"):
+        replay_of_record(record, length, attention_mask=mask)
+    with pytest.raises(ConfigError, match="input_ids must be"):
+        replay_of_record(record, length, input_ids=ids)
