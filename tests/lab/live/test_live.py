@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 
 import pytest
+from accessible import check_accessible
 
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.cli.main import main
@@ -229,4 +230,5 @@ def test_frames_of_idle_experts_are_seen_light_and_dark(run, browser):
                 shown = [strength * a + (1 - strength) * b for a, b in zip(fill, paper, strict=True)]
                 assert opacity == "1"
                 assert min(contrast(frame, shown), contrast(frame, paper)) >= 3
+        check_accessible(page)
         page.close()
