@@ -1,6 +1,7 @@
 """The live page: what a run has written, in pieces, its state in words, and a server that only this machine reaches."""
 
 import json
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 
 import pytest
+from accessible import check_accessible
 
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.cli.main import main
@@ -190,3 +192,43 @@ def test_a_page_of_an_earlier_server_takes_all_rows_anew(run, monkeypatch):
     answer = Growth(run).answer(earlier, 2)
     assert answer["epoch"] != earlier
     assert len(answer["rows"]) == 2
+
+
+def contrast(first, second):
+    """Ratio of the relative luminances of two colours, (red, green, blue) to 255, as WCAG 2 defines it."""
+
+    def luminance(colour):
+        parts = [value / 255 for value in colour]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.slow
+def test_frames_of_idle_experts_are_seen_light_and_dark(run, browser):
+    run.metrics.write_text(line(1, load_per_expert=[[0.0, 0.06], [0.5, 0.9]]))
+    with serving(Growth(run), 0) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#cells i.few")
+        assert page.locator("#cells i.few").count() == 2  # with less than an eighth of the target, one half
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            found = page.locator("#cells i.few").evaluate_all(
+                """all => all.map((cell) => {
+                  const style = getComputedStyle(cell);
+                  return [style.outlineColor, style.backgroundColor, getComputedStyle(document.body).backgroundColor,
+                    style.opacity];
+                })"""
+            )
+            for *colours, opacity in found:
+                frame, (*fill, strength), paper = (
+                    [float(number) for number in re.findall(r"[\d.]+", colour)] for colour in colours
+                )
+                shown = [strength * a + (1 - strength) * b for a, b in zip(fill, paper, strict=True)]
+                assert opacity == "1"
+                assert min(contrast(frame, shown), contrast(frame, paper)) >= 3
+        check_accessible(page)
+        page.close()

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from accessible import check_accessible
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.writing import Written
@@ -154,6 +155,11 @@ def test_hostile_text_in_a_generation_does_no_harm(page, opened, written):
     with shown.expect_download() as download:
         shown.locator("#generation-steps > .tools .csv").click()
     assert download.value.path().read_text().count("\n") >= T + 1
+
+
+@pytest.mark.slow
+def test_a_page_with_a_generation_is_accessible(page, opened):
+    check_accessible(opened(page))
 
 
 def test_a_page_with_a_generation_begins_with_it(page):

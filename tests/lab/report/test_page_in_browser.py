@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accessible import check_accessible
 from pages import FIGURES, SAVED
 from tiny_run import FLAGS
 
@@ -205,6 +206,10 @@ def test_the_dial_marks_the_model_as_it_was_trained(run, opened):
         setting, measured, trained = page.locator(f"#dial-{name}-loss .u-value").all_text_contents()
         assert float(setting) == dial[name]["setting"][place]
         assert float(measured) == float(trained) == pytest.approx(dial[name]["loss"][place], abs=5e-3)
+
+
+def test_a_page_is_accessible(run, opened):
+    check_accessible(opened(run / "report.html"))
 
 
 def test_a_page_is_printed_on_white(run, opened):

@@ -6,7 +6,7 @@ Names load on first use, so that the options do not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from remoe.lab.generation.options import Sampling, SamplingOptions, check_prompt
+from remoe.lab.generation.options import LONGEST_TEXT, Sampling, SamplingOptions, check_prompt
 
 if TYPE_CHECKING:
     from remoe.lab.generation.text import check_length, generate_ids, generate_text, write_texts

@@ -79,7 +79,8 @@ function load(data) {
     shares.forEach((share, expert) => {
       const cell = element(row, "i");
       const target = 1 - data.target;
-      cell.style.opacity = Math.max(0.06, Math.min(1, Math.sqrt(share / Math.min(1, 4 * target))));
+      const strength = Math.max(0.06, Math.min(1, Math.sqrt(share / Math.min(1, 4 * target))));
+      cell.style.setProperty("--strength", strength);  // of the fill alone, so that a frame stays visible
       cell.className = share < target / 8 ? "few" : "";
       cell.title = `layer ${layer}, expert ${expert}: ${(100 * share).toPrecision(3)} % of the tokens`;
     });
