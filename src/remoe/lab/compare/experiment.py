@@ -1,4 +1,6 @@
-"""An experiment file and the runs that it defines. Nothing here reads or writes any other file.
+"""An experiment file and the runs that it defines.
+
+No other file is read or written, except the configuration of a model that a run starts from.
 
 Precedence of a run's options: variant > axis > base. A variant that sets an axis's option therefore keeps its value at
 every point, and one run serves all points.
@@ -11,17 +13,17 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pydantic
 
-from remoe.errors import ConfigError, check
+from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.compare.keys import FORMER_NAMES, key_of
 from remoe.lab.nested import flatten, merge
-from remoe.lab.training.config import FREE_NAMES, TrainConfig, config_from_dict
+from remoe.lab.training.config import FREE_NAMES, FROM, TrainConfig, config_from_dict
 from remoe.lab.training.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,8 @@ class RunSpec:
 def with_steps(run: RunSpec, steps: int, suffix: str) -> RunSpec:
     """The same run with another number of steps, and `suffix` appended to its label."""
     options = {**run.options, "steps": steps}
-    config = config_from_dict(options, run.label)
+    fresh = run.config.from_ is None  # otherwise some of its options are the model's
+    config = config_from_dict(options, run.label) if fresh else replace(run.config, steps=steps)
     return RunSpec(run.variant, run.point, run.seed, steps, run.label + suffix, options, config, key_of(config))
 
 
@@ -311,10 +314,21 @@ def _run(experiment: Experiment, name: str, point: Point, seed: int) -> RunSpec:
     options = {**merge(experiment.base, own), "seed": seed}
     place = f"variant {name}" + (f" at {describe(point)}" if point else "")
     _check_spelling(options, f"experiment {experiment.name}, {place}")
-    config = config_from_dict(options, f"experiment {experiment.name}, {place}")
-    check(config.from_ is None, f"experiment {experiment.name}, {place}: a comparison trains from random weights only")
+    config = _config(options, f"experiment {experiment.name}, {place}")
     options["steps"] = config.steps
     return RunSpec(name, point, seed, config.steps, _label(config, own), options, config, key_of(config))
+
+
+def _config(options: dict[str, Any], source: str) -> TrainConfig:
+    """All options of a run; of one that starts from a model (`from`), those of the model are among them."""
+    if not options.get(FROM):
+        return config_from_dict(options, source)
+    from remoe.lab.training.origin import open_origin  # needs PyTorch
+
+    try:
+        return open_origin(str(options[FROM]), verified=False).base(options, source)
+    except CheckpointError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _check_spelling(options: dict[str, Any], source: str) -> None:
@@ -329,7 +343,9 @@ def _label(config: TrainConfig, own: dict[str, Any]) -> str:
     values = dict(flatten(config.to_dict()))
     parts = [config.preset, config.router]
     for name, given in flatten(own):
-        if name not in ("preset", "router"):
+        if name == FROM:
+            parts.append(Path(str(given)).name)
+        elif name not in ("preset", "router"):
             today = FORMER_NAMES.get(name, (name,))[0]
             parts.append(_word(name.rpartition(".")[2], values.get(today, values.get(name, given))))
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join(parts))

@@ -7,7 +7,7 @@ from typing import Any
 
 from remoe.lab.nested import flatten
 from remoe.lab.training.changes import changes_result
-from remoe.lab.training.config import TrainConfig, config_from_dict
+from remoe.lab.training.config import FROM, TrainConfig, config_from_dict
 from remoe.routing import ROUTERS, router_options
 
 # Options that version 0.1.0 had elsewhere: today's name, and the old default. A run's key hashes the names and values
@@ -70,7 +70,16 @@ def _named_in_0_1_0(config: TrainConfig) -> dict[str, Any]:
             continue  # only routers that lambda steers have it
         if changes_result(name) and value != defaults.get(old):
             values[old] = value
+    if config.from_ is not None:  # the weights count, wherever they are
+        values[FROM] = _weights_of(config.from_)
     return values
+
+
+@functools.cache
+def _weights_of(folder: str) -> dict[str, str]:
+    from remoe.lab.training.origin import open_origin  # needs PyTorch
+
+    return open_origin(folder, verified=False).hashes()
 
 
 def _hash(values: dict[str, Any]) -> str:

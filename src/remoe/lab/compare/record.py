@@ -29,10 +29,11 @@ from remoe.lab.machine import pick_device
 from remoe.lab.nested import flatten
 from remoe.lab.training.build import wants_bfloat16
 from remoe.lab.training.changes import changes_result
-from remoe.lab.training.config import TrainConfig
+from remoe.lab.training.config import FROM, TrainConfig
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.load import load_run
 from remoe.lab.training.metrics import iterate_metrics
+from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.routing import ROUTERS, router_options
 from remoe.stages import stage
 
@@ -298,10 +299,14 @@ class _Pack:
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
-    """The options that influence the result, by dotted names, including every option of the router."""
+    """The options that influence the result, by dotted names, including every option of the router.
+
+    The folder that a run starts from is not among them: its weights are in the run's key, and may be moved.
+    """
     known = router_options(ROUTERS[config.router]) if config.router in ROUTERS else {}
     router = {f"router_options.{name}": option.default for name, option in known.items()}
-    return todays_names(router | {name: value for name, value in flatten(config.to_dict()) if changes_result(name)})
+    options = {name: value for name, value in flatten(config.to_dict()) if changes_result(name) and name != FROM}
+    return todays_names(router | options)
 
 
 def todays_names(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,7 +354,7 @@ def record_of(run: RunFolder, dataset: Dataset, data: str, device: str) -> RunRe
 
 def _routing(run: RunFolder, dataset: Dataset, device: str) -> RoutingSummary | None:
     model, tokenizer, _ = load_run(run.path)
-    if not model.config.routes_pairs:
+    if isinstance(model, RemoeForCausalLM) and not model.config.routes_pairs:
         return None
     config, place = run.load_config(), pick_device(device)
     text = PreparedText(ValidationWindows(dataset.validation, config.seq_len), TOKENS)
