@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from remoe.lab.generation.text import check_length, generate_ids, generate_text, write_texts
 
 __all__ = [
+    "LONGEST_TEXT",
     "Sampling",
     "SamplingOptions",
     "check_length",
