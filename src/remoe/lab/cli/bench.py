@@ -94,6 +94,8 @@ class TrainStepArguments(Common):
     """Sequences per step, instead of the preset's."""
     compile: bool = False
     """Compile our models with torch.compile."""
+    contestants: tuple[str, ...] = ()
+    """Those to measure beside "mixtral grouped_mm", by their names in the table; by default all."""
     settle: int = 120
     """Training steps before ReLU routing is measured: it starts with half of its experts active."""
     rounds: int = 7
@@ -161,13 +163,14 @@ def train_step_command(argv: list[str]) -> int:
     import torch
 
     from remoe.lab.bench import roofline
-    from remoe.lab.bench.train_step import TrainStepOptions, train_step
+    from remoe.lab.bench.train_step import CONTESTANTS, TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
     given, config = asdict(arguments), {}
     for name in ("num_experts", "batch_size", "compile"):
         if (value := given.pop(name)) not in (None, False):
             config[name] = value
+    given["contestants"] = given["contestants"] or tuple(CONTESTANTS)
     del given["out"], given["threads"]
     result = train_step(TrainStepOptions(**given, config=config))
     device = pick_device("auto")
