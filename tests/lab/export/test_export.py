@@ -311,8 +311,8 @@ def test_card_says_what_the_model_is(exported):
     whole = RunFolder(run).load_summary()["validation"]["all"]
     found = {r.metric_type: r.metric_value for r in header.eval_results if r.dataset_config == "all"}
     assert found == {name: whole[name] for name in ("loss", "perplexity", "bits_per_byte")}
-    for plot in ("training-loss.png", "training-course.png"):
-        assert plot in card
+    for plot in ("routing.png", "training-loss.png", "training-course.png"):
+        assert f"]({plot})" in card
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""The model card of an exported run: its data, results and sparsity, with plots of its training."""
+"""The model card of an exported run: its data, results and sparsity, a picture of its routing, plots of training."""
 
 import math
 from pathlib import Path
@@ -8,6 +8,7 @@ from remoe.lab.analysis import figures
 from remoe.lab.analysis.figures import save
 from remoe.lab.data.documents import TOTAL
 from remoe.lab.export.header import header
+from remoe.lab.export.picture import routing_picture
 from remoe.lab.text import markdown
 from remoe.lab.training.checkpoint import saved_step
 from remoe.lab.training.folder import RunFolder
@@ -43,7 +44,7 @@ def write_card(
     quantised: tuple[str, float, float] | None = None,
     licence: str | None = None,
 ) -> None:
-    """Writes README.md, and plots as PNG when the run has its metrics.
+    """Writes README.md, a picture of the routing, and plots when the run has its metrics, all as PNG.
 
     Args:
         run: the run's folder.
@@ -63,6 +64,7 @@ def write_card(
     c = shape_of_relufied(model.config) if relufied else model.config
     name = out.resolve().name
     validation = summary["validation"] if finished else {}
+    routing = routing_picture(model, run, out)
     measured = quantised or capped
     if measured is not None:  # the exported model is not the one that the run measured
         validation = {TOTAL: {"loss": measured[-1], "perplexity": math.exp(min(measured[-1], 700))}}
@@ -72,6 +74,7 @@ def write_card(
         f"# {markdown(name)}\n",
         _what_relufied(model) if relufied else _what(c),
         (_USE_RELUFIED if relufied else _USE) + "\n",
+        *(["## Routing\n", routing] if routing is not None else []),
         "## Training\n",
         _table(
             {
