@@ -9,7 +9,7 @@ from remoe.experts import is_quantised
 
 torchao = pytest.importorskip("torchao")
 
-from remoe.models.quantization import quantize  # noqa: E402
+from remoe.models.quantization import SCHEMES, quantize  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
 
@@ -78,8 +78,29 @@ def test_saved_and_loaded_it_computes_the_same(router, options, dtype, tmp_path)
             quantize(loaded)
 
 
-def test_a_layer_without_any_pair():
-    model = quantize(build())
+@pytest.mark.parametrize(
+    "options", [{}, {"router": "dense"}, {"max_experts": 2, "shared_expert_size": 32, "qk_norm": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_saved_and_loaded_computes_the_same(options, dtype, tmp_path):
+    model, ids = build(**options), torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    before, full = weight_bytes(model), model(ids).logits
+    model = quantize(model, "int4").to(dtype)
+    assert weight_bytes(model) < before / 2
+    assert 0 < (model(ids).logits - full).std() < 0.5 * full.std()
+    model.save_pretrained(tmp_path)
+    loaded = RemoeForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded.config.expert_bits == 4
+    assert weight_bytes(loaded) == weight_bytes(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_without_any_pair(scheme):
+    model = quantize(build(), scheme)
     model.set_gate_threshold(1e9)
     assert model(torch.zeros(1, 5, dtype=torch.int64)).logits.isfinite().all()
 
@@ -87,10 +108,16 @@ def test_a_layer_without_any_pair():
 def test_what_cannot_be_quantised_is_named():
     with pytest.raises(ConfigError, match="unknown quantisation 'int3'"):
         quantize(build(), "int3")
-    with pytest.raises(ConfigError, match="int4 needs CUDA; use int8"):
-        quantize(build(), "int4")
     with pytest.raises(ConfigError, match="merges"):
         quantize(build(router="lory"))
-    model = quantize(build())
-    with pytest.raises(ConfigError, match="already"):
-        quantize(model)
+    with pytest.raises(ConfigError, match="merges"):
+        build(router="lory", expert_bits=4)
+    with pytest.raises(ConfigError, match="expert_bits must be 4 or None, but is 3"):
+        build(expert_bits=3)
+    with pytest.raises(ConfigError, match="multiple of 32 numbers, but they have 16"):
+        quantize(build(intermediate_size=16), "int4")
+    for scheme in SCHEMES:
+        model = quantize(build(), scheme)
+        for other in SCHEMES:
+            with pytest.raises(ConfigError, match="already"):
+                quantize(model, other)

@@ -14,6 +14,7 @@ from remoe.errors import ConfigError
 from remoe.experts.contract import Problem
 from remoe.experts.dispatch import BACKENDS, OPERATORS, TRACED, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
+from remoe.experts.packed import BYTES, GROUP, is_packed, is_quantised, pack, unpack
 from remoe.experts.windows import MIN_STORED_WINDOW, STORED_MULTIPLE
 from remoe.matmul import linear
 from remoe.routing.assignment import Assignment
@@ -75,23 +76,41 @@ class Experts(nn.Module):
         gate_up: Tensor = self.gate_up_proj
         down: Tensor = self.down_proj
         if is_quantised(gate_up):
-            gate_up, down, assignment = _dequantised(gate_up, down, assignment)
+            gate_up, down, assignment = _dequantised(gate_up, down, assignment, x_TD.dtype)
         x_TD, gate_up, down = autocast_tensors(x_TD, gate_up, down)
         stored = stored_pairs(x_TD, down.shape[0], self.k)
         return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
 
     def _run_first(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = linear(x_TD, self.gate_up_proj[0]).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF) * up_TF, self.down_proj[0])
+        gate_up_2FD: Tensor = self.gate_up_proj[0]
+        down_DF: Tensor = self.down_proj[0]
+        if is_packed(gate_up_2FD):
+            gate_up_2FD, down_DF = unpack(gate_up_2FD, x_TD.dtype), unpack(down_DF, x_TD.dtype)
+        gate_TF, up_TF = linear(x_TD, gate_up_2FD).chunk(2, dim=-1)
+        return linear(F.silu(gate_TF) * up_TF, down_DF)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Rounds the weights to 4 bits (`remoe.experts.packed`), for evaluation and generation.
+
+        Raises:
+            ConfigError: where 32 does not divide D or F.
+        """
+        packed = pack(self.gate_up_proj), pack(self.down_proj)
+        self.gate_up_proj, self.down_proj = (nn.Parameter(weight, requires_grad=False) for weight in packed)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Draws new weights from a normal distribution of this standard deviation."""
+        """Draws new weights from a normal distribution of this standard deviation; packed ones stay as they are."""
+        if is_packed(self.gate_up_proj):
+            return
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape
+        if is_packed(self.down_proj):
+            F_ = F_ // BYTES * GROUP
         return f"num_experts={E}, d_model={D}, d_ffn={F_}, backend={self.backend}"
 
 
@@ -158,19 +177,19 @@ def _check(p: Problem) -> None:
         raise ConfigError(f"tokens, weights and pairs must be on one device, but are on {sorted(map(str, devices))}")
 
 
-def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is one of torchao's, whose experts must be dequantised before they run."""
-    return hasattr(weight, "dequantize") and hasattr(weight, "qdata")
-
-
-def _dequantised(gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor, Assignment]:
+def _dequantised(
+    gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Assignment]:
     """Plain weights of the A active experts, at least one, and the same pairs over these experts."""
     active_A = assignment.count_E.nonzero().flatten()
     if not len(active_A):
         active_A = active_A.new_zeros(1)
-    experts = active_A.tolist()
-    gate_up_A2FD = torch.stack([gate_up_E2FD[expert].dequantize() for expert in experts])
-    down_ADF = torch.stack([down_EDF[expert].dequantize() for expert in experts])
+    if is_packed(gate_up_E2FD):
+        gate_up_A2FD, down_ADF = unpack(gate_up_E2FD[active_A], dtype), unpack(down_EDF[active_A], dtype)
+    else:
+        experts = active_A.tolist()
+        gate_up_A2FD = torch.stack([gate_up_E2FD[expert].dequantize() for expert in experts])
+        down_ADF = torch.stack([down_EDF[expert].dequantize() for expert in experts])
     expert_N = torch.searchsorted(active_A, assignment.expert_N)
     count_A = assignment.count_E[active_A]
     return gate_up_A2FD, down_ADF, replace(assignment, expert_N=expert_N, count_E=count_A, pair_TE=None)

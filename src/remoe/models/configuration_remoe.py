@@ -50,6 +50,8 @@ class RemoeConfig(PreTrainedConfig):
         shared_expert_size: width of an expert that every token goes through, beside the routed ones; 0 for none.
         max_experts: the most experts of a token, those with the largest gates; the layers then call their experts as
             transformers' mixtures do (`remoe.models.capped`). None for no cap.
+        expert_bits: 4 for experts whose weights are stored in 4 bits (`remoe.experts.packed`), which take no gradients;
+            None for the dtype of the other weights.
         sparsity: `rule`, `lambda_init`, `alpha` and `fast_start` of `SparsityController`, or some of them.
         regularizer_normalization, router_aux_loss_coef: see `SparsityController`.
         backend: see `remoe.MoE`.
@@ -96,6 +98,7 @@ class RemoeConfig(PreTrainedConfig):
     router_options: dict | None = None
     shared_expert_size: int = 0
     max_experts: int | None = None
+    expert_bits: int | None = None
     sparsity: dict | None = None
     regularizer_normalization: str = "paper"
     router_aux_loss_coef: float = 0.01
@@ -189,6 +192,8 @@ class RemoeConfig(PreTrainedConfig):
                 raise ConfigError(f"max_experts must be at least 1, but is {self.max_experts}")
             if not self.routes_pairs:
                 raise ConfigError(f"router {self.router!r} routes no pairs: max_experts cannot limit them")
+        if self.expert_bits is not None:
+            self._check_bits()
         if not 0 <= self.rms_norm_eps < math.inf:
             raise ConfigError(f"rms_norm_eps must be finite and not negative, but is {self.rms_norm_eps}")
         if self.router_std is not None and not 0 < self.router_std < math.inf:
@@ -205,6 +210,12 @@ class RemoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"tokenizer_size must be between 1 and vocab_size = {self.vocab_size}, but is {self.tokenizer_size}"
             )
+
+    def _check_bits(self) -> None:
+        if self.expert_bits != 4:
+            raise ConfigError(f"expert_bits must be 4 or None, but is {self.expert_bits!r}")
+        if self.router_class.merges:
+            raise ConfigError(f"router {self.router!r} merges its experts' weights, which must not be quantised")
 
     @property
     def router_class(self) -> type[Router]:
@@ -234,13 +245,13 @@ class RemoeConfig(PreTrainedConfig):
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers shards the model over tensor parallel ranks, by the names of its styles.
 
-        Experts are cut along F. Layers that do not route pairs keep their one network whole.
+        Experts are cut along F. Layers that do not route pairs keep their one network whole, and so do packed experts.
         """
         cut = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         if self.qk_norm:
             cut |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
         plan = {f"layers.*.self_attn.{name}": style for name, style in cut.items()}
-        if self.routes_pairs:
+        if self.routes_pairs and self.expert_bits is None:  # a group of packed weights cannot be cut
             plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
             plan["layers.*.mlp.experts.down_proj"] = "rowwise"
             plan["layers.*.mlp.experts"] = "moe_tp_experts"

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.capped import build_mixture
 from remoe.models.configuration_remoe import RemoeConfig
@@ -23,6 +24,17 @@ def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwe
         if isinstance(module, nn.Linear):
             setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
     return attention
+
+
+def pack_experts(layer: MoE) -> None:
+    """Stores the weights of a layer's experts, the shared one among them, in 4 bits.
+
+    Raises:
+        ConfigError: for widths that 32 does not divide.
+    """
+    for experts in (layer.experts, layer.shared_expert):
+        if experts is not None:
+            experts.pack()
 
 
 class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
@@ -52,6 +64,8 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
             shared_expert_size=config.shared_expert_size,
             router_options=config.router_options,
         )
+        if config.expert_bits is not None:
+            pack_experts(self.mlp)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

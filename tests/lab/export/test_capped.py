@@ -103,15 +103,19 @@ def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, run, tmp_p
     assert not (tmp_path / "none").exists()
 
 
-def test_the_command_writes_int8_weights_and_what_they_cost(run, tmp_path, capsys):
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_command_writes_smaller_weights_and_what_they_cost(scheme, corpus, run, tmp_path, capsys):
+    if scheme == "int8":
+        pytest.importorskip("torchao")
     out = tmp_path / "out"
-    assert main(["export", str(run), str(out), "--max-experts", "2", "--quantize", "int8"]) == 0
+    assert main(["export", str(run), str(out), "--max-experts", "2", "--quantize", scheme]) == 0
     assert "remoe train" not in capsys.readouterr().out  # such weights take no gradients
+    assert main(["train", "--from", str(out), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    assert "quantised weights, which cannot be trained" in capsys.readouterr().err
     expected = load_run(run)[0]
     expected.set_max_experts(2)
     before = _loss(expected, RunFolder(run))
-    remoe.quantize(expected)
+    remoe.quantize(expected, scheme)
     loaded = remoe.RemoeForCausalLM.from_pretrained(out).eval()
     assert is_quantised(loaded.model.layers[0].mlp.experts.gate_up_proj)
     ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -70,6 +70,8 @@ def check_config(config: RemoeConfig, router: Router) -> None:
         raise ConfigError(
             f"router {config.router!r} needs more than a token's own state, which is all that vLLM gives it"
         )
+    if config.expert_bits is not None:
+        raise ConfigError("vLLM does not know weights in 4 bits: export the model without --quantize")
     if config.qk_norm and config.attention_bias:
         raise ConfigError("vLLM's attention with qk_norm has no attention_bias")
 

@@ -39,8 +39,8 @@ class EvalOptions:
     max_experts: int | None = None
     """The most experts that a token may use: those with its largest gates. No limit by default."""
     quantize: str | None = None
-    """Quantise the weights of experts and attention to int8, or int4 (CUDA only), and show the loss before and after.
-    Needs `pip install 'remoe[quantize]'`."""
+    """Quantise weights, and show the loss before and after: int8 those of experts and attention (needs
+    `pip install 'remoe[quantize]'`), int4 those of experts."""
     sweep_threshold: str | None = None
     """Show how loss, active experts and speed change as experts with small gates are left out. Give gate thresholds
     separated by commas, or "auto" for thresholds that leave out 10% to 90% of the active pairs."""

@@ -26,9 +26,9 @@ class ExportOptions:
     max_experts: int | None = None
     """The most experts that a token may use, those with the largest gates; the layers then call their experts as
     transformers' mixtures do. The card has the validation loss with and without this cap. By default there is none."""
-    quantize: Literal["int8"] | None = None
-    """Write the weights of attention and experts in 8 bits, by torchao. The card has the validation loss before and
-    after. By default they stay as they are."""
+    quantize: Literal["int8", "int4"] | None = None
+    """int8: write the weights of attention and experts in 8 bits, by torchao. int4: write those of the experts in 4
+    bits. The card has the validation loss before and after. By default they stay as they are."""
     license: str | None = None
     """The model's license for the card, by its name on the Hugging Face Hub, such as apache-2.0."""
     push: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
@@ -56,7 +56,7 @@ def export_command(argv: list[str]) -> int:
     else:
         print(f"wrote {out}; to load it without remoe:")
         print(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
-    if options.quantize is None:  # int8 weights take no gradients
+    if options.quantize is None:  # such weights take no gradients
         print(f"to train it further:\n  remoe train --from {shlex.quote(str(out))} --data DATA")
     if options.push is not None:
         print(f"pushed to {push_folder(out, options.push, private=options.private)}")

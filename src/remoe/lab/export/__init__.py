@@ -35,8 +35,8 @@ def export_run(
         out: a new or empty folder.
         max_experts: the most experts of a token (see `RemoeConfig`); the card then has the loss with and without this
             cap, on the run's validation text. None for no cap.
-        scheme: "int8" for weights as `remoe.quantize` makes them; the card then has the loss before and after. None to
-            leave them as they are.
+        scheme: "int8" or "int4" for weights as `remoe.quantize` makes them; the card then has the loss before and
+            after. None to leave them as they are.
         licence: identifier of the model's licence on the Hugging Face Hub, such as "apache-2.0", for the card.
 
     Returns:

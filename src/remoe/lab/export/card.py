@@ -145,10 +145,11 @@ def _quantised(out: Path, scheme: str, before: float, after: float) -> str:
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     rows = {"validation loss before": f"{before:.4f}", "validation loss after": f"{after:.4f}"}
     rows["size of the weights' files"] = f"{size / 1e6:.1f} MB"
-    return (
-        f"The weights of attention and experts are {scheme}, with a scale for each row. Loading them needs "
-        f"`torchao`.\n\n{_table(rows)}"
-    )
+    form = {
+        "int8": "The weights of attention and experts are int8, with a scale for each row. Loading needs `torchao`.",
+        "int4": "The weights of the experts have 4 bits, with a scale and a least value for each group of 32.",
+    }
+    return f"{form[scheme]}\n\n{_table(rows)}"
 
 
 def _data_name(path: str) -> str:

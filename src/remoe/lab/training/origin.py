@@ -226,7 +226,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         values = json.loads(path.read_text())
         kind = values.get("model_type")
-        if "quantization_config" in values:
+        if "quantization_config" in values or values.get("expert_bits") is not None:
             raise CheckpointError(f"{folder} holds quantised weights, which cannot be trained")
         if kind == MODEL_TYPE:
             return relufied_config(values)
