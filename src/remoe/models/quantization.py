@@ -28,9 +28,9 @@ def quantize(model: RemoeForCausalLM, scheme: str = "int8") -> RemoeForCausalLM:
         The model.
 
     Raises:
-        ConfigError: for an unknown scheme, a model of another class (a relufied one for instance), one that is quantised
-            already or merges its experts, int4 with widths that 32 does not divide, or a model that torchao cannot
-            quantise here.
+        ConfigError: for an unknown scheme, a model of another class (a relufied one for instance), one that is
+            quantised already or merges its experts, int4 with widths that 32 does not divide, or a model that torchao
+            cannot quantise here.
         ExtraError: for int8 when torchao is not installed.
     """
     if scheme not in SCHEMES:

@@ -13,7 +13,7 @@ from remoe.experts import is_quantised
 from remoe.lab.cli.main import main
 from remoe.lab.export import _loss
 from remoe.lab.training.folder import RunFolder
-from remoe.lab.training.load import load_run
+from remoe.lab.training.load import load_model, load_run
 from remoe.models.capped import CappedExperts, CappedMoE
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 6}
@@ -101,6 +101,14 @@ def test_the_command_writes_the_capped_form_and_what_it_costs(corpus, run, tmp_p
     assert main(["export", str(run), str(tmp_path / "none"), "--max-experts", "0"]) == 2
     assert "max_experts must be at least 1, but is 0" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_trimmed_export_has_the_tokens_alone_and_the_same_loss(run, tmp_path):
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--trim-vocabulary"]) == 0
+    model, tokenizer, _ = load_model(out)
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == len(tokenizer) == 300
+    assert _loss(model, RunFolder(run)) == pytest.approx(_loss(load_run(run)[0], RunFolder(run)))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

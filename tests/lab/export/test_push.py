@@ -88,7 +88,7 @@ def fill(folder):
 def export(tmp_path, monkeypatch):
     """The command with a folder of small files in the place of a trained model's."""
     out = tmp_path / "out"
-    monkeypatch.setattr("remoe.lab.export.export_run", lambda *args: fill(out))
+    monkeypatch.setattr("remoe.lab.export.export_run", lambda *args, **more: fill(out))
     return lambda *flags: main(["export", "run", str(out), *flags])
 
 

@@ -31,6 +31,9 @@ class ExportOptions:
     bits. The card has the validation loss before and after. By default they stay as they are."""
     license: str | None = None
     """The model's license for the card, by its name on the Hugging Face Hub, such as apache-2.0."""
+    trim_vocabulary: bool = False
+    """Leave out the rows of embeddings and head that no token has, which training adds to round the vocabulary up.
+    Programs that read the head's weights and not the model's logits, such as TRL's DPO and GRPO, need this."""
     push: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
     """Upload the folder to this model repository on the Hugging Face Hub, which is created if it does not exist. The
     token is that of `hf auth login` or HF_TOKEN."""
@@ -50,7 +53,8 @@ def export_command(argv: list[str]) -> int:
     check(options.push is not None or not options.private, "--private needs --push OWNER/NAME")
     if options.push is not None:
         check_repository(options.push)  # before the work, not after it
-    out = export_run(options.run, options.out, options.max_experts, options.quantize, options.license)
+    sizes = options.max_experts, options.quantize, options.license
+    out = export_run(options.run, options.out, *sizes, trim=options.trim_vocabulary)
     if is_relufied(out):
         print(f"wrote {out}; to load it:\n  remoe.load_relufied({str(out)!r})")
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from remoe.convert.relufy.model import RelufiedMixin
 from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.data import ValidationWindows, open_dataset
+from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.export.card import write_card
 from remoe.lab.export.header import check_licence
 from remoe.lab.files import check_new_folder, new_folder
@@ -25,6 +26,8 @@ def export_run(
     max_experts: int | None = None,
     scheme: str | None = None,
     licence: str | None = None,
+    *,
+    trim: bool = False,
 ) -> Path:
     """Writes the model of a run, or of one of its checkpoints, with tokenizer, code and model card.
 
@@ -38,6 +41,7 @@ def export_run(
         scheme: "int8" or "int4" for weights as `remoe.quantize` makes them; the card then has the loss before and
             after. None to leave them as they are.
         licence: identifier of the model's licence on the Hugging Face Hub, such as "apache-2.0", for the card.
+        trim: whether to leave out the rows of embeddings and head that no token of the tokenizer has.
 
     Returns:
         `out`.
@@ -53,7 +57,7 @@ def export_run(
     check_new_folder(out)  # before the work, not after it
     if licence is not None:
         check_licence(licence)
-    model, _, checkpoint = load_run(run)
+    model, tokenizer, checkpoint = load_run(run)
     relufied = isinstance(model, RelufiedMixin)
     if relufied and not (max_experts is scheme is None):
         raise ConfigError(f"{run} trained a {type(model).__name__}, which cannot be exported with a cap or quantised")
@@ -61,6 +65,8 @@ def export_run(
         raise ConfigError(f"router {model.config.router!r} is not of this package: its code would be missing in {out}")
     if (folder := run_of(checkpoint)) is None:
         raise CheckpointError(f"{run} holds no run: its config.yaml is missing")
+    if trim and (known := vocabulary_size(tokenizer)) < model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(known)
     capped = None if max_experts is None else _capped(model, folder, max_experts)
     quantised = None if scheme is None else _quantised(model, folder, scheme)
     with new_folder(out) as written:
