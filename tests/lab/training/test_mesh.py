@@ -49,7 +49,6 @@ def test_sizes_are_read_in_any_order():
         ("fsdp=2,ep=2", {"router": "lory"}, "router 'lory' does not send tokens to experts"),
         ("fsdp=2", {"batch_size": 9, "micro_batch_size": 1}, "2 parts .* do not divide --batch-size 9"),
         ("fsdp=2", {"batch_size": 12, "micro_batch_size": 4}, "--micro-batch-size 4 does not divide the 6 sequences"),
-        ("fsdp=2", {"compile": True}, "cannot be compiled yet"),
         ("fsdp=2", {"router": "reluu"}, "reluu"),
         (None, {}, "2 processes were started: say with --mesh how"),
     ],

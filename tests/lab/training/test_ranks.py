@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from functools import partialmethod
 from threading import Event
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from packaging import version
 from ranks import run_ranks
 from safetensors.torch import save_file
+from torch import nn
 
 from remoe.errors import CheckpointError, RemoeError
 from remoe.lab.data import open_dataset
@@ -36,7 +38,7 @@ RUNS = {  # options; with 8 sequences in a step, two processes have two micro-ba
     "relu fsdp=2,ep=2": {},
     "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True},
     "sigmoid fsdp=2": {"router": "sigmoid"},
-    "threshold fsdp=2,ep=2": {"router": "threshold"},
+    "threshold fsdp=2,ep=2": {"router": "threshold", "compile": True},
     "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}},
     "balanced-topk fsdp=2": {"router": "topk", "recompute": True},
 }
@@ -73,9 +75,11 @@ def _fail_on_rank_0(ranks):
 
 def _on_ranks(rank, folder, data, names):
     state = {}
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # the default one compiles C++ first
     for name in names:
         load = GLOBAL if name.startswith("balanced") else {}
         trainer = train(options(name, data, mesh=name.split()[1], **load), folder / name)
+        assert (trainer.model.model.layers[0].self_attn._compiled_call_impl is not None) == trainer.config.compile
         assert trainer.model._fuses_loss() == ("tp=" not in name)  # no process holds the logits
         state[name] = trainer.model.sparsity.lam.item(), trainer.model.sparsity.sparsity.item()
     torch.save(state, folder / f"state-{rank}.pt")
@@ -150,7 +154,7 @@ def alone(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name in RUNS:
         whole = {"micro_batch_size": 8} if name.startswith("balanced") else {}
-        train(options(name, corpus, recompute=False, **whole), folder / name.split()[0])
+        train(options(name, corpus, recompute=False, compile=False, **whole), folder / name.split()[0])
     return folder
 
 

@@ -1,6 +1,8 @@
 """From the options of a run to its model: configuration, dtype and the backend that runs the experts."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -89,6 +91,20 @@ def wants_bfloat16(dtype: str, device: torch.device) -> bool:
     if dtype == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype == "bfloat16"
+
+
+def compiled(model: RemoeForCausalLM, *, spread: bool) -> Callable[..., Any]:
+    """A model as torch.compile's graph; of a model that is spread over processes, attention and norms alone, in place.
+
+    A graph of the whole model would be broken there wherever FSDP gathers weights and wherever tokens are exchanged,
+    which asks the device how many pairs there are.
+    """
+    if not spread:
+        return torch.compile(model)
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
+            part.compile()
+    return model
 
 
 def enable_recomputation(model: RemoeForCausalLM) -> None:

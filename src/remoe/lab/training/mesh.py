@@ -68,7 +68,6 @@ class Mesh:
             vocabulary=("the multiple to which the vocabulary is padded", VOCAB_MULTIPLE),
         )
         self.check_batch(config.batch_size, config.micro_batch_size)
-        check(not config.compile, "--mesh: a model that is spread over processes cannot be compiled yet")
 
     def check_model(
         self,

@@ -20,7 +20,7 @@ from remoe.lab.analysis.collect import active_of
 from remoe.lab.analysis.measures import flip_rate
 from remoe.lab.data import Dataset, StreamBatches, ValidationWindows, load_tokenizer
 from remoe.lab.machine import peak_memory, used_memory
-from remoe.lab.training.build import enable_recomputation, model_config, wants_bfloat16
+from remoe.lab.training.build import compiled, enable_recomputation, model_config, wants_bfloat16
 from remoe.lab.training.checkpoint import clean, load_training_state, save_checkpoint
 from remoe.lab.training.config import TrainConfig
 from remoe.lab.training.data import batches_of, state_of
@@ -98,7 +98,7 @@ class Trainer:
         self.model.train()
         if config.recompute:
             enable_recomputation(self.model)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = compiled(self.model, spread=self.ranks.count > 1) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config.optim)
         bfloat16 = wants_bfloat16(config.dtype, self.device)
         sizes = config.batch_size, config.seq_len
