@@ -9,7 +9,7 @@ Legend: T tokens, D model width, F expert width, E experts, c slots of a token.
 import torch
 from torch import Tensor, nn
 
-from remoe.errors import check
+from remoe.errors import ConfigError
 from remoe.experts import Experts
 from remoe.layer import MoE
 from remoe.routing import Routing
@@ -55,10 +55,10 @@ class CappedMoE(MoE):
         else:
             routing = routing.pruned(threshold, min(self.cap, cap or self.cap))
         if isinstance(routing, ReplayedRouting):  # its pairs are not pruned, but there are no more slots
-            most = int(executed_pairs(routing).sum(dim=1).max())
-            check(
-                most <= self.cap, f"a token of the replay has {most} experts, but the model is for {self.cap} at most"
-            )
+            count_T = executed_pairs(routing).sum(dim=1)
+            if (count_T > self.cap).any():
+                most = int(count_T.max())
+                raise ConfigError(f"a token of the replay has {most} experts, but the model is for {self.cap} at most")
         return routing
 
     def _slots(self, routing: Routing) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,11 @@ def summary_of(out) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.parametrize("flags", [[], pytest.param(LORA, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("kind", ["run", "run of several processes", "export", "upcycled", "relufied"])
-def test_zero_steps_leave_the_loss_as_it_was(origins, corpus, tmp_path, capsys, kind):
+def test_zero_steps_leave_the_loss_as_it_was(origins, corpus, tmp_path, capsys, kind, flags):
     before = loss_of(origins / kind, corpus)
-    assert tune(origins / kind, corpus, tmp_path / "out", 0) == 0
+    assert tune(origins / kind, corpus, tmp_path / "out", 0, *flags) == 0
     summary = summary_of(tmp_path / "out")
     assert summary["validation_loss"] == summary["start"]["validation"]["all"]["loss"] == before
     assert loss_of(tmp_path / "out", corpus) == before

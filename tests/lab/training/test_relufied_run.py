@@ -121,3 +121,25 @@ def test_forms_that_it_does_not_have_are_one_line(run, tmp_path, capsys, flags):
     assert main(["export", str(run), str(tmp_path / "out"), *flags]) == 2
     assert "which cannot be exported with a cap or quantised" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_in_all_that_the_run_gives_away(start, corpus, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    data = ["--from", str(start), "--data", str(corpus), "--out", str(out), "--device", "cpu"]
+    sizes = ["--steps", str(STEPS), "--batch-size", str(BATCH), "--seq-len", str(LENGTH)]
+    assert main(["train", *data, *sizes, "--lora.rank", "2", "--optim.lr", "1e-2"]) == 0
+    summary = summary_of(out)
+    assert summary["validation_loss"] < summary["start"]["validation"]["all"]["loss"]
+    assert main(["eval", str(out), "--json", str(figures)]) == 0
+    measured = json.loads(figures.read_text())["all"]["loss"]
+    assert measured == pytest.approx(summary["validation_loss"], abs=1e-5)  # of the model with adapters beside
+    assert main(["export", str(out), str(tmp_path / "export")]) == 0
+    ids = torch.arange(60).view(2, 30)
+    merged, exported, before = load_run(out)[0], remoe.load_relufied(tmp_path / "export"), remoe.load_relufied(start)
+    with torch.no_grad():
+        assert torch.equal(exported.eval()(ids).logits, merged(ids).logits)
+        assert not torch.allclose(exported(ids).logits, before.eval()(ids).logits)
+    assert exported.state_dict().keys() == before.state_dict().keys()
+    total = sum(weight.numel() for weight in before.parameters())
+    assert summary["total_parameters"] == total
