@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from remoe.errors import DataError
 from remoe.lab.analysis.mixture import Mixture
 from remoe.lab.analysis.recording import record_routing
@@ -20,7 +22,7 @@ NAME = "routing"
 TOKENS = 8192  # of the validation text; a model of 182 million parameters needs seconds for them on a CPU
 
 
-def routing_picture(model: RemoeForCausalLM, run: RunFolder, out: Path) -> str | None:
+def routing_picture(model: PreTrainedModel, run: RunFolder, out: Path) -> str | None:
     """Writes the share of each domain's tokens that each expert takes, as PNG.
 
     Args:
@@ -32,7 +34,7 @@ def routing_picture(model: RemoeForCausalLM, run: RunFolder, out: Path) -> str |
         The section of the model card, in Markdown; None for a model that routes no single tokens. Where the run's data
         is gone, the section says so instead of showing the picture.
     """
-    if not model.config.routes_pairs:
+    if isinstance(model, RemoeForCausalLM) and not model.config.routes_pairs:
         return None
     config = run.load_config()
     try:
