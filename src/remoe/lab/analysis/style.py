@@ -172,19 +172,33 @@ def save(fig: Figure, path: Path | str) -> None:
         path: path without a suffix, in an existing folder.
     """
     write_svg(fig, f"{path}.svg")
-    with _printing(fig):
-        FigureCanvasAgg(fig).print_png(f"{path}.png", metadata={"Software": None})
+    _print_png(fig, path)
+
+
+def save_png(fig: Figure, path: Path | str) -> None:
+    """Writes `path`.png, the same as `save` does."""
+    _freeze_layout(fig)
+    _print_png(fig, path)
 
 
 def write_svg(fig: Figure, file: BinaryIO | str) -> None:
     """Writes the figure as SVG as `save` does."""
+    _freeze_layout(fig)
+    with _printing(fig):
+        FigureCanvasSVG(fig).print_svg(file, metadata={"Date": None})
+
+
+def _print_png(fig: Figure, path: Path | str) -> None:
+    with _printing(fig):
+        FigureCanvasAgg(fig).print_png(f"{path}.png", metadata={"Software": None})
+
+
+def _freeze_layout(fig: Figure) -> None:
     # Run the layout only once: each run moves the axes by a rounding error, and the ids in the SVG hash positions.
     with mpl.rc_context(STYLE):
         fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")
     _round_positions(fig)
-    with _printing(fig):
-        FigureCanvasSVG(fig).print_svg(file, metadata={"Date": None})
 
 
 @contextmanager

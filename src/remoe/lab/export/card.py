@@ -5,7 +5,7 @@ from pathlib import Path
 
 from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.analysis import figures
-from remoe.lab.analysis.figures import save
+from remoe.lab.analysis.style import save_png
 from remoe.lab.data.documents import TOTAL
 from remoe.lab.export.header import header
 from remoe.lab.export.picture import routing_picture
@@ -198,7 +198,6 @@ def _plots(records: list[dict], summary: dict, router: str, out: Path) -> list[s
         plots["training-course"] = ("Sparsity, lambda and the penalty", course)
     lines = ["## Plots\n"]
     for name, (title, figure) in plots.items():
-        save(figure, out / name)
-        (out / f"{name}.svg").unlink()
+        save_png(figure, out / name)
         lines.append(f"![{title}]({name}.png)\n")
     return lines

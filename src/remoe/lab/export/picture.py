@@ -9,7 +9,7 @@ from remoe.errors import DataError
 from remoe.lab.analysis.mixture import Mixture
 from remoe.lab.analysis.recording import record_routing
 from remoe.lab.analysis.routing_figures import routed_share_by_domain
-from remoe.lab.analysis.style import save
+from remoe.lab.analysis.style import save_png
 from remoe.lab.analysis.summary import routing_of
 from remoe.lab.analysis.texts import PreparedText
 from remoe.lab.data import ValidationWindows, open_dataset
@@ -46,8 +46,7 @@ def routing_picture(model: PreTrainedModel, run: RunFolder, out: Path) -> str | 
     end = dataset.eos_token_id if config.mask_documents else None
     record = record_routing(Mixture(model), text, losses=False, document_end=end)
     seen = routing_of(record)
-    save(routed_share_by_domain(seen.share_CLE, seen.domains, record.about.k), out / NAME)
-    (out / f"{NAME}.svg").unlink()
+    save_png(routed_share_by_domain(seen.share_CLE, seen.domains, record.about.k), out / NAME)
     return (
         f"![Share of each domain's tokens that each expert of each layer takes]({NAME}.png)\n\n"
         "Share of each domain's tokens that each expert takes, and the mean number of active experts of a token in "
