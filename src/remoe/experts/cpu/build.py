@@ -25,7 +25,7 @@ from remoe.matmul import is_intel
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("rows.h", "gemm.h", "library.h", "steps.cpp", "passes.cpp")
+_NAMES = ("rows.h", "gemm.h", "dots.h", "library.h", "steps.cpp", "passes.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -40,7 +40,9 @@ _ARGUMENTS = {
     "swiglu": (_P, _P, _I, _I, _P),
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
-    "few_tokens_by_gates": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _P),
+    "few_tokens_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
+    "scaled_by_gates": (_P,) * 6 + (_I,) * 5 + (_P,),
+    "packed_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
 }
 Sizes = _I * 9  # the struct of that name in passes.cpp
 _PASS_ARGUMENTS = {
