@@ -72,6 +72,27 @@ def test_output_and_routing_are_those_of_the_usual_way(router, options, dtype):
         assert torch.equal(got[1].gate_TE, expected[1].gate_TE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_weights_in_8_and_4_bits_run_in_the_kernel(bits, dtype):
+    torch.manual_seed(0)
+    layer = MoE(64, 96, 6, 2, init_std=0.1).to(dtype).eval()
+    if bits == 4:
+        layer.experts.pack()
+    else:
+        quantization = pytest.importorskip("torchao.quantization")
+        names, config = ("experts.gate_up_proj", "experts.down_proj"), quantization.Int8WeightOnlyConfig(version=2)
+        quantization.quantize_(layer, quantization.FqnToConfig(dict.fromkeys(names, config)), filter_fn=None)
+    for T in (1, 3, 12):
+        x_TD = torch.randn(T, 64).to(dtype)
+        y_TD, routing = layer(x_TD)
+        assert isinstance(routing, LateRouting)
+        expected_TD, _ = usual(layer, x_TD)
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2  # hidden activations are rounded in the same places
+        torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance * expected_TD.abs().max().item())
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @torch.no_grad()
 def test_gates_of_every_router_are_those_of_its_forward_pass_or_unknown(router):

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from remoe.experts import Experts
 from remoe.experts.cpu.backend import few_tokens
+from remoe.experts.packed import is_packed, is_quantised
 from remoe.routing.assignment import LateRouting, Routing, strong
 
 MOST_TOKENS = 64
@@ -34,10 +35,10 @@ def decode(
 ) -> tuple[Tensor, Routing] | None:
     """Output, without that of a shared expert, and routing of a layer; None where the usual way must be taken.
 
-    Output and gates are bit for bit those of the usual way.
+    Output and gates are bit for bit those of the usual way; the output of weights in 8 or 4 bits only nearly.
 
     Args:
-        layer: a `MoE`. Its weights may be sharded, quantised or adapted, and its parts wrapped: then None.
+        layer: a `MoE`. Its weights may be sharded or adapted, and its parts wrapped: then None.
         x_TD, mask_T: as a router is given them.
         threshold, cap: as `Routing.pruned` takes them.
     """
@@ -56,8 +57,9 @@ def decode(
     ):
         return None
     weights = experts.gate_up_proj, experts.down_proj
-    plain = type(x_TD) is Tensor and all(type(weight) is nn.Parameter and weight.is_contiguous() for weight in weights)
-    if not plain or weights[0].dtype is not x_TD.dtype or (gate_TE := router.gates(x_TD)) is None:
+    if type(x_TD) is not Tensor or not all(_has_kernel(weight, x_TD.dtype) for weight in weights):
+        return None
+    if (gate_TE := router.gates(x_TD)) is None:
         return None
     if mask_T is not None:
         gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
@@ -71,6 +73,15 @@ def decode(
     if not limited:
         return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T))
     return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T).pruned(threshold, cap))
+
+
+def _has_kernel(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel for a few tokens of this dtype takes the weight."""
+    if type(weight) is nn.Parameter:
+        return weight.is_contiguous() and (weight.dtype is dtype or is_packed(weight))
+    scale = getattr(weight, "scale", None)
+    per_row = scale is not None and scale.shape == (*weight.shape[:-1], 1)
+    return is_quantised(weight) and per_row and weight.qdata.dtype is torch.int8 and weight.qdata.is_contiguous()
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from remoe.experts.contract import Backend, Problem
 from remoe.experts.cpu.build import Kernels, Passes, compiled_kernels, compiled_passes
 from remoe.experts.cpu.passes import active_experts, addresses, divide
 from remoe.experts.cpu.steps import Block, CompiledSteps, TorchSteps
+from remoe.experts.packed import is_packed, is_quantised
 
 BLOCK, MIN_BLOCK = 512, 64  # pairs
 # Up to so many pairs per active expert, reading the weights is what takes the time, and a GEMM would pack them first.
@@ -71,18 +72,24 @@ def backward(
 def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor | None:
     """The experts' output for a few tokens, from gates instead of pairs; without gradients.
 
-    It is bit for bit that of `forward`. None where that takes another path: no kernels, or too many tokens.
+    It is bit for bit that of `forward`, but for weights in 8 or 4 bits. None where that takes another path: no kernels,
+    or too many tokens.
 
     Args:
-        x_TD, gate_up_E2FD, down_EDF: contiguous, on the CPU, of one dtype.
+        x_TD, gate_up_E2FD, down_EDF: contiguous, on the CPU, of one dtype; or weights that `is_quantised`.
         gate_TE: (T, E) contiguous float32, zero where there is no pair.
     """
     kernels = compiled_kernels(x_TD.dtype)
     if kernels is None:
         return None
-    y_TD, tensors = _accumulator(x_TD), addresses(x_TD, gate_TE, gate_up_E2FD, down_EDF)
-    sizes = *x_TD.shape, down_EDF.shape[2], down_EDF.shape[0]
-    done = kernels.few_tokens_by_gates(*tensors, *sizes, FEW_PAIRS[x_TD.dtype], y_TD.data_ptr())
+    kernel, parts = kernels.few_tokens_by_gates, [gate_up_E2FD, down_EDF]
+    if is_packed(gate_up_E2FD):
+        kernel = kernels.packed_by_gates
+    elif is_quantised(gate_up_E2FD):
+        kernel = kernels.scaled_by_gates
+        parts = [part for weight in parts for part in (weight.qdata, weight.scale.float().contiguous())]
+    y_TD, sizes = _accumulator(x_TD), (*x_TD.shape, gate_up_E2FD.shape[1] // 2, gate_up_E2FD.shape[0])
+    done = kernel(*addresses(x_TD, gate_TE, *parts), *sizes, FEW_PAIRS[x_TD.dtype], y_TD.data_ptr())
     return y_TD.to(x_TD.dtype) if done else None
 
 

@@ -25,7 +25,7 @@ from remoe.matmul import is_intel
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("rows.h", "gemm.h", "library.h", "steps.cpp", "passes.cpp", "rowwise.cpp")
+_NAMES = ("rows.h", "gemm.h", "dots.h", "library.h", "steps.cpp", "passes.cpp", "rowwise.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -40,12 +40,14 @@ _ARGUMENTS = {
     "swiglu": (_P, _P, _I, _I, _P),
     "swiglu_backward": (_P, _P, _P, _I, _I, _P, _P, _P),
     "few_tokens": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P),
-    "few_tokens_by_gates": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _P),
+    "few_tokens_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
+    "scaled_by_gates": (_P,) * 6 + (_I,) * 5 + (_P,),
+    "packed_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
     "rms_norm": (_P, _P, _I, _I, _F, _P, _P),
     "rms_norm_backward": (_P, _P, _P, _P, _I, _I, _P, _P),
 }
 _FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}
-_ANSWERING = ("few_tokens_by_gates", "cross_entropy")  # with a bool; the others return nothing
+_ANSWERING = ("_by_gates", "cross_entropy")  # ends of names that return a bool; the others return nothing
 Sizes = _I * 9  # the struct of that name in passes.cpp
 _PASS_ARGUMENTS = {
     "forward_scratch": (Sizes,),
@@ -70,7 +72,7 @@ class Kernels(_Functions):
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
         for name, arguments in (_ARGUMENTS | (_FLOAT32_ARGUMENTS if suffix == "float32" else {})).items():
             function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, ctypes.c_bool if name in _ANSWERING else None
+            function.argtypes, function.restype = arguments, ctypes.c_bool if name.endswith(_ANSWERING) else None
             setattr(self, name, function)
 
 
