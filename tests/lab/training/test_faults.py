@@ -12,11 +12,12 @@ from ranks import run_ranks
 from remoe.errors import ConfigError, DataError, RemoeError
 from remoe.lab.training import faults
 from remoe.lab.training.config import config_from_dict
-from remoe.lab.training.faults import LOG, last_words
+from remoe.lab.training.faults import last_words
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.train import run_training
+from remoe.lab.training.words import LOG
 
 pytestmark = pytest.mark.slow
 

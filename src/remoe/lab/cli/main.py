@@ -22,6 +22,7 @@ from remoe.errors import ConfigError, RemoeError, missing_extra
 from remoe.lab.memory import ran_out
 from remoe.lab.text import RED, YELLOW, for_terminal, short_name, visible
 from remoe.lab.training.interrupt import ENDS, SIGPIPE, discard_output, exit_code
+from remoe.lab.training.words import early_words, ended_early
 
 LONGEST_ERROR = 1000  # characters: more than that is an argument, of which the ends tell enough
 
@@ -150,11 +151,13 @@ def _run(argv: list[str]) -> int:
         guess = f"; perhaps you meant {near[0]!r}" if near else ""
         raise ConfigError(f"unknown command {name!r}{guess}; choose one of: {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[name]
-    before_imports()
-    if files := os.environ.get("REMOE_ROUTERS"):
-        import_module("remoe.routing.plugins").load_own_routers(files)
-    command: Callable[[list[str]], int] = getattr(import_module(module), function)
-    return command(argv[len(name.split()) :])
+    arguments = argv[len(name.split()) :]
+    with early_words(arguments) if name == "train" else contextlib.nullcontext():
+        before_imports()
+        if files := os.environ.get("REMOE_ROUTERS"):
+            import_module("remoe.routing.plugins").load_own_routers(files)
+        command: Callable[[list[str]], int] = getattr(import_module(module), function)
+        return command(arguments)
 
 
 def before_imports() -> None:
@@ -194,6 +197,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         if caller.f_code.co_filename.startswith("<frozen importlib"):
             with contextlib.suppress(OSError):
                 os.write(2, b"interrupted\n")
+            ended_early(f"ended by signal {number}")
             os._exit(exit_code(number))
         caller = caller.f_back
     if number == signal.SIGINT:

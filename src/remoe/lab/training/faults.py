@@ -1,11 +1,9 @@
 """What ends a run on several ranks: each rank's last words in the run's `ranks.log`, and one line for the user."""
 
-import contextlib
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,8 +11,8 @@ import torch.distributed as dist
 from remoe.errors import RemoeError
 from remoe.lab.training.interrupt import exit_code
 from remoe.lab.training.ranks import RankFailed, Ranks
+from remoe.lab.training.words import log_path, take_over, write_words
 
-LOG = "ranks.log"
 _TIMED_OUT = ("Timed out", "timed out", "timeout", "Timeout")
 _LOST = (*_TIMED_OUT, "Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 _MODULES = ("distributed_c10d.py", "_functional_collectives.py")  # of torch.distributed, which have its collectives
@@ -33,6 +31,7 @@ def last_words(ranks: Ranks, folder: Path | None) -> Iterator[None]:
         ranks: those that train the model.
         folder: the run's; None where another run is in its place, whose log gets no words.
     """
+    take_over()
     if ranks.count == 1:
         yield
         return
@@ -115,9 +114,5 @@ def _report(ranks: Ranks, report: bytes, patience: float = 0.0) -> dict[int, byt
 
 
 def _write(folder: Path | None, ranks: Ranks, words: str) -> None:
-    if folder is None:
-        return
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    line = f"{now} rank {ranks.rank} of {ranks.count}, step {ranks.step}: {' '.join(words.split())}\n"
-    with contextlib.suppress(OSError), (folder / LOG).open("a") as file:  # a full disk, or no folder yet
-        file.write(line)
+    if folder is not None:
+        write_words(log_path(folder), ranks.rank, ranks.count, ranks.step, words)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from remoe.convert.relufy.model import MODEL_TYPE, STEERING, RelufiedMixin, class_of, load_relufied, relufied_config
@@ -16,7 +17,7 @@ from remoe.lab.training.changes import differences
 from remoe.lab.training.checkpoint import sha256, verify
 from remoe.lab.training.config import ModelOptions, TrainConfig, config_from_dict
 from remoe.lab.training.folder import RunFolder, run_of
-from remoe.lab.training.shards import INDEX, model_files, read_model
+from remoe.lab.training.shards import INDEX, fill, model_files, opened_weights, read_model
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.plan import sizes_of
@@ -128,6 +129,10 @@ class Origin:
             self.relufied or self.shape.max_experts is None or not config.mesh,
             "--mesh cannot be used yet with an export with --max-experts",
         )
+        check(  # FSDP takes the embedding and the head apart, and each would be trained by itself
+            not (self.shape.tie_word_embeddings and config.mesh),
+            f"--mesh cannot be used yet with tied embeddings, which the model in {self.folder} has",
+        )
 
     def _tensors(self) -> dict[str, torch.Size]:
         return _router_tensors(self.shape, self.options()["router_options"])
@@ -169,9 +174,25 @@ class Origin:
             raise CheckpointError(f"cannot load {self.folder}: {' '.join(str(error).split())[:300]}") from error
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"{self.folder} lacks weights of the model: {', '.join(missing[:3])}")
+        self._set_lambda(model, config)
+        return model
+
+    def fill(self, model: RemoeForCausalLM, config: TrainConfig) -> None:
+        """Copies the weights and the state into a model that is sharded; each process reads its own parts.
+
+        Raises:
+            CheckpointError: when they cannot be read, or do not fit the model.
+        """
+        try:
+            with opened_weights(self.folder) as weights:
+                fill(model, weights, self.folder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"cannot load {self.folder}: {' '.join(str(error).split())[:300]}") from error
+        self._set_lambda(model, config)
+
+    def _set_lambda(self, model: RemoeForCausalLM | RelufiedMixin, config: TrainConfig) -> None:
         if config.sparsity.lambda_init != self.shape.sparsity["lambda_init"]:
             model.sparsity.lam.fill_(config.sparsity.lambda_init)
-        return model
 
     def hashes(self) -> dict[str, str]:
         """Sha256 (hex) of each file of weights."""

@@ -120,7 +120,12 @@ class Ranks:
             dist.destroy_process_group()
 
     def shard(self, model: RemoeForCausalLM, *, global_load: bool) -> None:
-        """Spreads a model, the same on every rank, over the mesh, in place; see `Router.global_load`."""
+        """Spreads a model, the same on every rank and perhaps without values, over the mesh, in place.
+
+        Args:
+            model: whole; its parameters may be on the meta device.
+            global_load: see `Router.global_load`.
+        """
         if self.count > 1:
             for layer in model.model.layers:
                 layer.mlp.router.global_load = global_load

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from remoe.errors import CheckpointError
 from remoe.models.configuration_remoe import RemoeConfig
+from remoe.models.deferred import Deferred, allocate
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.sharding import Block, blocks, local, shard_of
 
@@ -140,6 +141,21 @@ def opened(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, Stored]]]:
             yield tuple(_from_files(part, files) for part in parts)
 
 
+@contextmanager
+def opened_weights(path: Path) -> Iterator[dict[str, Stored]]:
+    """Context with the tensors of a model by their names, in a checkpoint or any folder of safetensors files.
+
+    Raises:
+        OSError, SafetensorError, ValueError, KeyError, TypeError: when they cannot be read.
+    """
+    with ExitStack() as files:
+        index = path / INDEX
+        if index.exists():
+            yield _from_index(path, json.loads(index.read_text())[MODEL], files)
+        else:
+            yield _from_files(sorted(path.glob("model*.safetensors")), files)
+
+
 def _from_index(path: Path, listed: dict, files: ExitStack) -> dict[str, Stored]:
     handles: dict[str, safe_open] = {}
     stored = {}
@@ -212,9 +228,10 @@ def read_model(path: Path, config: RemoeConfig | None = None) -> RemoeForCausalL
     try:
         if not (path / INDEX).exists():
             return RemoeForCausalLM.from_pretrained(path, config=config)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), Deferred(draw=False):
             model = RemoeForCausalLM(config or RemoeConfig.from_pretrained(path))
-        with opened(path) as (weights, _):
+        allocate(model, torch.device("cpu"))
+        with opened_weights(path) as weights:
             fill(model, weights, path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from error

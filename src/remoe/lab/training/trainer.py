@@ -34,6 +34,7 @@ from remoe.lab.training.origin import Origin
 from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.saving import ShardedSaving
+from remoe.lab.training.sharded import build_sharded
 from remoe.lab.training.shards import read_model
 from remoe.lab.training.speed import Speed
 from remoe.lab.training.validate import Evaluation, evaluate, validation_record
@@ -92,9 +93,9 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=wants_bfloat16(config.dtype, self.device)
         )
         torch.manual_seed(config.seed)
-        self.model = self._build().to(self.device)
+        sharded = self.ranks.count > 1
+        self.model = build_sharded(config, dataset, run, self.ranks, origin) if sharded else self._build()
         self.shape = self.model.config if origin is None or not origin.relufied else origin.configured(config)
-        self.ranks.shard(self.model, global_load=config.mesh_load == "global")
         self.model.train()
         if config.recompute:
             enable_recomputation(self.model)
@@ -109,19 +110,18 @@ class Trainer:
         self.dead_layers: set[int] = set()
         self.lambda_runs_away = False
         self.stopped_by: int | None = None  # number of the signal that ended `train` before its last step
-        sharded = self.ranks.count > 1
         self.saving = ShardedSaving(self.ranks, config.checkpoint, self._branching_point) if sharded else None
         self._started, self._seconds_before, self._peak_before = time.perf_counter(), 0.0, 0
 
     def _build(self) -> RemoeForCausalLM | RelufiedMixin:
         config, dataset = self.config, self.dataset
         if self.origin is None:
-            return RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id))
+            return RemoeForCausalLM(model_config(config, dataset.vocab_size, dataset.eos_token_id)).to(self.device)
         model = self.origin.load(config)
         torch.manual_seed(config.seed)  # however many numbers loading has drawn
         if config.lora.rank:
             adapt(model, config.lora)
-        return model
+        return model.to(self.device)
 
     def resume(self) -> None:
         """Continues from the newest checkpoint of the run, or from the start when there is none yet.
