@@ -149,6 +149,8 @@ def _read(terminal: bool) -> str | None:
                 print("> ", end="", file=sys.stderr, flush=True)
             return input("> " if terminal and sys.stdout.isatty() else "")
         except EOFError:
+            if terminal:
+                _say("")
             return None
         except KeyboardInterrupt:
             if not terminal:
