@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from remoe.errors import ConfigError
+from remoe.errors import ConfigError, check
 from remoe.experts import Experts, stored_pairs
 from remoe.experts.exchange import exchange_experts
 from remoe.experts.slices import in_slices
@@ -52,7 +53,7 @@ def check_engine() -> None:
 
 
 def shard(
-    model: RemoeForCausalLM, device: torch.device, *, replicate: int = 1, fsdp: int = 1, ep: int = 1, tp: int = 1
+    model: PreTrainedModel, device: torch.device, *, replicate: int = 1, fsdp: int = 1, ep: int = 1, tp: int = 1
 ) -> None:
     """Spreads a model, whose weights are the same on every rank, over replicate * fsdp * tp ranks; in place.
 
@@ -60,14 +61,22 @@ def shard(
     replicate * fsdp before its backward pass. The tp ranks of a group, neighbours, must be given the same tokens.
 
     Args:
-        model: whole, on any device; on the meta device, it gets its values afterwards.
+        model: whole, on any device; a `RemoeForCausalLM`, or a relufied model with LLaMA's names of modules. On the meta
+            device, it gets its values afterwards.
         device: where it will train.
         replicate: copies of the sharded model.
         fsdp: ranks over which a copy is sharded; replicate * fsdp * tp is the number of ranks in torch.distributed.
         ep: ranks among which the experts of a copy are divided; a multiple of tp, and a divisor of fsdp * tp and of
             the number of experts. 1: all ranks hold parts of all experts.
         tp: ranks among which each matrix of attention, of the vocabulary, and with ep = 1 of the experts is cut.
+
+    Raises:
+        ConfigError: for `ep` or `tp` with a relufied model, whose experts have no exchange and no plan; for tied
+            embeddings, which FSDP would shard twice; for weights that are neither float32 nor bfloat16 where no two
+            ranks share an expert, because FSDP2 of torch 2.13 divides their gradients twice.
     """
+    own = isinstance(model, RemoeForCausalLM)
+    check(own or ep == tp == 1, f"a {type(model).__name__} can be spread by fsdp and replicate alone, not by ep or tp")
     from transformers.distributed import DistributedConfig
     from transformers.distributed.expert_parallel import EPImplementationInterface
     from transformers.distributed.utils import TransformersDeviceMesh
@@ -82,11 +91,16 @@ def shard(
         fsdp_plan=FSDP_PLAN,
         ep_plan=EP_PLAN if ep > 1 else None,
     )
+    tied = model.config.tie_word_embeddings and replicate * fsdp > 1
+    check(not tied, "a model whose embeddings are those of its head cannot be spread by fsdp or replicate")
+    whole = ep > 1 and config.efsdp_size == 1  # each expert is on one rank of a copy
+    exact = model.dtype in (torch.float32, torch.bfloat16)
+    check(exact or not whole, f"ep={ep} with as many ranks needs float32 or bfloat16 weights, not {model.dtype}")
     dense = init_device_mesh(device.type, (1, replicate, fsdp, tp), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     experts = init_device_mesh(
         device.type, (1, replicate, config.efsdp_size, ep), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
     )
-    fuses_loss = tp == 1 and model._fuses_loss()
+    fuses_loss = own and tp == 1 and model._fuses_loss()
     if fuses_loss:
         model.lm_head.__class__ = LossHead
     model.maybe_distribute_model(model, config, TransformersDeviceMesh(dense, experts))
