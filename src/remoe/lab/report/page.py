@@ -20,7 +20,7 @@ from remoe.lab.report.sections import page_data
 from remoe.lab.training.checkpoint import saved_step
 
 SECTIONS = {"text": "Text", "experts": "Experts", "between": "Between layers", "training": "Training"}
-SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training")
+SCRIPTS = ("core", "heatmap", "lines", "scroller", "text", "experts", "between", "training")
 
 
 def write_report(
