@@ -21,7 +21,7 @@ from remoe.lab.report.several.aligned import align, common_ends
 from remoe.lab.report.several.excerpts import excerpts_of
 from remoe.lab.report.several.measures import octaves
 from remoe.lab.report.several.models import Compared
-from remoe.lab.report.several.page import comparison_data
+from remoe.lab.report.several.page import comparison_data, render
 from remoe.lab.report.several.training import training_from
 
 WORDS = ["the", " cow", " sees", " a", " barn"]
@@ -119,6 +119,20 @@ def test_domains_are_matched_by_name():
     assert one["domainShare"] == two["domainShare"]
     for text in data["text"]:
         assert text["models"][0]["counts"] == text["models"][1]["counts"]
+
+
+def test_a_model_without_routing_has_its_training_alone():
+    records = [{"step": 1, "lm_loss": 3.0, "tokens_per_second": 50.0}]
+    trained = training_from(iter(records), experts=1, k=1, target=None, tokens_per_step=64)
+    routed = Compared("b", "relu", record(torch.ones(1, T, 2).bool()))
+    data = comparison_data([Compared("a", "dense", None, training=trained), routed], 9)
+    assert data.keys() == {"head", "measures", "training"}
+    rows = rows_of(data)
+    assert rows["training speed, tokens/s"] == [50, None]
+    assert rows["experts per token and layer"] == [None, 2]
+    text = render(data)
+    assert "no routing to compare" in text
+    assert 'id="text"' not in text
 
 
 def test_texts_are_cut_where_all_tokenizers_end_a_token():
@@ -240,6 +254,7 @@ def test_records_are_compared_from_the_command_line(tmp_path, monkeypatch, capsy
         (["a.parquet", "b.parquet", "--prompt", "cow"], "--data and --prompt do not go with them"),
         (["a.parquet"] * 7, "2 to 6 models, not 7"),
         (["a.parquet", "nowhere"], "nowhere does not exist"),
+        (["nowhere", "a.parquet"], "nowhere does not exist"),
     ):
         assert main(["report", *wrong]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -128,7 +128,7 @@ def test_curves_of_models_are_read_together(path, opened):
     page.keyboard.press("ArrowRight")
     assert plot.locator(".u-value").all_text_contents() == ["2", "8.75", "8.67"]
     page.get_by_label("Over").select_option("tokens")
-    assert plot.locator(".u-label").first.text_content() == "tokens"
+    plot.locator(".u-label", has_text="tokens").wait_for()  # drawn again when it is seen
     page.locator("#load .map").nth(1).focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#load .readout").nth(1).text_content().startswith("Layer 0, expert 0: ")

@@ -29,7 +29,7 @@ SECTIONS = {
     "dial": "Dial",
     "training": "Training",
 }
-SCRIPTS = ("core", "heatmap", "lines", "text", "experts", "between", "training", "generation", "dial")
+SCRIPTS = ("core", "heatmap", "lines", "scroller", "text", "experts", "between", "training", "generation", "dial")
 
 
 def write_report(

@@ -1,16 +1,14 @@
 "use strict";
-// The text: coloured tokens, of which only those near the visible part are in the page, and the experts of one token.
+// The text: coloured tokens, and the experts of one token.
 (() => {
   if (!remoe.data.text || !remoe.data.text.texts.length) return;
   const { data, unpack, element, range, short, visible, choice } = remoe;
   const { texts, gatesKnown } = data.text;
   const { layers, experts } = data.head;
-  const FEW = 60, MANY = 160; // tokens of a piece: it ends at the first line end after FEW, or at MANY
-  const NEAR = "600px"; // pieces so far from the visible part are filled
   const $ = (id) => document.getElementById(id);
   const state = { text: 0, mode: "count", layer: -1, expert: 0, token: 0, hits: [], hit: -1 };
   const opened = new Map();
-  let pieces = [], strengths = [], watcher = null;
+  let strengths = [], scroller = null;
 
   // Unpacks a text when it is first shown
   function open(number) {
@@ -97,19 +95,6 @@
     $("scale").textContent = describe(values);
   }
 
-  function cut(text) {
-    const bounds = [];
-    let first = 0;
-    for (let t = 0; t < text.T; t++) {
-      const size = t - first + 1;
-      if (t === text.T - 1 || size >= MANY || (size >= FEW && text.tokens[t].endsWith("\n"))) {
-        bounds.push([first, t + 1]);
-        first = t + 1;
-      }
-    }
-    return bounds;
-  }
-
   function mark(span, token) {
     span.style.setProperty("--strength", strengths[token].toFixed(3));
     span.className = (token === state.token ? "here " : "") + (found(token) ? "hit" : "");
@@ -117,75 +102,18 @@
 
   const found = (token) => state.hit >= 0 && state.hits[state.hit][0] <= token && token <= state.hits[state.hit][1];
 
-  function fill(piece) {
-    if (piece.filled) return;
-    piece.filled = true;
-    piece.box.style.minHeight = "";
-    const { tokens } = current();
-    piece.box.replaceChildren(...range(piece.end - piece.first).map((i) => {
-      const span = element("span", tokens[piece.first + i]);
-      mark(span, piece.first + i);
-      return span;
-    }));
-  }
-
-  function empty(piece) {
-    if (!piece.filled) return;
-    piece.filled = false;
-    piece.box.style.minHeight = `${piece.box.offsetHeight}px`;
-    piece.box.replaceChildren();
-  }
-
-  function layOut() {
-    const text = current();
-    if (watcher) watcher.disconnect();
-    const columns = Math.max(20, ($("excerpt").clientWidth - 32) / 8.7);
-    pieces = cut(text).map(([first, end]) => {
-      const box = element("div", undefined, { class: "piece" });
-      const lines = text.tokens.slice(first, end).join("").split("\n");
-      const rows = lines.reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / columns)), 0);
-      box.style.minHeight = `${rows * 27}px`;
-      return { box, first, end, filled: false };
-    });
-    const of = new Map(pieces.map((piece) => [piece.box, piece]));
-    watcher = new IntersectionObserver((entries) => {
-      for (const entry of entries) (entry.isIntersecting ? fill : empty)(of.get(entry.target));
-    }, { root: $("excerpt"), rootMargin: NEAR });
-    $("excerpt").replaceChildren(...pieces.map((piece) => piece.box));
-    $("excerpt").scrollTop = 0;
-    pieces.slice(0, 3).forEach(fill);
-    pieces.forEach((piece) => watcher.observe(piece.box));
-    $("cut").hidden = !texts[state.text].cut;
-  }
-
   function recolour() {
     legend(measures[state.mode](current()));
-    remark();
-  }
-
-  function remark() {
-    for (const piece of pieces) {
-      if (piece.filled) [...piece.box.children].forEach((span, i) => mark(span, piece.first + i));
-    }
-  }
-
-  function pieceOf(token) {
-    return pieces.find((piece) => token < piece.end);
+    scroller.remark();
   }
 
   function showToken(token, scroll) {
     const text = current();
-    const before = pieceOf(state.token);
     const last = state.token;
     state.token = token;
-    if (before && before.filled && before.box.children[last - before.first]) mark(before.box.children[last - before.first], last);
-    const piece = pieceOf(token);
-    if (scroll) fill(piece);
-    if (piece.filled) {
-      const span = piece.box.children[token - piece.first];
-      mark(span, token);
-      if (scroll) reveal(span);
-    }
+    scroller.remark(last);
+    if (scroll) scroller.reveal(token);
+    scroller.remark(token);
     const title = element("p");
     title.append(
       element("code", visible(text.tokens[token]) || "part of a character", { class: "token", dir: "auto" }),
@@ -210,14 +138,6 @@
     $("token").replaceChildren(title, list);
   }
 
-  // Scrolls the text alone, not the page
-  function reveal(span) {
-    const box = $("excerpt").getBoundingClientRect(), at = span.getBoundingClientRect();
-    if (at.top < box.top + 20 || at.bottom > box.bottom - 20) {
-      $("excerpt").scrollTop += at.top - box.top - box.height / 2;
-    }
-  }
-
   function search(words) {
     const text = current();
     const wanted = words.toLowerCase();
@@ -239,7 +159,7 @@
     }
     if (state.hits.length) go(0);
     else {
-      remark();
+      scroller.remark();
       $("hits").textContent = wanted ? "not found" : "";
     }
   }
@@ -249,7 +169,7 @@
     state.hit = (hit + state.hits.length) % state.hits.length;
     $("hits").textContent = `${(state.hit + 1).toLocaleString("en")} of ${state.hits.length.toLocaleString("en")}`;
     showToken(state.hits[state.hit][0], true);
-    remark();
+    scroller.remark();
   }
 
   // The token shown before the reader points at one: the first would often be an empty line.
@@ -265,11 +185,12 @@
   }
 
   function show() {
-    layOut();
-    recolour();
     state.hits = [];
     state.hit = -1;
     $("hits").textContent = "";
+    legend(measures[state.mode](current()));
+    scroller.lay(current().tokens);
+    $("cut").hidden = !texts[state.text].cut;
     showToken(busiest(), false);
   }
 
@@ -325,12 +246,7 @@
   back.addEventListener("click", () => go(state.hit - 1));
   next.addEventListener("click", () => go(state.hit + 1));
 
-  function point(event) {
-    const piece = pieces.find(({ box }) => box === event.target.parentElement);
-    if (piece) showToken(piece.first + [...piece.box.children].indexOf(event.target), false);
-  }
-  $("excerpt").addEventListener("mouseover", point);
-  $("excerpt").addEventListener("click", point);
+  scroller = remoe.scroller($("excerpt"), { mark, point: (token) => showToken(token, false) });
   $("excerpt").addEventListener("keydown", (event) => {
     const far = event.ctrlKey ? 100 : 1;
     const step = { ArrowRight: far, ArrowLeft: -far }[event.key];
@@ -340,8 +256,8 @@
     event.preventDefault();
     showToken(to, true);
   });
-  setColour("count", -1, 0);
   show();
+  setColour("count", -1, 0);
   remoe.colourBy = (ofLayer, ofExpert) => {
     setColour("expert", ofLayer, ofExpert);
     figure.figure.scrollIntoView();

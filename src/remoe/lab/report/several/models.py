@@ -95,7 +95,7 @@ def _read(source: Source, name: str, file: Path) -> Compared:
         record.about.router if record else source.model.config.router,
         record,
         source.tokenizer,
-        facts(source, record and record.about, step),
+        facts(source, record and record.about, step) | {"reads": f"windows of {source.text.seq_len:,} tokens"},
         outcome(source.run, step),
         statistics.median(timed.rates[1:]) if len(timed.rates) > 1 else None,
         training_of(source, step),

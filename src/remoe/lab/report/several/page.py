@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import remoe
-from remoe.errors import ConfigError
+from remoe.errors import CheckpointError, ConfigError
 from remoe.lab.analysis.record import is_record
 from remoe.lab.outputs import write_output
 from remoe.lab.report.page import checked_place, environment, script_json
@@ -52,6 +52,9 @@ def write_comparison(
     """
     if not 2 <= len(paths) <= MOST_MODELS:
         raise ConfigError(f"a comparison has 2 to {MOST_MODELS} models, not {len(paths)}")
+    for path in paths:  # before the work of the others
+        if not Path(path).exists():
+            raise CheckpointError(f"{path} does not exist")
     place = checked_place(out, _place(paths))
     with tempfile.TemporaryDirectory() as folder:
         models = read_all(paths, data, prompt, max_tokens=max_tokens, folder=Path(folder))

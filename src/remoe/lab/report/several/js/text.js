@@ -38,33 +38,30 @@
   const text = (of, i, span) => of.models[i].tokens.slice(...tokensOf(of.models[i], span)).join("");
   const current = () => open(state.text);
 
-  // What is compared: for each span the mean number of experts of a token and layer, or the sum of the losses
+  // What is compared, of one span: the mean number of experts of a token in a layer, or the sum of the losses
   const measures = {
-    count(model, spans) {
-      const layers = state.layer < 0 ? range(model.layers) : [state.layer];
-      return Float32Array.from({ length: spans }, (_, span) => {
-        const [first, end] = tokensOf(model, span);
-        let sum = 0;
-        for (const layer of layers) for (let t = first; t < end; t++) sum += model.counts[layer * model.T + t];
-        return sum / ((end - first) * layers.length);
-      });
+    count(model, span, layer) {
+      const [first, end] = tokensOf(model, span);
+      let sum = 0;
+      for (let l = layer < 0 ? 0 : layer; l < (layer < 0 ? model.layers : layer + 1); l++) {
+        for (let t = first; t < end; t++) sum += model.counts[l * model.T + t];
+      }
+      return sum / ((end - first) * (layer < 0 ? model.layers : 1));
     },
-    loss(model, spans) {
-      return Float32Array.from({ length: spans }, (_, span) => {
-        const [first, end] = tokensOf(model, span);
-        let sum = 0;
-        for (let t = first; t < end; t++) sum += t ? model.loss[t - 1] : NaN; // a record has the loss of the next token
-        return sum;
-      });
+    loss(model, span) {
+      const [first, end] = tokensOf(model, span);
+      let sum = 0;
+      for (let t = first; t < end; t++) sum += t ? model.loss[t - 1] : NaN; // a record has the loss of the next token
+      return sum;
     },
   };
 
-  const compared = (mode) => [0, state.other].map((i) => measures[mode](current().models[i], current().spans));
   const signed = (value) => (Number.isNaN(value) ? "–" : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${short(Math.abs(value))}`);
 
   function recolour() {
-    const [first, other] = compared(state.mode);
-    const differences = other.map((value, i) => value - first[i]);
+    const { models, spans } = current();
+    const value = (i, span) => measures[state.mode](models[i], span, state.layer);
+    const differences = Float32Array.from({ length: spans }, (_, span) => value(state.other, span) - value(0, span));
     const sizes = Array.from(differences, Math.abs).filter((size) => size > 0).sort((a, b) => a - b);
     const highest = sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(MOST * sizes.length))] : 0;
     strengths = differences.map((value) => (highest && !Number.isNaN(value) ? Math.max(-1, Math.min(1, value / highest)) : 0));
@@ -76,7 +73,8 @@
     $("scale").textContent = `Colour: ${unit}${where}, ${name} minus ${reference}; ${signed(mean)} on average. ` +
       (state.mode === "count" ? `Orange: ${name} uses more experts; blue: fewer.` : `Orange: ${name} predicts it worse; blue: better.`);
     const bar = element("span", undefined, { class: "strip both", "aria-hidden": "true" });
-    $("legend").replaceChildren(element("span", `−${short(highest)} or less`), bar, element("span", `+${short(highest)} or more`));
+    const ends = highest ? [`−${short(highest)} or less`, `+${short(highest)} or more`] : ["no difference", ""];
+    $("legend").replaceChildren(element("span", ends[0]), bar, element("span", ends[1]));
     scroller.remark();
   }
 
@@ -121,11 +119,7 @@
       return name;
     }));
     head.append(top);
-    const layer = state.layer;
-    state.layer = -1;
-    const values = (mode) => of.models.map((model) => valueOf(mode, model, span));
-    const [counts, losses] = [values("count"), values("loss")];
-    state.layer = layer;
+    const [counts, losses] = ["count", "loss"].map((mode) => of.models.map((model) => measures[mode](model, span, -1)));
     const texts = (all) => all.map((value, i) => (i ? `${short(value)} (${signed(value - all[0])})` : short(value)));
     body.append(row("experts per layer", texts(counts)), row("loss in nats", texts(losses)));
     if (of.models[0].ends) {
@@ -138,13 +132,6 @@
     const scrolled = element("div", undefined, { class: "scroll" });
     scrolled.append(table);
     $("token").replaceChildren(title, scrolled);
-  }
-
-  // The value of one span
-  function valueOf(mode, model, span) {
-    const [first, end] = tokensOf(model, span);
-    const one = { ...model, ends: Uint32Array.of(first, end) };
-    return measures[mode](one, 2)[1];
   }
 
   function search(words) {
@@ -196,13 +183,9 @@
     const of = current();
     yield ["domain", "number", "text", ...routed.flatMap((model) => [`${model.name}: experts per layer`, `${model.name}: loss in nats`,
       ...range(model.layers).map((l) => `${model.name}: experts of layer ${l}`)])];
-    const layer = state.layer;
-    state.layer = -1;
-    const values = of.models.map((model) => [measures.count(model, of.spans), measures.loss(model, of.spans)]);
-    state.layer = layer;
     for (let span = 0; span < of.spans; span++) {
-      yield [found[state.text].domain, span, of.pieces[span], ...of.models.flatMap((model, i) => [
-        values[i][0][span], values[i][1][span], ...range(model.layers).map((l) => cell(model, l, span)),
+      yield [found[state.text].domain, span, of.pieces[span], ...of.models.flatMap((model) => [
+        measures.count(model, span, -1), measures.loss(model, span), ...range(model.layers).map((l) => cell(model, l, span)),
       ])];
     }
   }
