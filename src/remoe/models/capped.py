@@ -1,7 +1,7 @@
 """A layer in which a token has at most c experts, with the experts called as transformers' own mixtures call theirs.
 
 Engines that replace a mixture's experts by kernels of their own expect `experts(hidden_states, top_k_index,
-top_k_weights)` with the same number of slots for every token. ReLU routing fills some of them; the others are marked.
+top_k_weights)` with the same number of slots for every token. ReLU routing fills some of them; the others have the weight zero.
 
 Legend: T tokens, D model width, F expert width, E experts, c slots of a token.
 """
@@ -25,14 +25,14 @@ class CappedExperts(Experts):
 
         Args:
             hidden_states: (T, D).
-            top_k_index: (T, c) int64, the experts of each token; E for a slot that is not used.
+            top_k_index: (T, c) int64, the experts of each token; any expert for a slot that is not used.
             top_k_weights: (T, c), their gates; zero for a slot that is not used.
 
         Returns:
             (T, D), as `Experts`.
         """
         T, E = hidden_states.shape[0], self.down_proj.shape[0]
-        gate_TE = top_k_weights.new_zeros(T, E + 1).scatter(1, top_k_index, top_k_weights)[:, :E]
+        gate_TE = top_k_weights.new_zeros(T, E).scatter_add(1, top_k_index, top_k_weights)
         pairs = Assignment.from_gates(gate_TE, gate_TE != 0, top_k_index.numel())
         return super().forward(hidden_states, pairs, pairs.gate_N)
 
@@ -65,7 +65,8 @@ class CappedMoE(MoE):
         size_TE = routing.gate_TE.detach().abs()
         index_Tc = size_TE.topk(self.cap, dim=1).indices
         weight_Tc = routing.gate_TE.gather(1, index_Tc)
-        return torch.where(weight_Tc != 0, index_Tc, self.router.num_experts), weight_Tc
+        # The token's first expert where there is no other: engines read past their weights for an index E.
+        return torch.where(weight_Tc != 0, index_Tc, index_Tc[:, :1]), weight_Tc
 
 
 def build_mixture(cap: int | None, *args: object, **options: object) -> nn.Module:

@@ -90,6 +90,7 @@ class RemoePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RemoeDecoderLayer"]
     _skip_keys_device_placement = [CACHE_NAME]
+    _keys_to_ignore_on_load_unexpected = [r"^sparsity\."]  # state of training, which engines' models do not have
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -136,7 +136,7 @@ def _cap(c: RemoeConfig, without: float, with_cap: float) -> str:
     return (
         f"A token has at most {c.max_experts} experts, those with the largest gates. The experts are called as those "
         f"of transformers' mixtures, `experts(hidden_states, top_k_index, top_k_weights)` with {c.max_experts} slots; "
-        f"a slot that a token does not use has the index {c.experts_per_layer} and the weight 0.\n\n{_table(rows)}"
+        f"a slot that a token does not use has the weight 0.\n\n{_table(rows)}"
     )
 
 
