@@ -174,8 +174,32 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="a folder that keeps the runs")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--meshes", nargs="+", default=[mesh for meshes in MESHES.values() for mesh in meshes])
+    parser.add_argument("--report", action="store_true", help="run nothing: write what the finished runs give")
     options = parser.parse_args()
     work = options.work.resolve()
+    if not options.report:
+        run_all(work, options.meshes)
+    chosen = runs_on(options.meshes)
+    done = [run for run in chosen if finished(folder_of(work, *run))]
+    found = [
+        {"router": router, "mesh": mesh, "dtype": dtype}
+        | difference(folder_of(work, router, None, dtype), folder_of(work, router, mesh, dtype))
+        for router, mesh, dtype in done
+    ]
+    result = {
+        "command": "python experiments/mesh_equality.py WORK",
+        "machine": machine(torch.device("cpu")) | {"threads": 1},
+        "options": OPTIONS,
+        "not_run": [" ".join(run) for run in chosen if run not in done],
+        "largest_relative_difference": found,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for row in found:
+        print(*row.values())
+
+
+def run_all(work: Path, chosen: list[str]) -> None:
+    """Makes the data and all runs that are not finished."""
     torch.set_num_threads(1)
     if not (work / "data").exists():
         write_data(work)
@@ -183,25 +207,11 @@ def main() -> None:
         if not finished(folder_of(work, *run)):
             train(work, *run)
     for world_size, meshes in MESHES.items():
-        runs = runs_on([mesh for mesh in meshes if mesh in options.meshes])
+        runs = runs_on([mesh for mesh in meshes if mesh in chosen])
         runs = [run for run in runs if not finished(folder_of(work, *run))]
         if runs:
             (work / f"rendezvous-{world_size}").unlink(missing_ok=True)
             mp.start_processes(rank_main, (world_size, work, runs), world_size, start_method="spawn")
-    found = [
-        {"router": router, "mesh": mesh, "dtype": dtype}
-        | difference(folder_of(work, router, None, dtype), folder_of(work, router, mesh, dtype))
-        for router, mesh, dtype in runs_on(options.meshes)
-    ]
-    result = {
-        "command": "python experiments/mesh_equality.py WORK",
-        "machine": machine(torch.device("cpu")),
-        "options": OPTIONS,
-        "largest_relative_difference": found,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in found:
-        print(*row.values())
 
 
 if __name__ == "__main__":
