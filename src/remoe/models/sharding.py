@@ -61,8 +61,8 @@ def shard(
     replicate * fsdp before its backward pass. The tp ranks of a group, neighbours, must be given the same tokens.
 
     Args:
-        model: whole, on any device; a `RemoeForCausalLM`, or a relufied model with LLaMA's names of modules. On the meta
-            device, it gets its values afterwards.
+        model: whole, on any device; a `RemoeForCausalLM`, or a relufied model with LLaMA's names of modules. On the
+            meta device, it gets its values afterwards.
         device: where it will train.
         replicate: copies of the sharded model.
         fsdp: ranks over which a copy is sharded; replicate * fsdp * tp is the number of ranks in torch.distributed.
