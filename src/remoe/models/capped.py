@@ -1,7 +1,8 @@
 """A layer in which a token has at most c experts, with the experts called as transformers' own mixtures call theirs.
 
 Engines that replace a mixture's experts by kernels of their own expect `experts(hidden_states, top_k_index,
-top_k_weights)` with the same number of slots for every token. ReLU routing fills some of them; the others have the weight zero.
+top_k_weights)` with the same number of slots for every token. ReLU routing fills some of them; the others have the
+weight zero.
 
 Legend: T tokens, D model width, F expert width, E experts, c slots of a token.
 """
