@@ -75,7 +75,7 @@ def decode(
     return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T).pruned(threshold, cap))
 
 
-def _has_kernel(weight: Tensor, dtype: torch.dtype) -> bool:
+def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:
     """Whether the kernel for a few tokens of this dtype takes the weight."""
     if type(weight) is nn.Parameter:
         return weight.is_contiguous() and (weight.dtype is dtype or is_packed(weight))

@@ -6,6 +6,8 @@ lower half and number j + 16 in its upper half. Five bits a number in all. A num
 Legend: J numbers of a row, a multiple of 32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,6 @@ def is_packed(weight: Tensor) -> bool:
     return weight.dtype == torch.uint8
 
 
-def is_quantised(weight: Tensor) -> bool:
+def is_quantised(weight: Any) -> bool:
     """Whether a weight is packed, or one of torchao's: its experts must be dequantised before they run."""
     return is_packed(weight) or (hasattr(weight, "dequantize") and hasattr(weight, "qdata"))

@@ -18,6 +18,8 @@ Legend: T tokens, D model width, F expert width, E experts, N listed pairs, C st
 L active experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,8 @@ def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Te
     kernels = compiled_kernels(x_TD.dtype)
     if kernels is None:
         return None
-    kernel, parts = kernels.few_tokens_by_gates, [gate_up_E2FD, down_EDF]
+    kernel = kernels.few_tokens_by_gates
+    parts: list[Any] = [gate_up_E2FD, down_EDF]
     if is_packed(gate_up_E2FD):
         kernel = kernels.packed_by_gates
     elif is_quantised(gate_up_E2FD):
