@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 experiments/rank_memory.py --whole   # each process builds the whole model first
     torchrun --nproc-per-node 2 experiments/rank_memory.py           # as `remoe train --mesh` does
 
-Prints, for each rank, the peak above the memory before, in MB, and the seconds. The model has 155 million parameters.
+Prints, for each rank, the peak above the memory before, in MB, and the seconds. The model has 161 million parameters.
 """
 
 import argparse
