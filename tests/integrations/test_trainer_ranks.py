@@ -35,6 +35,7 @@ WAYS = {  # model, and the mesh of `remoe.models.sharding.shard`; without one th
     "own fsdp2": (own, {"fsdp": 2}),
     "own fsdp2 x ep": (own, {"fsdp": 2, "ep": 2}),
     "relufied ddp": (relufied, {}),
+    "relufied fsdp2": (relufied, {"fsdp": 2}),
 }
 
 
