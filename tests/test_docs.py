@@ -24,8 +24,14 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.DOTALL | re.MULTILIN
 INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 # The authors' code, TensorBoard, a script, and Megatron-LM.
 OTHER_PROGRAMS = {"--save", "--moe-relu-routing", "--logdir", "--results", "--moe-routing-trace-path", "--append-eod"}
-OTHER_PROGRAMS |= {"--max-restarts", "--rdzv-id"}  # torchrun's
-OTHER_PROGRAMS |= {"--parts", "--reduced", "--minutes"}  # those of scripts in benchmarks/ and experiments/
+OTHER_PROGRAMS |= {"--max-restarts", "--rdzv-id", "--nproc-per-node"}  # torchrun's
+OTHER_PROGRAMS |= {
+    "--parts",
+    "--reduced",
+    "--minutes",
+    "--whole",
+    "--processes",
+}  # those of scripts in benchmarks/ and experiments/
 SLOW = {"docs/guides/convert.md", "docs/guides/fine-tune.md"}  # over 5 seconds
 
 

@@ -213,7 +213,7 @@ def activation_bytes(
     These are what autograd saves: per layer and token the inputs of the norms, of the projections and of the attention,
     q, k, v and its output, the pre-activations of the experts; and the head's gradients, which the loss computes. Under
     bfloat16 autocast norms and router keep float32, each projection keeps a copy of its input, and all layers but the
-    router keep a copy of their weights.
+    router keep a copy of their weights. On a CPU with compiled kernels each norm keeps D numbers a token less.
 
     Args:
         m: sizes of the model.

@@ -118,10 +118,10 @@ def test_the_entry_point_registers_configuration_and_model(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"router": "hash"}, "state alone"),
-        ({"router": "dense"}, "state alone"),
-        ({"router": "lory"}, "state alone"),
-        ({"router": "expert_choice", "router_options": {"causal_evaluation": False}}, "state alone"),
+        ({"router": "hash"}, "a token's own state"),
+        ({"router": "dense"}, "a token's own state"),
+        ({"router": "lory"}, "a token's own state"),
+        ({"router": "expert_choice", "router_options": {"causal_evaluation": False}}, "a token's own state"),
         ({"qk_norm": True, "attention_bias": True}, "attention_bias"),
     ],
     ids=str,

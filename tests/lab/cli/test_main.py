@@ -67,7 +67,7 @@ def test_a_terminal_shows_what_takes_seconds_and_clears_it(command, tmp_path, mo
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_folder_behind(monkeypatch, tmp_path, number):
-    def export(*_):
+    def export(*_, **__):
         with new_folder(tmp_path / "out") as folder:
             (folder / "half").touch()
             os.kill(os.getpid(), number)

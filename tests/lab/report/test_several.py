@@ -250,7 +250,10 @@ def test_records_are_compared_from_the_command_line(tmp_path, monkeypatch, capsy
     assert content["head"]["aligned"] == "tokens"
     for wrong, said in (
         ([], "MODEL missing"),
-        (["a.parquet", "b.parquet", "--effect-tokens", "9"], "--effect-tokens is for one model"),
+        (
+            ["a.parquet", "b.parquet", "--effect-tokens", "9"],
+            "--effect-tokens, --dial-tokens and --generate are for one model",
+        ),
         (["a.parquet", "b.parquet", "--prompt", "cow"], "--data and --prompt do not go with them"),
         (["a.parquet"] * 7, "2 to 6 models, not 7"),
         (["a.parquet", "nowhere"], "nowhere does not exist"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from remoe.errors import ConfigError, check
+from remoe.lab.cli.helps import GENERATE
 from remoe.lab.cli.parsing import importing, parse
 from remoe.lab.console import emit
 from remoe.lab.generation import SamplingOptions
@@ -61,7 +62,7 @@ class GenerateOptions:
 
 def generate_command(argv: list[str]) -> int:
     """Prints each prompt and the model's continuation, or answers; or writes them to a file; or begins a session."""
-    options = parse(GenerateOptions, argv, prog=PROG)
+    options = parse(GenerateOptions, argv, prog=PROG, brief=GENERATE)
     _check(options)
     prompts = None if _is_session(options) else _prompts(options)
 

@@ -142,3 +142,65 @@ checkpoints, or a model's folder with its tokenizer.
   --json FILE             file to write the figures to
 
 All options: remoe eval --help-all"""
+
+GENERATE = """usage: remoe generate [-h] [OPTIONS] RUN
+
+Generate text with a trained model, which is printed as it is written. The same
+seed gives the same text.
+
+examples:
+  remoe generate runs/mine --prompt "The cow" --max-new-tokens 40
+  remoe generate runs/mine --file prompts.txt --out texts.jsonl
+  remoe generate DIR --chat --interactive
+
+RUN is the folder of a run (its newest checkpoint is used), one of its
+checkpoints, or the folder of any transformers language model with its
+tokenizer. Without --prompt and --file, prompts come from standard input if it
+is a pipe or a file, and from a session with you on a terminal.
+
+  --prompt TEXT           text to continue; may be given several times
+  --file PATH             file of prompts; - for standard input
+  --format NAME           how they are read: auto, lines, jsonl or whole
+                          (default auto)
+  --batch-size INT        prompts at a time (default 8)
+  --out PATH              new JSONL file to write instead of printing
+  --chat                  put the prompts as questions to a chat model
+  --system TEXT           with --chat: the system message
+  --interactive           a session: each line is a prompt
+  --max-new-tokens INT    the most tokens to write (default 120)
+  --temperature FLOAT     0 takes the most likely token (default 0.8)
+  --top-k INT             sample only from the k most likely tokens (default 50)
+  --seed INT              the same seed gives the same text (default 0)
+  --max-experts INT       the most experts that a token may use
+
+All options: remoe generate --help-all"""
+
+REPORT = """usage: remoe report [-h] [OPTIONS] MODEL [MODEL ...]
+
+Write an HTML page that shows how a model routes: text coloured by expert,
+loads, measures and figures; with several models also their differences. The
+page is one file that needs no network; open it in a browser.
+
+examples:
+  remoe report runs/mine
+  remoe report runs/relu runs/topk
+  remoe report DIR --prompt "The cow" --generate 100
+
+MODEL is the folder of a run (its newest checkpoint is used), one of its
+checkpoints, a model's folder with its tokenizer, also a mixture of transformers
+that `remoe convert relufy` knows, or a record of `remoe record`.
+
+  --data DIR              folder written by `remoe data prepare`, or raw text;
+                          by default the data of the run
+  --prompt TEXT           text to read instead
+  --generate INT          tokens that the model writes after the prompt; the
+                          page plays how (default 0)
+  --out PATH              file to write; by default report.html in MODEL
+  --max-tokens INT        tokens for the figures (default 200000)
+  --excerpt INT           tokens of each domain shown as text (default 2000)
+  --effect-tokens INT     tokens on which each expert is switched off, to
+                          measure its effect (default 0)
+  --dial-tokens INT       tokens on which gate thresholds and caps are
+                          measured (default 0)
+
+All options: remoe report --help-all"""

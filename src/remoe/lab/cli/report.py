@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.helps import REPORT
 from remoe.lab.cli.parsing import importing, parse, waiting
 from remoe.lab.generation import Sampling, SamplingOptions
 from remoe.lab.outputs import check_output, is_report
@@ -56,7 +57,7 @@ class ReportOptions:
 
 def report_command(argv: list[str]) -> int:
     """Writes the page and prints its path."""
-    options = parse(ReportOptions, argv, prog=PROG)
+    options = parse(ReportOptions, argv, prog=PROG, brief=REPORT)
     if options.max_tokens < 1 or options.excerpt < 1:
         raise ConfigError("--max-tokens and --excerpt must be at least 1")
     if options.effect_tokens < 0 or options.dial_tokens < 0:
