@@ -107,7 +107,8 @@ def _cross_entropy(logits_tV: Tensor, target_t1: Tensor) -> tuple[Tensor, Tensor
     """Nats of each target, (t, 1), and their gradients by the logits, softmax - onehot, in the logits' memory."""
     kernels = compiled_kernels(logits_tV.dtype) if logits_tV.device.type == "cpu" else None
     if kernels is not None and logits_tV.dtype is torch.float32:
-        nats_t1, target_t1 = torch.empty_like(target_t1, dtype=torch.float32), target_t1.contiguous()
+        target_t1 = target_t1.to(torch.int64).contiguous()  # the kernel's type
+        nats_t1 = torch.empty_like(target_t1, dtype=torch.float32)
         addresses = logits_tV.data_ptr(), target_t1.data_ptr()
         if not kernels.cross_entropy(*addresses, *logits_tV.shape, nats_t1.data_ptr()):
             raise IndexError(f"a target is not one of the {logits_tV.shape[1]} ids of the vocabulary")

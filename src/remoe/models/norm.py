@@ -42,7 +42,7 @@ class _RMSNormFunction(torch.autograd.Function):
         """y, and the factor 1 / sqrt(mean(x^2) + eps) of each token, (T,) float32."""
         x, weight_D, D = x.contiguous(), weight_D.contiguous(), x.shape[-1]
         T = x.numel() // D
-        y, scale_T = torch.empty_like(x), torch.empty(T, dtype=torch.float32)
+        y, scale_T = torch.empty_like(x), x.new_empty(T, dtype=torch.float32)
         outputs = y.data_ptr(), scale_T.data_ptr()
         compiled_kernels(x.dtype).rms_norm(x.data_ptr(), weight_D.data_ptr(), T, D, eps, *outputs)
         return y, scale_T
@@ -67,7 +67,7 @@ class _RMSNormFunction(torch.autograd.Function):
             return *(next(gradients) if needs else None for needs in ctx.needs_input_grad[:2]), None
         dy, x, weight_D = dy.contiguous(), x.contiguous(), weight_D.contiguous()
         T, D = len(scale_T), x.shape[-1]
-        dx, dweight_sD = torch.empty_like(x), torch.empty(-(-T // ROWS_OF_A_SUM), D, dtype=torch.float32)
+        dx, dweight_sD = torch.empty_like(x), x.new_empty(-(-T // ROWS_OF_A_SUM), D, dtype=torch.float32)
         addresses = (tensor.data_ptr() for tensor in (dy, x, weight_D, scale_T))
         compiled_kernels(x.dtype).rms_norm_backward(*addresses, T, D, dx.data_ptr(), dweight_sD.data_ptr())
         return dx, dweight_sD.sum(dim=0).to(weight_D.dtype), None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from remoe.convert.relufy.model import RelufiedMixin
 from remoe.lab.analysis.measures import inactive_below
 from remoe.lab.analysis.source import Source
 from remoe.lab.report.contents import training_records
@@ -44,9 +45,13 @@ def training_of(source: Source, step: int | None) -> Training | None:
     if source.run is None:
         return None
     c, config, summary = source.model.config, source.run.load_config(), source.run.load_summary()
-    target = 1 - c.active_per_token / c.experts_per_layer if c.steered else None
+    if isinstance(source.model, RelufiedMixin):
+        experts, k, steered = c.relufied["num_experts"], c.relufied["k"], True
+    else:
+        experts, k, steered = c.experts_per_layer, c.active_per_token, c.steered
+    target = 1 - k / experts if steered else None
     found = training_from(
-        training_records(source.run, step), c.experts_per_layer, c.active_per_token, target,
+        training_records(source.run, step), experts, k, target,
         config.batch_size * config.seq_len,
     )  # fmt: skip
     if found is not None and summary.get("steps") == step:
