@@ -152,18 +152,21 @@ def executed_experts(router: RouterSizes, num_experts: int, k: int) -> Callable[
     return cost
 
 
-def plan(m: ModelSizes, seq_len: int, micro_batch_size: int) -> Plan:
+def plan(m: ModelSizes, seq_len: int, micro_batch_size: int, *, norm_kernels: bool = False) -> Plan:
     """Plans a model.
 
     Args:
         m: its sizes.
         seq_len: S.
         micro_batch_size: B, sequences per forward and backward pass, for the activations.
+        norm_kernels: as for `activation_bytes`.
     """
     total, active = parameters(m)
     density = m.target_density
     dense_stage = max(density, 0.5) if m.steered else density
-    activations = [activation_bytes(m, seq_len, micro_batch_size, d) for d in (density, dense_stage)]
+    activations = [
+        activation_bytes(m, seq_len, micro_batch_size, d, norm_kernels=norm_kernels) for d in (density, dense_stage)
+    ]
     return Plan(
         total_parameters=total,
         active_parameters=active,
@@ -206,14 +209,20 @@ def flops_per_sequence(m: ModelSizes, seq_len: int, density: float) -> float:
 
 
 def activation_bytes(
-    m: ModelSizes, seq_len: int, micro_batch_size: int, density: float, *, bfloat16: bool = False
+    m: ModelSizes,
+    seq_len: int,
+    micro_batch_size: int,
+    density: float,
+    *,
+    bfloat16: bool = False,
+    norm_kernels: bool = False,
 ) -> int:
     """Bytes that the forward pass stores for the backward pass, without recomputation.
 
     These are what autograd saves: per layer and token the inputs of the norms, of the projections and of the attention,
     q, k, v and its output, the pre-activations of the experts; and the head's gradients, which the loss computes. Under
     bfloat16 autocast norms and router keep float32, each projection keeps a copy of its input, and all layers but the
-    router keep a copy of their weights. On a CPU with compiled kernels each norm keeps D numbers a token less.
+    router keep a copy of their weights.
 
     Args:
         m: sizes of the model.
@@ -221,12 +230,17 @@ def activation_bytes(
         micro_batch_size: B.
         density: share of the (token, expert) pairs that are executed.
         bfloat16: under bfloat16 autocast; otherwise float32.
+        norm_kernels: whether norms are the kernels of `remoe.models.norm`, which keep D numbers of a token fewer than
+            the formula: on a CPU with compiled kernels.
     """
     S, D = seq_len, m.d_model
     T, E = micro_batch_size * S, m.num_experts * m.granularity
     q, kv = m.heads * m.head_dim, m.groups * m.head_dim
     number = 2 if bfloat16 else _FLOAT
-    per_token = (28 if bfloat16 else 24) * D + number * (2 * (q + kv) + 4 * m.shared) + _FLOAT * (m.heads + 2)
+    fewer = _FLOAT * D if norm_kernels else 0  # of each norm
+    per_token = (
+        (28 if bfloat16 else 24) * D - 2 * fewer + number * (2 * (q + kv) + 4 * m.shared) + _FLOAT * (m.heads + 2)
+    )
     if m.qk_norm:
         per_token += _FLOAT * (2 * (q + kv) + m.heads + m.groups)
     layer = float(T * per_token)
@@ -244,5 +258,5 @@ def activation_bytes(
         layer += number * (2 * D * (q + kv) + 3 * D * (m.expert_width + m.shared))
     rotary = 2 * _FLOAT * S * m.head_dim
     loss = _FLOAT * D * m.vocab_size
-    last = T * ((2 * _FLOAT + number) * D + _FLOAT)  # the final norm, and the gradient of what it gives
+    last = T * ((2 * _FLOAT + number) * D - fewer + _FLOAT)  # the final norm, and the gradient of what it gives
     return round(m.layers * layer + last + rotary + loss + _INDEX * T)

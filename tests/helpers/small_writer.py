@@ -1,5 +1,7 @@
 """A small model with a byte-level tokenizer, whose texts are as random as its weights: incomplete characters too."""
 
+import torch
+
 import remoe
 from remoe.lab.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -24,7 +26,9 @@ def tokenizer(template=None):
 def model(size=310, **options):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     fixed = {"num_experts": 4, "initializer_range": 0.3, "max_position_embeddings": 128, "vocab_size": size}
-    return remoe.RemoeForCausalLM(remoe.RemoeConfig(**(sizes | fixed | options))).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same texts for every order of the tests
+        return remoe.RemoeForCausalLM(remoe.RemoeConfig(**(sizes | fixed | options))).eval()
 
 
 def save(folder, template=None, **options):

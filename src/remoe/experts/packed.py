@@ -18,6 +18,13 @@ HEADER = 4  # bytes
 BYTES = HEADER + GROUP // 2
 
 
+def check_packable(*widths: int) -> None:
+    """Raises ConfigError for a width that 32 does not divide."""
+    for width in widths:
+        if width % GROUP:
+            raise ConfigError(f"4 bits need rows of a multiple of {GROUP} numbers, but they have {width}")
+
+
 def pack(weight: Tensor) -> Tensor:
     """Rounds a weight to 4 bits.
 
@@ -30,8 +37,7 @@ def pack(weight: Tensor) -> Tensor:
     Raises:
         ConfigError: where 32 does not divide J.
     """
-    if weight.shape[-1] % GROUP:
-        raise ConfigError(f"4 bits need rows of a multiple of {GROUP} numbers, but they have {weight.shape[-1]}")
+    check_packable(weight.shape[-1])
     group = weight.detach().float().unflatten(-1, (-1, GROUP))
     least = group.amin(dim=-1, keepdim=True).bfloat16()
     scale = ((group.amax(dim=-1, keepdim=True) - least.float()) / 15).bfloat16()

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from remoe.experts.packed import check_packable
 from remoe.layer import MoE
 from remoe.matmul import Linear
 from remoe.models.capped import build_mixture
@@ -32,9 +33,11 @@ def pack_experts(layer: MoE) -> None:
     Raises:
         ConfigError: for widths that 32 does not divide.
     """
-    for experts in (layer.experts, layer.shared_expert):
-        if experts is not None:
-            experts.pack()
+    parts = [experts for experts in (layer.experts, layer.shared_expert) if experts is not None]
+    for experts in parts:  # before any is changed
+        check_packable(*experts.down_proj.shape[1:])
+    for experts in parts:
+        experts.pack()
 
 
 class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):

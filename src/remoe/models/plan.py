@@ -53,9 +53,9 @@ def _executed(config: RemoeConfig, density: float, seq_len: int) -> float:
     return config.router_class.executed_experts(config.num_experts, config.k, density, seq_len, **options)
 
 
-def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int) -> Plan:
+def plan(config: RemoeConfig, seq_len: int, micro_batch_size: int, *, norm_kernels: bool = False) -> Plan:
     """`remoe.costs.plan` of a model."""
-    return costs.plan(sizes_of(config), seq_len, micro_batch_size)
+    return costs.plan(sizes_of(config), seq_len, micro_batch_size, norm_kernels=norm_kernels)
 
 
 def parameters(config: RemoeConfig) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Streams: the windows are those of the text in its order, on every mesh and after every interruption."""
 
+import csv
 import json
 
 import numpy as np
@@ -200,3 +201,18 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tmp_path, source, texts,
     refused(tmp_path / "broken", "cannot be read")
     (tmp_path / "broken" / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     refused(tmp_path / "broken", "missing")
+
+
+def test_later_rows_may_have_other_keys_and_words_are_not_taken_for_missing_or_numbers(tmp_path):
+    """`datasets` fixes the columns of JSON by its first rows, and pandas reads "NA" and digits otherwise."""
+    for name in ("json", "csv"):
+        (tmp_path / name).mkdir()
+    words = make_texts(20, seed=5, words=8)
+    rows = [{"text": text, "meta": None} for text in words] + [{"text": "last words", "meta": {"a": 1}, "new": 2}]
+    (tmp_path / "json" / "0.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    with open(tmp_path / "csv" / "0.csv", "w", newline="") as file:
+        csv.writer(file).writerows([text] for text in ["text", *words, "NA", "", "12", "null"])
+    for name, ends in (("json", ["last words"]), ("csv", ["NA", "12", "null"])):
+        source = stream._find(str(tmp_path / name), "text")
+        found = [document.text for _, document in source.documents(0, 1) if document is not None]
+        assert found == [*words, *ends]

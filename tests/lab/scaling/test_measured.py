@@ -1,6 +1,7 @@
 """Bytes and memory that `remoe plan --mesh` calculates are those of a training step on 2 and 4 processes."""
 
 import gc
+import statistics
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from packaging import version
 from ranks import run_ranks
 from traffic import Traffic
 
+from remoe.experts.cpu.build import compiled_kernels
 from remoe.lab.bench.timing import peak_bytes
 from remoe.lab.data import open_dataset
 from remoe.lab.scaling.memory import rank_memory
@@ -62,6 +64,7 @@ def job_of(trainer):
     c, mesh = trainer.config, trainer.ranks.mesh
     micro = min(c.micro_batch_size, c.batch_size // mesh.parts)
     options = {"bfloat16": c.dtype == "bfloat16", "recompute": c.recompute, "global_load": c.mesh_load == "global"}
+    options["kernels"] = compiled_kernels(torch.float32) is not None
     return Job(sizes_of(trainer.model.config), mesh, c.seq_len, c.batch_size, micro, **options)
 
 
@@ -103,6 +106,7 @@ def test_every_byte_that_a_step_sends_is_planned(measured):
 
 
 def test_memory_of_a_process_is_planned(measured):
-    for _, held in measured:
-        for mesh, (found, planned) in held.items():
-            assert planned == pytest.approx(found, rel=0.2), mesh  # norms on this CPU keep less than is planned
+    # The plan is of equally many pairs for each expert, and a process has more or fewer: their mean is the plan's.
+    for mesh, (_, planned) in measured[0][1].items():
+        found = statistics.mean(held[mesh][0] for _, held in measured)
+        assert planned == pytest.approx(found, rel=0.1), mesh

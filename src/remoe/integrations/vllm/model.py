@@ -114,5 +114,10 @@ class RemoeForCausalLM(LlamaForCausalLM):
             logits_TV[:, self.config.tokenizer_size :] = -torch.inf
         return logits_TV
 
+    @property
+    def compute_logits_local(self) -> None:
+        """What vLLM samples from where ranks share a batch: it would not leave out those ids, so there is none."""
+        raise AttributeError("compute_logits_local")
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(vllm_weights(weights))

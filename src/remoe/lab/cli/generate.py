@@ -188,6 +188,9 @@ def _write_file(out: Path, prompts: list[Prompt], texts: "Iterator[Written]") ->
             for prompt, text in zip(prompts, written, strict=False)
         ]
         if rows:
-            write_output(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            write_output(
+                out,
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace"),
+            )
             begin = "\r" if terminal else ""
             print(f"{begin}{len(rows)} of {len(prompts)} texts are in {out}", file=sys.stderr)

@@ -31,16 +31,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 State = dict[str, Any] | None  # of an IterableDataset, as JSON; None is its beginning
+LINES = "text"
 KINDS = {  # the builder of `datasets` for a file's suffix
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
+    ".jsonl": LINES,  # the builder "json" refuses a file in which later rows have other keys or types than the first
+    ".jsonl.gz": LINES,
+    ".jsonl.zst": LINES,
     ".parquet": "parquet",
     ".csv": "csv",
 }
 # Every document is held out, or not, by the hash of its text, so copies of a held-out document are not trained on.
 HOLDOUT = Holdout(seed=0, fraction=0.02, always=frozenset(), never=frozenset())
 HELD_OUT_TOKENS = 2**19  # of them are enough to measure a loss to 0.01
+ROWS = 256  # of a Parquet file that are held in memory at a time
 HELD_OUT_FILES = 16  # from which they are taken, in turn
 
 
@@ -51,10 +53,12 @@ class TextStream:
     Attributes:
         record: of the source.
         dataset: of `datasets`; its shards are the files.
+        lines: whether its rows are lines of JSON.
     """
 
     record: StreamRecord
     dataset: "IterableDataset"
+    lines: bool = False
 
     def documents(self, part: int, parts: int, state: State = None) -> Iterator[tuple[State, Document | None]]:
         """The documents of every file whose number is `part` modulo `parts`, and the state from which each is read.
@@ -77,10 +81,22 @@ class TextStream:
                 raise DataError(f"{name}: cannot be read: {first_line(error)}") from error
             if row is None:
                 return
+            if self.lines:
+                row = _object(row[LINES], name) if row[LINES].strip() else {column: ""}
             if column not in row:
                 raise DataError(f"{name}: no column {column!r} (columns present: {', '.join(row)}); see --text-column")
             yield state, make_document(row[column], "text", None, name)
             state = after
+
+
+def _object(line: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{name}: cannot be read: {first_line(error)}: {line[:60]!r}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{name}: cannot be read: a line is no JSON object: {line[:60]!r}")
+    return found
 
 
 def open_stream(data: str, column: str, parent: Path, tokenizer: str | Path | None) -> Dataset:
@@ -129,6 +145,7 @@ def _find(data: str, column: str) -> TextStream:
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # an error is one line, and ours
     datasets.disable_progress_bars()
+    kind, options = None, {}
     if data.startswith("hf:"):
         target, config, split = split_name(data)
         if Path(target).exists():
@@ -140,8 +157,13 @@ def _find(data: str, column: str) -> TextStream:
         kind = KINDS[known_suffix(files[0])]
         source, split = str(place), "train"
         arguments = (kind, None, None, {split: [glob.escape(str(path)) for path in files]})
+        if kind == "parquet":  # else it reads all columns, a row group at a time
+            options = {"columns": [column], "batch_size": ROWS}
+        elif kind == "csv":  # else it takes texts such as "NA" for missing ones, and digits for numbers
+            text = datasets.Features({column: datasets.Value("string")})
+            options = {"usecols": [column], "features": text, "keep_default_na": False}
     try:
-        builder = datasets.load_dataset_builder(*arguments)
+        builder = datasets.load_dataset_builder(*arguments, **options)
         dataset = builder.as_streaming_dataset(split=split)
         if files:
             base = place if place.is_dir() else place.parent
@@ -154,7 +176,7 @@ def _find(data: str, column: str) -> TextStream:
     except Exception as error:  # the hub, its client and the dataset's own files share no base class of errors
         raise DataError(f"{data}: cannot be read as a stream: {first_line(error)}") from error
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return TextStream(StreamRecord(source=source, column=column, identity=digest, files=count), dataset)
+    return TextStream(StreamRecord(source=source, column=column, identity=digest, files=count), dataset, kind == LINES)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

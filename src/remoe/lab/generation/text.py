@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -235,7 +236,6 @@ def _settings(
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     settings = {
         "max_new_tokens": options.max_new_tokens,
-        "repetition_penalty": options.repetition_penalty,
         "eos_token_id": sorted(ends | {tokenizer.eos_token_id}),
         "pad_token_id": tokenizer.eos_token_id,
         "do_sample": False,  # tokens are drawn by `_Draw`
@@ -294,7 +294,7 @@ def _write_batch(
         output_BS = model.generate(
             torch.tensor(input_BS, device=model.device),
             attention_mask=torch.tensor(mask_BS, device=model.device),
-            logits_processor=_sampling(options, len(rows), model.device),
+            logits_processor=[*_penalty(options, padding), *_sampling(options, len(rows), model.device)],
             stopping_criteria=[_Watch(rows), *criteria],
             **settings,
         )
@@ -326,6 +326,21 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
+
+
+def _penalty(options: SamplingOptions, padding: list[int]) -> list[LogitsProcessor]:
+    return [] if options.repetition_penalty == 1 else [_Penalty(options.repetition_penalty, padding)]
+
+
+class _Penalty(LogitsProcessor):
+    """transformers' penalty of repetitions; before 5.24 its `generate` counts padding among a row's tokens."""
+
+    def __init__(self, penalty: float, padding: list[int]) -> None:
+        self.of_one, self.padding = RepetitionPenaltyLogitsProcessor(float(penalty)), padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = zip(input_ids.split(1), scores.split(1), self.padding, strict=True)
+        return torch.cat([self.of_one(ids_1S[:, left:], row_1V) for ids_1S, row_1V, left in rows])
 
 
 def _sampling(options: SamplingOptions, B: int, device: torch.device) -> list[LogitsProcessor]:

@@ -77,8 +77,9 @@ def stored_bytes(job: Job, density: float) -> tuple[int, int]:
     cut = replace(m, heads=m.heads // tp, groups=m.groups // tp)
     if m.routes_pairs:  # parts of all experts, or whole experts for a part of the tokens
         cut = replace(cut, d_ffn=m.d_ffn // tp)
+    options = {"bfloat16": job.bfloat16, "norm_kernels": job.kernels}
     none, one = (
-        activation_bytes(replace(cut, layers=layers), job.seq_len, job.micro_batch_size, density, bfloat16=job.bfloat16)
+        activation_bytes(replace(cut, layers=layers), job.seq_len, job.micro_batch_size, density, **options)
         for layers in (0, 1)
     )
     of_layer = one - none
@@ -114,8 +115,9 @@ def _scratch(job: Job, density: float) -> float:
 
 
 def _loss_scratch(job: Job) -> int:
-    """Logits and their softmax, of a chunk of tokens; under tensor parallelism of all, with their gradient."""
+    """Logits of a chunk of tokens, and their softmax where no kernel writes it over them; under tensor parallelism
+    logits and softmax of all tokens, with their gradient."""
     if job.mesh.tp > 1:
         return 3 * FLOAT * job.tokens * job.sizes.vocab_size
     chunk = max(512, 2 ** (26 if job.on_gpu else 21) // job.sizes.vocab_size)
-    return 2 * FLOAT * min(chunk, job.tokens) * job.sizes.vocab_size
+    return (1 if job.kernels else 2) * FLOAT * min(chunk, job.tokens) * job.sizes.vocab_size

@@ -31,6 +31,8 @@ class Job:
         recompute: whether layers are recomputed in the backward pass.
         global_load: whether losses count the load of all processes (`--mesh-load global`).
         on_gpu: whether the devices are GPUs, whose loss works on larger chunks.
+        kernels: whether norms and the softmax of the loss are compiled kernels, as on a CPU that can build them; they
+            keep less.
     """
 
     sizes: ModelSizes
@@ -42,6 +44,7 @@ class Job:
     recompute: bool = False
     global_load: bool = True
     on_gpu: bool = False
+    kernels: bool = False
 
     @property
     def passes(self) -> int:

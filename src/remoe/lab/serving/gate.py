@@ -30,11 +30,16 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif is_own_host(dict(scope["headers"]).get(b"host", b"").decode("latin-1"), self.host):
+        elif self._is_ours(dict(scope["headers"])):
             await self._answer(scope, receive, send)
         else:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"the request names another host than this server\n"})
+
+    def _is_ours(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request is for this server and, if a page in a browser makes it, from a page of this server."""
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        return is_own_host(host, self.host) and (not origin or is_own_host(origin.partition("://")[2], self.host))
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         # Ours, because continuous batching mixes up, and stops at, two requests to which clients gave one id.

@@ -33,7 +33,7 @@ def check_request(model: PreTrainedModel, input_ids: list[int] | torch.Tensor, c
     Raises:
         ConfigError: when the request cannot be answered; the server makes an error 400 of it.
     """
-    if not 1 <= config.max_new_tokens <= LONGEST_TEXT:
+    if not 1 <= (config.max_new_tokens or 0) <= LONGEST_TEXT:
         raise ConfigError(f"max_tokens must be from 1 to {LONGEST_TEXT:,}, but is {config.max_new_tokens}")
     tokens = len(input_ids) if isinstance(input_ids, list) else input_ids.shape[-1]
     check_length(model, tokens, config.max_new_tokens, "max_tokens")
@@ -144,6 +144,7 @@ class Together(CBGenerateManager):
         Raises:
             ConfigError: for a later request with others.
         """
+        check_request(model, [], gen_config)  # before its settings hold for all
         super().init_cb(model, gen_config)
         first, other = (_shared_settings(config) for config in (self._cb.generation_config, gen_config))
         differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))

@@ -66,7 +66,9 @@ def load_served(folder: str | Path, device: torch.device) -> tuple[PreTrainedMod
     model, tokenizer, _ = load_model(folder)
     settings = model.generation_config
     settings.do_sample = True  # otherwise the server ignores a request's temperature; at 0 it takes the likeliest token
-    settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
+    ends = settings.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    settings.eos_token_id, settings.pad_token_id = sorted(ends | {tokenizer.eos_token_id}), tokenizer.eos_token_id
     known, size = vocabulary_size(tokenizer), model.get_output_embeddings().weight.shape[0]
     if known < size:  # a vocabulary that is rounded up: these ids have no text
         settings.suppress_tokens = list(range(known, size))

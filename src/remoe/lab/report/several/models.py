@@ -83,6 +83,7 @@ def read_all(
             documents = documents or _first_documents(source.text, source.tokenizer, max_tokens)
             source = replace(source, text=_same_documents(source, documents))
         found.append(_read(source, name, folder / f"{number}.parquet"))
+        del source  # or the next model would be loaded beside it
     return found
 
 
