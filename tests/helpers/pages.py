@@ -15,3 +15,14 @@ SAVED = """async () => {
   while (blobs.length < buttons.length) await new Promise((goOn) => setTimeout(goOn, 5));
   return Promise.all(blobs.map((blob) => blob.text()));
 }"""
+
+
+def check_figures(page, number, width):
+    """A page has so many figures, each with title, words and button, and none wider than the page."""
+    figures = page.evaluate(FIGURES)
+    assert len(figures) == number
+    for name, title, words, button, body in figures:
+        assert title, name
+        assert len(words) > 40, name
+        assert button > 20, name
+        assert 150 < body <= width, name

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accessible import check_accessible
-from pages import FIGURES, SAVED
+from pages import SAVED, check_figures
 from tiny_run import FLAGS
 
 from remoe.lab.analysis.record import RoutingRecord
@@ -67,13 +67,7 @@ def test_a_page_fits_wide_and_narrow_windows_light_and_dark(run, opened):
         page = opened(run / "report.html", width=width, scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert colour_of(page) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
-        figures = page.evaluate(FIGURES)
-        assert len(figures) == 27
-        for name, title, words, button, body in figures:
-            assert title, name
-            assert len(words) > 40, name
-            assert button > 20, name
-            assert 150 < body <= width, name
+        check_figures(page, 27, width)
     page.emulate_media(color_scheme="light")
     assert colour_of(page) == "rgb(255, 255, 255)"
 

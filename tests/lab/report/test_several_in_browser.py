@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from pages import FIGURES, SAVED
+from pages import SAVED, check_figures
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.report.several.models import Compared
@@ -54,13 +54,7 @@ def test_a_comparison_fits_wide_and_narrow_windows(path, opened):
     for width, scheme in ((1400, "light"), (390, "dark")):
         page = opened(path, width=width, scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        figures = page.evaluate(FIGURES)
-        assert len(figures) == 20
-        for name, title, words, button, body in figures:
-            assert title, name
-            assert len(words) > 40, name
-            assert button > 20, name
-            assert 150 < body <= width, name
+        check_figures(page, 20, width)
     saved = page.evaluate(SAVED)
     assert len(saved) == 20
     for text in saved:

@@ -1,6 +1,7 @@
 """The report of a trained model: a single HTML file that needs no other file and no network.
 
-It combines `page.html`, `page.css`, the scripts in `js/` and uPlot in `vendor/` with the data of `page_data` as JSON.
+It combines `page.html` in `frame.html`, `page.css`, the scripts in `js/` and uPlot in `vendor/` with the data of
+`page_data` as JSON.
 """
 
 import json
@@ -29,7 +30,10 @@ SECTIONS = {
     "dial": "Dial",
     "training": "Training",
 }
-SCRIPTS = ("core", "heatmap", "lines", "scroller", "text", "experts", "between", "training", "generation", "dial")
+SCRIPTS = (
+    "js/core", "js/heatmap", "js/lines", "js/scroller", "js/search", "js/text", "js/experts", "js/between",
+    "js/training", "js/generation", "js/dial",
+)  # fmt: skip
 
 
 def write_report(

@@ -6,7 +6,7 @@
   const { texts, gatesKnown } = data.text;
   const { layers, experts } = data.head;
   const $ = (id) => document.getElementById(id);
-  const state = { text: 0, mode: "count", layer: -1, expert: 0, token: 0, hits: [], hit: -1 };
+  const state = { text: 0, mode: "count", layer: -1, expert: 0, token: 0 };
   const opened = new Map();
   let strengths = [], scroller = null;
 
@@ -97,10 +97,9 @@
 
   function mark(span, token) {
     span.style.setProperty("--strength", strengths[token].toFixed(3));
-    span.className = (token === state.token ? "here " : "") + (found(token) ? "hit" : "");
+    span.className = (token === state.token ? "here " : "") + (search.marks(token) ? "hit" : "");
   }
 
-  const found = (token) => state.hit >= 0 && state.hits[state.hit][0] <= token && token <= state.hits[state.hit][1];
 
   function recolour() {
     legend(measures[state.mode](current()));
@@ -138,39 +137,7 @@
     $("token").replaceChildren(title, list);
   }
 
-  function search(words) {
-    const text = current();
-    const wanted = words.toLowerCase();
-    state.hits = [];
-    state.hit = -1;
-    const tokenAt = (place) => {
-      let low = 0, high = text.T - 1;
-      while (low < high) {
-        const middle = (low + high) >> 1;
-        if (text.ends[middle] > place) high = middle;
-        else low = middle + 1;
-      }
-      return low;
-    };
-    if (wanted) {
-      for (let at = text.joined.indexOf(wanted); at >= 0; at = text.joined.indexOf(wanted, at + wanted.length)) {
-        state.hits.push([tokenAt(at), tokenAt(at + wanted.length - 1)]);
-      }
-    }
-    if (state.hits.length) go(0);
-    else {
-      scroller.remark();
-      $("hits").textContent = wanted ? "not found" : "";
-    }
-  }
-
-  function go(hit) {
-    if (!state.hits.length) return;
-    state.hit = (hit + state.hits.length) % state.hits.length;
-    $("hits").textContent = `${(state.hit + 1).toLocaleString("en")} of ${state.hits.length.toLocaleString("en")}`;
-    showToken(state.hits[state.hit][0], true);
-    scroller.remark();
-  }
+  const search = remoe.search({ text: current, show: (token) => showToken(token, true), remark: () => scroller.remark() });
 
   // The token shown before the reader points at one: the first would often be an empty line.
   function busiest() {
@@ -185,9 +152,7 @@
   }
 
   function show() {
-    state.hits = [];
-    state.hit = -1;
-    $("hits").textContent = "";
+    search.clear();
     legend(measures[state.mode](current()));
     scroller.lay(current().tokens);
     $("cut").hidden = !texts[state.text].cut;
@@ -235,27 +200,10 @@
     expert.label.hidden = how !== "expert";
     recolour();
   }
-  const ask = element("label", "Search ");
-  const field = element("input", undefined, { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
-  ask.append(field);
-  const back = element("button", "Previous", { type: "button" });
-  const next = element("button", "Next", { type: "button" });
-  figure.tools.prepend(domain.label, mode.label, layer.label, expert.label, ask, back, next, element("span", "", { id: "hits", "aria-live": "polite" }));
-  field.addEventListener("input", () => search(field.value));
-  field.addEventListener("keydown", (event) => event.key === "Enter" && go(state.hit + (event.shiftKey ? -1 : 1)));
-  back.addEventListener("click", () => go(state.hit - 1));
-  next.addEventListener("click", () => go(state.hit + 1));
+  figure.tools.prepend(domain.label, mode.label, layer.label, expert.label, ...search.controls);
 
   scroller = remoe.scroller($("excerpt"), { mark, point: (token) => showToken(token, false) });
-  $("excerpt").addEventListener("keydown", (event) => {
-    const far = event.ctrlKey ? 100 : 1;
-    const step = { ArrowRight: far, ArrowLeft: -far }[event.key];
-    const { T } = current();
-    const to = { Home: 0, End: T - 1 }[event.key] ?? (step && Math.max(0, Math.min(T - 1, state.token + step)));
-    if (to === undefined) return;
-    event.preventDefault();
-    showToken(to, true);
-  });
+  remoe.tokenKeys($("excerpt"), () => current().T, () => state.token, (token) => showToken(token, true));
   show();
   setColour("count", -1, 0);
   remoe.colourBy = (ofLayer, ofExpert) => {

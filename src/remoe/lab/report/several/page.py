@@ -19,8 +19,8 @@ from remoe.lab.text import short_name
 MOST_MODELS = 6  # as many as there are colours of curves
 SECTIONS = {"measures": "Measures", "text": "Text", "experts": "Experts", "layers": "Layers", "training": "Training"}
 SCRIPTS = (
-    "js/core", "js/heatmap", "js/lines", "js/scroller", "several/js/shared", "several/js/measures", "several/js/text",
-    "several/js/experts", "several/js/curves",
+    "js/core", "js/heatmap", "js/lines", "js/scroller", "js/search", "several/js/shared", "several/js/measures",
+    "several/js/text", "several/js/experts", "several/js/curves",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@
   const { unpack, element, range, short, visible, choice, routed, named } = remoe;
   const shared = Math.min(...routed.map((model) => model.layers)); // layers that all models have
   const $ = (id) => document.getElementById(id);
-  const state = { text: 0, mode: "count", layer: -1, other: 1, span: 0, hits: [], hit: -1 };
+  const state = { text: 0, mode: "count", layer: -1, other: 1, span: 0 };
   const MOST = 0.98; // the share of the differences that the scale does not cut
   const opened = new Map();
   let strengths = [];
@@ -78,10 +78,9 @@
     scroller.remark();
   }
 
-  const hit = (span) => state.hit >= 0 && state.hits[state.hit][0] <= span && span <= state.hits[state.hit][1];
   function mark(made, span) {
     made.style.setProperty("--strength", Math.abs(strengths[span]).toFixed(3));
-    made.className = (strengths[span] > 0 ? "more " : "") + (span === state.span ? "here " : "") + (hit(span) ? "hit" : "");
+    made.className = (strengths[span] > 0 ? "more " : "") + (span === state.span ? "here " : "") + (search.marks(span) ? "hit" : "");
   }
   let scroller = null;
 
@@ -134,42 +133,14 @@
     $("token").replaceChildren(title, scrolled);
   }
 
-  function search(words) {
-    const of = current(), wanted = words.toLowerCase();
-    state.hits = [];
-    state.hit = -1;
-    const spanAt = (place) => {
-      let low = 0, high = of.spans - 1;
-      while (low < high) {
-        const middle = (low + high) >> 1;
-        if (of.placed[middle] > place) high = middle;
-        else low = middle + 1;
-      }
-      return low;
-    };
-    if (wanted) {
-      for (let at = of.joined.indexOf(wanted); at >= 0; at = of.joined.indexOf(wanted, at + wanted.length)) {
-        state.hits.push([spanAt(at), spanAt(at + wanted.length - 1)]);
-      }
-    }
-    if (state.hits.length) go(0);
-    else {
-      scroller.remark();
-      $("hits").textContent = wanted ? "not found" : "";
-    }
-  }
-
-  function go(number) {
-    if (!state.hits.length) return;
-    state.hit = (number + state.hits.length) % state.hits.length;
-    $("hits").textContent = `${(state.hit + 1).toLocaleString("en")} of ${state.hits.length.toLocaleString("en")}`;
-    showSpan(state.hits[state.hit][0], true);
-    scroller.remark();
-  }
+  const search = remoe.search({
+    text: () => ({ joined: current().joined, ends: current().placed }),
+    show: (span) => showSpan(span, true), remark: () => scroller.remark(),
+  });
 
   function show() {
-    Object.assign(state, { span: 0, hits: [], hit: -1 });
-    $("hits").textContent = "";
+    state.span = 0;
+    search.clear();
     $("cut").hidden = !found[state.text].cut;
     strengths = new Float32Array(current().spans);
     scroller.lay(current().pieces);
@@ -214,25 +185,8 @@
     recolour();
   });
   other.label.hidden = routed.length < 3;
-  const ask = element("label", "Search ");
-  const field = element("input", undefined, { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
-  ask.append(field);
-  const back = element("button", "Previous", { type: "button" });
-  const next = element("button", "Next", { type: "button" });
-  figure.tools.prepend(domain.label, mode.label, layer.label, other.label, ask, back, next, element("span", "", { id: "hits", "aria-live": "polite" }));
-  field.addEventListener("input", () => search(field.value));
-  field.addEventListener("keydown", (event) => event.key === "Enter" && go(state.hit + (event.shiftKey ? -1 : 1)));
-  back.addEventListener("click", () => go(state.hit - 1));
-  next.addEventListener("click", () => go(state.hit + 1));
+  figure.tools.prepend(domain.label, mode.label, layer.label, other.label, ...search.controls);
   scroller = remoe.scroller($("excerpt"), { mark, point: (span) => showSpan(span, false) });
-  $("excerpt").addEventListener("keydown", (event) => {
-    const far = event.ctrlKey ? 100 : 1;
-    const step = { ArrowRight: far, ArrowLeft: -far }[event.key];
-    const { spans } = current();
-    const to = { Home: 0, End: spans - 1 }[event.key] ?? (step && Math.max(0, Math.min(spans - 1, state.span + step)));
-    if (to === undefined) return;
-    event.preventDefault();
-    showSpan(to, true);
-  });
+  remoe.tokenKeys($("excerpt"), () => current().spans, () => state.span, (span) => showSpan(span, true));
   show();
 })();
