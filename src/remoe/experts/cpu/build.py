@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,11 +171,11 @@ def _make(compiler: str) -> ctypes.CDLL:
     identity, flags, openmp = _plan(compiler)
 
     def build(scratch: Path) -> Path:
-        linked, objects = scratch / "kernels.so", []
-        for source in _SOURCES:
-            if source.suffix == ".cpp":
-                objects.append(str(scratch / f"{source.stem}.o"))
-                _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
+        linked, sources = scratch / "kernels.so", [source for source in _SOURCES if source.suffix == ".cpp"]
+        objects = [str(scratch / f"{source.stem}.o") for source in sources]
+        with ThreadPoolExecutor() as threads:  # each waits for a compiler of its own
+            compile_ = partial(_run, compiler, *flags, "-c")
+            list(threads.map(lambda source, object_: compile_(str(source), "-o", object_), sources, objects))
         # Linked by path to the OpenMP runtime that torch runs on: a second one would fight it for the cores.
         _run(compiler, "-shared", *objects, *([openmp] if openmp else []), "-o", str(linked))
         return linked

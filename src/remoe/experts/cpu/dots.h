@@ -129,13 +129,21 @@ struct Packed {
     }
 };
 
-// `dots` of a matrix for `rows` <= R rows of tokens.
-template <int R = ROWS, typename M, typename X>
-inline void dots(const M &matrix, int64_t row, int64_t other, int64_t step, const X *const *x_iK, int64_t rows,
-                 float out[2][ROWS]) {
-    if constexpr (R > 1)
-        if (rows < R) return dots<R - 1>(matrix, row, other, step, x_iK, rows, out);
-    matrix.template dots<R>(row, other, step, x_iK, out);
+// `dots` of a matrix for `rows` <= ROWS rows of tokens. Not inlined: two loops call it, and a compiler would make each
+// of its cases twice, which takes it seconds.
+template <typename M, typename X>
+__attribute__((noinline)) void dots(const M &matrix, int64_t row, int64_t other, int64_t step, const X *const *x_iK,
+                                    int64_t rows, float out[2][ROWS]) {
+    switch (rows) {
+        case 1: return matrix.template dots<1>(row, other, step, x_iK, out);
+        case 2: return matrix.template dots<2>(row, other, step, x_iK, out);
+        case 3: return matrix.template dots<3>(row, other, step, x_iK, out);
+        case 4: return matrix.template dots<4>(row, other, step, x_iK, out);
+        case 5: return matrix.template dots<5>(row, other, step, x_iK, out);
+        case 6: return matrix.template dots<6>(row, other, step, x_iK, out);
+        case 7: return matrix.template dots<7>(row, other, step, x_iK, out);
+        default: return matrix.template dots<ROWS>(row, other, step, x_iK, out);
+    }
 }
 
 }  // namespace
