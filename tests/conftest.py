@@ -14,11 +14,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import functools
+
 import forked
 import pytest
 import torch
+from tyro import _docstrings
 
 from remoe.lab.data import PrepareOptions, prepare
+from remoe.lab.training import train
+
+train.SAMPLE_TOKENS = 12  # the text at its end would take longer than a tiny run
+# tyro reads the source of the options' classes anew at each call; a process has one call, and the tests a thousand.
+_docstrings._ClassTokenization.make = staticmethod(functools.cache(_docstrings._ClassTokenization.make))
 
 # As in a terminal, even if the tests run in the background or under nohup: commands inherit what is ignored here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,20 +16,24 @@ def package(folder, **files):
     return storeys.Package(folder)
 
 
-def test_no_storey_imports_a_higher_one():
-    assert storeys.Package().upward() == []
+@pytest.fixture(scope="module")
+def ours():
+    return storeys.Package()
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    assert storeys.Package().circles() == []
+def test_no_storey_imports_a_higher_one(ours):
+    assert ours.upward() == []
 
 
-def test_every_storey_imports_only_what_its_installation_brings():
-    assert storeys.Package().foreign() == []
+def test_no_modules_import_each_other_in_a_circle(ours):
+    assert ours.circles() == []
 
 
-def test_every_file_belongs_to_a_storey():
-    ours = storeys.Package()
+def test_every_storey_imports_only_what_its_installation_brings(ours):
+    assert ours.foreign() == []
+
+
+def test_every_file_belongs_to_a_storey(ours):
     assert ours.strays() == []
     assert {ours.storey(name) for name in ours.modules} == set(storeys.STOREYS)
 

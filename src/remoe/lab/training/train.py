@@ -53,6 +53,7 @@ from remoe.stages import first_sparse_step, settling_time
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLE_TOKENS = 120  # of the text that a finished run writes
 logger = logging.getLogger(__name__)
 
 MANY_LAYERS = 1_000
@@ -305,7 +306,7 @@ def _continuation(trainer: Trainer, tokenizer: "PreTrainedTokenizerBase", prompt
 
     Nothing where the prompt fills that context.
     """
-    options = SamplingOptions(seed=trainer.config.seed)
+    options = SamplingOptions(seed=trainer.config.seed, max_new_tokens=SAMPLE_TOKENS)
     if trainer.origin is not None and trainer.origin.relufied:
         room = trainer.shape.max_position_embeddings - len(tokenizer(prompt)["input_ids"])
         options.max_new_tokens = min(options.max_new_tokens, room)
