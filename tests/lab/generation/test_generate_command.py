@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -230,16 +231,19 @@ class Terminal:
         self.user.start()
 
     def _use(self):
-        seen = 0
+        seen, key = 0, ""
         while True:
+            # Python loses an interrupt between its prompt and its read; whoever sees nothing happen presses again.
+            if key == "\x03" and not select.select([self.ours], [], [], 3)[0]:
+                os.write(self.ours, key.encode())
             try:
                 new = os.read(self.ours, 1 << 16)
             except OSError:  # closed at the other end
                 return
             self.screen += new.decode(errors="replace")
             if self.screen.endswith("> ") and len(self.screen) > seen and self.lines:
-                seen = len(self.screen)
-                os.write(self.ours, self.lines.pop(0).encode())
+                seen, key = len(self.screen), self.lines.pop(0)
+                os.write(self.ours, key.encode())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")

@@ -44,7 +44,8 @@ TRAFFIC = {
         "fsdp=2,ep=4,tp=2": {**EVEN, "recompute": True},
     },
 }
-LARGE = {"seq_len": 128, "batch_size": 4, "router": "topk", "k": 2}
+# A router that does not learn: the sparsity of a measured step is that of the planned one.
+LARGE = {"seq_len": 128, "batch_size": 4, "router": "topk", "k": 2, "optim": {"lr": 1e-12}}
 LARGE["model"] = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 DENSE_STAGE = {"router": "relu", "k": 1}  # more than half of the experts are active at the start
 MEMORY = {

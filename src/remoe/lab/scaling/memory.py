@@ -116,8 +116,8 @@ def _scratch(job: Job, density: float) -> float:
 
 def _loss_scratch(job: Job) -> int:
     """Logits of a chunk of tokens, and their softmax where no kernel writes it over them; under tensor parallelism
-    logits and softmax of all tokens, with their gradient."""
+    logits and softmax of all tokens, and the gradients of both."""
     if job.mesh.tp > 1:
-        return 3 * FLOAT * job.tokens * job.sizes.vocab_size
+        return 4 * FLOAT * job.tokens * job.sizes.vocab_size
     chunk = max(512, 2 ** (26 if job.on_gpu else 21) // job.sizes.vocab_size)
     return (1 if job.kernels else 2) * FLOAT * min(chunk, job.tokens) * job.sizes.vocab_size
