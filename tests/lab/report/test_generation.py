@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accessible import check_accessible
+from pages import HOSTILE
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.analysis.writing import Written
@@ -19,8 +20,6 @@ from remoe.lab.report.sections import page_data
 LAYERS, EXPERTS, PROMPT, T = 2, 4, 3, 400
 SAMPLING = {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 7,
             "gate_threshold": None, "max_experts": 2, "max_new_tokens": 500}  # fmt: skip
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>", "\u202e\u2066", "\x00\x1b[31m\x9b",
-           "א", "x" * 1_000_000, "\ufffd", "\u2028", "${alert(3)}", "{{ 7 * 7 }}"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

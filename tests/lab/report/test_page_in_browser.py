@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accessible import check_accessible
-from pages import SAVED, check_figures
+from pages import DARK, HOSTILE, SAVED, WHITE, check_figures, check_printed_on_white, colour_of
 from tiny_run import FLAGS
 
 from remoe.lab.analysis.record import RoutingRecord
@@ -58,18 +58,14 @@ def readout(page, name):
     return page.locator(f"#{name} .readout").text_content()
 
 
-def colour_of(page):
-    return page.evaluate("getComputedStyle(document.body).backgroundColor")
-
-
 def test_a_page_fits_wide_and_narrow_windows_light_and_dark(run, opened):
     for width, scheme in ((1400, "light"), (390, "dark")):
         page = opened(run / "report.html", width=width, scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert colour_of(page) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
+        assert colour_of(page) == {"light": WHITE, "dark": DARK}[scheme]
         check_figures(page, 27, width)
     page.emulate_media(color_scheme="light")
-    assert colour_of(page) == "rgb(255, 255, 255)"
+    assert colour_of(page) == WHITE
 
 
 def test_colours_of_the_text(run, opened):
@@ -207,20 +203,12 @@ def test_a_page_is_accessible(run, opened):
 
 
 def test_a_page_is_printed_on_white(run, opened):
-    page = opened(run / "report.html", scheme="dark")
-    page.evaluate(
-        "addEventListener('beforeprint', () => { window.paper = getComputedStyle(document.body).backgroundColor })"
-    )
-    assert page.pdf().startswith(b"%PDF")
-    assert page.evaluate("window.paper") == "rgb(255, 255, 255)"
-    assert colour_of(page) == "rgb(21, 24, 28)"
+    check_printed_on_white(opened(run / "report.html", scheme="dark"))
 
 
 def test_hostile_and_long_texts_do_no_harm(opened, tmp_path):
-    hostile = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>", "\u202e\u2066", "\x00\x1b[31m\x9b",
-               "א", "x" * 1_000_000, "\ufffd", "\u2028", "${alert(3)}", "{{ 7 * 7 }}"]  # fmt: skip
     T = 20_000
-    texts = [*hostile, *["word "] * (T - len(hostile))]
+    texts = [*HOSTILE, *["word "] * (T - len(HOSTILE))]
     active_LTE, zero = torch.rand(2, T, 4) < 0.3, torch.zeros(T, dtype=torch.int64)
     gate_LTE, domain = torch.rand(2, T, 4) * active_LTE, "</template><b>\u202e"
     record = RoutingRecord.of(active_LTE, torch.arange(T) % 50, zero, zero, [domain], gate_LTE=gate_LTE, texts=texts)
@@ -229,7 +217,7 @@ def test_hostile_and_long_texts_do_no_harm(opened, tmp_path):
     page = opened(path, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     shown = page.locator("#excerpt .piece span")
-    assert shown.first.text_content() == hostile[0]
+    assert shown.first.text_content() == HOSTILE[0]
     assert shown.nth(3).text_content() == r"\x00\x1b[31m\x9b"
     assert shown.count() < 2000  # those near the visible part
     page.locator("#excerpt").focus()

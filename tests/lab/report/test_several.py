@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from tiny_run import FLAGS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import remoe
 from remoe.errors import DataError
 from remoe.lab.analysis.record import About, RecordWriter, RoutingRecord
 from remoe.lab.cli.main import main
-from remoe.lab.data import PrepareOptions, prepare
+from remoe.lab.data import PrepareOptions, load_tokenizer, open_dataset, prepare
 from remoe.lab.report.packed import unpacked
 from remoe.lab.report.several.aligned import align, common_ends
 from remoe.lab.report.several.excerpts import excerpts_of
@@ -38,6 +40,10 @@ def record(active_LTE, loss_T=None, *, domains=("farm", "town"), texts=None, tok
     return RoutingRecord.of(
         active_LTE, token_T, domain_T, sequence_T, list(domains), gate_LTE=gate_LTE, loss_T=loss_T, texts=texts
     )
+
+
+def content_of(page):
+    return json.loads(re.search(r'id="content" type="application/json">(.*)</script>', page.read_text())[1])
 
 
 def rows_of(data):
@@ -242,9 +248,9 @@ def test_records_are_compared_from_the_command_line(tmp_path, monkeypatch, capsy
         write_record(tmp_path / path, torch.rand(1, T, 4) < 0.4)
     assert main(["report", "a.parquet", "b.parquet", "other/b.parquet"]) == 0
     assert "a-with-b-b.html" in capsys.readouterr().out
-    text = (tmp_path / "a-with-b-b.html").read_text()
-    assert "<title>Routing of" in text
-    content = json.loads(re.search(r'id="content" type="application/json">(.*)</script>', text)[1])
+    page = tmp_path / "a-with-b-b.html"
+    assert "<title>Routing of" in page.read_text()
+    content = content_of(page)
     names = [model["name"] for model in content["head"]["models"]]
     assert names == [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "other/b"]
     assert content["head"]["aligned"] == "tokens"
@@ -285,7 +291,7 @@ def test_models_with_different_tokenizers_read_the_same_documents(runs, corpus, 
     assert "prepared with a tokenizer different from that of" in capsys.readouterr().err
     page = runs / "page.html"
     assert main(["report", *paths, "--data", text, "--max-tokens", "60", "--out", str(page)]) == 0
-    content = json.loads(re.search(r'id="content" type="application/json">(.*)</script>', page.read_text())[1])
+    content = content_of(page)
     assert content["head"]["aligned"] == "characters"
     (excerpt,) = content["text"]
     relu, topk = excerpt["models"][0], excerpt["models"][1]
@@ -305,3 +311,26 @@ def test_models_with_different_tokenizers_read_the_same_documents(runs, corpus, 
     assert rows["experts per token and layer"][1] == 1
     assert rows["training speed, tokens/s"][0] > 0
     assert content["training"][0]["plots"].keys() >= {"lm_loss", "sparsity", "imbalance", "dead"}
+
+
+@pytest.mark.slow
+def test_a_run_its_export_and_mixtures_of_transformers_are_compared(runs, corpus):
+    tokenizer, size = load_tokenizer(corpus / "tokenizer"), open_dataset(corpus).vocab_size
+    for name in ("mixtral", "relufied"):
+        model = tiny_models.build("mixtral", vocab_size=size)
+        if name == "relufied":
+            remoe.relufy(model, [torch.arange(120).view(4, 30)], max_loss_increase=None)
+        model.save_pretrained(runs / name)
+        tokenizer.save_pretrained(runs / name)
+    assert main(["export", str(runs / "relu"), str(runs / "export")]) == 0
+    paths, page = [str(runs / name) for name in ("relu", "export", "mixtral", "relufied")], runs / "four.html"
+    assert main(["report", *paths, "--max-tokens", "60", "--out", str(page)]) == 0
+    content = content_of(page)
+    assert content["head"]["aligned"] == "tokens"
+    rows = rows_of(content)
+    run, export, mixtral, relufied = rows["experts per token and layer"]
+    assert run == export
+    assert mixtral == 2 != relufied
+    losses = rows["loss, nats per token"]
+    assert losses[0] == losses[1]
+    assert [bool(training) for training in content["training"]] == [True, False, False, False]

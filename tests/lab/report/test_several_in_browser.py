@@ -5,7 +5,8 @@ import io
 
 import pytest
 import torch
-from pages import SAVED, check_figures
+from accessible import check_accessible
+from pages import HOSTILE, SAVED, check_figures, check_printed_on_white
 
 from remoe.lab.analysis.record import RoutingRecord
 from remoe.lab.report.several.models import Compared
@@ -45,7 +46,10 @@ def path(made, tmp_path_factory):
         )
         trained = None if name == "three" else training(8 if name == "one" else 6, name == "one")
         compared.append(Compared(name, "relu", record, facts={"router": name}, outcome=["Settled."], training=trained))
-    path = tmp_path_factory.mktemp("several") / "page.html"
+    return write_page(tmp_path_factory.mktemp("several") / "page.html", compared)
+
+
+def write_page(path, compared):
     path.write_text(render(comparison_data(compared, 250)))
     return path
 
@@ -130,3 +134,25 @@ def test_curves_of_models_are_read_together(path, opened):
     page.locator("#domains").get_by_label("Layer").select_option("0")
     row = page.locator("#measures tbody tr").filter(has_text="experts per layer").locator("td").all_text_contents()
     assert row == ["4", "4", "±0", "4", "±0"]
+
+
+def test_a_comparison_is_accessible_and_printed_on_white(path, opened):
+    check_accessible(opened(path))
+    check_printed_on_white(opened(path, scheme="dark"))
+
+
+def test_hostile_texts_in_a_comparison_do_no_harm(opened, tmp_path):
+    token_T, zero_T = torch.arange(T) % 20, torch.zeros(T, dtype=torch.int64)
+    texts = [*HOSTILE, *["word "] * (T - len(HOSTILE))]
+    name = "</template><b>\u202e"
+    compared = [
+        Compared(
+            name, "relu", RoutingRecord.of(mask, token_T, zero_T, zero_T, [name], gate_LTE=mask * 0.5, texts=texts)
+        )
+        for mask in (torch.rand(2, 2, T, 4) < 0.4)
+    ]
+    page = opened(write_page(tmp_path / "hostile.html", compared), width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    shown = page.locator("#excerpt .piece span")
+    assert shown.first.text_content() == HOSTILE[0]
+    assert shown.nth(3).text_content() == r"\x00\x1b[31m\x9b"
