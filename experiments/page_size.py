@@ -28,7 +28,7 @@ from remoe.lab.report.course import course_of
 from remoe.lab.report.page import render
 from remoe.lab.report.sections import page_data
 
-BLOCK = 2000  # tokens written at a time
+BLOCK = 2500  # tokens written at a time
 DOMAINS = ("books", "code", "science", "speeches")
 VOCABULARY, WORD = 32_000, 5
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

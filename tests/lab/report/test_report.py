@@ -1,5 +1,6 @@
 """The report shows what the model does, needs no other file, and says what it cannot show."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -254,7 +255,17 @@ def test_numbers_of_two_bytes_are_rounded_as_torch_rounds():
     values = torch.cat([torch.randn(500), torch.tensor([0.0, -0.0, 1e-30, 3e38, math.nan, math.inf, -math.inf])])
     found = torch.tensor(unpacked(short(values.numpy())))
     torch.testing.assert_close(found, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
-    assert unpacked(whole_numbers([[0, 300]])).tolist() == [[0, 300]]
+    assert unpacked(short(np.zeros((0, 3)))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("highest", [0, 1, 5, 127, 255, 300, 4095, 70_000, 2**24 - 1, 2**24, 2**32 - 1])
+def test_whole_numbers_have_as_few_bits_as_they_need(highest):
+    values = torch.randint(highest + 1, (3, 11), generator=torch.Generator().manual_seed(0)).numpy()
+    values[1, 4] = highest
+    packed = whole_numbers(values)
+    assert unpacked(packed).tolist() == values.tolist()
+    width = max(1, highest.bit_length()) if highest < 2**24 else 32
+    assert len(base64.b64decode(packed["data"])) == math.ceil(33 * width / 8)
     assert unpacked(whole_numbers(np.zeros((0,)))).tolist() == []
 
 

@@ -15,7 +15,7 @@ from remoe.lab.report.packed import exact, short, unpacked, whole_numbers
 from remoe.lab.text import lines, short_name
 
 ROWS = 4096  # read at a time
-MAX_PAIRS = 2_500_000  # of all domains together, 10 MB of the page
+MAX_PAIRS = 2_500_000  # of all domains together, about 8 MB of the page
 LONGEST_TOKEN = 200  # characters of a token that are shown
 
 

@@ -5,18 +5,30 @@ const remoe = (() => {
   const listeners = new Set();
 
   // The numbers of a packed array, and its shape
+  // The numbers of a packed array; packed.py says what it has
   function unpack(packed) {
     const text = atob(packed.data);
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-    if (packed.type === "bfloat16") {
-      const short = new Uint16Array(bytes.buffer);
-      const wide = new Uint32Array(short.length);
-      for (let i = 0; i < short.length; i++) wide[i] = short[i] << 16;
-      return new Float32Array(wide.buffer);
+    if (packed.type === "uint32") return new Uint32Array(bytes.buffer);
+    if (packed.type === "float32") return new Float32Array(bytes.buffer);
+    const numbers = wholeNumbers(bytes, packed.width, packed.shape.reduce((product, size) => product * size, 1));
+    if (packed.type === "bits") return numbers;
+    const known = new Float32Array(Uint32Array.from(packed.values, (value) => value << 16).buffer);
+    return Float32Array.from(numbers, (place) => known[place]);
+  }
+
+  function wholeNumbers(bytes, width, count) {
+    const numbers = new (width <= 8 ? Uint8Array : width <= 16 ? Uint16Array : Uint32Array)(count);
+    const mask = 2 ** width - 1;
+    let left = 0, bits = 0; // of the bytes before: how many bits are left, and they
+    for (let i = 0, next = 0; i < count; i++) {
+      for (; left < width; left += 8) bits |= bytes[next++] << left;
+      numbers[i] = bits & mask;
+      bits >>>= width;
+      left -= width;
     }
-    const kinds = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array };
-    return new kinds[packed.type](bytes.buffer);
+    return numbers;
   }
 
   // The rows of a packed array of two dimensions
@@ -74,16 +86,19 @@ const remoe = (() => {
 
   // Writes the rows in slices, so that the page answers meanwhile
   async function download(name, rows) {
-    const lines = [];
-    let since = performance.now();
+    const parts = [];
+    let lines = [], since = performance.now();
     for (const row of rows) {
-      lines.push(`${row.map(quoted).join(",")}\r\n`);
-      if (lines.length % 64 === 0 && performance.now() - since > 40) {
+      lines.push(row.map(quoted).join(","), "\r\n");
+      if (lines.length % 128 === 0 && performance.now() - since > 40) {
+        parts.push(lines.join(""));
+        lines = [];
         await new Promise((goOn) => setTimeout(goOn));
         since = performance.now();
       }
     }
-    const url = URL.createObjectURL(new Blob(lines, { type: "text/csv" }));
+    parts.push(lines.join(""));
+    const url = URL.createObjectURL(new Blob(parts, { type: "text/csv" }));
     element("a", "", { href: url, download: `${name}.csv` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }

@@ -92,7 +92,7 @@
         series: [
           { label: options.xName, value: (_, value) => short(value) },
           ...options.names.map((label, i) => ({
-            label, stroke: stroke(colours[i], hues), width: 1.5, spanGaps: true, value: (_, value) => short(value),
+            label, stroke: stroke(colours[i], hues), width: hues > COLOURS.length ? 1 : 1.5, spanGaps: true, value: (_, value) => short(value),
             dash: count > 1 && hues <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[colours[i] % DASHES.length] : [],
             ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
