@@ -1,4 +1,4 @@
-"""`remoe bench layer | decode | train-step | diff`: tables of measurements, and JSON files that `diff` compares."""
+"""`remoe bench layer | decode | generate | train-step | diff`: tables, and JSON files that `diff` compares."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
@@ -17,6 +17,9 @@ from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
+
+if TYPE_CHECKING:
+    import torch
 
 QUICK_ROUNDS = 3
 MOST_THREADS = 4096  # torch takes any number, and fails later
@@ -75,6 +78,50 @@ class DecodeArguments(LayerArguments):
 
 
 @dataclass(frozen=True)
+class GenerateArguments(Common):
+    """Time `generate` end to end: prompts, and tokens written after them one at a time, always the likeliest.
+
+    Our ReLU, top-k and dense models, and transformers' Mixtral of the same shape with each of its implementations of
+    the experts, have random weights and write the same text. They take turns, and the table shows medians. Columns:
+    "tokens/s" new tokens per second; "ms" time of the whole call; "+-" distance of the quartiles over the median;
+    "/ theirs" tokens/s divided by those of the fastest Mixtral; "/ token" and "active" experts per token, and experts
+    with at least one token, in the passes that write; "/ reading" time divided by that of reading the weights that each
+    pass needs, at the memory bandwidth measured in the same run.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """Numbers of texts that are written together."""
+    prompt_tokens: int = 16
+    """Tokens of each prompt."""
+    new_tokens: int = 32
+    """Tokens written after each prompt."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """transformers' KV cache. On a GPU, transformers compiles models with a static one."""
+    d_model: int = 768
+    """Model width D."""
+    d_ffn: int = 768
+    """Width F of an expert; that of the dense model is k F."""
+    num_experts: int = 32
+    """Number of experts E."""
+    k: int = 4
+    """Target number of experts per token."""
+    layers: int = 4
+    """Number of layers."""
+    vocab_size: int = 8192
+    """Size of the vocabulary."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is float32 on a CPU and bfloat16 on a GPU."""
+    peers: bool = True
+    """Also measure transformers' Mixtral."""
+    repetitions: int = 7
+    """Number of timed rounds. A contestant that needs more than five times as long as the fastest has one."""
+    quick: bool = False
+    """At most 3 rounds, and only our models."""
+
+
+@dataclass(frozen=True)
 class TrainStepArguments(Common):
     """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
 
@@ -106,7 +153,7 @@ class TrainStepArguments(Common):
 
 @dataclass(frozen=True)
 class DiffArguments:
-    """Compare two files that `remoe bench layer`, `decode` or `train-step` wrote with --out.
+    """Compare two files that `remoe bench layer`, `decode`, `generate` or `train-step` wrote with --out.
 
     Columns: "before" and "after" in ms; "ratio" after / before; "+-" the larger spread of the two, in percent. A change
     of less than two spreads is called "within spread". The lines above the table name all facts of machine, versions
@@ -207,25 +254,66 @@ def train_step_command(argv: list[str]) -> int:
     return 0
 
 
-def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+def generate_command(argv: list[str]) -> int:
+    """Runs `remoe bench generate`; returns the exit code."""
+    arguments = parse(GenerateArguments, argv, prog="remoe bench generate")
+    repetitions = _rounds(arguments)
+    if not arguments.batch_sizes or min(arguments.batch_sizes) < 1:
+        raise ConfigError(f"--batch-sizes must be at least 1, but are {arguments.batch_sizes}")
+    _start(arguments)
+    from remoe.lab.bench.generate import Contestants, Work, bench_generate
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import machine
+
+    device, dtype, name = _device_and_dtype(arguments)
+    work = Work(**{size: getattr(arguments, size) for size in Work.__dataclass_fields__})
+    roofline = measure_roofline(device, dtype)
+    contestants = Contestants(work, device, dtype, arguments.peers and not arguments.quick)
+    facts, rows = machine(device) | libraries(), []
+    measured = {"machine": facts, "dtype": name, "repetitions": repetitions, "work": asdict(work)}
+    for batch in arguments.batch_sizes:
+        row = bench_generate(contestants, batch, repetitions, roofline)
+        rows.append(row)
+        caption = f"{work}.\n{describe(facts, roofline, name)}."
+        if row["left_out"]:
+            caption += f"\nLeft out, for the memory that copies of weights would need: {', '.join(row['left_out'])}."
+        Console().print(_table(f"generate, batch {batch}", row, caption))
+        _write(arguments, {**measured, "roofline": asdict(roofline), "rows": rows})  # a later one may be interrupted
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _rounds(arguments: LayerArguments | GenerateArguments) -> int:
     if arguments.repetitions < 1:
         raise ConfigError(f"--repetitions must be at least 1, but is {arguments.repetitions}")
-    _start(arguments)
+    return min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
+
+
+def _device_and_dtype(arguments: LayerArguments | GenerateArguments) -> tuple["torch.device", "torch.dtype", str]:
     import torch
 
-    from remoe.experts import check_backend, resolve_backend
-    from remoe.lab.bench import decode, layer
-    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
-    from remoe.lab.machine import keep_freed_memory, machine, pick_device
+    from remoe.lab.machine import keep_freed_memory, pick_device
 
-    for backend in arguments.backends:
-        check_backend(backend)
     keep_freed_memory()
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"remoe bench measures on cpu or cuda, not on {device.type}")
     name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if arguments.dtype == "auto" else arguments.dtype
-    dtype = getattr(torch, name)
+    return device, getattr(torch, name), name
+
+
+def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+    repetitions = _rounds(arguments)
+    _start(arguments)
+    from remoe.experts import check_backend, resolve_backend
+    from remoe.lab.bench import decode, layer
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import machine
+
+    for backend in arguments.backends:
+        check_backend(backend)
+    device, dtype, name = _device_and_dtype(arguments)
     bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
     cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
     cases = decode.CASES if kind == "decode" else cases
@@ -236,13 +324,13 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         console.print("No C++ compiler here: the dense layer is not measured under torch.compile.")
         compiled = False
-    repetitions = min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
     roofline = measure_roofline(device, dtype)
     facts = machine(device) | libraries()
     for case in cases:
         row = bench(case, device, dtype, arguments.backends, peers, repetitions, roofline, compiled)
         rows.append(row)
-        console.print(_table(case, row, describe(facts, roofline, name)))
+        caption = f"{describe(facts, roofline, name)}. Fastest dense layer: {row['fastest_dense']}."
+        console.print(_table(f"T, D, F, E, k = {case}", row, caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
         _write(arguments, {**measured, "repetitions": repetitions})  # after every case: a later one may be interrupted
     if arguments.out is not None:
@@ -252,23 +340,26 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 
 # Name in a row: heading of the column.
 _COLUMNS = {
+    "tokens_per_second": "tokens/s",
     "milliseconds": "ms",
     "spread": "+-",
+    "ratio_to_fastest_mixtral": "/ theirs",
     "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",
     "dense_stage_peak_megabytes": "all on",
+    "experts_per_token": "/ token",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
 }
 
 
-def _table(case: object, row: dict, caption: str) -> Table:
+def _table(title: str, row: dict, caption: str) -> Table:
     columns = [name for name in _COLUMNS if row.get(name)]
-    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption, table.caption_justify = f"{caption}. Fastest dense layer: {row['fastest_dense']}.", "left"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption, "left"
     table.add_column("implementation", no_wrap=True)
     for column in columns:
         table.add_column(_COLUMNS[column], justify="right", no_wrap=True)
