@@ -43,12 +43,13 @@ class LayerArguments(Common):
     time; "+-" distance of the quartiles over the median; "/ best" time divided by that of the fastest dense layer that
     PyTorch can run here (MKL, oneDNN or torch.compile); "/ dense" divided by that of nn.Linear; "/ GEMM" FLOP/s of the
     experts as a fraction of those of a large matrix product; "peak" peak memory in MB; "all on" the same with every
-    expert active; "host" (GPU only) time until the host has
-    launched all kernels, in ms.
+    expert active; "host" (GPU only) time until the host has launched all kernels, in ms; "/ first" (experts only) time
+    divided by that of the first case, where from both is subtracted what it takes to read all experts' weights twice
+    and to write their gradients once, at the rate of memory reads.
     """
 
     cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
-    """Sizes to measure: those for the device (auto), for a CPU, for a GPU, or 8 to 128 experts at equal active size."""
+    """Sizes to measure: those for the device (auto), for a CPU, for a GPU, or 8 to 256 experts at equal active size."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -329,6 +330,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     for case in cases:
         row = bench(case, device, dtype, arguments.backends, peers, repetitions, roofline, compiled)
         rows.append(row)
+        if arguments.cases == "experts":
+            row["ratio_beyond_weights"] = layer.ratio_beyond_weights(row, rows[0])
         caption = f"{describe(facts, roofline, name)}. Fastest dense layer: {row['fastest_dense']}."
         console.print(_table(f"T, D, F, E, k = {case}", row, caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
@@ -346,6 +349,7 @@ _COLUMNS = {
     "ratio_to_fastest_mixtral": "/ theirs",
     "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
+    "ratio_beyond_weights": "/ first",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",
