@@ -77,11 +77,12 @@ def test_the_command_prints_tables_and_writes_a_file_that_diff_reads(tmp_path, m
         "--vocab-size",
         "99",
     ]
-    texts = ["--batch-sizes", "1", "2", "--new-tokens", "3", "--cache", "static", "--quick"]
+    texts = ["--batch-sizes", "1", "2", "9", "--new-tokens", "3", "--cache", "static", "--quick"]
     file = str(tmp_path / "a.json")
     assert main(["bench", "generate", *sizes, *texts, "--out", file]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "generate, batch 2" in out
+    assert "generate, batch 9" not in out
     assert "prompts of 16 tokens, 3 new ones, static cache" in out
     assert main(["bench", "diff", file, file]) == 0
     assert "T, D, F, E, k = 2, 64, 24, 4, 1" in capsys.readouterr().out

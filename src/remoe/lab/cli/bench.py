@@ -27,7 +27,7 @@ from remoe.lab.outputs import check_output, json_with, write_output
 if TYPE_CHECKING:
     import torch
 
-QUICK_ROUNDS, QUICK_TEXTS = 3, 2  # timed rounds of layers, and of `generate`, with --quick
+QUICK_ROUNDS, QUICK_BATCH = 3, 8  # the most with --quick
 MOST_THREADS = 4096  # torch takes any number, and fails later
 
 
@@ -122,7 +122,7 @@ def train_step_command(argv: list[str]) -> int:
 def generate_command(argv: list[str]) -> int:
     """Runs `remoe bench generate`; returns the exit code."""
     arguments = parse(GenerateArguments, argv, prog="remoe bench generate")
-    repetitions = _rounds(arguments, QUICK_TEXTS)
+    repetitions = _rounds(arguments)
     if not arguments.batch_sizes or min(arguments.batch_sizes) < 1:
         raise ConfigError(f"--batch-sizes must be at least 1, but are {arguments.batch_sizes}")
     _start(arguments)
@@ -136,7 +136,8 @@ def generate_command(argv: list[str]) -> int:
     contestants = Contestants(work, device, dtype, arguments.peers and not arguments.quick)
     facts, rows = machine(device) | libraries(), []
     measured = {"machine": facts, "dtype": name, "repetitions": repetitions, "work": asdict(work)}
-    for batch in arguments.batch_sizes:
+    batches = [batch for batch in arguments.batch_sizes if batch <= QUICK_BATCH or not arguments.quick]
+    for batch in batches or [min(arguments.batch_sizes)]:
         row = bench_generate(contestants, batch, repetitions, roofline)
         rows.append(row)
         caption = f"{work}.\n{describe(facts, roofline, name)}."
@@ -149,10 +150,10 @@ def generate_command(argv: list[str]) -> int:
     return 0
 
 
-def _rounds(arguments: LayerArguments | GenerateArguments, quick: int) -> int:
+def _rounds(arguments: LayerArguments | GenerateArguments) -> int:
     if arguments.repetitions < 1:
         raise ConfigError(f"--repetitions must be at least 1, but is {arguments.repetitions}")
-    return min(arguments.repetitions, quick) if arguments.quick else arguments.repetitions
+    return min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
 
 
 def _device_and_dtype(arguments: LayerArguments | GenerateArguments) -> tuple["torch.device", "torch.dtype", str]:
@@ -169,7 +170,7 @@ def _device_and_dtype(arguments: LayerArguments | GenerateArguments) -> tuple["t
 
 
 def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
-    repetitions = _rounds(arguments, QUICK_ROUNDS)
+    repetitions = _rounds(arguments)
     _start(arguments)
     from remoe.experts import check_backend, resolve_backend
     from remoe.lab.bench import decode, layer

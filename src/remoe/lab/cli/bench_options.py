@@ -101,7 +101,7 @@ class GenerateArguments(Common):
     repetitions: int = 5
     """Number of timed rounds. A contestant that needs more than five times as long as the fastest has one."""
     quick: bool = False
-    """At most 2 rounds, and only our models."""
+    """At most 3 rounds, only our models, and no batch of more than 8 unless --batch-sizes has no smaller one."""
 
 
 @dataclass(frozen=True)
