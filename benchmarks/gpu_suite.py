@@ -103,8 +103,12 @@ def train_steps(options: Options) -> Iterator[Command]:
 
 
 def decode(options: Options) -> Iterator[Command]:
-    """A layer on few tokens, by every backend that can run here."""
+    """A layer on few tokens, by every backend that can run here, and the writing of text with each KV cache."""
     yield Command("decode", bench(options, "decode", *sizes_of(options), *backends(options), name="decode"), 60)
+    small = ["--d-model", "64", "--d-ffn", "32", "--vocab-size", "512", "--quick"] if options.reduced else []
+    for cache in ("dynamic", "static"):
+        name = f"generate-{cache}"
+        yield Command(name, bench(options, "generate", "--cache", cache, *small, name=name), 180)
 
 
 def sonic(options: Options) -> Iterator[Command]:

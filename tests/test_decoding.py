@@ -177,3 +177,13 @@ def test_an_inference_tensor_can_be_routed_later():
     with torch.inference_mode():
         _, routing = layer(torch.randn(3, 24))
     assert routing.gate_TE.shape == (3, 6)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_takes_the_usual_way_and_gives_the_same():
+    layer, x = layer_of("relu", {}, shared_expert_size=8), torch.randn(3, 24)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, routing = compiled(x)
+    assert not isinstance(routing, LateRouting)
+    torch.testing.assert_close(y, layer(x)[0])

@@ -44,12 +44,8 @@ def decode(
     """
     router, experts = layer.router, layer.experts
     if (
-        torch.compiler.is_compiling()  # first: a comparison would fix a symbolic T
-        or torch.is_grad_enabled()
+        torch.compiler.is_compiling()
         or layer.training
-        or x_TD.shape[0] > MOST_TOKENS
-        or x_TD.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
         or type(experts) is not Experts
         or experts.backend not in ("auto", "cpu")
         or not (_is_plain(router) and _is_plain(experts))
@@ -57,9 +53,7 @@ def decode(
     ):
         return None
     weights = experts.gate_up_proj, experts.down_proj
-    if type(x_TD) is not Tensor or not all(_has_kernel(weight, x_TD.dtype) for weight in weights):
-        return None
-    if (gate_TE := router.gates(x_TD)) is None:
+    if not takes_few_tokens(x_TD, *weights) or (gate_TE := router.gates(x_TD)) is None:
         return None
     if mask_T is not None:
         gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
@@ -73,6 +67,19 @@ def decode(
     if not limited:
         return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T))
     return y_TD, LateRouting(lambda: _route(router, tensors, x_TD, mask_T).pruned(threshold, cap))
+
+
+def takes_few_tokens(x_TD: Tensor, *weights: Any) -> bool:
+    """Whether `remoe.experts.cpu.backend.few_tokens` is the way to run these tokens, unless it finds too many pairs."""
+    return (
+        not torch.compiler.is_compiling()  # first: a comparison would fix a symbolic T
+        and not torch.is_grad_enabled()
+        and x_TD.shape[0] <= MOST_TOKENS
+        and x_TD.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and type(x_TD) is Tensor
+        and all(_has_kernel(weight, x_TD.dtype) for weight in weights)
+    )
 
 
 def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
-from common_models import HEADS, WIDTH, build, tokens
-from transformers import DynamicCache, GenerationConfig
+from common_models import HEADS, LAYERS, VOCAB, WIDTH, build, tokens
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 import remoe
+import remoe.convert.relufy.experts
+import remoe.decoding
+from remoe.experts.cpu.build import compiled_kernels
 from remoe.models.modeling_remoe import CACHE_NAME
+
+needs_kernels = pytest.mark.skipif(compiled_kernels(torch.float32) is None, reason="no compiled kernels here")
 
 WAYS = {
     "greedy": {"do_sample": False},
@@ -120,3 +125,58 @@ def test_generation_stops_at_the_end_and_config_is_saved(tmp_path):
     again = remoe.RemoeForCausalLM.from_pretrained(tmp_path)
     assert write(again, ids)[0, -1] == end
     assert write(again, ids).shape[1] <= 11
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The number of tokens in each call of the experts' kernel for a few tokens that gave an output."""
+    found = []
+    for module in (remoe.decoding, remoe.convert.relufy.experts):
+
+        def noted(x_TD, *args, kernel=module.few_tokens):
+            y_TD = kernel(x_TD, *args)
+            if y_TD is not None:
+                found.append(len(x_TD))
+            return y_TD
+
+        monkeypatch.setattr(module, "few_tokens", noted)
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("options", [{"router": "relu"}, {"router": "topk"}, {"shared_expert_size": 16}], ids=str)
+def test_text_is_written_by_the_kernel_for_a_few_tokens(cache, options, few, monkeypatch):
+    model, ids = build(**options), tokens(batch=2)
+    written = write(model, ids, do_sample=False, cache_implementation=cache)
+    assert few == LAYERS * [18] + 5 * LAYERS * [2]
+    monkeypatch.setattr(remoe.decoding, "MOST_TOKENS", -1)
+    assert torch.equal(write(model, ids, do_sample=False, cache_implementation=cache), written)
+    assert len(few) == 6 * LAYERS
+
+
+@needs_kernels
+def test_continuous_batching_writes_by_the_kernel_for_a_few_tokens(few):
+    model, ids = build(shared_expert_size=16), tokens(batch=3)
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [write(model, row[None], do_sample=False, max_new_tokens=4)[0, 9:].tolist() for row in ids]
+    few.clear()
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    outputs = model.generate_batch(ids.tolist(), options, room, progress_bar=False)
+    assert sorted(output.generated_tokens for output in outputs.values()) == sorted(expected)
+    assert few
+
+
+@needs_kernels
+def test_a_relufied_model_writes_by_the_kernel_for_a_few_tokens(few, monkeypatch):
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, initializer_range=0.2)).eval()
+    remoe.relufy(model, [tokens()], max_loss_increase=None)
+    ids = tokens(batch=2)
+    few.clear()
+    written = write(model, ids, do_sample=False, eos_token_id=None)
+    assert few == 2 * [18] + 5 * 2 * [2]
+    monkeypatch.setattr(remoe.decoding, "MOST_TOKENS", -1)
+    assert torch.equal(write(model, ids, do_sample=False, eos_token_id=None), written)

@@ -7,7 +7,7 @@ import torch
 
 from remoe.lab.bench import decode
 from remoe.lab.bench.decode import bench_decode
-from remoe.lab.bench.layer import Case, bench_layer, relu_layer, tokens
+from remoe.lab.bench.layer import Case, bench_layer, ratio_beyond_weights, relu_layer, tokens
 from remoe.lab.bench.peers import peer_layers
 from remoe.lab.bench.roofline import Roofline
 from remoe.lab.bench.timing import peak_bytes
@@ -35,6 +35,11 @@ def test_layer(peers):
     for name in names:
         assert row["milliseconds"][name] == pytest.approx(row["ratio_to_dense"][name] * row["milliseconds"]["dense"])
     assert set(row["dense_stage_peak_megabytes"]) == {"remoe relu"}
+    traffic = 3 * 4 * (3 * 4 * 16 * 32)  # bytes: weights read twice, gradients written; 4 experts, float32
+    beyond = {name: row["milliseconds"][name] - 1e3 * traffic / 1e9 for name in names if "dense" not in name}
+    assert row["milliseconds_beyond_weights"] == pytest.approx(beyond)
+    twice = {"milliseconds_beyond_weights": {name: 2 * ms for name, ms in beyond.items()}}
+    assert ratio_beyond_weights(twice, row) == pytest.approx(dict.fromkeys(beyond, 2))
     json.dumps(row)
 
 

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from remoe.decoding import takes_few_tokens
 from remoe.errors import ConfigError
 from remoe.experts import autocast_tensors, run_experts, stored_pairs
+from remoe.experts.cpu.backend import few_tokens
 from remoe.routing.assignment import Assignment
 
 NAME = "remoe"
@@ -36,8 +38,14 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     Raises:
         ConfigError: for experts with a norm of their own.
     """
-    assignment = _assignment(index_TK, weight_TK, self.num_experts)
-    if is_plain_swiglu(self):
+    gate_TE, plain = _gates(index_TK, weight_TK, self.num_experts), is_plain_swiglu(self)
+    if plain and takes_few_tokens(x_TD, self.gate_up_proj, self.down_proj):
+        y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), self.gate_up_proj, self.down_proj)
+        if y_TD is not None:
+            return y_TD
+    most = index_TK.shape[0] * min(index_TK.shape[1], self.num_experts)
+    assignment = Assignment.from_gates(gate_TE, gate_TE != 0, max_pairs=most)
+    if plain:
         tensors = autocast_tensors(x_TD, self.gate_up_proj, self.down_proj)
         # A relufied model lists every expert of every token, and wants few: it says how many.
         k = getattr(self, K, index_TK.shape[1])
@@ -57,11 +65,11 @@ def is_plain_swiglu(experts: nn.Module) -> bool:
     return silu and experts.has_gate and experts.is_concatenated and not own_gate and not special
 
 
-def _assignment(index_TK: Tensor, weight_TK: Tensor, E: int) -> Assignment:
-    T, K = index_TK.shape
+def _gates(index_TK: Tensor, weight_TK: Tensor, E: int) -> Tensor:
+    """(T, E) float32."""
     # The last column takes the entries that name no expert.
-    gate_TE = weight_TK.new_zeros(T, E + 1, dtype=torch.float32).scatter_add(1, index_TK, weight_TK.float())[:, :E]
-    return Assignment.from_gates(gate_TE, gate_TE != 0, max_pairs=T * min(K, E))
+    zeros = weight_TK.new_zeros(weight_TK.shape[0], E + 1, dtype=torch.float32)
+    return zeros.scatter_add(1, index_TK, weight_TK.float())[:, :E]
 
 
 def _one_by_one(experts: nn.Module, x_TD: Tensor, assignment: Assignment) -> Tensor:

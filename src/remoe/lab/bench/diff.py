@@ -21,7 +21,7 @@ class Change:
     """One measured time in two files.
 
     Attributes:
-        case: sizes of the layer, "T, D, F, E, k", or "" for a training step.
+        case: sizes of the layer, "T, D, F, E, k", with T the batch for `generate`; "" for a training step.
         name: implementation.
         before: milliseconds in the first file.
         after: milliseconds in the second.
@@ -124,7 +124,9 @@ def _positive(milliseconds: float) -> float:
 
 
 def _conditions(a: dict, b: dict) -> list[str]:
-    facts_a, facts_b = ({**x.get("machine", {}), **{k: x.get(k) for k in ("dtype", "repetitions")}} for x in (a, b))
+    facts_a, facts_b = (
+        {**x.get("machine", {}), **x.get("work", {}), **{k: x.get(k) for k in ("dtype", "repetitions")}} for x in (a, b)
+    )
     names = [*facts_a, *(name for name in facts_b if name not in facts_a)]
     lines = [
         f"{name}: {facts_a.get(name)} before, {facts_b.get(name)} after"

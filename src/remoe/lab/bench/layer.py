@@ -35,6 +35,10 @@ class Case:
         """FLOPs of the experts, forward and backward, at k experts per token."""
         return 18 * self.T * self.k * self.D * self.F
 
+    def weight_traffic(self, dtype: torch.dtype) -> int:
+        """Bytes of all experts' weights, read in the forward and the backward pass, and of their gradients, written."""
+        return 3 * (3 * self.E * self.D * self.F) * dtype.itemsize
+
 
 CASES: dict[str, tuple[Case, ...]] = {
     "cpu": (
@@ -43,7 +47,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(2048, 256, 128, 64, 8),
         Case(4096, 512, 1024, 16, 2),
     ),
-    "experts": tuple(Case(2048, 256, 256, E, 4) for E in (8, 16, 32, 64, 128)),
+    "experts": tuple(Case(2048, 256, 256, E, 4) for E in (8, 16, 32, 64, 128, 256)),
     "cuda": (Case(16384, 2048, 5632, 8, 1), Case(16384, 2048, 1408, 32, 4), Case(16384, 2048, 704, 64, 8)),
 }
 
@@ -100,7 +104,8 @@ def bench_layer(
 
     Returns:
         The case, statistics of the pairs, and by implementation: milliseconds, their spread, ratios to the dense
-        layers, fractions of the roofline, and megabytes.
+        layers, fractions of the roofline, and megabytes; for those with E experts also the milliseconds that remain
+        without the time of `Case.weight_traffic` at the rate of memory reads.
     """
     torch.manual_seed(0)
     with device:  # drawing so many weights on the host would take longer than all measurements
@@ -127,6 +132,11 @@ def bench_layer(
         "active_pairs_per_token": active_T.sum().item() / case.T,
         "most_pairs_of_a_token": int(active_T.max()),
         **times,
+        "milliseconds_beyond_weights": {
+            name: ms - 1e3 * case.weight_traffic(dtype) / roofline.read_bytes
+            for name, ms in times["milliseconds"].items()
+            if "dense" not in name
+        },
         "share_of_gemm_rate": {
             name: case.flops / (ms / 1e3) / roofline.gemm_flops for name, ms in times["milliseconds"].items()
         },
@@ -135,6 +145,12 @@ def bench_layer(
         "activation_megabytes": {name: (p - steps[name].gradient_bytes) / 1e6 for name, p in peak.items()},
         "dense_stage_peak_megabytes": _dense_stage_peaks(case, device, dtype, backends, x, dy),
     }
+
+
+def ratio_beyond_weights(row: dict, first: dict) -> dict[str, float]:
+    """By implementation, the milliseconds beyond the weights' of one row of `bench_layer` over those of another."""
+    name = "milliseconds_beyond_weights"
+    return {key: ms / first[name][key] for key, ms in row[name].items()}
 
 
 def _dense_stage_peaks(case, device, dtype, backends, x, dy) -> dict[str, float]:

@@ -5,12 +5,23 @@ Legend: T tokens, D model width, F expert width, E experts, k experts per token.
 
 import copy
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from remoe.models.configuration_remoe import RemoeConfig
 from remoe.routing.base import LinearRouter
+
+if TYPE_CHECKING:
+    from transformers import MixtralForCausalLM
+
+# Options of a model that ours and Mixtral call by one name.
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
+    "router_aux_loss_coef", "num_experts_per_tok",
+)  # fmt: skip
 
 
 class Size(Protocol):
@@ -140,3 +151,22 @@ def mixtral_layer(size: Size, implementation: str) -> nn.Module:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     return _Sequence(block)
+
+
+def mixtral_model(ours: RemoeConfig, implementation: str, **options: object) -> "MixtralForCausalLM":
+    """transformers' Mixtral with the sizes of a model of ours.
+
+    Args:
+        ours: configuration of our model.
+        implementation: a name in transformers' experts interface, such as "eager", "grouped_mm" or "batched_mm".
+        options: further ones of MixtralConfig.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {name: getattr(ours, name) for name in _SHARED}
+    config = MixtralConfig(
+        **sizes, num_local_experts=ours.num_experts, experts_implementation=implementation, **options
+    )
+    model = MixtralForCausalLM(config)
+    assert model.config._experts_implementation == implementation
+    return model

@@ -24,11 +24,19 @@ def comparison(seconds: dict[str, list[float]], dense: tuple[str, ...]) -> dict[
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     fastest = min(dense, key=medians.__getitem__)
     return {
-        "milliseconds": {name: 1e3 * median for name, median in medians.items()},
-        "spread": {name: _quartile_distance(values) / medians[name] for name, values in seconds.items()},
+        **medians_and_spread(seconds),
         "fastest_dense": fastest,
         "ratio_to_fastest_dense": {name: median / medians[fastest] for name, median in medians.items()},
         "ratio_to_dense": {name: median / medians["dense"] for name, median in medians.items()},
+    }
+
+
+def medians_and_spread(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """By implementation, the "milliseconds" and "spread" of `comparison`."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "milliseconds": {name: 1e3 * median for name, median in medians.items()},
+        "spread": {name: _quartile_distance(values) / medians[name] for name, values in seconds.items()},
     }
 
 
@@ -46,34 +54,42 @@ def median_seconds(functions: dict[str, Callable], device: torch.device, repetit
 
 
 def round_seconds(
-    functions: dict[str, Callable], device: torch.device, repetitions: int, *, ahead: bool = True
+    functions: dict[str, Callable],
+    device: torch.device,
+    repetitions: int,
+    *,
+    ahead: bool = True,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
     """Time of each function in each of `repetitions` rounds; in every round each one runs once.
 
     Args:
         functions: by name.
         device: where they run.
-        repetitions: number of rounds, after the WARM_UP rounds that are not counted.
+        repetitions: number of rounds, after those that are not counted.
         ahead: on CUDA, whether the host gets a head start of ten milliseconds, as in a model whose kernels take longer
             than their launches; only functions with a host sync then wait for the host. Without it, a function of small
             kernels takes as long as the host needs to launch them, which `host_seconds` measures.
+        warm_up: number of rounds that are not counted.
     """
     if device.type == "cuda":
-        return _round_seconds_cuda(functions, repetitions, ahead)
+        return _round_seconds_cuda(functions, repetitions, ahead, warm_up)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(WARM_UP + repetitions):
+    for round_ in range(warm_up + repetitions):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if round_ >= WARM_UP:
+            if round_ >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
-def _round_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead: bool) -> dict[str, list[float]]:
+def _round_seconds_cuda(
+    functions: dict[str, Callable], repetitions: int, ahead: bool, warm_up: int
+) -> dict[str, list[float]]:
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than the L2 cache
     events: dict[str, list[tuple]] = {name: [] for name in functions}
-    for round_ in range(WARM_UP + repetitions):
+    for round_ in range(warm_up + repetitions):
         for name, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()  # so that no function depends on the one before it
@@ -83,7 +99,7 @@ def _round_seconds_cuda(functions: dict[str, Callable], repetitions: int, ahead:
             start.record()
             function()
             end.record()
-            if round_ >= WARM_UP:
+            if round_ >= warm_up:
                 events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from remoe.errors import ConfigError, RemoeError, missing_extra
+from remoe.lab.bench.peers import mixtral_model
 from remoe.lab.data import Dataset, TrainBatches, open_dataset
 from remoe.lab.data.corpus import open_data
 from remoe.lab.machine import keep_freed_memory, pick_device
@@ -243,27 +244,13 @@ def _train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Pat
 
 
 def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: _Pace) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
     from transformers import Trainer as TransformersTrainer
+    from transformers import TrainerCallback, TrainingArguments
 
     ours = model_config(config, dataset.vocab_size, dataset.eos_token_id)
-    shared = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
-        "router_aux_loss_coef", "num_experts_per_tok",
-    )  # fmt: skip
     torch.manual_seed(config.seed)
-    model_options = {name: getattr(ours, name) for name in shared}
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            **model_options,
-            num_local_experts=ours.num_experts,
-            output_router_logits=True,  # enables the auxiliary loss
-            use_cache=False,
-            experts_implementation=experts,
-        )
-    )
-    assert model.config._experts_implementation == experts
+    # The router's logits enable the auxiliary loss.
+    model = mixtral_model(ours, experts, output_router_logits=True, use_cache=False)
 
     class Pacer(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -1,122 +1,34 @@
-"""`remoe bench layer | decode | train-step | diff`: tables of measurements, and JSON files that `diff` compares."""
+"""`remoe bench layer | decode | generate | train-step | diff`: tables, and JSON files that `diff` compares."""
 
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from remoe.errors import ConfigError
+from remoe.lab.cli.bench_options import (
+    Common,
+    DecodeArguments,
+    DiffArguments,
+    GenerateArguments,
+    LayerArguments,
+    TrainStepArguments,
+)
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
 
-QUICK_ROUNDS = 3
+if TYPE_CHECKING:
+    import torch
+
+QUICK_ROUNDS, QUICK_BATCH = 3, 8  # the most with --quick
 MOST_THREADS = 4096  # torch takes any number, and fails later
-
-
-@dataclass(frozen=True)
-class Common:
-    """Options of every benchmark."""
-
-    out: Path | None = None
-    """JSON file to write the measurements to, with the machine, versions and threads."""
-    threads: int | None = None
-    """Number of CPU threads; PyTorch's default otherwise."""
-
-
-@dataclass(frozen=True)
-class LayerArguments(Common):
-    """Time the forward and backward pass of one layer, including its router, against a dense SwiGLU layer.
-
-    The dense layers have the same active FLOPs. Implementations take turns, and the table shows medians. Columns: "ms"
-    time; "+-" distance of the quartiles over the median; "/ best" time divided by that of the fastest dense layer that
-    PyTorch can run here (MKL, oneDNN or torch.compile); "/ dense" divided by that of nn.Linear; "/ GEMM" FLOP/s of the
-    experts as a fraction of those of a large matrix product; "peak" peak memory in MB; "all on" the same with every
-    expert active; "host" (GPU only) time until the host has
-    launched all kernels, in ms.
-    """
-
-    cases: Literal["auto", "cpu", "cuda", "experts"] = "auto"
-    """Sizes to measure: those for the device (auto), for a CPU, for a GPU, or 8 to 128 experts at equal active size."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto is float32 on a CPU and bfloat16 on a GPU."""
-    backends: tuple[str, ...] = ("auto",)
-    """Implementations of our experts to measure: auto, naive, cpu, grouped, triton, sonic."""
-    peers: bool = True
-    """Also measure the other implementations that are installed."""
-    compiled: bool = True
-    """Also measure the dense layer under torch.compile, which takes some seconds for each size."""
-    repetitions: int = 15
-    """Number of timed rounds."""
-    quick: bool = False
-    """At most 3 rounds, and only our layers and the dense ones, without torch.compile."""
-
-
-@dataclass(frozen=True)
-class DecodeArguments(LayerArguments):
-    """Time the forward pass of one layer on a few tokens, as in generation.
-
-    The lower bound is the time to read the weights of the active experts, at the memory bandwidth measured in the same
-    run. Column "/ reading" is the time divided by that bound.
-    """
-
-    cases: Literal["auto"] = "auto"
-    """Sizes to measure; there is one set."""
-
-
-@dataclass(frozen=True)
-class TrainStepArguments(Common):
-    """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
-
-    All contestants have the same shape, batch, data and optimiser, and take turns. Columns: "/ reference" tokens/s
-    divided by Mixtral's; "/ GEMM" the model's FLOP/s as a fraction of those of a large matrix product. Needs
-    `pip install 'remoe[bench]'`.
-    """
-
-    preset: str = "mini"
-    """Model size, batch size and schedule of every contestant."""
-    data: str | None = None
-    """Text, which is prepared in runs/data, or a folder written by `remoe data prepare`. By default the standard
-    library."""
-    num_experts: int | None = None
-    """Number of experts, instead of the preset's."""
-    batch_size: int | None = None
-    """Sequences per step, instead of the preset's."""
-    compile: bool = False
-    """Compile our models with torch.compile."""
-    contestants: tuple[str, ...] = ()
-    """Those to measure beside "mixtral grouped_mm", by their names in the table; by default all."""
-    settle: int = 120
-    """Training steps before ReLU routing is measured: it starts with half of its experts active."""
-    rounds: int = 7
-    """Number of turns of each contestant; the table shows the median."""
-    steps: int = 5
-    """Steps per turn."""
-
-
-@dataclass(frozen=True)
-class DiffArguments:
-    """Compare two files that `remoe bench layer`, `decode` or `train-step` wrote with --out.
-
-    Columns: "before" and "after" in ms; "ratio" after / before; "+-" the larger spread of the two, in percent. A change
-    of less than two spreads is called "within spread". The lines above the table name all facts of machine, versions
-    and rates that differ.
-    """
-
-    before: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BEFORE")]
-    """JSON file of the earlier measurement."""
-    after: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="AFTER")]
-    """JSON file of the later measurement."""
 
 
 def diff_command(argv: list[str]) -> int:
@@ -207,25 +119,67 @@ def train_step_command(argv: list[str]) -> int:
     return 0
 
 
-def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+def generate_command(argv: list[str]) -> int:
+    """Runs `remoe bench generate`; returns the exit code."""
+    arguments = parse(GenerateArguments, argv, prog="remoe bench generate")
+    repetitions = _rounds(arguments)
+    if not arguments.batch_sizes or min(arguments.batch_sizes) < 1:
+        raise ConfigError(f"--batch-sizes must be at least 1, but are {arguments.batch_sizes}")
+    _start(arguments)
+    from remoe.lab.bench.generate import Contestants, Work, bench_generate
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import machine
+
+    device, dtype, name = _device_and_dtype(arguments)
+    work = Work(**{size: getattr(arguments, size) for size in Work.__dataclass_fields__})
+    roofline = measure_roofline(device, dtype)
+    contestants = Contestants(work, device, dtype, arguments.peers and not arguments.quick)
+    facts, rows = machine(device) | libraries(), []
+    measured = {"machine": facts, "dtype": name, "repetitions": repetitions, "work": asdict(work)}
+    batches = [batch for batch in arguments.batch_sizes if batch <= QUICK_BATCH or not arguments.quick]
+    for batch in batches or [min(arguments.batch_sizes)]:
+        row = bench_generate(contestants, batch, repetitions, roofline)
+        rows.append(row)
+        caption = f"{work}.\n{describe(facts, roofline, name)}."
+        if row["left_out"]:
+            caption += f"\nLeft out, for the memory that copies of weights would need: {', '.join(row['left_out'])}."
+        Console().print(_table(f"generate, batch {batch}", row, caption))
+        _write(arguments, {**measured, "roofline": asdict(roofline), "rows": rows})  # a later one may be interrupted
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _rounds(arguments: LayerArguments | GenerateArguments) -> int:
     if arguments.repetitions < 1:
         raise ConfigError(f"--repetitions must be at least 1, but is {arguments.repetitions}")
-    _start(arguments)
+    return min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
+
+
+def _device_and_dtype(arguments: LayerArguments | GenerateArguments) -> tuple["torch.device", "torch.dtype", str]:
     import torch
 
-    from remoe.experts import check_backend, resolve_backend
-    from remoe.lab.bench import decode, layer
-    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
-    from remoe.lab.machine import keep_freed_memory, machine, pick_device
+    from remoe.lab.machine import keep_freed_memory, pick_device
 
-    for backend in arguments.backends:
-        check_backend(backend)
     keep_freed_memory()
     device = pick_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"remoe bench measures on cpu or cuda, not on {device.type}")
     name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if arguments.dtype == "auto" else arguments.dtype
-    dtype = getattr(torch, name)
+    return device, getattr(torch, name), name
+
+
+def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
+    repetitions = _rounds(arguments)
+    _start(arguments)
+    from remoe.experts import check_backend, resolve_backend
+    from remoe.lab.bench import decode, layer
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import machine
+
+    for backend in arguments.backends:
+        check_backend(backend)
+    device, dtype, name = _device_and_dtype(arguments)
     bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
     cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
     cases = decode.CASES if kind == "decode" else cases
@@ -236,13 +190,15 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         console.print("No C++ compiler here: the dense layer is not measured under torch.compile.")
         compiled = False
-    repetitions = min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
     roofline = measure_roofline(device, dtype)
     facts = machine(device) | libraries()
     for case in cases:
         row = bench(case, device, dtype, arguments.backends, peers, repetitions, roofline, compiled)
         rows.append(row)
-        console.print(_table(case, row, describe(facts, roofline, name)))
+        if arguments.cases == "experts":
+            row["ratio_beyond_weights"] = layer.ratio_beyond_weights(row, rows[0])
+        caption = f"{describe(facts, roofline, name)}. Fastest dense layer: {row['fastest_dense']}."
+        console.print(_table(f"T, D, F, E, k = {case}", row, caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
         _write(arguments, {**measured, "repetitions": repetitions})  # after every case: a later one may be interrupted
     if arguments.out is not None:
@@ -252,23 +208,27 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
 
 # Name in a row: heading of the column.
 _COLUMNS = {
+    "tokens_per_second": "tokens/s",
     "milliseconds": "ms",
     "spread": "+-",
+    "ratio_to_fastest_mixtral": "/ theirs",
     "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
+    "ratio_beyond_weights": "/ first",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",
     "dense_stage_peak_megabytes": "all on",
+    "experts_per_token": "/ token",
     "active_experts": "active",
     "ratio_to_reading_the_weights": "/ reading",
 }
 
 
-def _table(case: object, row: dict, caption: str) -> Table:
+def _table(title: str, row: dict, caption: str) -> Table:
     columns = [name for name in _COLUMNS if row.get(name)]
-    table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption, table.caption_justify = f"{caption}. Fastest dense layer: {row['fastest_dense']}.", "left"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption, "left"
     table.add_column("implementation", no_wrap=True)
     for column in columns:
         table.add_column(_COLUMNS[column], justify="right", no_wrap=True)

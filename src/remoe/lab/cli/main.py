@@ -75,6 +75,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "time one layer against a dense layer and other implementations",
     ),
     "bench decode": ("remoe.lab.cli.bench", "decode_command", "time one layer on a few tokens, as in generation"),
+    "bench generate": (
+        "remoe.lab.cli.bench",
+        "generate_command",
+        "time the writing of text, beside transformers' Mixtral",
+    ),
     "bench train-step": (
         "remoe.lab.cli.bench",
         "train_step_command",
