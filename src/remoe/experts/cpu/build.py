@@ -46,6 +46,7 @@ _ARGUMENTS = {
     "packed_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
     "rms_norm": (_P, _P, _I, _I, _F, _P, _P),
     "rms_norm_backward": (_P, _P, _P, _P, _I, _I, _P, _P),
+    "rotate": (_P,) * 6 + (_I,) * 5 + (ctypes.c_bool,),
 }
 _FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}
 _ANSWERING = ("_by_gates", "cross_entropy")  # ends of names that return a bool; the others return nothing
@@ -95,6 +96,15 @@ def compiled_passes(dtype: torch.dtype) -> Passes | None:
         return None
     library.use_library(_library_sgemm())
     return Passes(library, _SUFFIXES[dtype])
+
+
+def time_products(on: bool) -> float:
+    """Seconds, of all threads together, in the passes' matrix products since the last call; `on` times further ones."""
+    library = _library()
+    if library is None:
+        return 0.0
+    library.time_products.restype, library.time_products.argtypes = _I, (ctypes.c_bool,)
+    return library.time_products(on) / 1e9
 
 
 def _library_sgemm() -> ctypes.c_void_p | None:

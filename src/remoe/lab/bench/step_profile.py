@@ -1,0 +1,199 @@
+"""Where the time of a training step goes: the share of each kind of work, from the self times of PyTorch's profiler.
+
+The functions of SCOPES are marked while the profiler runs. An operator belongs to the innermost marked function around
+it, and an operator of the backward pass to the one in which autograd recorded it; matrix products and the attention's
+core are apart, whoever calls them. Python's time counts where it is spent. Inside the experts' C++ pass the products
+are timed by the pass itself; they count divided by the number of threads, and the rest of the pass includes waiting.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from remoe.errors import ConfigError
+from remoe.experts.cpu.build import time_products
+from remoe.lab.bench.train_step import CONTESTANTS, REMOE, TrainStepOptions, check_options, train_remoe, training
+from remoe.lab.bench.train_step import warm_up as warm_up_of
+from remoe.lab.machine import keep_freed_memory
+
+EXPERT_PRODUCTS, PRODUCTS, ATTENTION = "experts' products", "other products", "attention core"
+EXPERTS, NORMS, ROTARY, ROUTERS = "experts, rest", "norms", "rotary", "routers"
+LOSS, CLIPPING, OPTIMISER, STATISTICS = "loss", "clipping", "optimiser", "statistics and records"
+REST = "rest"  # residual connections, copies, sums of gradients, embedding, Python
+CATEGORIES = (
+    EXPERT_PRODUCTS, PRODUCTS, ATTENTION, EXPERTS, NORMS, ROTARY, ROUTERS, LOSS, CLIPPING, OPTIMISER, STATISTICS, REST,
+)  # fmt: skip
+# Module, class or function, method: what it does.
+SCOPES = {
+    ("remoe.experts.module", "Experts", "forward"): EXPERTS,
+    ("remoe.models.norm", "RMSNorm", "forward"): NORMS,
+    ("remoe.models.rotary", "RotaryEmbedding", "forward"): ROTARY,
+    ("remoe.models.attention", "rotate", ""): ROTARY,
+    ("transformers.models.llama.modeling_llama", "apply_rotary_pos_emb", ""): ROTARY,
+    ("transformers.models.qwen3.modeling_qwen3", "apply_rotary_pos_emb", ""): ROTARY,
+    ("remoe.routing.base", "Router", "__call__"): ROUTERS,
+    ("remoe.models.modeling_remoe", "linear_cross_entropy", ""): LOSS,
+    ("remoe.models.modeling_remoe", "shifted_targets", ""): LOSS,
+    ("remoe.lab.training.ranks", "Ranks", "clip"): CLIPPING,
+    ("remoe.sparsity", "SparsityController", "observe"): STATISTICS,
+    ("remoe.sparsity", "SparsityController", "regularizer"): STATISTICS,
+    ("remoe.sparsity", "SparsityController", "loss_terms"): STATISTICS,
+    ("remoe.sparsity", "SparsityController", "update"): STATISTICS,
+    ("remoe.lab.training.metrics", "MetricsWriter", "write"): STATISTICS,
+    ("remoe.lab.training.progress", "ProgressLine", "show"): STATISTICS,
+}
+MARK = "category: "
+OF_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+BACKWARD_NODE = "autograd::engine::evaluate_function"
+
+
+@dataclass
+class StepProfile:
+    """The time of a contestant's steps, by kind of work.
+
+    Attributes:
+        rows: for each of CATEGORIES: name, ms_per_step, share of the step, and `operators`, the three largest with
+            their ms per step.
+        details: the options, name of the contestant, ms_per_step, threads, sparsity of the last step (None for dense).
+    """
+
+    rows: list[dict[str, object]]
+    details: dict[str, object]
+
+
+def profile_step(options: TrainStepOptions) -> StepProfile:
+    """Trains one contestant in this process until it has warmed up, and profiles `rounds` times `steps` steps.
+
+    Raises:
+        ConfigError: unless the options name one contestant of ours, on a CPU and without torch.compile.
+        DataError: when the data cannot be read.
+    """
+    check_options(options)
+    if len(options.contestants) != 1 or CONTESTANTS[options.contestants[0]][0] != REMOE:
+        ours = ", ".join(repr(name) for name, what in CONTESTANTS.items() if what[0] == REMOE)
+        raise ConfigError(f"--profile needs one contestant: --contestants with one of {ours}")
+    config, dataset = training(options)
+    if config.compile:
+        raise ConfigError("--profile measures steps without --compile")
+    what = CONTESTANTS[options.contestants[0]]
+    keep_freed_memory()
+    config.device = "cpu"
+    pace = _Profiler(warm_up_of(what, options), options.rounds * options.steps)
+    with tempfile.TemporaryDirectory() as folder, suppress(_Finished):
+        train_remoe(what[1], config, dataset, Path(folder), pace)
+    seconds, operators = times(pace.events)
+    products = min(pace.product_seconds / torch.get_num_threads(), seconds[EXPERTS])
+    seconds[EXPERTS] -= products
+    seconds[EXPERT_PRODUCTS] += products
+    total, steps = sum(seconds.values()), options.rounds * options.steps
+    rows: list[dict[str, object]] = []
+    for category in CATEGORIES:
+        largest = sorted(operators[category].items(), key=lambda item: -item[1])[:3]
+        rows.append(
+            {
+                "name": category,
+                "ms_per_step": 1e3 * seconds[category] / steps,
+                "share": seconds[category] / total,
+                "operators": {name: 1e3 * time / steps for name, time in largest},
+            }
+        )
+    details = {
+        "options": asdict(options) | {"data": dataset.path.name},
+        "contestant": options.contestants[0],
+        "ms_per_step": 1e3 * total / steps,
+        "threads": torch.get_num_threads(),
+        "sparsity": pace.sparsity,
+    }
+    return StepProfile(rows, details)
+
+
+class _Finished(Exception):
+    """All steps are profiled."""
+
+
+class _Profiler:
+    """Called between the steps of a training loop: profiles some of them, then ends the loop."""
+
+    def __init__(self, warm_up: int, steps: int) -> None:
+        self.events: list[FunctionEvent] = []
+        self.product_seconds, self.sparsity = 0.0, None
+        self._stack = ExitStack()
+        self._start, self._end, self._done = warm_up, warm_up + steps, 0
+
+    def __call__(self, loss: float | None, sparsity: float | None) -> None:
+        self._done += 1
+        if self._done == self._start:
+            self._profile = self._stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
+            self._stack.enter_context(marked_scopes())
+            self._stack.enter_context(record_function(MARK + REST))  # all that is in no other scope, Python's time too
+            time_products(True)
+        elif self._done == self._end:
+            self.product_seconds, self.sparsity = time_products(False), sparsity
+            self._stack.close()
+            self.events = self._profile.events()
+            raise _Finished
+
+
+@contextmanager
+def marked_scopes() -> Iterator[None]:
+    """Context in which the functions of SCOPES show in profiles by the names of their categories."""
+    with ExitStack() as stack:
+        for (module, name, method), category in SCOPES.items():
+            owner = import_module(module)
+            if method:
+                owner, name = getattr(owner, name), method
+            # A method may be inherited: taking the mark away must not leave a copy behind.
+            own, function = name in vars(owner), getattr(owner, name)
+            setattr(owner, name, _marked(function, category))
+            stack.callback(*((setattr, owner, name, function) if own else (delattr, owner, name)))
+        yield
+
+
+def _marked(function: Callable, category: str) -> Callable:
+    @wraps(function)
+    def call(*args, **kwargs):
+        with record_function(MARK + category):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Seconds of each category, and of each category's operators by name."""
+    recorded: dict[int, str] = {}  # number of a node of the graph: category in which it was recorded
+    kinds: dict[int, str] = {}
+    seconds, operators = dict.fromkeys(CATEGORIES, 0.0), defaultdict(lambda: defaultdict(float))
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        above = kinds.get(event.cpu_parent.id, REST) if event.cpu_parent is not None else REST
+        kind = _category(event, above, recorded)
+        kinds[event.id] = kind
+        if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD_NODE) and event.scope != 1:
+            recorded[event.sequence_nr] = kind  # the last operator with a number is the one whose node has it
+        seconds[kind] += event.self_cpu_time_total / 1e6
+        operators[kind][event.name] += event.self_cpu_time_total / 1e6
+    return seconds, operators
+
+
+def _category(event: FunctionEvent, above: str, recorded: dict[int, str]) -> str:
+    name = event.name
+    if name.startswith(MARK):
+        return name.removeprefix(MARK)
+    if name.startswith("Optimizer."):
+        return OPTIMISER
+    if name in OF_PRODUCTS:
+        return EXPERT_PRODUCTS if above == EXPERTS else PRODUCTS
+    if "scaled_dot_product" in name:
+        return ATTENTION
+    if name.startswith(BACKWARD_NODE):
+        kind = recorded.get(event.sequence_nr, REST)
+        return EXPERTS if kind == EXPERT_PRODUCTS else REST if kind in (PRODUCTS, ATTENTION) else kind
+    return REST if above == ATTENTION else above
