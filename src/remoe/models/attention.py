@@ -5,15 +5,16 @@ Legend: B batch, S sequence, D model width, H heads of queries, G heads of keys 
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from remoe.matmul import Linear
+from remoe.matmul import Linear, linear
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.kernels import kernels_for
-from remoe.models.rotary import rotate
+from remoe.models.rotary import rotate, rotate_packed
 
 CACHE_NAMES = "cache", "past_key_values"  # since transformers 5.24, and before
 
@@ -35,25 +36,45 @@ class _Attention(nn.Module):
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kernels_for(hidden_states, *position_embeddings) is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-        q_BSHd, k_BSGd, v_BSGd = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
-            q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
-        q_BHSd, k_BGSd = rotate(q_BSHd.transpose(1, 2), k_BSGd.transpose(1, 2), *position_embeddings)
+        q_BHSd, k_BGSd, v_BGSd = self._heads(hidden_states, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended_BSHd, weights_BHSS = attend(
             self,
             q_BHSd,
             k_BGSd,
-            v_BSGd.transpose(1, 2),
+            v_BGSd,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **without,
         )
         return self.o_proj(attended_BSHd.flatten(2)), weights_BHSS
+
+    def _heads(self, hidden_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries (B, H, S, d) and keys (B, G, S, d), and values (B, G, S, d)."""
+        projections, d = (self.q_proj, self.k_proj, self.v_proj), self.head_dim
+        if not self.config.qk_norm and all(_is_bare(projection) for projection in projections):
+            weights = [projection.weight for projection in projections]
+            autocast = torch.is_autocast_enabled("cpu")
+            if not autocast and kernels_for(hidden_BSD, cos_BSd, sin_BSd, *weights) is not None:
+                # One product, and one gradient of the hidden states instead of a sum of three.
+                qkv_BSP = linear(hidden_BSD, torch.cat(weights))
+                return rotate_packed(qkv_BSP, cos_BSd, sin_BSd, len(weights[0]) // d, len(weights[1]) // d)
+        q_BSHd, k_BSGd, v_BSGd = (projection(hidden_BSD).unflatten(-1, (-1, d)) for projection in projections)
+        if self.config.qk_norm:
+            q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
+        return *rotate(q_BSHd.transpose(1, 2), k_BSGd.transpose(1, 2), cos_BSd, sin_BSd), v_BSGd.transpose(1, 2)
+
+
+def _is_bare(projection: nn.Module) -> bool:
+    """Whether a call of the projection is its product and nothing more: no adapter, no hook, no bias."""
+    hooks = projection._forward_hooks, projection._forward_pre_hooks, projection._backward_hooks
+    return (
+        type(projection) is Linear
+        and projection.bias is None
+        and not any((*hooks, projection._backward_pre_hooks))
+        and "forward" not in vars(projection)
+    )
 
 
 class PlainAttention(_Attention, LlamaAttention):

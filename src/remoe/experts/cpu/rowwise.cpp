@@ -78,15 +78,24 @@ inline void rotate_heads(const X *from_Hd, const X *cos_d, const X *sin_d, int64
     }
 }
 
-// Queries and keys of each token by the row of its position: row t of P, which come again for each sequence of a batch.
+// Heads of queries, keys and values: addresses of the first token's, and distances between tokens.
 template <typename X>
-void rotate(const X *q_THd, const X *k_TGd, const X *cos_Pd, const X *sin_Pd, X *to_q_THd, X *to_k_TGd, int64_t T,
-            int64_t P, int64_t H, int64_t G, int64_t d, bool back) {
+struct Heads {
+    X *q, *k, *v;  // v null: none
+    int64_t q_row, k_row, v_row;
+};
+
+// Queries and keys of each token by the row of its position: row t of P, which come again for each sequence of a batch.
+// Values are copied.
+template <typename X>
+void rotate(const Heads<X> &from, const X *cos_Pd, const X *sin_Pd, const Heads<X> &to, int64_t T, int64_t P, int64_t H,
+            int64_t G, int64_t d, bool back) {
 #pragma omp parallel for schedule(static) if (T * (H + G) * d >= PARALLEL)
     for (int64_t t = 0; t < T; t++) {
         const X *cos_d = cos_Pd + t % P * d, *sin_d = sin_Pd + t % P * d;
-        rotate_heads(q_THd + t * H * d, cos_d, sin_d, H, d, back, to_q_THd + t * H * d);
-        rotate_heads(k_TGd + t * G * d, cos_d, sin_d, G, d, back, to_k_TGd + t * G * d);
+        rotate_heads(from.q + t * from.q_row, cos_d, sin_d, H, d, back, to.q + t * to.q_row);
+        rotate_heads(from.k + t * from.k_row, cos_d, sin_d, G, d, back, to.k + t * to.k_row);
+        if (from.v) std::memcpy(to.v + t * to.v_row, from.v + t * from.v_row, G * d * sizeof(X));
     }
 }
 
@@ -130,9 +139,9 @@ bool cross_entropy(float *logits_tV, const int64_t *target_t, int64_t t, int64_t
                                                int64_t T, int64_t D, X *dx, float *dweight) {                         \
         rms_norm_backward(dy, x, weight, scale, T, D, dx, dweight);                                                   \
     }                                                                                                                 \
-    extern "C" void rotate_##suffix(const X *q, const X *k, const X *cos, const X *sin, X *to_q, X *to_k, int64_t T,  \
+    extern "C" void rotate_##suffix(const Heads<X> *from, const X *cos, const X *sin, const Heads<X> *to, int64_t T,  \
                                     int64_t P, int64_t H, int64_t G, int64_t d, bool back) {                          \
-        rotate(q, k, cos, sin, to_q, to_k, T, P, H, G, d, back);                                                      \
+        rotate(*from, cos, sin, *to, T, P, H, G, d, back);                                                            \
     }
 
 EXPORT(float, float32)

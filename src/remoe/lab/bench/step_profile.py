@@ -1,9 +1,9 @@
 """Where the time of a training step goes: the share of each kind of work, from the self times of PyTorch's profiler.
 
 The functions of SCOPES are marked while the profiler runs. An operator belongs to the innermost marked function around
-it, and an operator of the backward pass to the one in which autograd recorded it; matrix products and the attention's
-core are apart, whoever calls them. Python's time counts where it is spent. Inside the experts' C++ pass the products
-are timed by the pass itself; they count divided by the number of threads, and the rest of the pass includes waiting.
+it, an operator of the backward pass to the function in which autograd recorded it. Matrix products and the attention's
+core are apart, wherever they are called. Python's time counts where it is spent. The experts' C++ passes time their
+products themselves; these count divided by the number of threads, so that "experts, rest" includes waiting.
 """
 
 import tempfile
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -21,8 +22,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from remoe.errors import ConfigError
 from remoe.experts.cpu.build import time_products
-from remoe.lab.bench.train_step import CONTESTANTS, REMOE, TrainStepOptions, check_options, train_remoe, training
-from remoe.lab.bench.train_step import warm_up as warm_up_of
+from remoe.lab.bench.train_step import (
+    CONTESTANTS,
+    REMOE,
+    TrainStepOptions,
+    check_options,
+    train_remoe,
+    training,
+    warm_up,
+)
 from remoe.lab.machine import keep_freed_memory
 
 EXPERT_PRODUCTS, PRODUCTS, ATTENTION = "experts' products", "other products", "attention core"
@@ -32,12 +40,16 @@ REST = "rest"  # residual connections, copies, sums of gradients, embedding, Pyt
 CATEGORIES = (
     EXPERT_PRODUCTS, PRODUCTS, ATTENTION, EXPERTS, NORMS, ROTARY, ROUTERS, LOSS, CLIPPING, OPTIMISER, STATISTICS, REST,
 )  # fmt: skip
+NEEDED = (EXPERT_PRODUCTS, PRODUCTS, ATTENTION)
+DEFAULT = "remoe relu"
+LARGEST = 3  # operators of each category to show
 # Module, class or function, method: what it does.
 SCOPES = {
     ("remoe.experts.module", "Experts", "forward"): EXPERTS,
     ("remoe.models.norm", "RMSNorm", "forward"): NORMS,
     ("remoe.models.rotary", "RotaryEmbedding", "forward"): ROTARY,
     ("remoe.models.attention", "rotate", ""): ROTARY,
+    ("remoe.models.attention", "rotate_packed", ""): ROTARY,
     ("transformers.models.llama.modeling_llama", "apply_rotary_pos_emb", ""): ROTARY,
     ("transformers.models.qwen3.modeling_qwen3", "apply_rotary_pos_emb", ""): ROTARY,
     ("remoe.routing.base", "Router", "__call__"): ROUTERS,
@@ -61,57 +73,60 @@ class StepProfile:
     """The time of a contestant's steps, by kind of work.
 
     Attributes:
-        rows: for each of CATEGORIES: name, ms_per_step, share of the step, and `operators`, the three largest with
-            their ms per step.
-        details: the options, name of the contestant, ms_per_step, threads, sparsity of the last step (None for dense).
+        rows: for each of CATEGORIES that took any time: name, ms_per_step, share of the step, and `operators`, its
+            largest with their ms per step.
+        details: options, contestant, ms_per_step, share_of_rest (all but products and the attention's core), threads,
+            and sparsity of the last step.
     """
 
-    rows: list[dict[str, object]]
-    details: dict[str, object]
+    rows: list[dict[str, Any]]
+    details: dict[str, Any]
 
 
 def profile_step(options: TrainStepOptions) -> StepProfile:
-    """Trains one contestant in this process until it has warmed up, and profiles `rounds` times `steps` steps.
+    """Trains one contestant in this process until it has warmed up, and profiles `steps` steps.
 
     Raises:
-        ConfigError: unless the options name one contestant of ours, on a CPU and without torch.compile.
+        ConfigError: unless the options name one contestant of ours, without torch.compile.
         DataError: when the data cannot be read.
     """
     check_options(options)
     if len(options.contestants) != 1 or CONTESTANTS[options.contestants[0]][0] != REMOE:
         ours = ", ".join(repr(name) for name, what in CONTESTANTS.items() if what[0] == REMOE)
-        raise ConfigError(f"--profile needs one contestant: --contestants with one of {ours}")
+        raise ConfigError(f"--profile takes one contestant, of {ours}")
+    (contestant,) = options.contestants
     config, dataset = training(options)
     if config.compile:
-        raise ConfigError("--profile measures steps without --compile")
-    what = CONTESTANTS[options.contestants[0]]
-    keep_freed_memory()
+        raise ConfigError("--profile shows steps without --compile")
     config.device = "cpu"
-    pace = _Profiler(warm_up_of(what, options), options.rounds * options.steps)
+    keep_freed_memory()
+    profiler = _Profiler(warm_up(CONTESTANTS[contestant], options), options.steps)
     with tempfile.TemporaryDirectory() as folder, suppress(_Finished):
-        train_remoe(what[1], config, dataset, Path(folder), pace)
-    seconds, operators = times(pace.events)
-    products = min(pace.product_seconds / torch.get_num_threads(), seconds[EXPERTS])
+        train_remoe(CONTESTANTS[contestant][1], config, dataset, Path(folder), profiler)
+    seconds, operators = times(profiler.events)
+    products = min(profiler.product_seconds / torch.get_num_threads(), seconds[EXPERTS])
     seconds[EXPERTS] -= products
     seconds[EXPERT_PRODUCTS] += products
-    total, steps = sum(seconds.values()), options.rounds * options.steps
-    rows: list[dict[str, object]] = []
+    operators[EXPERTS] = {}  # mainly the two passes, whose products are not apart
+    total = sum(seconds.values())
+    rows: list[dict[str, Any]] = []
     for category in CATEGORIES:
-        largest = sorted(operators[category].items(), key=lambda item: -item[1])[:3]
-        rows.append(
-            {
-                "name": category,
-                "ms_per_step": 1e3 * seconds[category] / steps,
-                "share": seconds[category] / total,
-                "operators": {name: 1e3 * time / steps for name, time in largest},
-            }
-        )
+        largest = sorted(operators[category].items(), key=lambda item: -item[1])[:LARGEST]
+        row = {
+            "name": category,
+            "ms_per_step": 1e3 * seconds[category] / options.steps,
+            "share": seconds[category] / total,
+            "operators": {name: 1e3 * time / options.steps for name, time in largest},
+        }
+        if seconds[category]:
+            rows.append(row)
     details = {
         "options": asdict(options) | {"data": dataset.path.name},
-        "contestant": options.contestants[0],
-        "ms_per_step": 1e3 * total / steps,
+        "contestant": contestant,
+        "ms_per_step": 1e3 * total / options.steps,
+        "share_of_rest": sum(row["share"] for row in rows if row["name"] not in NEEDED),
         "threads": torch.get_num_threads(),
-        "sparsity": pace.sparsity,
+        "sparsity": profiler.sparsity,
     }
     return StepProfile(rows, details)
 
@@ -123,11 +138,12 @@ class _Finished(Exception):
 class _Profiler:
     """Called between the steps of a training loop: profiles some of them, then ends the loop."""
 
-    def __init__(self, warm_up: int, steps: int) -> None:
+    def __init__(self, start: int, steps: int) -> None:
         self.events: list[FunctionEvent] = []
-        self.product_seconds, self.sparsity = 0.0, None
+        self.product_seconds = 0.0
+        self.sparsity: float | None = None
         self._stack = ExitStack()
-        self._start, self._end, self._done = warm_up, warm_up + steps, 0
+        self._start, self._end, self._done = start, start + steps, 0
 
     def __call__(self, loss: float | None, sparsity: float | None) -> None:
         self._done += 1

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
@@ -17,6 +17,9 @@ from remoe.errors import ConfigError
 from remoe.lab.cli.parsing import parse
 from remoe.lab.console import Console
 from remoe.lab.outputs import check_output, json_with, write_output
+
+if TYPE_CHECKING:
+    from remoe.lab.bench.step_profile import StepProfile
 
 QUICK_ROUNDS = 3
 MOST_THREADS = 4096  # torch takes any number, and fails later
@@ -102,6 +105,9 @@ class TrainStepArguments(Common):
     """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
     """Steps per turn."""
+    profile: bool = False
+    """Show where the time of a step of one contestant goes ("remoe relu" unless --contestants names another one of
+    ours), by PyTorch's profiler over --steps steps on the CPU. It needs no further packages."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ def train_step_command(argv: list[str]) -> int:
     import torch
 
     from remoe.lab.bench import roofline
+    from remoe.lab.bench.step_profile import DEFAULT, profile_step
     from remoe.lab.bench.train_step import CONTESTANTS, TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
@@ -170,8 +177,10 @@ def train_step_command(argv: list[str]) -> int:
     for name in ("num_experts", "batch_size", "compile"):
         if (value := given.pop(name)) not in (None, False):
             config[name] = value
-    given["contestants"] = given["contestants"] or tuple(CONTESTANTS)
-    del given["out"], given["threads"]
+    given["contestants"] = given["contestants"] or ((DEFAULT,) if arguments.profile else tuple(CONTESTANTS))
+    del given["out"], given["threads"], given["profile"]
+    if arguments.profile:
+        return _show_profile(arguments, profile_step(TrainStepOptions(**given, config=config)))
     result = train_step(TrainStepOptions(**given, config=config))
     device = pick_device("auto")
     facts, dtype = machine(device) | roofline.libraries(), "bfloat16" if device.type == "cuda" else "float32"
@@ -202,6 +211,32 @@ def train_step_command(argv: list[str]) -> int:
             "details": result.details,
         },
     )
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _show_profile(arguments: TrainStepArguments, found: "StepProfile") -> int:
+    import torch
+
+    from remoe.lab.machine import machine
+
+    facts, details = machine(torch.device("cpu")), found.details
+    table = Table(title=f"a step of {details['contestant']}", title_justify="left", box=SIMPLE_HEAD)
+    table.caption_justify = "left"
+    table.caption = (
+        f"{facts['cpu']}, {facts['threads']} threads; {details['ms_per_step']:,.0f} ms a step. "
+        f"Neither matrix products nor the attention's core: {details['share_of_rest']:.1%}."
+    )
+    table.add_column("work", no_wrap=True)
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("largest operators, ms")
+    for row in found.rows:
+        operators = ", ".join(f"{name} {_figure(ms)}" for name, ms in row["operators"].items())
+        table.add_row(row["name"], _figure(row["ms_per_step"]), f"{row['share']:.1%}", operators)
+    Console().print(table)
+    _write(arguments, {"machine": facts, "rows": found.rows, "details": details})
     if arguments.out is not None:
         print(f"written: {arguments.out}")
     return 0
