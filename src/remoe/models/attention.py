@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from remoe.matmul import Linear, linear
+from remoe.matmul import Linear, joined_linear
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.kernels import kernels_for
 from remoe.models.rotary import rotate, rotate_packed
@@ -58,7 +58,7 @@ class _Attention(nn.Module):
             autocast = torch.is_autocast_enabled("cpu")
             if not autocast and kernels_for(hidden_BSD, cos_BSd, sin_BSd, *weights) is not None:
                 # One product, and one gradient of the hidden states instead of a sum of three.
-                qkv_BSP = linear(hidden_BSD, torch.cat(weights))
+                qkv_BSP = joined_linear(hidden_BSD, *weights)
                 return rotate_packed(qkv_BSP, cos_BSd, sin_BSd, len(weights[0]) // d, len(weights[1]) // d)
         q_BSHd, k_BSGd, v_BSGd = (projection(hidden_BSD).unflatten(-1, (-1, d)) for projection in projections)
         if self.config.qk_norm:
