@@ -1,9 +1,10 @@
 """Where the time of a training step goes: the share of each kind of work, from the self times of PyTorch's profiler.
 
 The functions of SCOPES are marked while the profiler runs. An operator belongs to the innermost marked function around
-it, an operator of the backward pass to the function in which autograd recorded it. Matrix products and the attention's
-core are apart, wherever they are called. Python's time counts where it is spent. The experts' C++ passes time their
-products themselves; these count divided by the number of threads, so that "experts, rest" includes waiting.
+it, an operator of the backward pass to the function in which autograd recorded it. Apart from these are, wherever they
+are called, matrix products and the attention's core, which is PyTorch's operator with all that it calls. Python's time
+counts where it is spent. The experts' C++ passes time their products themselves; these count divided by the number of
+threads, so that "experts, rest" includes waiting.
 """
 
 import tempfile
@@ -185,10 +186,10 @@ def _marked(function: Callable, category: str) -> Callable:
 
 def times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Seconds of each category, and of each category's operators by name."""
-    recorded: dict[int, str] = {}  # number of a node of the graph: category in which it was recorded
-    kinds: dict[int, str] = {}
+    recorded: dict[int, str] = {}  # by number of a node of the graph
+    kinds: dict[int, str] = {}  # by event
     seconds, operators = dict.fromkeys(CATEGORIES, 0.0), defaultdict(lambda: defaultdict(float))
-    for event in sorted(events, key=lambda event: event.time_range.start):
+    for event in sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end)):  # callers first
         above = kinds.get(event.cpu_parent.id, REST) if event.cpu_parent is not None else REST
         kind = _category(event, above, recorded)
         kinds[event.id] = kind
@@ -211,5 +212,5 @@ def _category(event: FunctionEvent, above: str, recorded: dict[int, str]) -> str
         return ATTENTION
     if name.startswith(BACKWARD_NODE):
         kind = recorded.get(event.sequence_nr, REST)
-        return EXPERTS if kind == EXPERT_PRODUCTS else REST if kind in (PRODUCTS, ATTENTION) else kind
-    return REST if above == ATTENTION else above
+        return {EXPERT_PRODUCTS: EXPERTS, PRODUCTS: REST}.get(kind, kind)  # the products in it are events of their own
+    return above
