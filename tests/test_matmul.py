@@ -49,6 +49,24 @@ def test_linear_is_nn_linear(shape):
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("shape", [(63, 60), (3, 7, 60), (0, 60)], ids=str)
+def test_joined_products_are_those_of_each_weight(shape):
+    x = torch.randn(shape).requires_grad_()
+    weights = [torch.randn(rows, 60).requires_grad_() for rows in (36, 4, 1)]
+    together, apart = gemm.joined_linear(x, *weights), torch.cat([x @ weight.t() for weight in weights], dim=-1)
+    dy = torch.randn_like(apart)
+    for a, b in zip(*(gradients_twice(y, [x, *weights], dy) for y in (together, apart)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def gradients_twice(y: torch.Tensor, inputs: list[torch.Tensor], dy: torch.Tensor) -> list[torch.Tensor]:
+    """The output, its gradients, and with create_graph those of the gradient of x."""
+    plain = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    (dx,) = torch.autograd.grad(y, inputs[0], dy * y.detach().tanh(), create_graph=True)
+    return [y, *plain, dx, *torch.autograd.grad(dx.pow(2).sum(), inputs[1:])]
+
+
+@pytest.mark.usefixtures("library")
 def test_gradients_that_are_not_wanted_are_not_computed():
     layer = gemm.Linear(6, 4, bias=False)
     layer(torch.randn(5, 6)).sum().backward()

@@ -69,6 +69,33 @@ class _LinearFunction(torch.autograd.Function):
         return dx, dweight_NK
 
 
+def joined_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """(..., K) to (..., N): x W^T of several (N_i, K) side by side, N their sum, by one `product`."""
+    return _JoinedFunction.apply(x, *weights)
+
+
+class _JoinedFunction(torch.autograd.Function):
+    # The joined weights are not kept for the backward pass: to join them again costs less than the memory.
+    @staticmethod
+    def forward(x: Tensor, *weights: Tensor) -> Tensor:
+        joined_NK = torch.cat(weights)
+        return product(x.reshape(-1, x.shape[-1]), joined_NK.t()).view(*x.shape[:-1], len(joined_NK))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        multiply = torch.mm if torch.is_grad_enabled() else product  # create_graph: by what autograd knows
+        dy_MN, x_MK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = multiply(dy_MN, torch.cat(weights)).view(x.shape) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return dx, *(None,) * len(weights)
+        return dx, *multiply(dy_MN.t(), x_MK).split([len(weight) for weight in weights])
+
+
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x and a matrix of so many columns is oneDNN's: float32, no autocast, where it pays."""
     return (

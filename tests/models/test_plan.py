@@ -100,7 +100,7 @@ def test_every_router_is_planned_as_its_class_says(router):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_other_shapes_are_planned_too(kernels, monkeypatch):
     if not kernels:  # as on a GPU
-        monkeypatch.setattr("remoe.models.norm.compiled_kernels", lambda dtype: None)
+        monkeypatch.setattr("remoe.models.kernels.compiled_kernels", lambda dtype: None)
     changes = {"qk_norm": True, "head_dim": 48, "attention_bias": True, "tie_word_embeddings": True}
     settings = config("tiny", router="dense", **changes)
     assert parameters(settings)[0] == sum(p.numel() for p in remoe.RemoeForCausalLM(settings).parameters())

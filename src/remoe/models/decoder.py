@@ -3,28 +3,16 @@
 Legend: B batch, S sequence, D model width, H attention heads.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from remoe.experts.packed import check_packable
 from remoe.layer import MoE
-from remoe.matmul import Linear
+from remoe.models.attention import build_attention
 from remoe.models.capped import build_mixture
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.norm import RMSNorm
 from remoe.routing import Routing
-from remoe.routing.float32 import Float32State
-
-
-def build_attention(config: RemoeConfig, layer_idx: int) -> LlamaAttention | Qwen3Attention:
-    """LLaMA's attention, or with norms on queries and keys Qwen3's; its projections by the faster matrix product."""
-    attention = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
-    for name, module in list(attention.named_children()):
-        if isinstance(module, nn.Linear):
-            setattr(attention, name, Linear(module.in_features, module.out_features, module.bias is not None))
-    return attention
 
 
 def pack_experts(layer: MoE) -> None:
@@ -38,14 +26,6 @@ def pack_experts(layer: MoE) -> None:
         check_packable(*experts.down_proj.shape[1:])
     for experts in parts:
         experts.pack()
-
-
-class RotaryEmbedding(Float32State, LlamaRotaryEmbedding):
-    """LLaMA's rotary embedding; its frequencies stay float32: rounded, they turn far positions by wrong angles."""
-
-    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        self.keep_float32()
-        return super().forward(*args, **kwargs)
 
 
 class RemoeDecoderLayer(GradientCheckpointingLayer):

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from remoe.errors import ConfigError
 from remoe.experts import Experts
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.decoder import RemoeDecoderLayer, RotaryEmbedding
+from remoe.models.decoder import RemoeDecoderLayer
 from remoe.models.loss import (
     IGNORED_TARGET,
     LossHead,
@@ -35,6 +35,7 @@ from remoe.models.loss import (
 )
 from remoe.models.norm import RMSNorm
 from remoe.models.packing import packed_documents, packed_mask_options
+from remoe.models.rotary import RotaryEmbedding
 from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_rows, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import Routing

@@ -6,11 +6,11 @@ Legend: T tokens, D model width, s sums of weight gradients.
 """
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from remoe.experts.cpu.build import Kernels, compiled_kernels
+from remoe.experts.cpu.build import compiled_kernels
+from remoe.models.kernels import kernels_for
 
 ROWS_OF_A_SUM = 64  # as in rowwise.cpp
 
@@ -20,20 +20,12 @@ class RMSNorm(LlamaRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), of x's dtype."""
-        kernels = _kernels_for(x, self.weight)
+        kernels = kernels_for(x, self.weight)
         if kernels is None:
             return super().forward(x)
         # Without gradients not by way of autograd, which takes longer than a token's norm.
         norm = _RMSNormFunction.apply if torch.is_grad_enabled() else _RMSNormFunction.forward
         return norm(x, self.weight, self.variance_epsilon)[0]
-
-
-def _kernels_for(x: Tensor, weight_D: Tensor) -> Kernels | None:
-    # Whoever follows operators (compilers, tracers, counters, distributed and fake tensors) would not see a kernel's.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
-        return None
-    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in (x, weight_D))
-    return compiled_kernels(x.dtype) if plain and x.dtype is weight_D.dtype else None
 
 
 class _RMSNormFunction(torch.autograd.Function):

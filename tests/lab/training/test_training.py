@@ -15,9 +15,11 @@ from remoe.lab.training.checkpoint import list_checkpoints
 from remoe.lab.training.config import OptimOptions, config_from_dict
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.load import load_run
+from remoe.lab.training.mesh import Mesh
 from remoe.lab.training.metrics import read_metrics
 from remoe.lab.training.optimizer import learning_rate
 from remoe.lab.training.progress import ProgressLine
+from remoe.lab.training.ranks import Ranks
 from remoe.lab.training.trainer import Trainer
 
 REQUIRED = {
@@ -212,6 +214,19 @@ def test_a_lambda_that_runs_away_is_reported_once(corpus, tmp_path, caplog):
     (message,) = [message for message in caplog.messages if "lambda" in message]
     assert message.startswith("step 2: lambda is 1.1e+03 and S ")
     assert message.endswith(", for a target of 1: the penalty no longer controls the experts that are still active")
+
+
+@pytest.mark.parametrize("factor", [0.5, 1 - 1e-7, 1.0, 2.0, math.nan])
+def test_gradients_are_clipped_as_by_torch(factor):
+    grad = torch.randn(7, 5)
+    max_norm = factor * grad.norm().item() if factor == factor else 1.0
+    ours, theirs = torch.nn.Linear(5, 7), torch.nn.Linear(5, 7)
+    for model in (ours, theirs):  # the bias has none
+        model.weight.grad = grad * factor if factor != factor else grad.clone()
+    norm = Ranks(Mesh(), "cpu").clip(ours, max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():

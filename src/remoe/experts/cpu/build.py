@@ -35,6 +35,7 @@ _FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError:
 _TORCH = Path(torch.__file__).resolve().parent  # as the system names what it has loaded
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Heads = _I * 6  # the struct of that name in rowwise.cpp
 _ARGUMENTS = {
     "gather": (_P, _P, _I, _I, _P),
     "scatter_add": (_P, _P, _I, _I, _P),
@@ -46,6 +47,7 @@ _ARGUMENTS = {
     "packed_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
     "rms_norm": (_P, _P, _I, _I, _F, _P, _P),
     "rms_norm_backward": (_P, _P, _P, _P, _I, _I, _P, _P),
+    "rotate": (Heads, _P, _P, Heads) + (_I,) * 5 + (ctypes.c_bool,),
 }
 _FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}
 _ANSWERING = ("_by_gates", "cross_entropy")  # ends of names that return a bool; the others return nothing
@@ -95,6 +97,15 @@ def compiled_passes(dtype: torch.dtype) -> Passes | None:
         return None
     library.use_library(_library_sgemm())
     return Passes(library, _SUFFIXES[dtype])
+
+
+def time_products(on: bool) -> float:
+    """Seconds, of all threads together, in the passes' matrix products since the last call; `on` times further ones."""
+    library = _library()
+    if library is None:
+        return 0.0
+    library.time_products.restype, library.time_products.argtypes = _I, (ctypes.c_bool,)
+    return library.time_products(on) / 1e9
 
 
 def _library_sgemm() -> ctypes.c_void_p | None:

@@ -4,7 +4,23 @@
 
 #include "gemm.h"
 
+#include <atomic>
+#include <chrono>
+
 namespace {
+
+bool products_timed = false;
+std::atomic<int64_t> product_nanoseconds{0};  // of all threads together, while products are timed
+
+struct ProductTimer {
+    using Clock = std::chrono::steady_clock;
+    const bool on = products_timed;
+    const Clock::time_point start = on ? Clock::now() : Clock::time_point();
+
+    ~ProductTimer() {
+        if (on) product_nanoseconds += std::chrono::nanoseconds(Clock::now() - start).count();
+    }
+};
 
 // The BLAS function, in Fortran's order: column-major c (m, n) = op(a) op(b) + beta c.
 typedef void (*Sgemm)(const char *a_transposed, const char *b_transposed, const int *m, const int *n, const int *k,
@@ -17,6 +33,7 @@ Sgemm library_sgemm = nullptr;  // MKL's, where it is faster than ours; there, i
 template <typename X, typename C>
 inline void product(bool a_transposed, bool b_transposed, int64_t M, int64_t N, int64_t K, const X *a, int64_t lda,
                     const X *b, int64_t ldb, bool add, C *c, int64_t ldc) {
+    const ProductTimer timer;
     if constexpr (std::is_same_v<X, float> && std::is_same_v<C, float>)
         if (library_sgemm && M && N) {
             // Row-major matrices are their transposes in column-major order: c^T = op(b)^T op(a)^T.

@@ -270,6 +270,12 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
 
 extern "C" void use_library(void *sgemm) { library_sgemm = (Sgemm)sgemm; }
 
+// Nanoseconds that all threads together have spent in matrix products since the last call; `on` times further ones.
+extern "C" int64_t time_products(bool on) {
+    products_timed = on;
+    return product_nanoseconds.exchange(0);
+}
+
 EXPORT(float, float32)
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the latter's products are faster, and oneDNN's
 EXPORT(bfloat16, bfloat16)

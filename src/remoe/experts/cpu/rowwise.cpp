@@ -1,9 +1,10 @@
-// Steps of a language model that go row by row and are no matrix products, with their gradients: RMSNorm, and the
-// cross-entropy of logits. Each row stays in cache until it is done.
+// Steps of a language model that go row by row and are no matrix products, with their gradients: RMSNorm, rotary
+// position embedding, and the cross-entropy of logits. Each row stays in cache until it is done.
 //
 // Rows are split among threads, and every sum is made in an order that does not depend on the number of threads.
 //
-// Legend: T tokens, D model width, t tokens of one chunk, V vocabulary, s sums.
+// Legend: T tokens, D model width, H heads of queries, G heads of keys, d width of a head, P positions, t tokens of one
+// chunk, V vocabulary, s sums.
 
 #include "rows.h"
 
@@ -61,6 +62,43 @@ void rms_norm_backward(const X *dy_TD, const X *x_TD, const X *weight_D, const f
     }
 }
 
+// `back`: the transposed map, for gradients.
+template <typename X>
+inline void rotate_heads(const X *from_Hd, const X *cos_d, const X *sin_d, int64_t H, int64_t d, bool back, X *to_Hd) {
+    const int64_t half = d / 2;
+    const float sign = back ? -1 : 1;
+    const X *sin_of_first = back ? sin_d + half : sin_d, *sin_of_second = back ? sin_d : sin_d + half;
+    for (int64_t h = 0; h < H; h++, from_Hd += d, to_Hd += d) {
+#pragma omp simd
+        for (int64_t i = 0; i < half; i++) {
+            const float first = load(from_Hd[i]), second = load(from_Hd[half + i]);
+            store(to_Hd + i, first * load(cos_d[i]) - sign * second * load(sin_of_first[i]));
+            store(to_Hd + half + i, second * load(cos_d[half + i]) + sign * first * load(sin_of_second[i]));
+        }
+    }
+}
+
+// Heads of queries, keys and values: addresses of the first token's, and distances between tokens.
+template <typename X>
+struct Heads {
+    X *q, *k, *v;  // v null: none
+    int64_t q_row, k_row, v_row;
+};
+
+// Queries and keys of each token by the row of its position: row t of P, which come again for each sequence of a batch.
+// Values are copied.
+template <typename X>
+void rotate(const Heads<X> &from, const X *cos_Pd, const X *sin_Pd, const Heads<X> &to, int64_t T, int64_t P, int64_t H,
+            int64_t G, int64_t d, bool back) {
+#pragma omp parallel for schedule(static) if (T * (H + G) * d >= PARALLEL)
+    for (int64_t t = 0; t < T; t++) {
+        const X *cos_d = cos_Pd + t % P * d, *sin_d = sin_Pd + t % P * d;
+        rotate_heads(from.q + t * from.q_row, cos_d, sin_d, H, d, back, to.q + t * to.q_row);
+        rotate_heads(from.k + t * from.k_row, cos_d, sin_d, G, d, back, to.k + t * to.k_row);
+        if (from.v) std::memcpy(to.v + t * to.v_row, from.v + t * from.v_row, G * d * sizeof(X));
+    }
+}
+
 // Logits become the gradients of the cross-entropy, softmax - onehot(target). False where a target is no column; the
 // results are then undefined.
 bool cross_entropy(float *logits_tV, const int64_t *target_t, int64_t t, int64_t V, float *nats_t) {
@@ -100,6 +138,10 @@ bool cross_entropy(float *logits_tV, const int64_t *target_t, int64_t t, int64_t
     extern "C" void rms_norm_backward_##suffix(const X *dy, const X *x, const X *weight, const float *scale,          \
                                                int64_t T, int64_t D, X *dx, float *dweight) {                         \
         rms_norm_backward(dy, x, weight, scale, T, D, dx, dweight);                                                   \
+    }                                                                                                                 \
+    extern "C" void rotate_##suffix(const Heads<X> *from, const X *cos, const X *sin, const Heads<X> *to, int64_t T,  \
+                                    int64_t P, int64_t H, int64_t G, int64_t d, bool back) {                          \
+        rotate(*from, cos, sin, *to, T, P, H, G, d, back);                                                            \
     }
 
 EXPORT(float, float32)

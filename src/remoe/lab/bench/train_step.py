@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -87,17 +88,10 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
         ExtraError: when `accelerate`, which transformers' Trainer needs, is not installed.
         DataError: when the data cannot be read.
     """
-    _check(options)
-    config = config_from_dict({"preset": options.preset, **options.config}, "bench")
-    if options.data is None:
-        dataset = default_dataset(Path("runs"), config.vocab_size)
-    else:
-        dataset = open_data(options.data, Path("runs"), config.vocab_size)
-    model = model_config(
-        config, dataset.vocab_size, dataset.eos_token_id
-    )  # raises its errors before any process starts
-    config.data = str(dataset.path.resolve())
-    config.steps = max(config.steps, options.settle + options.rounds * options.steps + 1)
+    check_options(options)
+    _check_accelerate()
+    config, dataset = training(options)
+    model = model_config(config, dataset.vocab_size, dataset.eos_token_id)
     names = [name for name in CONTESTANTS if name in (*options.contestants, REFERENCE)]
     turns: dict[str, list[float]] = {name: [] for name in names}
     last: dict[str, dict] = {}
@@ -138,13 +132,35 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
     return TrainStepResult(rows, details)
 
 
-def _check(options: TrainStepOptions) -> None:
+def training(options: TrainStepOptions) -> tuple[TrainConfig, Dataset]:
+    """The options of `remoe train` for a contestant, for enough steps, and the data.
+
+    Raises:
+        ConfigError: for an unknown preset, or options that do not fit together.
+        DataError: when the data cannot be read.
+    """
+    config = config_from_dict({"preset": options.preset, **options.config}, "bench")
+    if options.data is None:
+        dataset = default_dataset(Path("runs"), config.vocab_size)
+    else:
+        dataset = open_data(options.data, Path("runs"), config.vocab_size)
+    model_config(config, dataset.vocab_size, dataset.eos_token_id)  # raises its errors before any process starts
+    config.data = str(dataset.path.resolve())
+    config.steps = max(config.steps, options.settle + options.rounds * options.steps + 1)
+    return config, dataset
+
+
+def check_options(options: TrainStepOptions) -> None:
+    """Raises ConfigError for an unknown contestant, and for numbers below 1."""
     for name in options.contestants:
         if name not in CONTESTANTS:
             raise ConfigError(f"unknown contestant {name!r}; choose from: {', '.join(CONTESTANTS)}")
     for name in ("settle", "rounds", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, but is {getattr(options, name)}")
+
+
+def _check_accelerate() -> None:
     try:
         import accelerate  # noqa: F401 - for transformers' Trainer
     except ModuleNotFoundError as error:
@@ -203,6 +219,11 @@ class _Pace:
         self._left, self._start = self._steps, time.perf_counter()
 
 
+def warm_up(what: tuple[str, str, bool], options: TrainStepOptions) -> int:
+    """Steps of a contestant, a value of CONTESTANTS, before it is measured."""
+    return options.settle if what[:2] == (REMOE, "relu") else WARM_UP
+
+
 def _work(
     pipe: Connection, what: tuple[str, str, bool], config: TrainConfig, options: TrainStepOptions, threads: int
 ) -> None:
@@ -212,13 +233,12 @@ def _work(
     whose, variant, keep_memory = what
     if keep_memory:
         keep_freed_memory()
-    settles = whose == REMOE and variant == "relu"
     try:
         device = pick_device(config.device)
-        pace = _Pace(pipe, options.settle if settles else WARM_UP, options.steps, device)
+        pace = _Pace(pipe, warm_up(what, options), options.steps, device)
         dataset = open_dataset(Path(config.data))
         with tempfile.TemporaryDirectory() as folder:
-            train = _train_remoe if whose == REMOE else _train_mixtral
+            train = train_remoe if whose == REMOE else _train_mixtral
             train(variant, config, dataset, Path(folder), pace)
     except RemoeError as error:
         pipe.send(error)
@@ -226,7 +246,18 @@ def _work(
         pass
 
 
-def _train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: _Pace) -> None:
+Pace = Callable[[float | None, float | None], None]
+
+
+def train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: Pace) -> None:
+    """Trains as `remoe train` does, without validation and checkpoints, until `pace` raises an exception.
+
+    Args:
+        router: of the model.
+        config, dataset: of the run.
+        folder: for the run's files.
+        pace: called before every step but the first, with the loss and the sparsity of the step before.
+    """
     from remoe.lab.training.folder import RunFolder
 
     config.router = router
@@ -243,7 +274,7 @@ def _train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Pat
     trainer.train()
 
 
-def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: _Pace) -> None:
+def _train_mixtral(experts: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: Pace) -> None:
     from transformers import Trainer as TransformersTrainer
     from transformers import TrainerCallback, TrainingArguments
 

@@ -27,6 +27,8 @@ from remoe.lab.outputs import check_output, json_with, write_output
 if TYPE_CHECKING:
     import torch
 
+    from remoe.lab.bench.step_profile import StepProfile
+
 QUICK_ROUNDS, QUICK_BATCH = 3, 8  # the most with --quick
 MOST_THREADS = 4096  # torch takes any number, and fails later
 
@@ -75,6 +77,7 @@ def train_step_command(argv: list[str]) -> int:
     import torch
 
     from remoe.lab.bench import roofline
+    from remoe.lab.bench.step_profile import DEFAULT, profile_step
     from remoe.lab.bench.train_step import CONTESTANTS, TrainStepOptions, train_step
     from remoe.lab.machine import machine, pick_device
 
@@ -82,8 +85,10 @@ def train_step_command(argv: list[str]) -> int:
     for name in ("num_experts", "batch_size", "compile"):
         if (value := given.pop(name)) not in (None, False):
             config[name] = value
-    given["contestants"] = given["contestants"] or tuple(CONTESTANTS)
-    del given["out"], given["threads"]
+    given["contestants"] = given["contestants"] or ((DEFAULT,) if arguments.profile else tuple(CONTESTANTS))
+    del given["out"], given["threads"], given["profile"]
+    if arguments.profile:
+        return _show_profile(arguments, profile_step(TrainStepOptions(**given, config=config)))
     result = train_step(TrainStepOptions(**given, config=config))
     device = pick_device("auto")
     facts, dtype = machine(device) | roofline.libraries(), "bfloat16" if device.type == "cuda" else "float32"
@@ -114,6 +119,32 @@ def train_step_command(argv: list[str]) -> int:
             "details": result.details,
         },
     )
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _show_profile(arguments: TrainStepArguments, found: "StepProfile") -> int:
+    import torch
+
+    from remoe.lab.machine import machine
+
+    facts, details = machine(torch.device("cpu")), found.details
+    table = Table(title=f"a step of {details['contestant']}", title_justify="left", box=SIMPLE_HEAD)
+    table.caption_justify = "left"
+    table.caption = (
+        f"{facts['cpu']}, {facts['threads']} threads; {details['ms_per_step']:,.0f} ms a step. "
+        f"Neither matrix products nor the attention's core: {details['share_of_rest']:.1%}."
+    )
+    table.add_column("work", no_wrap=True)
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("largest operators, ms")
+    for row in found.rows:
+        operators = ", ".join(f"{name} {_figure(ms)}" for name, ms in row["operators"].items())
+        table.add_row(row["name"], _figure(row["ms_per_step"]), f"{row['share']:.1%}", operators)
+    Console().print(table)
+    _write(arguments, {"machine": facts, "rows": found.rows, "details": details})
     if arguments.out is not None:
         print(f"written: {arguments.out}")
     return 0

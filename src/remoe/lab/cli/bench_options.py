@@ -132,6 +132,9 @@ class TrainStepArguments(Common):
     """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
     """Steps per turn."""
+    profile: bool = False
+    """Show where the time of a step of one contestant goes ("remoe relu" unless --contestants names another one of
+    ours), by PyTorch's profiler over --steps steps on the CPU. It needs no further packages."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from remoe.models.modeling_remoe import RemoeForCausalLM
 
 T = TypeVar("T")
 
+NORM_EPSILON = 1e-6  # what torch adds to the norm that it divides by
+
 
 class RankFailed(RemoeError):
     """Another rank failed, which says why."""
@@ -152,7 +154,12 @@ class Ranks:
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Clips the gradient; returns the norm that it had, 0-dim float32."""
         if self.count == 1:
-            return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            # A factor of one would be a pass over all gradients. To compare is to wait for a GPU, which is spared here.
+            if norm.device.type != "cpu" or not norm + NORM_EPSILON <= max_norm:
+                nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            return norm
         from remoe.models.sharding import clip_gradients
 
         return clip_gradients(model.parameters(), max_norm)

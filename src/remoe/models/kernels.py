@@ -1,0 +1,20 @@
+"""When the compiled kernels of `remoe.experts.cpu` may take the place of PyTorch operations."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from remoe.experts.cpu.build import Kernels, compiled_kernels
+
+
+def kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The kernels for these tensors of one dtype on the CPU; None where PyTorch operations must run."""
+    # Whoever follows operators (compilers, tracers, counters, distributed and fake tensors) would not see a kernel's.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return None
+    dtype = tensors[0].dtype
+    plain = all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype is dtype
+        for tensor in tensors
+    )
+    return compiled_kernels(dtype) if plain else None
