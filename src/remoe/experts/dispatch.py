@@ -168,14 +168,16 @@ def _chosen(name: str, problem: tuple[Tensor | None, ...]) -> Operators:
 
 def _adapted_forward(name: str, stored: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     p, adapters = _split(tensors)
-    return _adapted(name, p).adapted_forward(stored, adapters, *p)
+    forward = _adapted(name, p).adapted_forward
+    assert forward is not None
+    return forward(stored, adapters, *p)
 
 
-def _adapted_backward(
-    name: str, dy_TD: Tensor, pre_C2F: Tensor, *tensors: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _adapted_backward(name: str, dy_TD: Tensor, pre_C2F: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     p, adapters = _split(tensors)
-    return _adapted(name, p).adapted_backward(dy_TD, pre_C2F, adapters, *p)
+    backward = _adapted(name, p).adapted_backward
+    assert backward is not None
+    return backward(dy_TD, pre_C2F, adapters, *p)
 
 
 def _split(tensors: tuple) -> tuple[Problem, Adapters]:

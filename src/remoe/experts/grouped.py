@@ -109,7 +109,7 @@ def _backward(
             ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
             dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
         dx_mD = F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E)
-        if down is not None:
+        if down is not None and u_mq is not None:
             down.add_gradients(window, hidden_mF, dy_mD, u_mq)
         if gate_up is not None:
             u_mr = gate_up.add_transposed(window, dpre_m2F, dx_mD)
@@ -180,7 +180,8 @@ class _Change:
         pad = -change.rank % (16 // change.a_ErI.itemsize)
         self._a_ErI = aligned(F.pad(change.a_ErI, (0, 0, 0, pad)))
         self._b_ErO = aligned(F.pad(change.b_rEO, (0, 0, 0, 0, 0, pad)).transpose(0, 1))
-        self._da_ErI = self._db_ErO = None
+        self._da_ErI: Tensor | None = None
+        self._db_ErO: Tensor | None = None
 
     @classmethod
     def of_both(cls, adapters: Adapters | None) -> tuple["_Change | None", "_Change | None"]:

@@ -25,14 +25,14 @@ def comparison(seconds: dict[str, list[float]], dense: tuple[str, ...]) -> dict[
     fastest = min(dense, key=medians.__getitem__)
     return {
         "milliseconds": {name: 1e3 * median for name, median in medians.items()},
-        "spread": {name: _quartile_distance(values) / medians[name] for name, values in seconds.items()},
+        "spread": {name: quartile_distance(values) / medians[name] for name, values in seconds.items()},
         "fastest_dense": fastest,
         "ratio_to_fastest_dense": {name: median / medians[fastest] for name, median in medians.items()},
         "ratio_to_dense": {name: median / medians["dense"] for name, median in medians.items()},
     }
 
 
-def _quartile_distance(values: list[float]) -> float:
+def quartile_distance(values: list[float]) -> float:
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
