@@ -10,8 +10,10 @@ Legend: E experts, I and O columns and rows of an expert's weight, r rank.
 import logging
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from remoe.convert.relufy.experts import NAME, is_plain_swiglu
 from remoe.errors import ConfigError
@@ -38,8 +40,22 @@ class ParamWrapper(lora.ParamWrapper):
 
     def _change(self, adapter: str) -> LowRank:
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight  # (E r, I) and (O, r E)
-        b_rEO = b.t().contiguous().mul(self.scaling[adapter]).view(-1, self.num_experts, b.shape[0])
+        b_rEO = _ScaledTranspose.apply(b, self.scaling[adapter]).view(-1, self.num_experts, b.shape[0])
         return LowRank(a.view(self.num_experts, -1, a.shape[1]), b_rEO)
+
+
+class _ScaledTranspose(torch.autograd.Function):
+    """b^T times a number, contiguous as its gradient is: one pass over memory each."""
+
+    @staticmethod
+    def forward(ctx, b_IJ: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return torch.mul(b_IJ.t(), scale, out=b_IJ.new_empty(b_IJ.shape[::-1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_JI: Tensor) -> tuple[Tensor, None]:
+        return torch.mul(d_JI.t(), ctx.scale, out=d_JI.new_empty(d_JI.shape[::-1])), None
 
 
 def lora_on_pairs(model: nn.Module) -> list[str]:
