@@ -48,6 +48,7 @@ BASES = {
     "plan": ["tiny"],
     "bench layer": [],
     "bench decode": [],
+    "bench lora": [],
     "bench train-step": ["--data", "ROOM/data"],
     "bench diff": ["ROOM/other.json", "ROOM/other.json"],
     "data prepare": ["ROOM/text", "--out", "out", "--vocab-size", "300"],

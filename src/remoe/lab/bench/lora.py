@@ -18,9 +18,15 @@ CASES = tuple(Case(T, D, F, E, k) for T, D, F, k in ((2048, 256, 256, 4), (1024,
 FROZEN, PEFT, PAIRS = "frozen, no LoRA", "PEFT", "remoe, on the pairs"
 
 
-def bench_lora(
-    case: Case, rank: int, device: torch.device, dtype: torch.dtype, repetitions: int
-) -> dict[str, object]:
+def check_peft() -> None:
+    """Raises ExtraError when PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "lora", "remoe bench lora") from error
+
+
+def bench_lora(case: Case, rank: int, device: torch.device, dtype: torch.dtype, repetitions: int) -> dict[str, object]:
     """Times both ways of LoRA and the frozen layer, which take turns, and measures their memory.
 
     Args:
@@ -33,16 +39,11 @@ def bench_lora(
     Returns:
         The case, the bytes of the adapters, and by implementation: median milliseconds, their spread, ratios to PEFT's,
         and the peak of memory, in MB.
-
-    Raises:
-        ExtraError: when PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
-        from remoe.integrations.lora import lora_on_pairs
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "lora", "remoe bench lora") from error
+    from remoe.integrations.lora import lora_on_pairs
+
     torch.manual_seed(0)
     with device:
         frozen = Output(relu_layer(case, "auto", case.k / case.E)).to(device, dtype).requires_grad_(False)

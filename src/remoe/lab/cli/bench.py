@@ -1,4 +1,4 @@
-"""`remoe bench layer | decode | train-step | diff`: tables of measurements, and JSON files that `diff` compares."""
+"""`remoe bench layer | decode | lora | train-step | diff`: tables of measurements, JSON files that `diff` compares."""
 
 import itertools
 import json
@@ -75,6 +75,23 @@ class DecodeArguments(LayerArguments):
 
 
 @dataclass(frozen=True)
+class LoraArguments(Common):
+    """Time the forward and backward pass of one layer with LoRA on its experts, on the routed pairs and by PEFT.
+
+    The weights are frozen, with 8, 32 and 128 experts of two sizes and float32 on a CPU, bfloat16 on a GPU.
+    Implementations take turns, and the table shows medians. Columns: "ms" time; "+-" distance of the quartiles over the
+    median; "/ PEFT" time divided by PEFT's; "peak" peak memory of the pass in MB. Needs `pip install 'remoe[lora]'`.
+    """
+
+    rank: int = 16
+    """Rank of the adapters."""
+    repetitions: int = 9
+    """Number of timed rounds."""
+    quick: bool = False
+    """At most 3 rounds, and only 8 and 32 experts of the smaller size."""
+
+
+@dataclass(frozen=True)
 class TrainStepArguments(Common):
     """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
 
@@ -106,7 +123,7 @@ class TrainStepArguments(Common):
 
 @dataclass(frozen=True)
 class DiffArguments:
-    """Compare two files that `remoe bench layer`, `decode` or `train-step` wrote with --out.
+    """Compare two files that `remoe bench layer`, `decode`, `lora` or `train-step` wrote with --out.
 
     Columns: "before" and "after" in ms; "ratio" after / before; "+-" the larger spread of the two, in percent. A change
     of less than two spreads is called "within spread". The lines above the table name all facts of machine, versions
@@ -154,6 +171,38 @@ def layer_command(argv: list[str]) -> int:
 def decode_command(argv: list[str]) -> int:
     """Runs `remoe bench decode`; returns the exit code."""
     return _layer_or_decode(parse(DecodeArguments, argv, prog="remoe bench decode"), "decode")
+
+
+def lora_command(argv: list[str]) -> int:
+    """Runs `remoe bench lora`; returns the exit code."""
+    arguments = parse(LoraArguments, argv, prog="remoe bench lora")
+    for name in ("rank", "repetitions"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ConfigError(f"--{name} must be at least 1, but is {number}")
+    _start(arguments)
+    import torch
+
+    from remoe.lab.bench import lora
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import keep_freed_memory, machine, pick_device
+
+    lora.check_peft()
+    keep_freed_memory()
+    device = pick_device("auto")
+    name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    repetitions = min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
+    console, rows, roofline = Console(), [], measure_roofline(device, dtype)
+    facts = machine(device) | libraries()
+    for case in lora.CASES[:2] if arguments.quick else lora.CASES:
+        rows.append(lora.bench_lora(case, arguments.rank, device, dtype, repetitions))
+        caption = f"{describe(facts, roofline, name)}. Adapters: {rows[-1]['adapter_megabytes']:.1f} MB."
+        console.print(_table(case, rows[-1], caption))
+        measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
+        _write(arguments, {**measured, "repetitions": repetitions})
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
 
 
 def train_step_command(argv: list[str]) -> int:
@@ -242,7 +291,8 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     for case in cases:
         row = bench(case, device, dtype, arguments.backends, peers, repetitions, roofline, compiled)
         rows.append(row)
-        console.print(_table(case, row, describe(facts, roofline, name)))
+        caption = f"{describe(facts, roofline, name)}. Fastest dense layer: {row['fastest_dense']}."
+        console.print(_table(case, row, caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
         _write(arguments, {**measured, "repetitions": repetitions})  # after every case: a later one may be interrupted
     if arguments.out is not None:
@@ -256,6 +306,7 @@ _COLUMNS = {
     "spread": "+-",
     "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
+    "ratio_to_peft": "/ PEFT",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",
@@ -268,7 +319,7 @@ _COLUMNS = {
 def _table(case: object, row: dict, caption: str) -> Table:
     columns = [name for name in _COLUMNS if row.get(name)]
     table = Table(title=f"T, D, F, E, k = {case}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption, table.caption_justify = f"{caption}. Fastest dense layer: {row['fastest_dense']}.", "left"
+    table.caption, table.caption_justify = caption, "left"
     table.add_column("implementation", no_wrap=True)
     for column in columns:
         table.add_column(_COLUMNS[column], justify="right", no_wrap=True)

@@ -75,6 +75,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "time one layer against a dense layer and other implementations",
     ),
     "bench decode": ("remoe.lab.cli.bench", "decode_command", "time one layer on a few tokens, as in generation"),
+    "bench lora": ("remoe.lab.cli.bench", "lora_command", "time LoRA on the experts of one layer against PEFT's"),
     "bench train-step": (
         "remoe.lab.cli.bench",
         "train_step_command",
