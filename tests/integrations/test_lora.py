@@ -157,11 +157,31 @@ def test_a_model_of_transformers_on_our_experts():
         ours(token_ids(2))
 
 
+@pytest.mark.slow
+def test_one_graph_holds_the_model():
+    theirs, ours = pair()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    ids = token_ids(3)
+    losses = [model.train()(input_ids=ids, labels=ids).loss for model in (theirs, ours)]
+    compiled_loss = compiled(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(compiled_loss, losses[0])
+    losses[1].backward()
+    expected = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    ours.zero_grad()
+    compiled_loss.backward()
+    for name, gradient in expected.items():
+        found = ours.get_parameter(name).grad
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
 def test_left_to_peft_with_a_warning(caplog):
     model = peft.get_peft_model(own(router="lory"), config(modules_to_save=None))
     with caplog.at_level(logging.WARNING):
         assert lora_on_pairs(model) == []
     assert "MergedExperts are merged before they run" in caplog.text
+    model = peft.get_peft_model(own(backend="triton"), config(modules_to_save=None))
+    assert lora_on_pairs(model) == []
+    assert "backend 'triton' cannot compute with adapters" in caplog.text
     eager = peft.get_peft_model(build("mixtral"), config(modules_to_save=None))
     lora_on_pairs(eager)
     assert not any(isinstance(module, ParamWrapper) for module in eager.modules())

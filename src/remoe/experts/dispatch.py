@@ -86,7 +86,7 @@ def resolve_backend(
         if name != "auto":
             raise ConfigError(f"experts backend {name!r} cannot run here: {reason}")
         passed_over += f"; not {candidate}: {reason}"
-    where = f"{device_type} in {str(dtype).removeprefix('torch.')}"
+    where = f"{device_type} in {str(dtype).removeprefix('torch.')}{' with adapters' if adapted else ''}"
     logger.info("experts backend: %s (asked for: %s) on %s%s", candidate, asked, where, passed_over)
     return candidate
 

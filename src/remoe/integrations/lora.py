@@ -20,6 +20,8 @@ from remoe.errors import ConfigError
 from remoe.experts import Experts
 from remoe.experts.adapters import PROJECTIONS, LowRank, adapting
 
+_WITHOUT_ADAPTERS = ("triton", "sonic")  # "auto" takes another one on their devices
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,9 +64,9 @@ def lora_on_pairs(model: nn.Module) -> list[str]:
     """Lets experts compute with PEFT's adapters on their routed pairs, in outputs and gradients equal to PEFT's own.
 
     Experts that cannot are left to PEFT, and a warning names them: those that are merged before they run
-    (router="lory"), and in models of transformers those with biases, transposed weights or an activation other than
-    SiLU, or run by an implementation other than "remoe" (`model.set_experts_implementation`). An adapter that is added
-    to the model later needs no second call.
+    (router="lory"), those with backend "triton" or "sonic", and in models of transformers those with biases, transposed
+    weights or an activation other than SiLU, or run by an implementation other than "remoe"
+    (`model.set_experts_implementation`). An adapter that is added to the model later needs no second call.
 
     Args:
         model: with LoRA adapters on weights of experts (`target_parameters`), and with these weights frozen.
@@ -94,7 +96,10 @@ def lora_on_pairs(model: nn.Module) -> list[str]:
 def _obstacle(experts: nn.Module) -> str | None:
     kind = type(experts).__name__
     if isinstance(experts, Experts):
-        return None if type(experts) is Experts else f"{kind} are merged before they run"
+        if type(experts) is not Experts:
+            return f"{kind} are merged before they run"
+        able = experts.backend not in _WITHOUT_ADAPTERS
+        return None if able else f"the backend {experts.backend!r} cannot compute with adapters"
     if not hasattr(experts, "is_transposed"):
         return f"{kind} is not a module of experts"
     if not is_plain_swiglu(experts):
