@@ -6,8 +6,8 @@ b beside W: y = W x + b^T (a x).
 
 The layout is that of PEFT's weights, but that b is transposed. `remoe.integrations.lora` brings them here.
 
-Legend: D model width, F expert width, E experts, r rank of the adapter of gate_up, q of down, A active experts, I and O
-columns and rows of an expert's weight.
+Legend: T tokens, D model width, F expert width, E experts, r rank of the adapter of gate_up, q of down, I and O columns
+and rows of an expert's weight, m pairs of one expert.
 """
 
 from collections.abc import Iterator, Sequence

@@ -35,17 +35,9 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_ffn: int)
     return None
 
 
-def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(stored: int, *problem: Tensor | None, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `Backend`."""
-    return _forward(stored, Problem._make(problem), None)
-
-
-def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output and stored pre-activations; see `Backend`."""
-    return _forward(stored, Problem._make(problem), adapters)
-
-
-def _forward(stored: int, p: Problem, adapters: Adapters | None) -> tuple[Tensor, Tensor]:
+    p = Problem._make(problem)
     gate_up, down = _Change.of_both(adapters)
     gate_up_ED2F, down_EFD = aligned(p.gate_up_E2FD).transpose(1, 2), aligned(p.down_EDF).transpose(1, 2)
     y_TD, pre_C2F = torch.zeros_like(p.x_TD), p.new_stored(stored)
@@ -72,6 +64,11 @@ def backward(
     p = Problem._make(problem)
     dx_TD, dgate_N, dweights, _ = _backward(weights, dy_TD, pre_C2F, p, None)
     return dx_TD, *dweights, dgate_N
+
+
+def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `Backend`."""
+    return forward(stored, *problem, adapters=adapters)
 
 
 def adapted_backward(dy_TD: Tensor, pre_C2F: Tensor, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, ...]:

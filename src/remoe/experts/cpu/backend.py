@@ -35,17 +35,9 @@ BLOCK, MIN_BLOCK = 512, 64  # pairs
 FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 8}
 
 
-def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(stored: int, *problem: Tensor | None, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `Backend`."""
-    return _forward(stored, Problem.contiguous(*problem), None)
-
-
-def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output and stored pre-activations; see `Backend`."""
-    return _forward(stored, Problem.contiguous(*problem), adapters.contiguous())
-
-
-def _forward(stored: int, p: Problem, adapters: Adapters | None) -> tuple[Tensor, Tensor]:
+    p = Problem.contiguous(*problem)
     count, kernels = p.count_E.tolist(), _kernels(p.x_TD)
     D, F_ = p.down_EDF.shape[1:]
     y_TD, pre_C2F = _accumulator(p.x_TD), p.new_stored(stored)
@@ -71,6 +63,11 @@ def backward(
     dweights = p.new_weight_gradients(weights)  # without memory unless `weights`: null pointers
     dx_TD, dgate_N = _backward(p, dy_TD.contiguous(), pre_C2F, dweights, None, None)
     return dx_TD, *dweights, dgate_N
+
+
+def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `Backend`."""
+    return forward(stored, *problem, adapters=adapters.contiguous())
 
 
 def adapted_backward(dy_TD: Tensor, pre_C2F: Tensor, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, ...]:
