@@ -33,7 +33,10 @@ def pair(name="own", **options):
     """The model as PEFT runs it, and with adapters on the pairs."""
     theirs = with_adapters(name, **options)
     ours = copy.deepcopy(theirs)
-    lora_on_pairs(ours)
+    weights = lora_on_pairs(ours)
+    if not options:
+        assert {weight.removeprefix("base_model.model.") for weight in weights} <= MODELS[name][0]().state_dict().keys()
+        assert len(weights) == (8 if name == "shared" else 4)
     return theirs, ours
 
 
@@ -178,7 +181,7 @@ def test_left_to_peft_with_a_warning(caplog):
     model = peft.get_peft_model(own(router="lory"), config(modules_to_save=None))
     with caplog.at_level(logging.WARNING):
         assert lora_on_pairs(model) == []
-    assert "MergedExperts are merged before they run" in caplog.text
+    assert "layers.0.mlp.experts.down_proj and 3 more weights: MergedExperts are merged before they run" in caplog.text
     model = peft.get_peft_model(own(backend="triton"), config(modules_to_save=None))
     assert lora_on_pairs(model) == []
     assert "backend 'triton' cannot compute with adapters" in caplog.text

@@ -63,7 +63,7 @@ class _ScaledTranspose(torch.autograd.Function):
 def lora_on_pairs(model: nn.Module) -> list[str]:
     """Lets experts compute with PEFT's adapters on their routed pairs, in outputs and gradients equal to PEFT's own.
 
-    Experts that cannot are left to PEFT, and a warning names them: those that are merged before they run
+    Experts that cannot are left to PEFT, and a warning says so: those that are merged before they run
     (router="lory"), those with backend "triton" or "sonic", and in models of transformers those with biases, transposed
     weights or an activation other than SiLU, or run by an implementation other than "remoe"
     (`model.set_experts_implementation`). An adapter that is added to the model later needs no second call.
@@ -72,25 +72,29 @@ def lora_on_pairs(model: nn.Module) -> list[str]:
         model: with LoRA adapters on weights of experts (`target_parameters`), and with these weights frozen.
 
     Returns:
-        The names of the modules that wrap these weights.
+        The names of the adapted weights that are run on the pairs, as in the model without adapters.
 
     Raises:
         ConfigError: when the model has no such adapters. Later, in a forward pass, for weights that are trained
             themselves or quantised.
     """
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, lora.ParamWrapper)}
-    on_experts = {name: w for name, w in wrappers.items() if w.parameter_name in PROJECTIONS}
-    if not on_experts:
+    wrappers = {
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if isinstance(module, lora.ParamWrapper) and module.parameter_name in PROJECTIONS
+    }
+    if not wrappers:
         raise ConfigError(f"{type(model).__name__} has no LoRA adapters on gate_up_proj or down_proj of experts")
-    reasons: dict[str, list[str]] = {}
-    for name, wrapper in on_experts.items():
+    left: dict[str, list[str]] = {}
+    for weight, wrapper in wrappers.items():
         if (reason := _obstacle(wrapper.get_base_layer())) is None:
             wrapper.__class__ = ParamWrapper
         else:
-            reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        logger.warning("PEFT adds LoRA to the weights of %s: %s", ", ".join(names), reason)
-    return [name for name, wrapper in on_experts.items() if isinstance(wrapper, ParamWrapper)]
+            left.setdefault(reason, []).append(weight)
+    for reason, weights in left.items():
+        more = f" and {len(weights) - 1} more weights" if len(weights) > 1 else ""
+        logger.warning("PEFT adds LoRA to %s%s: %s", weights[0], more, reason)
+    return [weight for weight, wrapper in wrappers.items() if isinstance(wrapper, ParamWrapper)]
 
 
 def _obstacle(experts: nn.Module) -> str | None:
