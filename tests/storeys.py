@@ -23,7 +23,7 @@ STOREYS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     ),
     "models": (
         ("models", "convert", "integrations"),
-        frozenset({"transformers", "safetensors", "huggingface_hub", "torchao", "megatron", "vllm"}),
+        frozenset({"transformers", "safetensors", "huggingface_hub", "torchao", "megatron", "peft", "vllm"}),
     ),
     "lab": (("lab", "plots", "__main__"), None),
 }

@@ -64,9 +64,14 @@ class Backend:
         backward: (weights, dy_TD, pre_C2F, *problem) -> dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N. dy is contiguous.
             Without `weights` (frozen experts) the second and third are empty and their products are not computed.
         function: (x_TD, gate_up_E2FD, down_EDF, assignment) -> y_TD, differentiable: instead of the two passes.
+        adapted_forward: (stored, adapters, *problem) -> y_TD, pre_C2F: as `forward`, with low-rank `Adapters`.
+        adapted_backward: (dy_TD, pre_C2F, adapters, *problem) -> dx_TD, dgate_N, and the gradients of the adapters, all
+            contiguous. The weights are frozen.
     """
 
     obstacle: Callable[[torch.device, torch.dtype, int, int], str | None]
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
     function: Callable[..., Tensor] | None = None
+    adapted_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    adapted_backward: Callable[..., tuple[Tensor, ...]] | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 from remoe.errors import ConfigError
+from remoe.experts.adapters import Adapters
 from remoe.experts.contract import Backend, Problem
 from remoe.experts.cpu.backend import BACKEND as CPU
 from remoe.experts.naive import BACKEND as NAIVE
@@ -61,8 +62,12 @@ def check_backend(name: str) -> str:
 
 
 @cache
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: int, d_ffn: int) -> str:
+def resolve_backend(
+    name: str, device_type: str, dtype: torch.dtype, d_model: int, d_ffn: int, *, adapted: bool = False
+) -> str:
     """The backend to run: the one named, or the first that "auto" finds able. The choice is logged, once.
+
+    With `adapted`, it must be able to compute with low-rank adapters.
 
     Raises:
         ConfigError: for an unknown name, or when a backend that was asked for cannot run; the message says why.
@@ -74,12 +79,14 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype, d_model: in
         if candidate not in BACKENDS:
             continue
         reason = BACKENDS[candidate].obstacle(torch.device(device_type), dtype, d_model, d_ffn)
+        if reason is None and adapted and BACKENDS[candidate].adapted_forward is None:
+            reason = "it cannot compute with low-rank adapters"
         if reason is None:
             break
         if name != "auto":
             raise ConfigError(f"experts backend {name!r} cannot run here: {reason}")
         passed_over += f"; not {candidate}: {reason}"
-    where = f"{device_type} in {str(dtype).removeprefix('torch.')}"
+    where = f"{device_type} in {str(dtype).removeprefix('torch.')}{' with adapters' if adapted else ''}"
     logger.info("experts backend: %s (asked for: %s) on %s%s", candidate, asked, where, passed_over)
     return candidate
 
@@ -159,5 +166,68 @@ def _chosen(name: str, problem: tuple[Tensor | None, ...]) -> Operators:
     return OPERATORS[resolve_backend(name, p.x_TD.device.type, p.x_TD.dtype, *p.down_EDF.shape[1:])]
 
 
+def _adapted_forward(name: str, stored: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    p, adapters = _split(tensors)
+    forward = _adapted(name, p).adapted_forward
+    assert forward is not None
+    return forward(stored, adapters, *p)
+
+
+def _adapted_backward(name: str, dy_TD: Tensor, pre_C2F: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    p, adapters = _split(tensors)
+    backward = _adapted(name, p).adapted_backward
+    assert backward is not None
+    return backward(dy_TD, pre_C2F, adapters, *p)
+
+
+def _split(tensors: tuple) -> tuple[Problem, Adapters]:
+    first = len(Problem._fields)
+    return Problem._make(tensors[:first]), Adapters._make(tensors[first:])
+
+
+def _adapted(name: str, p: Problem) -> Backend:
+    where = p.x_TD.device.type, p.x_TD.dtype, *p.down_EDF.shape[1:]
+    return BACKENDS[resolve_backend(name, *where, adapted=True)]
+
+
+def _register_adapted() -> Operators:
+    # The two passes with low-rank adapters; the weights are frozen.
+    tensors = ", ".join(f"Tensor{'?' * (f == 'pair_TE')} {f}" for f in (*Problem._fields, *Adapters._fields))
+    forward_op = custom_op(
+        operator_name("experts_adapted_forward"), _adapted_forward, mutates_args=(),
+        schema=f"(str backend, SymInt stored, {tensors}) -> (Tensor, Tensor)",
+    )  # fmt: skip
+    backward_op = custom_op(
+        operator_name("experts_adapted_backward"), _adapted_backward, mutates_args=(),
+        schema=f"(str backend, Tensor dy_TD, Tensor pre_C2F, {tensors}) -> ({', '.join(['Tensor'] * 6)})",
+    )  # fmt: skip
+
+    @forward_op.register_fake
+    def _(backend, stored, *tensors):
+        p, _ = _split(tensors)
+        stored = torch.sym_min(p.token_N.shape[0], stored)
+        return _empty_like(p.x_TD), p.x_TD.new_empty(stored, p.gate_up_E2FD.shape[1])
+
+    @backward_op.register_fake
+    def _(backend, dy_TD, pre_C2F, *tensors):
+        p, adapters = _split(tensors)
+        return _empty_like(p.x_TD), _empty_like(p.gate_N), *adapters.new_gradients()
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.backend = inputs[0]
+        ctx.save_for_backward(output[1], *inputs[2:])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, dy_TD, _):
+        if dy_TD is None:
+            return (None,) * (2 + len(Problem._fields) + len(Adapters._fields))
+        dx_TD, dgate_N, *dadapters = backward_op(ctx.backend, dy_TD.contiguous(), *ctx.saved_tensors)
+        return None, None, dx_TD, None, None, dgate_N, None, None, None, *dadapters
+
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
+    return Operators(forward_op, backward_op)
+
+
+ADAPTED = _register_adapted()
 # For graphs: the name of a backend, or "auto", comes before the other arguments.
 TRACED = _register("experts", _forward, _backward, first="str backend, ")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.experts.adapters import Adapters, LowRank
 from remoe.experts.contract import Backend, Problem
 from remoe.experts.windows import PairCount, windows
 from remoe.matmul import aligned
@@ -34,18 +35,25 @@ def obstacle(device: torch.device, dtype: torch.dtype, d_model: int, d_ffn: int)
     return None
 
 
-def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(stored: int, *problem: Tensor | None, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `Backend`."""
     p = Problem._make(problem)
+    gate_up, down = _Change.of_both(adapters)
     gate_up_ED2F, down_EFD = aligned(p.gate_up_E2FD).transpose(1, 2), aligned(p.down_EDF).transpose(1, 2)
     y_TD, pre_C2F = torch.zeros_like(p.x_TD), p.new_stored(stored)
     for window in _windows(p, pre_C2F.shape[0]):
-        pre_m2F = F.grouped_mm(window.gather(p.x_TD), gate_up_ED2F, offs=window.end_E)
+        x_mD = window.gather(p.x_TD)
+        pre_m2F = F.grouped_mm(x_mD, gate_up_ED2F, offs=window.end_E)
+        if gate_up is not None:
+            gate_up.add(window, x_mD, pre_m2F)
         kept = pre_C2F[window.first : window.first + window.size]
         kept.copy_(pre_m2F[: kept.shape[0]])
         a_mF, b_mF = pre_m2F.chunk(2, dim=1)
         hidden_mF = (F.silu(a_mF) * b_mF).mul_(window.gate_m1)
-        window.combine(F.grouped_mm(hidden_mF, down_EFD, offs=window.end_E), y_TD)
+        out_mD = F.grouped_mm(hidden_mF, down_EFD, offs=window.end_E)
+        if down is not None:
+            down.add(window, hidden_mF, out_mD)
+        window.combine(out_mD, y_TD)
     return y_TD, pre_C2F
 
 
@@ -54,6 +62,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `Backend`."""
     p = Problem._make(problem)
+    dx_TD, dgate_N, dweights, _ = _backward(weights, dy_TD, pre_C2F, p, None)
+    return dx_TD, *dweights, dgate_N
+
+
+def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `Backend`."""
+    return forward(stored, *problem, adapters=adapters)
+
+
+def adapted_backward(dy_TD: Tensor, pre_C2F: Tensor, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of x, gate and adapters; see `Backend`."""
+    dx_TD, dgate_N, _, changes = _backward(False, dy_TD, pre_C2F, Problem._make(problem), adapters)
+    gradients = adapters.new_gradients()
+    for change, gradient in zip(changes, (gradients.gate_up, gradients.down), strict=True):
+        if change is not None:
+            change.write_gradients(gradient)
+    return dx_TD, dgate_N, *gradients
+
+
+def _backward(
+    weights: bool, dy_TD: Tensor, pre_C2F: Tensor, p: Problem, adapters: Adapters | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple["_Change | None", "_Change | None"]]:
+    gate_up, down = _Change.of_both(adapters)
     gate_up_E2FD, down_EDF = aligned(p.gate_up_E2FD), aligned(p.down_EDF)
     C = pre_C2F.shape[0]
     dx_TD, dgate_N = torch.zeros_like(p.x_TD), torch.zeros_like(p.gate_N)
@@ -65,16 +96,25 @@ def backward(
             pre_m2F = pre_C2F[window.first : end]
         else:
             pre_m2F = F.grouped_mm(x_mD, gate_up_E2FD.transpose(1, 2), offs=window.end_E)
+            if gate_up is not None:
+                gate_up.add(window, x_mD, pre_m2F)
         dhidden_mF = F.grouped_mm(dy_mD, down_EDF, offs=window.end_E)
+        u_mq = None if down is None else down.add_transposed(window, dy_mD, dhidden_mF)
         hidden_mF, dpre_m2F, dgate_m = _swiglu_backward(pre_m2F, dhidden_mF, window.gate_m1)
         dgate_N[window.first : end] = dgate_m.masked_fill_(window.behind_m, 0)
         if weights:
             ddown_EDF = window.add_products(ddown_EDF, dy_mD, hidden_mF)
             dgate_up_E2FD = window.add_products(dgate_up_E2FD, dpre_m2F, x_mD)
-        window.combine(F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E), dx_TD)
+        dx_mD = F.grouped_mm(dpre_m2F, gate_up_E2FD, offs=window.end_E)
+        if down is not None and u_mq is not None:
+            down.add_gradients(window, hidden_mF, dy_mD, u_mq)
+        if gate_up is not None:
+            u_mr = gate_up.add_transposed(window, dpre_m2F, dx_mD)
+            gate_up.add_gradients(window, x_mD, dpre_m2F, u_mr)
+        window.combine(dx_mD, dx_TD)
     if dgate_up_E2FD is None or ddown_EDF is None:
         dgate_up_E2FD, ddown_EDF = (t.zero_() for t in p.new_weight_gradients(weights))
-    return dx_TD, dgate_up_E2FD, ddown_EDF, dgate_N
+    return dx_TD, dgate_N, (dgate_up_E2FD, ddown_EDF), (gate_up, down)
 
 
 def _swiglu_backward(pre_m2F: Tensor, dhidden_mF: Tensor, gate_m1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,6 +170,46 @@ class _Window:
         return product_EIJ if sum_EIJ is None else sum_EIJ.add_(product_EIJ)
 
 
+class _Change:
+    """A low-rank change of one projection, its rank padded with zeros to a multiple of 16 bytes; and its gradients."""
+
+    def __init__(self, change: LowRank) -> None:
+        pad = -change.rank % (16 // change.a_ErI.itemsize)
+        self._a_ErI = aligned(F.pad(change.a_ErI, (0, 0, 0, pad)))
+        self._b_ErO = aligned(F.pad(change.b_rEO, (0, 0, 0, 0, 0, pad)).transpose(0, 1))
+        self._da_ErI: Tensor | None = None
+        self._db_ErO: Tensor | None = None
+
+    @classmethod
+    def of_both(cls, adapters: Adapters | None) -> tuple["_Change | None", "_Change | None"]:
+        """Those of gate_up and down; None for one that changes nothing."""
+        if adapters is None:
+            return None, None
+        gate_up, down = (cls(change) if change.rank else None for change in (adapters.gate_up, adapters.down))
+        return gate_up, down
+
+    def _inner(self, window: _Window, in_mI: Tensor) -> Tensor:
+        return F.grouped_mm(in_mI, self._a_ErI.transpose(1, 2), offs=window.end_E)
+
+    def add(self, window: _Window, in_mI: Tensor, out_mO: Tensor) -> None:
+        """See `LowRank`, as for the next two."""
+        out_mO.add_(F.grouped_mm(self._inner(window, in_mI), self._b_ErO, offs=window.end_E))
+
+    def add_transposed(self, window: _Window, dout_mO: Tensor, din_mI: Tensor) -> Tensor:
+        u_mr = F.grouped_mm(dout_mO, self._b_ErO.transpose(1, 2), offs=window.end_E)
+        din_mI.add_(F.grouped_mm(u_mr, self._a_ErI, offs=window.end_E))
+        return u_mr
+
+    def add_gradients(self, window: _Window, in_mI: Tensor, dout_mO: Tensor, u_mr: Tensor) -> None:
+        self._da_ErI = window.add_products(self._da_ErI, u_mr, in_mI)
+        self._db_ErO = window.add_products(self._db_ErO, self._inner(window, in_mI), dout_mO)
+
+    def write_gradients(self, gradient: LowRank) -> None:
+        """Writes what `add_gradients` has summed."""
+        for sums, to in ((self._da_ErI, gradient.a_ErI), (self._db_ErO, gradient.b_rEO.transpose(0, 1))):
+            to.copy_(sums[:, : gradient.rank]) if sums is not None else to.zero_()
+
+
 def _windows(p: Problem, stored: int) -> Iterator[_Window]:
     T, end_E = p.x_TD.shape[0], p.count_E.cumsum(0)
     slices = windows(p.token_N.shape[0], stored, T, *p.down_EDF.shape[1:])
@@ -149,4 +229,4 @@ def _windows(p: Problem, stored: int) -> Iterator[_Window]:
         )
 
 
-BACKEND = Backend(obstacle, forward, backward)
+BACKEND = Backend(obstacle, forward, backward, adapted_forward=adapted_forward, adapted_backward=adapted_backward)

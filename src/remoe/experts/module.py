@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe.errors import ConfigError
+from remoe.experts.adapters import Adapters, take_adapters
 from remoe.experts.contract import Problem
-from remoe.experts.dispatch import BACKENDS, OPERATORS, TRACED, check_backend, resolve_backend
+from remoe.experts.dispatch import ADAPTED, BACKENDS, OPERATORS, TRACED, check_backend, resolve_backend
 from remoe.experts.naive import naive_experts
 from remoe.experts.packed import BYTES, GROUP, is_packed, is_quantised, pack, unpack
 from remoe.experts.windows import MIN_STORED_WINDOW, STORED_MULTIPLE
@@ -69,8 +70,9 @@ class Experts(nn.Module):
         Returns:
             (T, D), zero for a token without an expert; in the autocast dtype under autocast, otherwise in x's.
         """
+        adapters = take_adapters(self)
         if assignment is None:
-            return self._run_first(x_TD)
+            return self._run_first(x_TD, adapters)
         if gate_N is not None:
             assignment = replace(assignment, gate_N=gate_N)
         gate_up: Tensor = self.gate_up_proj
@@ -79,15 +81,18 @@ class Experts(nn.Module):
             gate_up, down, assignment = _dequantised(gate_up, down, assignment, x_TD.dtype)
         x_TD, gate_up, down = autocast_tensors(x_TD, gate_up, down)
         stored = stored_pairs(x_TD, down.shape[0], self.k)
-        return run_experts(x_TD, gate_up, down, assignment, self.backend, stored=stored)
+        return run_experts(x_TD, gate_up, down, assignment, self.backend, stored, adapters)
 
-    def _run_first(self, x_TD: Tensor) -> Tensor:
+    def _run_first(self, x_TD: Tensor, adapters: Adapters | None) -> Tensor:
         gate_up_2FD: Tensor = self.gate_up_proj[0]
         down_DF: Tensor = self.down_proj[0]
         if is_packed(gate_up_2FD):
             gate_up_2FD, down_DF = unpack(gate_up_2FD, x_TD.dtype), unpack(down_DF, x_TD.dtype)
-        gate_TF, up_TF = linear(x_TD, gate_up_2FD).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF) * up_TF, down_DF)
+        if adapters is None:
+            gate_TF, up_TF = linear(x_TD, gate_up_2FD).chunk(2, dim=-1)
+            return linear(F.silu(gate_TF) * up_TF, down_DF)
+        gate_TF, up_TF = adapters.gate_up.linear_of_first(x_TD, gate_up_2FD).chunk(2, dim=-1)
+        return adapters.down.linear_of_first(F.silu(gate_TF) * up_TF, down_DF)
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -130,6 +135,7 @@ def run_experts(
     assignment: Assignment,
     backend: str = "auto",
     stored: int | None = None,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """Experts as a function of their weights, differentiable in these, the tokens and the gates.
 
@@ -139,6 +145,8 @@ def run_experts(
         backend: "auto" or a name in BACKENDS.
         stored: pairs whose pre-activations may be kept for the backward pass, which recomputes those of the others; all
             when None. "naive" and "sonic" keep all in any case.
+        adapters: low-rank changes of the weights, which are then frozen: they get no gradients. On CUDA, "auto" takes
+            "grouped"; "triton" and "sonic" cannot run them.
 
     Returns:
         (T, D); zero rows for tokens without an expert.
@@ -149,18 +157,22 @@ def run_experts(
     """
     backend = check_backend(backend)
     if backend == "naive":
-        return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment)
+        return naive_experts(x_TD, gate_up_E2FD, down_EDF, assignment, adapters)
     where = x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:]
-    if backend == "sonic":
+    if backend == "sonic" and adapters is None:
         function = BACKENDS[resolve_backend(backend, *where)].function
         assert function is not None
         return function(x_TD, gate_up_E2FD, down_EDF, assignment)
     a, gate_N = assignment, assignment.gate_N.to(torch.promote_types(x_TD.dtype, torch.float32))
     problem = Problem(x_TD, gate_up_E2FD, down_EDF, gate_N, a.token_N, a.count_E, a.pair_TE)
     _check(problem)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in problem[:4])):
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*problem[:4], *(adapters or ())))):
         stored = 0
     stored = a.token_N.shape[0] if stored is None else stored
+    if adapters is not None:
+        if not torch.compiler.is_compiling():
+            backend = resolve_backend(backend, *where, adapted=True)
+        return ADAPTED.forward(backend, stored, *problem, *(t.to(x_TD.dtype) for t in adapters))[0]
     if torch.compiler.is_compiling():  # a graph chooses the backend when it runs
         return TRACED.forward(backend, stored, *problem)[0]
     return OPERATORS[resolve_backend(backend, *where)].forward(stored, *problem)[0]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe.experts.adapters import Adapters
 from remoe.experts.contract import Backend
 from remoe.routing.assignment import Assignment
 
 
-def naive_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment) -> Tensor:
+def naive_experts(
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignment: Assignment, adapters: Adapters | None = None
+) -> Tensor:
     """One expert after the other, in plain differentiable operations.
 
     Args:
@@ -21,10 +24,14 @@ def naive_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, assignme
         gate_up_E2FD: (E, 2F, D), the gate projection's F rows before the up projection's.
         down_EDF: (E, D, F).
         assignment: the routed pairs.
+        adapters: what is added to the weights.
 
     Returns:
         (T, D); zero rows for tokens without an expert.
     """
+    if adapters is not None:
+        gate_up_E2FD = gate_up_E2FD + adapters.gate_up.materialised()
+        down_EDF = down_EDF + adapters.down.materialised()
     y_TD = torch.zeros_like(x_TD)
     # Experts without tokens take part with empty slices, so that their gradients are zero and not missing.
     for e in range(assignment.num_experts):

@@ -15,7 +15,7 @@ import torch
 import remoe
 from remoe.errors import ConfigError
 
-PACKAGES = ("torch", "transformers", "triton", "accelerate", "scattermoe", "megablocks", "sonic-moe")
+PACKAGES = ("torch", "transformers", "triton", "accelerate", "peft", "scattermoe", "megablocks", "sonic-moe")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

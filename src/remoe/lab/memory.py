@@ -148,7 +148,7 @@ def _training_bytes(config: "TrainConfig", sizes: ModelSizes, micro_batch_size: 
 
 
 def _state_bytes(config: "TrainConfig", planned: Plan) -> int:
-    """With LoRA, the frozen weights and what the backward pass keeps: these with the changes of the adapters."""
+    """With LoRA, the frozen weights, and those of a checkpoint, into which the adapters are merged."""
     return planned.state_bytes // 2 if config.lora.rank else planned.state_bytes
 
 

@@ -49,6 +49,7 @@ BASES = {
     "bench layer": [],
     "bench decode": [],
     "bench generate": [],
+    "bench lora": [],
     "bench train-step": ["--data", "ROOM/data"],
     "bench diff": ["ROOM/other.json", "ROOM/other.json"],
     "data prepare": ["ROOM/text", "--out", "out", "--vocab-size", "300"],

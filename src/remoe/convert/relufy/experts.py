@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from remoe.decoding import takes_few_tokens
 from remoe.errors import ConfigError
 from remoe.experts import autocast_tensors, run_experts, stored_pairs
+from remoe.experts.adapters import take_adapters
 from remoe.experts.cpu.backend import few_tokens
 from remoe.routing.assignment import Assignment
 
@@ -50,7 +51,7 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
         # A relufied model lists every expert of every token, and wants few: it says how many.
         k = getattr(self, K, index_TK.shape[1])
         stored = stored_pairs(x_TD, self.num_experts, k)
-        return run_experts(*tensors, assignment, stored=stored).to(x_TD.dtype)
+        return run_experts(*tensors, assignment, stored=stored, adapters=take_adapters(self)).to(x_TD.dtype)
     if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")
     return _one_by_one(self, x_TD, assignment)

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remoe.experts.adapters import Adapters
 from remoe.experts.contract import Backend, Problem
 from remoe.experts.cpu.build import Kernels, Passes, compiled_kernels, compiled_passes
-from remoe.experts.cpu.passes import active_experts, addresses, divide
+from remoe.experts.cpu.passes import active_experts, adapter_arguments, addresses, divide
 from remoe.experts.cpu.steps import Block, CompiledSteps, TorchSteps
 from remoe.experts.packed import is_packed, is_quantised
 
@@ -34,22 +35,23 @@ BLOCK, MIN_BLOCK = 512, 64  # pairs
 FEW_PAIRS = {torch.float32: 16, torch.bfloat16: 8}
 
 
-def forward(stored: int, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(stored: int, *problem: Tensor | None, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
     """Output and stored pre-activations; see `Backend`."""
     p = Problem.contiguous(*problem)
     count, kernels = p.count_E.tolist(), _kernels(p.x_TD)
     D, F_ = p.down_EDF.shape[1:]
     y_TD, pre_C2F = _accumulator(p.x_TD), p.new_stored(stored)
-    if kernels is not None and stored == 0 and sum(count) <= FEW_PAIRS[p.x_TD.dtype] * sum(c > 0 for c in count):
+    by_few = kernels if stored == 0 and adapters is None else None
+    if by_few is not None and sum(count) <= FEW_PAIRS[p.x_TD.dtype] * sum(c > 0 for c in count):
         experts_3L, hidden_NF = active_experts(count), p.x_TD.new_empty(sum(count), F_)
         inputs, L = addresses(*p[:5], *experts_3L), experts_3L.shape[1]
-        kernels.few_tokens(*inputs, L, D, F_, *addresses(hidden_NF, y_TD))
+        by_few.few_tokens(*inputs, L, D, F_, *addresses(hidden_NF, y_TD))
     elif passes := _passes(p.x_TD):
-        sizes = divide(p, pre_C2F.shape[0], count)
-        scratch = torch.empty(passes.forward_scratch(sizes), dtype=torch.uint8)
-        passes.experts_forward(*addresses(*p[:6]), sizes, *addresses(scratch, pre_C2F, y_TD))
+        sizes, low_rank = divide(p, pre_C2F.shape[0], count), adapter_arguments(adapters)
+        scratch = torch.empty(passes.forward_scratch(sizes, low_rank), dtype=torch.uint8)
+        passes.experts_forward(*addresses(*p[:6]), sizes, low_rank, *addresses(scratch, pre_C2F, y_TD))
     else:
-        _forward_by_blocks(p, count, kernels, pre_C2F, y_TD)
+        _forward_by_blocks(p, count, kernels, adapters, pre_C2F, y_TD)
     return y_TD.to(p.x_TD.dtype), pre_C2F
 
 
@@ -57,18 +59,45 @@ def backward(
     weights: bool, dy_TD: Tensor, pre_C2F: Tensor, *problem: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and gate; see `Backend`."""
-    p, dy_TD = Problem.contiguous(*problem), dy_TD.contiguous()
-    count = p.count_E.tolist()
-    dx_TD, dgate_N = _accumulator(p.x_TD), torch.zeros_like(p.gate_N)
+    p = Problem.contiguous(*problem)
     dweights = p.new_weight_gradients(weights)  # without memory unless `weights`: null pointers
+    dx_TD, dgate_N = _backward(p, dy_TD.contiguous(), pre_C2F, dweights, None, None)
+    return dx_TD, *dweights, dgate_N
+
+
+def adapted_forward(stored: int, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and stored pre-activations; see `Backend`."""
+    return forward(stored, *problem, adapters=adapters.contiguous())
+
+
+def adapted_backward(dy_TD: Tensor, pre_C2F: Tensor, adapters: Adapters, *problem: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of x, gate and adapters; see `Backend`."""
+    p, adapters = Problem.contiguous(*problem), adapters.contiguous()
+    gradients = adapters.new_gradients()
+    none = p.new_weight_gradients(False)
+    return *_backward(p, dy_TD.contiguous(), pre_C2F, none, adapters, gradients), *gradients
+
+
+def _backward(
+    p: Problem,
+    dy_TD: Tensor,
+    pre_C2F: Tensor,
+    dweights: tuple[Tensor, Tensor],
+    adapters: Adapters | None,
+    gradients: Adapters | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and gate; those of weights, if these have memory, and adapters are written to their places."""
+    count, weights = p.count_E.tolist(), dweights[0].numel() > 0
+    dx_TD, dgate_N = _accumulator(p.x_TD), torch.zeros_like(p.gate_N)
     if passes := _passes(p.x_TD):
-        sizes = divide(p, pre_C2F.shape[0], count)
-        scratch = torch.empty(passes.backward_scratch(sizes), dtype=torch.uint8)
+        sizes, low_rank = divide(p, pre_C2F.shape[0], count, weights), adapter_arguments(adapters, gradients)
+        scratch = torch.empty(passes.backward_scratch(sizes, low_rank), dtype=torch.uint8)
         inputs, outputs = addresses(dy_TD, *p[:6], pre_C2F), addresses(scratch, dx_TD, *dweights, dgate_N)
-        passes.experts_backward(*inputs, sizes, *outputs)
+        passes.experts_backward(*inputs, sizes, low_rank, *outputs)
     else:
-        _backward_by_blocks(p, count, dy_TD, pre_C2F, dx_TD, dweights if weights else None, dgate_N)
-    return dx_TD.to(p.x_TD.dtype), *dweights, dgate_N
+        changes = (adapters, gradients) if adapters is not None and gradients is not None else None
+        _backward_by_blocks(p, count, dy_TD, pre_C2F, dx_TD, dweights if weights else None, dgate_N, changes)
+    return dx_TD.to(p.x_TD.dtype), dgate_N
 
 
 def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor | None:
@@ -96,7 +125,9 @@ def few_tokens(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_EDF: Te
     return y_TD.to(x_TD.dtype) if done else None
 
 
-def _forward_by_blocks(p: Problem, count: list[int], kernels: Kernels | None, pre_C2F: Tensor, y_TD: Tensor) -> None:
+def _forward_by_blocks(
+    p: Problem, count: list[int], kernels: Kernels | None, adapters: Adapters | None, pre_C2F: Tensor, y_TD: Tensor
+) -> None:
     steps = CompiledSteps(kernels, p.token_N) if kernels is not None else TorchSteps(p.token_N)
     blocks = _blocks(count, pre_C2F.shape[0])
     m = max((block.size for block in blocks), default=0)
@@ -108,8 +139,12 @@ def _forward_by_blocks(p: Problem, count: list[int], kernels: Kernels | None, pr
         pre = _stored_rows(pre_C2F, block, scratch_m2F)
         steps.gather(p.x_TD, block, x)
         torch.mm(x, gate_up_ED2F[block.expert], out=pre)
+        if adapters is not None:
+            adapters.gate_up.add(block.expert, x, pre)
         steps.swiglu(pre, p.gate_N, block, hidden)
         torch.mm(hidden, down_EFD[block.expert], out=x)  # x has been read: its memory takes the output
+        if adapters is not None:
+            adapters.down.add(block.expert, hidden, x)
         steps.scatter_add(x, block, y_TD)
 
 
@@ -121,6 +156,7 @@ def _backward_by_blocks(
     dx_TD: Tensor,
     dweights: tuple[Tensor, Tensor] | None,
     dgate_N: Tensor,
+    changes: tuple[Adapters, Adapters] | None,
 ) -> None:
     kernels = _kernels(p.x_TD)
     steps = CompiledSteps(kernels, p.token_N) if kernels is not None else TorchSteps(p.token_N)
@@ -135,6 +171,8 @@ def _backward_by_blocks(
         if not count[e]:
             for gradient in gradients:
                 gradient.zero_()
+    for part in changes[1] if changes is not None else ():
+        part.zero_()
     for block in blocks:
         e = block.expert
         x, dy, dhidden, hidden, dpre = (t[: block.size] for t in (x_mD, dy_mD, dhidden_mF, hidden_mF, dpre_m2F))
@@ -143,12 +181,21 @@ def _backward_by_blocks(
         pre = _stored_rows(pre_C2F, block, scratch_m2F)
         if block.end > pre_C2F.shape[0]:
             torch.mm(x, gate_up[e].t(), out=pre)
+            if changes is not None:
+                changes[0].gate_up.add(e, x, pre)
         torch.mm(dy, down[e], out=dhidden)
+        if changes is not None:
+            u_mq = changes[0].down.add_transposed(e, dy, dhidden)
         steps.swiglu_backward(pre, dhidden, p.gate_N, block, hidden, dpre, dgate_N)
         if dweights is not None:
             _add_product(ddown[e], dy.t(), hidden, block.first)
             _add_product(dgate_up[e], dpre.t(), x, block.first)
+        if changes is not None:
+            changes[0].down.add_gradients(e, hidden, dy, u_mq, changes[1].down)
         torch.mm(dpre, gate_up[e], out=dy)  # dy has been read
+        if changes is not None:
+            u_mr = changes[0].gate_up.add_transposed(e, dpre, dy)
+            changes[0].gate_up.add_gradients(e, x, dpre, u_mr, changes[1].gate_up)
         steps.scatter_add(dy, block, dx_TD)
 
 
@@ -190,4 +237,6 @@ def _passes(x_TD: Tensor) -> Passes | None:
     return compiled_passes(x_TD.dtype) if x_TD.device.type == "cpu" else None
 
 
-BACKEND = Backend(lambda *_: None, forward, backward)
+BACKEND = Backend(
+    lambda *_: None, forward, backward, adapted_forward=adapted_forward, adapted_backward=adapted_backward
+)

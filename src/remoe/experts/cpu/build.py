@@ -26,7 +26,7 @@ from remoe.matmul import is_intel
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("rows.h", "gemm.h", "dots.h", "library.h", "steps.cpp", "passes.cpp", "rowwise.cpp")
+_NAMES = ("rows.h", "gemm.h", "dots.h", "library.h", "adapters.h", "steps.cpp", "passes.cpp", "rowwise.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # No -ffast-math: it would drop the rounding trick of `exponential`, and switch denormal numbers off for the process.
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -51,12 +51,13 @@ _ARGUMENTS = {
 }
 _FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}
 _ANSWERING = ("_by_gates", "cross_entropy")  # ends of names that return a bool; the others return nothing
-Sizes = _I * 9  # the struct of that name in passes.cpp
+Sizes = _I * 10  # the struct of that name in passes.cpp
+AdapterArguments = _I * 10  # and this one's; None: no adapters
 _PASS_ARGUMENTS = {
-    "forward_scratch": (Sizes,),
-    "backward_scratch": (Sizes,),
-    "experts_forward": (_P,) * 6 + (Sizes,) + (_P,) * 3,
-    "experts_backward": (_P,) * 8 + (Sizes,) + (_P,) * 5,
+    "forward_scratch": (Sizes, _P),
+    "backward_scratch": (Sizes, _P),
+    "experts_forward": (_P,) * 6 + (Sizes, _P) + (_P,) * 3,
+    "experts_backward": (_P,) * 8 + (Sizes, _P) + (_P,) * 5,
 }
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -9,6 +9,7 @@
 // Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W pairs
 // of a window; it has room for W + m.
 
+#include "adapters.h"
 #include "gemm.h"
 #include "library.h"
 #include "rows.h"
@@ -32,7 +33,24 @@ struct Block {
 struct Sizes {
     int64_t T, D, F, E, C, W, m;
     int64_t window_factors, thread_factors;  // rows of memory for `Factors`, shared and of each thread
+    int64_t partials;                        // blocks of a window, at most, that have only a part of an expert's pairs
 };
+
+// What a call says of the adapters, in this order; the gradients are null in the forward pass.
+template <typename X>
+struct AdapterArguments {
+    const X *gate_up_a_ErD, *gate_up_b_rE2F, *down_a_EqF, *down_b_qED;
+    X *dgate_up_a_ErD, *dgate_up_b_rE2F, *ddown_a_EqF, *ddown_b_qED;
+    int64_t gate_up_r, down_r;
+};
+
+// Of rank 0 where there are none.
+template <typename X>
+Adapters<X> adapters_of(const AdapterArguments<X> *a, const Sizes &n) {
+    if (!a) return {};
+    return {{a->gate_up_a_ErD, a->gate_up_b_rE2F, a->dgate_up_a_ErD, a->dgate_up_b_rE2F, a->gate_up_r, n.E, n.D, 2 * n.F},
+            {a->down_a_EqF, a->down_b_qED, a->ddown_a_EqF, a->ddown_b_qED, a->down_r, n.E, n.F, n.D}};
+}
 
 std::vector<Block> split(const int64_t *count_E, const Sizes &n) {
     std::vector<Block> blocks;
@@ -152,19 +170,27 @@ int64_t scratch_bytes(int64_t numbers, const Sizes &n) {
 }
 
 template <typename X>
-int64_t forward_scratch(const Sizes &n) {
-    return scratch_bytes<X>(omp_get_max_threads() * n.m * (n.D + 3 * n.F), n);
+int64_t forward_scratch(const Sizes &n, const Adapters<X> &adapters) {
+    return scratch_bytes<X>(omp_get_max_threads() * n.m * (n.D + 3 * n.F + adapters.rank()), n);
+}
+
+// Numbers of a thread: its factors, two rows of activations, and products with the adapters' factors.
+template <typename X>
+int64_t backward_thread(const Sizes &n, const Adapters<X> &adapters) {
+    return Factors<X>::numbers(n.thread_factors, n) + n.m * (3 * n.F + 2 * adapters.rank());
 }
 
 template <typename X>
-int64_t backward_scratch(const Sizes &n) {
-    const int64_t of_threads = omp_get_max_threads() * (Factors<X>::numbers(n.thread_factors, n) + n.m * 3 * n.F);
-    return scratch_bytes<X>(Factors<X>::numbers(n.window_factors, n) + of_threads, n);
+int64_t backward_scratch(const Sizes &n, const Adapters<X> &adapters) {
+    const int64_t of_threads = omp_get_max_threads() * backward_thread(n, adapters);
+    return n.partials * adapters.numbers() * sizeof(float) +
+           scratch_bytes<X>(Factors<X>::numbers(n.window_factors, n) + of_threads, n);
 }
 
 template <typename X>
 void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const float *gate_N, const int64_t *token_N,
-             const int64_t *count_E, const Sizes &n, void *scratch, X *pre_C2F, float *y_TD) {
+             const int64_t *count_E, const Sizes &n, const Adapters<X> &adapters, void *scratch, X *pre_C2F,
+             float *y_TD) {
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
     float *out_WD = (float *)scratch;
@@ -175,10 +201,12 @@ void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const floa
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < order.size(); i++) {
             const auto [e, start, rows] = blocks[order[i]];
-            X *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F), *hidden_mF = x_mD + m * D;
-            X *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : hidden_mF + m * F;
+            X *x_mD = of_threads + omp_get_thread_num() * m * (D + 3 * F + adapters.rank());
+            X *hidden_mF = x_mD + m * D, *again_m2F = hidden_mF + m * F, *t_mr = again_m2F + m * 2 * F;
+            X *pre_m2F = start + rows <= n.C ? pre_C2F + start * 2 * F : again_m2F;
             gather_rows(x_TD, token_N + start, rows, D, x_mD);
             product(false, true, rows, 2 * F, D, x_mD, D, gate_up_E2FD + e * 2 * F * D, D, false, pre_m2F, 2 * F);
+            adapters.gate_up.add(e, rows, x_mD, t_mr, pre_m2F);
             for (int64_t j = 0; j < rows; j++)
                 swiglu_row(pre_m2F + j * 2 * F, gate_N[start + j], F, hidden_mF + j * F);
             // Of a block that reaches beyond C its first rows: with other threads the backward pass has other blocks.
@@ -186,27 +214,77 @@ void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const floa
                 std::memcpy(pre_C2F + start * 2 * F, pre_m2F, (n.C - start) * 2 * F * sizeof(X));
             float *out_mD = out_WD + (start - blocks[first].start) * D;
             product(false, true, rows, D, F, hidden_mF, F, down_EDF + e * D * F, F, false, out_mD, D);
+            adapters.down.add(e, rows, hidden_mF, t_mr, out_mD);
         }
         combine(blocks, first, end, out_WD, token_N, n, y_TD);
+    }
+}
+
+// For each block of a window the number of those before it that have only a part of their expert's pairs.
+std::vector<int64_t> partial_numbers(const std::vector<Block> &blocks, size_t first, size_t end,
+                                     const int64_t *count_E) {
+    std::vector<int64_t> numbers;
+    for (size_t b = first, before = 0; b < end; b++) {
+        numbers.push_back(before);
+        before += !is_whole(blocks[b], count_E);
+    }
+    return numbers;
+}
+
+// Of the block's pairs: into the expert's place, or where these are only a part of its pairs into `partial`.
+template <typename X>
+void adapter_gradients(const LowRank<X> &adapter, int64_t e, int64_t rows, const X *in_mI, const X *dout_mO,
+                       const X *u_mr, X *t_mr, float *partial) {
+    if (partial)
+        adapter.gradients(e, rows, in_mI, dout_mO, u_mr, t_mr, partial, partial + adapter.r * adapter.I, adapter.O);
+    else
+        adapter.gradients(e, rows, in_mI, dout_mO, u_mr, t_mr, adapter.da(e), adapter.db(e), adapter.E * adapter.O);
+}
+
+// Sums the adapters' gradients of the blocks of a window that have only a part of their expert's pairs, in order.
+template <typename X>
+void add_partials(const std::vector<Block> &blocks, size_t first, size_t end, const int64_t *count_E,
+                  const Adapters<X> &adapters, float *partials) {
+    const int64_t size = adapters.numbers();
+    float *next = partials;
+    for (size_t b = first; b < end;) {
+        if (is_whole(blocks[b], count_E)) {
+            b++;
+            continue;
+        }
+        const int64_t e = blocks[b].expert;
+        const bool fresh = b == 0 || blocks[b - 1].expert != e;
+        float *sum = next;
+        next += size;
+        for (b++; b < end && blocks[b].expert == e; b++, next += size) {
+#pragma omp parallel for simd schedule(static)
+            for (int64_t i = 0; i < size; i++) sum[i] += next[i];
+        }
+        adapters.gate_up.put_gradients(e, !fresh, sum);
+        adapters.down.put_gradients(e, !fresh, sum + adapters.gate_up.numbers());
     }
 }
 
 // Without gradients of the weights where there is no room for them.
 template <typename X>
 void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const float *gate_N,
-              const int64_t *token_N, const int64_t *count_E, const X *pre_C2F, const Sizes &n, void *scratch,
-              float *dx_TD, X *dgate_up_E2FD, X *ddown_EDF, float *dgate_N) {
+              const int64_t *token_N, const int64_t *count_E, const X *pre_C2F, const Sizes &n,
+              const Adapters<X> &adapters, void *scratch, float *dx_TD, X *dgate_up_E2FD, X *ddown_EDF,
+              float *dgate_N) {
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
-    const int64_t of_thread = Factors<X>::numbers(n.thread_factors, n) + m * 3 * F;
-    float *dx_WD = (float *)scratch;
-    X *of_window = (X *)(dx_WD + (n.W + m) * D);
+    const int64_t of_thread = backward_thread(n, adapters);
+    float *dx_WD = (float *)scratch, *partials = dx_WD + (n.W + m) * D;
+    X *of_window = (X *)(partials + n.partials * adapters.numbers());
     X *of_threads = of_window + Factors<X>::numbers(n.window_factors, n);
     const Factors<X> window = Factors<X>::in(of_window, n.window_factors, n);
     const bool weights = dgate_up_E2FD && ddown_EDF;
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < n.E; e++) {
-        if (count_E[e] || !weights) continue;
+        if (count_E[e]) continue;
+        adapters.gate_up.clear_gradients(e);
+        adapters.down.clear_gradients(e);
+        if (!weights) continue;
         std::memset(dgate_up_E2FD + e * 2 * F * D, 0, 2 * F * D * sizeof(X));
         std::memset(ddown_EDF + e * D * F, 0, D * F * sizeof(X));
     }
@@ -214,22 +292,26 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
         end = window_end(blocks, first, n.W);
         const int64_t base = blocks[first].start;
         const std::vector<size_t> order = by_size(blocks, first, end);
+        const std::vector<int64_t> partial = partial_numbers(blocks, first, end, count_E);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t i = 0; i < order.size(); i++) {
             const auto [e, start, rows] = blocks[order[i]];
             const X *gate_up_2FD = gate_up_E2FD + e * 2 * F * D, *pre_m2F = pre_C2F + start * 2 * F;
             X *own = of_threads + omp_get_thread_num() * of_thread;
             X *dhidden_mF = own + Factors<X>::numbers(n.thread_factors, n), *again_m2F = dhidden_mF + m * F;
+            X *t_mr = again_m2F + m * 2 * F, *u_mr = t_mr + m * adapters.rank();
             // All of an expert's pairs in one block: its weight gradients are made while the factors are in cache.
             const bool whole = is_whole(blocks[order[i]], count_E);
-            const Factors<X> a = whole ? Factors<X>::in(own, n.thread_factors, n) : window.row(start - base, n);
+            const Factors<X> a = whole || !weights ? Factors<X>::in(own, n.thread_factors, n) : window.row(start - base, n);
             gather_rows(x_TD, token_N + start, rows, D, a.x_D);
             gather_rows(dy_TD, token_N + start, rows, D, a.dy_D);
             if (start + rows > n.C) {
                 product(false, true, rows, 2 * F, D, a.x_D, D, gate_up_2FD, D, false, again_m2F, 2 * F);
+                adapters.gate_up.add(e, rows, a.x_D, t_mr, again_m2F);
                 pre_m2F = again_m2F;
             }
             product(false, false, rows, F, D, a.dy_D, D, down_EDF + e * D * F, F, false, dhidden_mF, F);
+            adapters.down.add_transposed(e, rows, a.dy_D, u_mr, dhidden_mF);
             for (int64_t j = 0; j < rows; j++) {
                 const Factors<X> row = a.row(j, n);
                 dgate_N[start + j] = swiglu_backward_row(pre_m2F + j * 2 * F, dhidden_mF + j * F, gate_N[start + j], F,
@@ -237,12 +319,18 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
             }
             float *dx_mD = dx_WD + (start - base) * D;
             product(false, false, rows, D, 2 * F, a.dpre_2F, 2 * F, gate_up_2FD, D, false, dx_mD, D);
+            float *sums = whole ? nullptr : partials + partial[order[i] - first] * adapters.numbers();
+            adapter_gradients(adapters.down, e, rows, a.hidden_F, a.dy_D, u_mr, t_mr,
+                              sums ? sums + adapters.gate_up.numbers() : nullptr);
+            adapters.gate_up.add_transposed(e, rows, a.dpre_2F, u_mr, dx_mD);
+            adapter_gradients(adapters.gate_up, e, rows, a.x_D, a.dpre_2F, u_mr, t_mr, sums);
             if (whole && weights) {
                 weight_gradient({false, e, start, rows, 0, 2 * F, true}, a, n, dgate_up_E2FD, ddown_EDF);
                 weight_gradient({true, e, start, rows, 0, D, true}, a, n, dgate_up_E2FD, ddown_EDF);
             }
         }
         combine(blocks, first, end, dx_WD, token_N, n, dx_TD);
+        if (adapters.rank()) add_partials(blocks, first, end, count_E, adapters, partials);
         if (!weights) continue;
         const std::vector<Tile> tiles = weight_tiles(blocks, first, end, count_E, n);
 #pragma omp parallel for schedule(dynamic, 1)
@@ -254,18 +342,23 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
 }  // namespace
 
 #define EXPORT(X, suffix)                                                                                              \
-    extern "C" int64_t forward_scratch_##suffix(const Sizes *n) { return forward_scratch<X>(*n); }                     \
-    extern "C" int64_t backward_scratch_##suffix(const Sizes *n) { return backward_scratch<X>(*n); }                   \
+    extern "C" int64_t forward_scratch_##suffix(const Sizes *n, const AdapterArguments<X> *adapters) {                 \
+        return forward_scratch<X>(*n, adapters_of(adapters, *n));                                                      \
+    }                                                                                                                  \
+    extern "C" int64_t backward_scratch_##suffix(const Sizes *n, const AdapterArguments<X> *adapters) {                \
+        return backward_scratch<X>(*n, adapters_of(adapters, *n));                                                     \
+    }                                                                                                                  \
     extern "C" void experts_forward_##suffix(const X *x, const X *gate_up, const X *down, const float *gate,           \
                                              const int64_t *token, const int64_t *count, const Sizes *n,               \
-                                             void *scratch, X *pre, float *y) {                                        \
-        forward(x, gate_up, down, gate, token, count, *n, scratch, pre, y);                                            \
+                                             const AdapterArguments<X> *adapters, void *scratch, X *pre, float *y) {   \
+        forward(x, gate_up, down, gate, token, count, *n, adapters_of(adapters, *n), scratch, pre, y);                 \
     }                                                                                                                  \
     extern "C" void experts_backward_##suffix(const X *dy, const X *x, const X *gate_up, const X *down,                \
                                               const float *gate, const int64_t *token, const int64_t *count,           \
-                                              const X *pre, const Sizes *n, void *scratch, float *dx, X *dgate_up,     \
-                                              X *ddown, float *dgate) {                                                \
-        backward(dy, x, gate_up, down, gate, token, count, pre, *n, scratch, dx, dgate_up, ddown, dgate);              \
+                                              const X *pre, const Sizes *n, const AdapterArguments<X> *adapters,       \
+                                              void *scratch, float *dx, X *dgate_up, X *ddown, float *dgate) {         \
+        backward(dy, x, gate_up, down, gate, token, count, pre, *n, adapters_of(adapters, *n), scratch, dx, dgate_up,  \
+                 ddown, dgate);                                                                                        \
     }
 
 extern "C" void use_library(void *sgemm) { library_sgemm = (Sgemm)sgemm; }

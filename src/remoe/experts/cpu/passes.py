@@ -8,8 +8,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from remoe.experts.adapters import Adapters
 from remoe.experts.contract import Problem
-from remoe.experts.cpu.build import Sizes
+from remoe.experts.cpu.build import AdapterArguments, Sizes
 
 BLOCK, MIN_BLOCK, LEAST_BLOCK = 1024, 64, 8  # pairs that one thread takes through an expert at once
 BLOCKS_PER_THREAD = 2  # at least, where all pairs are one expert's
@@ -31,8 +32,18 @@ def active_experts(count: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).t().contiguous()
 
 
-def divide(p: Problem, stored: int, count: list[int]) -> ctypes.Array:
-    """T, D, F, E, C and the rows that scratch memory is for: W, m, window_factors, thread_factors (see passes.cpp).
+def adapter_arguments(adapters: Adapters | None, gradients: Adapters | None = None) -> ctypes.Array | None:
+    """What the passes are told of adapters; valid as long as the tensors live."""
+    if adapters is None:
+        return None
+    outputs = addresses(*gradients) if gradients is not None else [0] * 4
+    return AdapterArguments(*addresses(*adapters), *outputs, adapters.gate_up.rank, adapters.down.rank)
+
+
+def divide(p: Problem, stored: int, count: list[int], weights: bool = True) -> ctypes.Array:
+    """T, D, F, E, C and what scratch memory is for: W, m, window_factors, thread_factors, partials (see passes.cpp).
+
+    Without `weights` the backward pass needs no rows that outlive a block.
 
     Blocks follow from the counts, C and the number of threads, so that both passes have the same, unless that number
     is changed in between: a pre-activation that is computed again is bit for bit the one that was not stored.
@@ -48,6 +59,9 @@ def divide(p: Problem, stored: int, count: list[int]) -> ctypes.Array:
     block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
     windows = max(1, -(-pairs // window))
     window = -(-pairs // windows)
-    window_factors = window + block if any(pairs > block for pairs in count) else 0
-    thread_factors = block if any(0 < pairs <= block for pairs in count) else 0
-    return Sizes(T, D, F_, E, C, window, block, window_factors, thread_factors)
+    divided = any(pairs > block for pairs in count)
+    window_factors = window + block if divided and weights else 0
+    thread_factors = block if any(0 < pairs <= block for pairs in count) or not weights else 0
+    # Parts of an expert's pairs have more than half of a block.
+    partials = -(-window // ((block + 1) // 2)) if divided else 0
+    return Sizes(T, D, F_, E, C, window, block, window_factors, thread_factors, partials)

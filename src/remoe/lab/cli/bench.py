@@ -1,4 +1,4 @@
-"""`remoe bench layer | decode | generate | train-step | diff`: tables, and JSON files that `diff` compares."""
+"""`remoe bench layer | decode | generate | lora | train-step | diff`: tables, and JSON files that `diff` compares."""
 
 import itertools
 import json
@@ -18,6 +18,7 @@ from remoe.lab.cli.bench_options import (
     DiffArguments,
     GenerateArguments,
     LayerArguments,
+    LoraArguments,
     TrainStepArguments,
 )
 from remoe.lab.cli.parsing import parse
@@ -68,6 +69,38 @@ def layer_command(argv: list[str]) -> int:
 def decode_command(argv: list[str]) -> int:
     """Runs `remoe bench decode`; returns the exit code."""
     return _layer_or_decode(parse(DecodeArguments, argv, prog="remoe bench decode"), "decode")
+
+
+def lora_command(argv: list[str]) -> int:
+    """Runs `remoe bench lora`; returns the exit code."""
+    arguments = parse(LoraArguments, argv, prog="remoe bench lora")
+    for name in ("rank", "repetitions"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ConfigError(f"--{name} must be at least 1, but is {number}")
+    _start(arguments)
+    import torch
+
+    from remoe.lab.bench import lora
+    from remoe.lab.bench.roofline import describe, libraries, measure_roofline
+    from remoe.lab.machine import keep_freed_memory, machine, pick_device
+
+    lora.check_peft()
+    keep_freed_memory()
+    device = pick_device("auto")
+    name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    repetitions = min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
+    console, rows, roofline = Console(), [], measure_roofline(device, dtype)
+    facts = machine(device) | libraries()
+    for case in lora.CASES[:2] if arguments.quick else lora.CASES:
+        rows.append(lora.bench_lora(case, arguments.rank, device, dtype, repetitions))
+        caption = f"{describe(facts, roofline, name)}. Adapters: {rows[-1]['adapter_megabytes']:.1f} MB."
+        console.print(_table(f"T, D, F, E, k = {case}", rows[-1], caption))
+        measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
+        _write(arguments, {**measured, "repetitions": repetitions})
+    if arguments.out is not None:
+        print(f"written: {arguments.out}")
+    return 0
 
 
 def train_step_command(argv: list[str]) -> int:
@@ -246,6 +279,7 @@ _COLUMNS = {
     "ratio_to_fastest_dense": "/ best",
     "ratio_to_dense": "/ dense",
     "ratio_beyond_weights": "/ first",
+    "ratio_to_peft": "/ PEFT",
     "share_of_gemm_rate": "/ GEMM",
     "host_milliseconds": "host",
     "peak_megabytes": "peak",

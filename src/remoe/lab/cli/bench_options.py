@@ -105,6 +105,23 @@ class GenerateArguments(Common):
 
 
 @dataclass(frozen=True)
+class LoraArguments(Common):
+    """Time the forward and backward pass of one layer with LoRA on its experts, on the routed pairs and by PEFT.
+
+    The weights are frozen, with 8, 32 and 128 experts of two sizes and float32 on a CPU, bfloat16 on a GPU.
+    Implementations take turns, and the table shows medians. Columns: "ms" time; "+-" distance of the quartiles over the
+    median; "/ PEFT" time divided by PEFT's; "peak" peak memory of the pass in MB. Needs `pip install 'remoe[lora]'`.
+    """
+
+    rank: int = 16
+    """Rank of the adapters."""
+    repetitions: int = 9
+    """Number of timed rounds."""
+    quick: bool = False
+    """At most 3 rounds, and only 8 and 32 experts of the smaller size."""
+
+
+@dataclass(frozen=True)
 class TrainStepArguments(Common):
     """Time whole training steps of `remoe train` against transformers' Mixtral in transformers' Trainer.
 
@@ -139,7 +156,7 @@ class TrainStepArguments(Common):
 
 @dataclass(frozen=True)
 class DiffArguments:
-    """Compare two files that `remoe bench layer`, `decode`, `generate` or `train-step` wrote with --out.
+    """Compare two files that `remoe bench layer`, `decode`, `generate`, `lora` or `train-step` wrote with --out.
 
     Columns: "before" and "after" in ms; "ratio" after / before; "+-" the larger spread of the two, in percent. A change
     of less than two spreads is called "within spread". The lines above the table name all facts of machine, versions

@@ -80,6 +80,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "generate_command",
         "time the writing of text, beside transformers' Mixtral",
     ),
+    "bench lora": ("remoe.lab.cli.bench", "lora_command", "time LoRA on the experts of one layer against PEFT's"),
     "bench train-step": (
         "remoe.lab.cli.bench",
         "train_step_command",

@@ -29,6 +29,8 @@ def adapt(model: nn.Module, options: LoraOptions) -> None:
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+
+        from remoe.integrations.lora import lora_on_pairs
     except ModuleNotFoundError as error:
         raise missing_extra(error, "lora", "--lora.rank") from error
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".self_attn." in name]
@@ -36,6 +38,7 @@ def adapt(model: nn.Module, options: LoraOptions) -> None:
     alpha = 2 * options.rank if options.alpha is None else options.alpha
     adapter = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=linear, target_parameters=experts)
     inject_adapter_in_model(adapter, model)
+    lora_on_pairs(model)
     for module in model.modules():
         if isinstance(module, Router):
             module.requires_grad_(True)  # otherwise lambda could not control the sparsity
