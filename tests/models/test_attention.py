@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from remoe.experts.cpu.build import compiled_kernels
 from remoe.models import attention as module
-from remoe.models.attention import build_attention
+from remoe.models.attention import CACHE_NAME, build_attention
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.rotary import RotaryEmbedding, rotate, rotate_packed
 
@@ -131,9 +131,8 @@ def test_attention_under_autocast_and_with_a_cache():
     for mine, other in zip(got, expected, strict=True):
         assert reference.relative_error(mine, other) < 2e-2
     whole = attention(x, angles)[0]
-    name = "cache" if "cache" in LlamaAttention.forward.__wrapped__.__code__.co_varnames else "past_key_values"
     cache, parts = DynamicCache(), []
     for position in range(7):
         turned = tuple(angle[:, position : position + 1] for angle in angles)
-        parts.append(attention(x[:, position : position + 1], turned, None, **{name: cache})[0])
+        parts.append(attention(x[:, position : position + 1], turned, None, **{CACHE_NAME: cache})[0])
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)

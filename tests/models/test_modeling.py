@@ -6,7 +6,7 @@ from torch import nn
 
 import remoe
 from remoe.errors import ConfigError
-from remoe.models.modeling_remoe import CACHE_NAME
+from remoe.models.attention import CACHE_NAME
 from remoe.sparsity import FAST_START_PENALTY
 
 SMALL = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -16,11 +17,12 @@ from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.kernels import kernels_for
 from remoe.models.rotary import rotate, rotate_packed
 
-CACHE_NAMES = "cache", "past_key_values"  # since transformers 5.24, and before
+# transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class _Attention(nn.Module):
-    """The forward pass without a KV cache where kernels can run, otherwise that of transformers."""
+    """The forward pass where kernels can run, otherwise that of transformers."""
 
     config: RemoeConfig
 
@@ -32,11 +34,14 @@ class _Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D), and the weights (B, H, S, past + S), or None; arguments as in transformers."""
-        without = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-        if cached or kernels_for(hidden_states, *position_embeddings) is None:
+        if kernels_for(hidden_states, *position_embeddings) is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-        q_BHSd, k_BGSd, v_BGSd = self._heads(hidden_states, *position_embeddings)
+        cache = kwargs.pop(CACHE_NAME, None)
+        # The joined weights of one product are a copy, which few tokens do not repay.
+        q_BHSd, k_BGSd, v_BGSd = self._heads(hidden_states, *position_embeddings, join=cache is None)
+        if cache is not None:
+            paged = {"kwargs": kwargs} if CACHE_NAME == "cache" else {}  # for a paged one
+            k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, self.layer_idx, **paged)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended_BSHd, weights_BHSS = attend(
             self,
@@ -46,14 +51,14 @@ class _Attention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **without,
+            **kwargs,
         )
         return self.o_proj(attended_BSHd.flatten(2)), weights_BHSS
 
-    def _heads(self, hidden_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, hidden_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, join: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries (B, H, S, d) and keys (B, G, S, d), and values (B, G, S, d)."""
         projections, d = (self.q_proj, self.k_proj, self.v_proj), self.head_dim
-        if not self.config.qk_norm and all(_is_bare(projection) for projection in projections):
+        if join and not self.config.qk_norm and all(_is_bare(projection) for projection in projections):
             weights = [projection.weight for projection in projections]
             autocast = torch.is_autocast_enabled("cpu")
             if not autocast and kernels_for(hidden_BSD, cos_BSd, sin_BSd, *weights) is not None:

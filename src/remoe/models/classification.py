@@ -11,9 +11,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from remoe.models.attention import CACHE_NAME
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.loss import padding_mask
-from remoe.models.modeling_remoe import CACHE_NAME, RemoeModel, RemoePreTrainedModel
+from remoe.models.modeling_remoe import RemoeModel, RemoePreTrainedModel
 from remoe.models.routed import RoutedModel, add_routing, build_controller, keep_statistics_local
 from remoe.routing import Routing
 

@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts
+from remoe.models.attention import CACHE_NAME
 from remoe.models.configuration_remoe import RemoeConfig
 from remoe.models.decoder import RemoeDecoderLayer
 from remoe.models.loss import (
@@ -41,9 +42,6 @@ from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
-
-# transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 UNUSED_LOGIT = -1e30  # of an id that no token has
 
