@@ -108,7 +108,7 @@ def test_of_the_experts_that_a_relufied_model_lists_it_keeps_the_wanted_ones(tmp
     for one in (model, remoe.load_relufied(tmp_path)):
         with pytest.MonkeyPatch.context() as patch:
             ours = "remoe.convert.relufy.experts.run_experts"
-            patch.setattr(ours, lambda x, *rest, stored: (kept.append(stored), x)[1])
+            patch.setattr(ours, lambda x, *rest, stored, adapters: (kept.append(stored), x)[1])
             one(ids)
     wanted = stored_pairs(torch.empty(ids.numel(), 1), report.num_experts, report.k)
     assert wanted < ids.numel() * report.num_experts

@@ -40,7 +40,8 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
         ConfigError: for experts with a norm of their own.
     """
     gate_TE, plain = _gates(index_TK, weight_TK, self.num_experts), is_plain_swiglu(self)
-    if plain and takes_few_tokens(x_TD, self.gate_up_proj, self.down_proj):
+    adapters = take_adapters(self)
+    if plain and adapters is None and takes_few_tokens(x_TD, self.gate_up_proj, self.down_proj):
         y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), self.gate_up_proj, self.down_proj)
         if y_TD is not None:
             return y_TD
@@ -51,7 +52,7 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
         # A relufied model lists every expert of every token, and wants few: it says how many.
         k = getattr(self, K, index_TK.shape[1])
         stored = stored_pairs(x_TD, self.num_experts, k)
-        return run_experts(*tensors, assignment, stored=stored, adapters=take_adapters(self)).to(x_TD.dtype)
+        return run_experts(*tensors, assignment, stored=stored, adapters=adapters).to(x_TD.dtype)
     if getattr(self, "has_post_expert_norm", False):
         raise ConfigError(f"{type(self).__name__} has a norm after each expert, which is not supported")
     return _one_by_one(self, x_TD, assignment)
