@@ -1,5 +1,7 @@
 """What ends a run on several ranks: each rank's last words in the run's `ranks.log`, and one line for the user."""
 
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -38,9 +40,11 @@ def last_words(ranks: Ranks, folder: Path | None) -> Iterator[None]:
     try:
         yield
     except RankFailed as error:
+        _finish()
         _write(folder, ranks, str(error))
         raise SystemExit(2) from error
     except Exception as error:
+        _finish()
         if isinstance(error, RemoeError) or not is_lost(error):
             words = str(error) if isinstance(error, RemoeError) else repr(error)
             _write(folder, ranks, words)
@@ -51,16 +55,25 @@ def last_words(ranks: Ranks, folder: Path | None) -> Iterator[None]:
         timed_out, collective = any(word in str(error) for word in _TIMED_OUT), collective_of(error)
         reason = f"no answer in {ranks.timeout:,} s" if timed_out else "lost contact with another rank"
         _write(folder, ranks, f"waited in {collective}: {reason}")
-        raise _lost(ranks, collective, timed_out) from error
+        lost = _lost(ranks, collective, timed_out)
+        if isinstance(lost, RemoeError):
+            _write(folder, ranks, str(lost).removeprefix(f"step {ranks.step}: "))
+        raise lost from error
     except BaseException as error:
         _write(folder, ranks, f"ended by {error!r}")
         raise
 
 
-def write_stop(folder: Path, ranks: Ranks, signal: int) -> None:
+def _finish() -> None:
+    """From here on this process ends by itself: torchrun's SIGTERM, when another has ended, must not cut it short."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def write_stop(folder: Path, ranks: Ranks, number: int) -> None:
     """Writes into `ranks.log` that a signal stopped the run and its state is saved; nothing on a single process."""
     if ranks.count > 1:
-        _write(folder, ranks, f"stopped by signal {signal}, saved; exit code {exit_code(signal)}")
+        _write(folder, ranks, f"stopped by signal {number}, saved; exit code {exit_code(number)}")
 
 
 def is_lost(error: Exception) -> bool:
