@@ -155,22 +155,6 @@ def test_every_control_is_reached_by_tab_and_framed(run, opened):
         assert frame == ["solid", "3px", colour], controls[place]
 
 
-def test_a_narrow_page_is_used_by_touch(run, opened):
-    page = opened(run / "report.html", width=390, touch=True)
-    page.locator("#excerpt .piece span").nth(2).tap()
-    assert "token 3 of " in page.locator("#token").text_content()
-    link = page.locator("#token a").first
-    place = link.get_attribute("href")
-    link.tap()
-    _, layer, expert = place.split("-")
-    assert page.url.endswith(place)
-    assert page.locator("#card .name").text_content() == f"Layer {layer}, expert {expert}"
-    assert page.locator("#card").evaluate("card => card.getBoundingClientRect().top < innerHeight")
-    page.locator("#expert-load canvas").tap(position={"x": 30, "y": 5})
-    assert readout(page, "expert-load").startswith("Layer 0, expert 0: ")
-    assert page.locator("#card .name").text_content() == "Layer 0, expert 0"
-
-
 def test_experts_have_cards_that_one_can_link_to(run, opened):
     page = opened(run / "report.html", place="#expert-1-3")
     content = content_of(page)["experts"]
