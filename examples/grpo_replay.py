@@ -1,10 +1,11 @@
-"""TRL's GRPO on a tiny ReMoE model: training uses the experts that sampling used.
+"""TRL's GRPO on a tiny ReMoE model: training uses the experts of a bfloat16 pass over the samples.
 
     python examples/grpo_replay.py --steps 4
 
 Samples are drawn in bfloat16 and trained on in float32, as with an engine that samples in another precision. The pairs
-of the sampling pass are recorded and replayed. Prints, for each step, the share of pairs on which the two precisions
-disagree, lambda and the sparsity of the model's own router. Needs trl and datasets; runs on a CPU in seconds.
+of a second bfloat16 pass, over the finished samples, are recorded and replayed. Prints, for each step, the share of
+pairs on which the two precisions disagree, lambda and the sparsity of the model's own router. Needs trl and datasets;
+runs on a CPU in seconds.
 """
 
 import argparse
@@ -29,7 +30,7 @@ PAIRS = "routed_pairs"  # (B, S, L, E) bool, a row for each sample, which TRL sh
 
 
 class ReplayingGRPOTrainer(trl.GRPOTrainer):
-    """GRPO whose training passes execute the pairs of the sampling pass, with the model's penalty in the loss."""
+    """GRPO whose training passes execute the pairs of a bfloat16 pass, with the model's penalty in the loss."""
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         module = routed_module(self.model)

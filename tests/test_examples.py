@@ -58,7 +58,7 @@ def test_dense_checkpoint_is_upcycled_and_both_are_trained_on(corpus, tmp_path):
     assert 0 < ours["sparsity"] < 1
 
 
-def test_grpo_replays_the_sampled_pairs_and_steers_lambda():
+def test_grpo_replays_the_pairs_of_a_bfloat16_pass_and_steers_lambda():
     pytest.importorskip("trl")
     steps = [line.split() for line in run("grpo_replay.py", "--steps", "3").splitlines() if line.startswith("step")]
     assert len(steps) == 3

@@ -124,12 +124,14 @@ def test_requests_at_the_same_time_do_not_change_each_other(client, together, wr
     assert all_of(connect(together)) == expected
 
 
-def send(url, path="/v1/completions", body=None, host=None):
+def send(url, path="/v1/completions", body=None, host=None, origin=None):
     """A connection on which a request was sent, by hand, so that a test can close it."""
     address = url.split("/")[2]
     connection = socket.create_connection(address.rsplit(":", 1), timeout=60)
     text = json.dumps(body)
     head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {host or address}\r\nConnection: close\r\n"
+    if origin:
+        head += f"Origin: {origin}\r\n"
     if body:
         head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}"
     connection.sendall(f"{head}\r\n".encode())
@@ -241,7 +243,10 @@ def test_a_page_of_another_site_is_refused(url):
     for host in ("evil.example", "evil.example:80", "localhost:1", "127.0.0.1", "[::1]:8000", "127.0.0.1.evil.example"):
         with send(url, "/v1/models", host=host) as connection:
             status[host] = int(connection.makefile().readline().split()[1])
-    assert list(status.values()) == [403, 403, 200, 200, 200, 403]
+    for origin in ("http://evil.example", "null", "http://localhost:3000", url.removesuffix("/v1")):
+        with send(url, "/v1/models", origin=origin) as connection:
+            status[origin] = int(connection.makefile().readline().split()[1])
+    assert list(status.values()) == [403, 403, 200, 200, 200, 403, 403, 403, 200, 200]
 
 
 @pytest.mark.slow
@@ -299,6 +304,42 @@ def test_what_cannot_be_answered_is_an_error_of_one_line(kind, stream, request):
         assert message in caught.value.body["message"]
         assert "\n" not in caught.value.body["message"]
     assert load(str(client.base_url)) == {"requests": 0, "generating": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({"n": 2, "logprobs": 3, "echo": True}, {}),
+        ({"frequency_penalty": 0.5}, {"repetition_penalty": 1.5}),
+        ({"temperature": None, "seed": 3}, {"temperature": 1, "top_k": 50, "seed": 3}),
+    ],
+)
+def test_options_mean_what_the_documentation_says(asked, meant, client, written):
+    (choice,) = complete(client, "cow 1. sheep", **asked).choices
+    assert choice.text == written("cow 1. sheep", **meant)
+    assert choice.logprobs is None
+    assert (choice.text != written("cow 1. sheep")) == bool(meant)
+
+
+@pytest.mark.slow
+def test_a_text_has_at_most_1024_tokens_unless_the_request_says_otherwise(client):
+    answer = client.completions.create(model="mine", prompt="cow", temperature=0)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (1024, "length")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["url", "together"])
+def test_a_chat_without_a_template_is_an_error_of_one_line(kind, request):
+    import openai
+
+    client, messages = connect(request.getfixturevalue(kind)), [{"role": "user", "content": "cow"}]
+    for ask in (
+        lambda: client.chat.completions.create(model="mine", messages=messages),
+        lambda: client.responses.create(model="mine", input=messages),
+    ):
+        with pytest.raises(openai.BadRequestError, match="a chat needs a tokenizer with a chat template"):
+            ask()
 
 
 @pytest.mark.slow

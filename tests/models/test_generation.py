@@ -14,6 +14,10 @@ from remoe.experts.cpu.build import compiled_kernels
 from remoe.models.attention import CACHE_NAME
 
 needs_kernels = pytest.mark.skipif(compiled_kernels(torch.float32) is None, reason="no compiled kernels here")
+paged = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.24"),
+    reason="before, transformers' paged cache was an argument of attention alone",
+)
 
 WAYS = {
     "greedy": {"do_sample": False},
@@ -157,11 +161,22 @@ def test_text_is_written_by_the_kernel_for_a_few_tokens(cache, options, few, mon
     assert len(few) == 6 * LAYERS
 
 
+@paged
+@pytest.mark.parametrize("options", [{}, {"router": "topk"}, {"max_experts": 1}], ids=str)
+def test_continuous_batching_writes_the_tokens_of_generate(options):
+    model, (long,) = build(**options), tokens(batch=1, length=40)
+    prompts = [long[:length].tolist() for length in (1, 40, 3, 17, 9)]  # of 40 tokens, longer than a forward pass
+    fixed = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+    expected = [write(model, torch.tensor([ids]), **fixed)[0, len(ids) :].tolist() for ids in prompts]
+    assert len(set(map(tuple, expected))) > 2
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)
+    outputs = model.generate_batch(prompts, GenerationConfig(pad_token_id=0, **fixed), room, progress_bar=False)
+    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    assert [found[tuple(ids)] for ids in prompts] == expected
+
+
 @needs_kernels
-@pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.24"),
-    reason="before, transformers' paged cache was an argument of attention alone",
-)
+@paged
 def test_continuous_batching_writes_by_the_kernel_for_a_few_tokens(few):
     model, ids = build(shared_expert_size=16), tokens(batch=3)
     options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)

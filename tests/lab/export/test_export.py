@@ -21,6 +21,7 @@ import remoe
 from remoe.lab.cli.main import main
 from remoe.lab.export import export_model
 from remoe.lab.training.folder import RunFolder
+from remoe.lab.training.load import load_run
 from remoe.models.bundle import PACKAGE, flat_name, relocated, write_bundle
 
 WITHOUT_REMOE = """
@@ -106,6 +107,21 @@ def test_loads_without_this_package(exported, tmp_path):
     causal = "RemoeForCausalLM"
     assert result["names"] == [causal, "RemoeForSequenceClassification", "RemoeModel", causal]
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def").input_ids
+
+
+@pytest.mark.slow
+def test_a_capped_export_loads_without_this_package(exported, tmp_path, capsys):
+    run, _ = exported
+    assert main(["export", str(run), str(tmp_path / "capped"), "--max-experts", "1"]) == 0
+    assert f"remoe train --from {tmp_path / 'capped'} --data DATA\n" in capsys.readouterr().out
+    ids, (result,) = load_without_remoe([tmp_path / "capped"], tmp_path)
+    ours = load_run(run)[0].eval()
+    with torch.no_grad():
+        free = ours(ids).logits
+        ours.set_max_experts(1)
+        expected = ours(ids).logits
+    assert (expected - free).abs().max() > 1e-3  # the cap matters
+    torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

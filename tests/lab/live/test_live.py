@@ -232,3 +232,42 @@ def test_frames_of_idle_experts_are_seen_light_and_dark(run, browser):
                 assert min(contrast(frame, shown), contrast(frame, paper)) >= 3
         check_accessible(page)
         page.close()
+
+
+@pytest.mark.slow
+def test_the_page_follows_the_run_and_says_its_state(run, browser, monkeypatch):
+    monkeypatch.setattr(growth_module, "QUIET_SECONDS", 0.5)
+    run.metrics.write_text(line(1, load_per_expert=[[0.05] * 32] * 2))
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page, wrong, asked, loads = context.new_page(), [], [], []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("load", lambda: loads.append(page.url))
+
+    def expect(words):
+        page.locator("#state", has_text=words).wait_for(timeout=5000)
+
+    with serving(Growth(run), 0) as url:
+        page.goto(url)
+        page.wait_for_selector('svg[aria-label="Loss at step 2: 4"]')  # the axis has at least two steps
+        expect("Stopped at step 1 of 10: no process trains it.")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.locator("#name").text_content() == run.path.name  # as text
+        with run.metrics.open("a") as file:
+            file.write(line(2) + line(3))
+        page.wait_for_selector('svg[aria-label="Loss at step 3: 2"]', timeout=5000)
+        expect("Training: step 3 of 10")
+        expect("Stopped at step 3 of 10")
+        run.path.rename(moved := run.path.with_name("moved"))
+        expect("is not there any more")
+        moved.rename(run.path)
+        finish(run)
+        expect("Finished: 10 steps, validation loss 2.5000.")
+        assert page.locator("#more").text_content() == "It went well."
+        assert len(loads) == 1
+        assert all(address.startswith(url) for address in asked)
+        assert wrong == []
+    expect("The program that served this page has ended.")
+    assert page.locator('svg[aria-label="Loss at step 3: 2"]').count() == 1  # what was there stays
+    context.close()

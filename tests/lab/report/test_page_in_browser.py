@@ -31,6 +31,18 @@ CHARTS = """() => {
   });
 }"""
 
+# Numbers the controls that one can see and use, and keeps, of each that gets the focus, its number and outline
+WATCH_FOCUS = """() => {
+  window.focused = [];
+  const controls = [...document.querySelectorAll("button, select, input, [tabindex='0'], a[href]")]
+    .filter((one) => one.checkVisibility() && !one.disabled);
+  addEventListener("focusin", ({ target }) => {
+    const { outlineStyle, outlineWidth, outlineColor } = getComputedStyle(target);
+    window.focused.push([controls.indexOf(target), outlineStyle, outlineWidth, outlineColor]);
+  });
+  return controls.map((one) => one.outerHTML.slice(0, 120));
+}"""
+
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
@@ -127,6 +139,20 @@ def test_a_token_is_read_by_pointer_keys_and_search(run, opened):
     assert "cow" in "".join(page.locator("#excerpt .hit").all_text_contents())
     page.get_by_label("Search").fill("not there")
     assert page.locator("#hits").text_content() == "not found"
+
+
+def test_every_control_is_reached_by_tab_and_framed(run, opened):
+    page = opened(run / "report.html")
+    controls = page.evaluate(WATCH_FOCUS)
+    assert len(controls) > 60
+    for _ in controls:
+        page.keyboard.press("Tab")
+    focused = page.evaluate("window.focused")
+    assert [controls[place] for place in range(len(controls)) if place not in {place for place, *_ in focused}] == []
+    mark = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--mark')")
+    colour = f"rgb({', '.join(mark.replace(',', ' ').split())})"
+    for place, *frame in focused:
+        assert frame == ["solid", "3px", colour], controls[place]
 
 
 def test_experts_have_cards_that_one_can_link_to(run, opened):

@@ -85,6 +85,11 @@ def _reads_as_generate(kind: type[PreTrainedTokenizerBase], *, special: bool) ->
             options.setdefault("add_special_tokens", special)
             return super().__call__(text or self.eos_token, **options)
 
+        def apply_chat_template(self, *given: object, **options: object) -> BatchEncoding:
+            if self.chat_template is None:
+                raise ConfigError("a chat needs a tokenizer with a chat template, and this model's has none")
+            return super().apply_chat_template(*given, **options)
+
     return Tokenizer
 
 
