@@ -6,10 +6,12 @@ Legend: T tokens, D model width, F expert width, E experts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import reference
 import torch
 
-from remoe.experts import naive_experts
+from remoe.errors import ConfigError
+from remoe.experts import naive_experts, resolve_backend
 from remoe.routing.assignment import Assignment
 
 SHAPES = {
@@ -91,3 +93,11 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def skip_unless_able(backend, x, down, **options):
+    """Skips where the backend, a partial `run_experts`, cannot run these tensors; options as of `resolve_backend`."""
+    try:
+        resolve_backend(backend.keywords["backend"], "cpu", x.dtype, *down.shape[1:], **options)
+    except ConfigError as error:
+        pytest.skip(str(error))

@@ -1,44 +1,17 @@
 """Experts with low-rank adapters, which run on the pairs: against the specification, which adds them to the weights."""
 
-import functools
-
 import pytest
 import reference
 import torch
-from experts.cases import SHAPES, problem, with_room
+from experts.cases import SHAPES, problem, skip_unless_able, with_room
 
-from remoe.errors import ConfigError
-from remoe.experts import naive_experts, resolve_backend, run_experts
+from remoe.experts import naive_experts, run_experts
 from remoe.experts.adapters import Adapters
 from remoe.routing.assignment import Assignment
 
 NAMES = ("x", "gates", "gate_up a", "gate_up b", "down a", "down b")
 RANKS = {"r, q": (4, 3), "gate_up alone": (5, 0), "down alone": (0, 2)}
-PATHS = ["cpu", "cpu own product", "cpu without passes", "cpu without kernels", "grouped"]
-
-
-@pytest.fixture
-def backend(request, monkeypatch):
-    name, _, variant = request.param.partition(" ")
-    if variant == "own product":
-        request.getfixturevalue("own_product")
-    elif variant:
-        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_passes", lambda dtype: None)
-    if variant == "without kernels":
-        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_kernels", lambda dtype: None)
-    return functools.partial(run_experts, backend=name)
-
-
-@pytest.fixture
-def own_product(monkeypatch):
-    from remoe.experts.cpu.build import compiled_passes
-
-    monkeypatch.setenv("REMOE_PRODUCT", "own")
-    compiled_passes.cache_clear()
-    yield
-    monkeypatch.undo()
-    compiled_passes.cache_clear()
-    compiled_passes(torch.float32)  # which gives the library its product again
+PATHS = ["cpu", "cpu with the other product", "cpu without passes", "cpu without kernels", "grouped"]
 
 
 every_path = pytest.mark.parametrize("backend", PATHS, indirect=True)
@@ -82,15 +55,8 @@ def check(backend, leaves, weights, active, tolerance, room=False):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_the_weights_with_the_change_added(backend, shape, ranks):
     leaves, weights, active = adapted_problem(shape, ranks)
-    skip_unless_able(backend, leaves[0], weights)
+    skip_unless_able(backend, leaves[0], weights[1], adapted=True)
     check(backend, leaves, weights, active, 1e-5)
-
-
-def skip_unless_able(backend, x, weights):
-    try:
-        resolve_backend(backend.keywords["backend"], "cpu", x.dtype, *weights[1].shape[1:], adapted=True)
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 @every_path

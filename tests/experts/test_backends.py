@@ -1,6 +1,5 @@
 """Every backend against naive.py: output and all gradients, odd sizes, empty and full experts, poisoned memory."""
 
-import functools
 import math
 import os
 import subprocess
@@ -11,16 +10,14 @@ import numpy as np
 import pytest
 import reference
 import torch
-from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, run
+from experts.cases import SHAPES, check_equals_naive, check_repeats, problem, run, skip_unless_able
 from packaging import version
 
 from remoe.errors import ConfigError
 from remoe.experts import Experts, naive_experts, resolve_backend, run_experts
 from remoe.experts.contract import Problem
-from remoe.experts.cpu.build import compiled_passes
 from remoe.experts.dispatch import OPERATORS
 from remoe.experts.windows import MIN_WINDOW, STORED_MULTIPLE, STORED_WINDOWS, windows
-from remoe.matmul import is_intel
 from remoe.routing.assignment import Assignment
 
 EVERYWHERE = ["cpu", "cpu with the other product", "cpu without passes", "cpu without kernels"]
@@ -39,48 +36,14 @@ SHAPES_16_BIT = {
 } | ({} if INTERPRETED else SHAPES | {"long": (9, 1100, 70, 2, 0.7)})
 
 
-@pytest.fixture
-def backend(request, monkeypatch):
-    """A backend as a function."""
-    name, _, variant = request.param.partition(" ")
-    if variant == "with the other product":
-        request.getfixturevalue("other_product")
-    elif variant:
-        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_passes", lambda dtype: None)
-    if variant == "without kernels":
-        monkeypatch.setattr(f"remoe.experts.{name}.backend.compiled_kernels", lambda dtype: None)
-    return functools.partial(run_experts, backend=name)
-
-
-@pytest.fixture
-def other_product(monkeypatch):
-    """The matrix product that processors of other brands use."""
-    if not torch.backends.mkl.is_available():
-        pytest.skip("there is no other product than ours")
-    monkeypatch.setenv("REMOE_PRODUCT", "own" if is_intel() else "mkl")
-    compiled_passes.cache_clear()
-    yield
-    monkeypatch.undo()
-    compiled_passes.cache_clear()
-    compiled_passes(torch.float32)  # which gives the library its product again
-
-
 every_backend = pytest.mark.parametrize("backend", EVERYWHERE + RAGGED, indirect=True)
-
-
-def skip_unless_able(backend, leaves):
-    x, _, down, _ = leaves
-    try:
-        resolve_backend(backend.keywords["backend"], "cpu", x.dtype, *down.shape[1:])
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 @every_backend
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_equals_naive_in_float64(backend, shape):
     leaves, active = problem(*shape)
-    skip_unless_able(backend, leaves)
+    skip_unless_able(backend, leaves[0], leaves[2])
     check_equals_naive(backend, leaves, active, 1e-5)
 
 
@@ -112,7 +75,7 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("shape", SHAPES_16_BIT.values(), ids=SHAPES_16_BIT.keys())
 def test_16_bit(backend, dtype, shape):
     leaves, active = problem(*shape, dtype)
-    skip_unless_able(backend, leaves)
+    skip_unless_able(backend, leaves[0], leaves[2])
     check_equals_naive(backend, leaves, active, 1e-2)
 
 
@@ -123,7 +86,7 @@ def test_few_tokens_without_gradients(backend, dtype, tolerance, widths):
     """Decoding has kernels of its own; here the experts have 0 to E - 1 tokens each."""
     E = 6 if INTERPRETED else 16
     (x, gate_up, down, gate_TE), _ = problem(E - 1, *widths, E, 1.0, dtype)
-    skip_unless_able(backend, (x, gate_up, down, gate_TE))
+    skip_unless_able(backend, x, down)
     active = torch.arange(E - 1)[:, None] < torch.arange(E)
     assignment = Assignment.from_gates(torch.rand_like(gate_TE), active)
     expected = naive_experts(x.double(), gate_up.double(), down.double(), assignment)

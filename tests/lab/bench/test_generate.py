@@ -11,7 +11,7 @@ from remoe.lab.bench.generate import Contestants, Work, bench_generate
 from remoe.lab.bench.roofline import Roofline
 from remoe.lab.cli.main import main
 
-WORK = Work(64, 24, 8, 2, layers=2, vocab_size=512, prompt_tokens=6, new_tokens=10)
+WORK = Work(64, 24, 8, 2, layers=2, vocab_size=512, prompt_tokens=6, new_tokens=10, cache="dynamic")
 OURS = {"remoe relu", "remoe topk", "remoe dense"}
 THEIRS = {"mixtral grouped_mm", "mixtral batched_mm", "mixtral eager"}
 

@@ -48,15 +48,15 @@ class Work:
         ConfigError: for sizes that make no model or no text.
     """
 
-    d_model: int = 768
-    d_ffn: int = 768
-    num_experts: int = 32
-    k: int = 4
-    layers: int = 4
-    vocab_size: int = 8192
-    prompt_tokens: int = 16
-    new_tokens: int = 32
-    cache: str = "dynamic"
+    d_model: int
+    d_ffn: int
+    num_experts: int
+    k: int
+    layers: int
+    vocab_size: int
+    prompt_tokens: int
+    new_tokens: int
+    cache: str
 
     def __post_init__(self) -> None:
         check_integers(1, prompt_tokens=self.prompt_tokens)
