@@ -1,5 +1,5 @@
 "use strict";
-// Curves and dots, drawn by uPlot: drag to enlarge, arrow keys to read.
+// Curves and dots, drawn by uPlot: drag to enlarge, or by a button; pointer, tap or arrow keys to read.
 (() => {
   const { element, colour, short } = remoe;
   const HEIGHT = 250;
@@ -69,15 +69,15 @@
       "aria-label": `${figure.title}: left and right arrow keys read values, plus and minus enlarge, Escape shows all`,
     });
     figure.body.append(holder);
-    let u = null, index = 0, stale = false;
+    let u = null, at = null, stale = false; // at: index of the value that was read last
     const seen = new IntersectionObserver((entries) => {
       if (stale && entries.at(-1).isIntersecting) make(); // others are drawn again when they are seen
     }, { rootMargin: "100px" });
 
     function make() {
-      stale = false;
-      const at = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
-      const kept = at.map((value) => value !== null);
+      [stale, at] = [false, null];
+      const x = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
+      const kept = x.map((value) => value !== null);
       const only = (values) => clean(values, options.log).filter((_, i) => kept[i]);
       const count = options.names.length;
       const colours = options.colours || remoe.range(count);
@@ -97,8 +97,8 @@
             ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
         ],
-        hooks: { drawClear: [(made) => background(made, options)] },
-      }, [at.filter((value) => value !== null), ...options.values.map(only)], holder);
+        hooks: { drawClear: [(made) => background(made, options)], setCursor: [({ cursor }) => (at = cursor.idx ?? at)] },
+      }, [x.filter((value) => value !== null), ...options.values.map(only)], holder);
     }
 
     function width() {
@@ -107,13 +107,13 @@
 
     function read(step) {
       const last = u.data[0].length - 1;
-      index = Math.max(0, Math.min(last, index + step));
-      u.setCursor({ left: u.valToPos(u.data[0][index], "x"), top: u.over.clientHeight / 2 });
+      at = Math.max(0, Math.min(last, (at ?? 0) + step));
+      u.setCursor({ left: u.valToPos(u.data[0][at], "x"), top: u.over.clientHeight / 2 });
     }
 
     function zoom(factor) {
       const { min, max } = u.scales.x;
-      const middle = u.cursor.idx === null ? (min + max) / 2 : u.data[0][u.cursor.idx];
+      const middle = at === null ? (min + max) / 2 : u.data[0][at];
       u.setScale("x", {
         min: Math.max(u.data[0][0], middle - (middle - min) * factor),
         max: Math.min(u.data[0].at(-1), middle + (max - middle) * factor),
@@ -132,9 +132,12 @@
       event.preventDefault();
       action();
     });
-    const button = element("button", "Show all", { type: "button", "aria-label": `${figure.title}: show the whole range` });
-    button.addEventListener("click", () => whole());
-    figure.tools.prepend(button);
+    const button = (text, label, act) => {
+      const made = element("button", text, { type: "button", "aria-label": `${figure.title}: ${label}` });
+      made.addEventListener("click", act);
+      return made;
+    };
+    figure.tools.prepend(button("Enlarge", "enlarge around the value that is read", () => zoom(0.5)), button("Show all", "show the whole range", whole));
     make();
     const resize = () => u.setSize({ width: width(), height: HEIGHT });
     const resized = new ResizeObserver(resize);
