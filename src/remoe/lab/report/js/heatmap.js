@@ -45,7 +45,7 @@ remoe.heatmap = (figure, options) => {
       }
     }
     context.putImageData(pixels, 0, 0);
-    const strip = remoe.range(9).map((i) => `rgb(${colours[Math.round((i / 8) * 255)].join(",")})`);
+    const strip = remoe.range(33).map((i) => `rgb(${colours[Math.round(255 * strength((max * i) / 32))].join(",")})`);
     const bar = element("span", undefined, { class: "strip", "aria-hidden": "true" });
     bar.style.background = `linear-gradient(to right, ${strip.join(",")})`;
     const format = options.format || short;

@@ -5,6 +5,7 @@
   const HEIGHT = 250;
   const COLOURS = ["line-1", "line-2", "line-3", "line-4", "line-5", "line-6"];
   const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]];
+  const BORDERS = ["solid", "dashed", "dotted", "double"]; // of the legend's squares, like the dashes of the curves
 
   // A series has a colour of its own, or, if there are more, its place between two
   function stroke(index, count) {
@@ -57,7 +58,7 @@
       label, stroke: () => colour("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
       grid: { stroke: () => colour("line"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 },
       values: (u, splits) => splits.map((value) => (value === null ? "" : short(value))),
-      size: log ? 56 : 48, labelSize: 18,
+      size: (u, shown) => Math.max(48, 19 + 7 * Math.max(0, ...(shown || []).map((text) => text.length))), labelSize: 18,
     };
   }
 
@@ -82,19 +83,21 @@
       const count = options.names.length;
       const colours = options.colours || remoe.range(count);
       const hues = options.colours ? COLOURS.length : count;
+      const isDot = (i) => Boolean(options.dots && options.dots[i]);
+      const pattern = (i) => (count > 1 && hues <= COLOURS.length && !isDot(i) ? colours[i] % DASHES.length : 0);
       if (u) u.destroy();
       u = new uPlot({
         width: width(), height: HEIGHT, ms: 1,
         scales: { x: { time: false, distr: options.logX ? 3 : 1 }, y: { distr: options.log ? 3 : 1, ...options.scaleY } },
         axes: [{ ...axis(options.xName, false, !options.fraction), size: 30 }, axis(options.unit, options.log)],
-        legend: { live: true },
+        legend: { live: true, markers: { width: (u, i) => (isDot(i - 1) ? 0 : 3), dash: (u, i) => BORDERS[pattern(i - 1)], fill: (u, i) => (isDot(i - 1) ? u.series[i].stroke(u, i) : null) } },
         cursor: { sync: options.sync ? { key: options.sync } : undefined, points: { size: 6 } },
         series: [
           { label: options.xName, value: (_, value) => short(value) },
           ...options.names.map((label, i) => ({
             label, stroke: stroke(colours[i], hues), width: hues > COLOURS.length ? 1 : 1.5, spanGaps: true, value: (_, value) => short(value),
-            dash: count > 1 && hues <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[colours[i] % DASHES.length] : [],
-            ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
+            dash: DASHES[pattern(i)],
+            ...(isDot(i) ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
         ],
         hooks: { drawClear: [(made) => background(made, options)], setCursor: [({ cursor }) => (at = cursor.idx ?? at)] },
