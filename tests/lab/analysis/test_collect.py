@@ -7,10 +7,11 @@ import torch
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.lab.analysis import recording
 from remoe.lab.analysis.collect import active_of, gates_of
 from remoe.lab.analysis.mixture import Mixture
 from remoe.lab.analysis.record import RecordWriter
-from remoe.lab.analysis.recording import BATCH_TOKENS, record_routing
+from remoe.lab.analysis.recording import record_routing
 from remoe.lab.analysis.texts import PreparedText, TokenIds
 from remoe.lab.data import ValidationWindows, open_dataset
 from remoe.lab.machine import used_memory
@@ -139,7 +140,7 @@ def test_the_mean_loss_is_that_of_an_evaluation(windows, document_end):
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = remoe.RemoeConfig(vocab_size=32, num_experts=512, router="topk", num_key_value_heads=1, **sizes)
-    token_NS = torch.randint(32, (16 * BATCH_TOKENS // 64, 64))
+    token_NS = torch.randint(32, (512, 64))
     held, append = [], RecordWriter.append
 
     def watched(writer, **rows):
@@ -147,6 +148,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
         held.append(used_memory(torch.device("cpu")))
 
     monkeypatch.setattr(RecordWriter, "append", watched)
+    monkeypatch.setattr(recording, "CPU_BATCH_TOKENS", 256)
     record = record_routing(Mixture(remoe.RemoeForCausalLM(config)), TokenIds(token_NS), tmp_path / "record.parquet")
     assert record.about.tokens == token_NS.numel()
     half = len(held) // 2
