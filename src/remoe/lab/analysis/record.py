@@ -166,8 +166,8 @@ class RecordWriter(AbstractContextManager):
             self._flush()
 
     def _begin(self) -> None:
-        # The rows of a group wait in one growing block of Arrow's own allocator. Separate columns, which share memory with
-        # the tensors, would lie between the large blocks of a forward pass and keep the next pass from reusing them.
+        # The rows of a group wait in one growing block of Arrow's own allocator. Separate columns, which share memory
+        # with the tensors, would lie between the large blocks of a forward pass and keep the next one from reusing them.
         self.group, self.pending = pa.BufferOutputStream(), 0
         self.stream = pa.ipc.new_stream(self.group, self.schema)
 
