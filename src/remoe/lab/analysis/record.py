@@ -167,7 +167,7 @@ class RecordWriter(AbstractContextManager):
 
     def _begin(self) -> None:
         # The rows of a group wait in one growing block of Arrow's own allocator. Separate columns, which share memory
-        # with the tensors, would lie between the large blocks of a forward pass and keep the next one from reusing them.
+        # with the tensors, would lie between the large blocks of a forward pass and hinder the next in reusing them.
         self.group, self.pending = pa.BufferOutputStream(), 0
         self.stream = pa.ipc.new_stream(self.group, self.schema)
 
