@@ -1,6 +1,7 @@
 """`remoe serve` takes gate threshold and cap with each request, also where requests share a batch."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import small_writer
@@ -17,7 +18,6 @@ from remoe.lab.training.load import load_model
 DIALS = [{}, {"max_experts": 1}, {"gate_threshold": 0.3}, {"gate_threshold": 0.1, "max_experts": 2}]
 PROMPTS = ["cow 1. sheep", "lamp"]
 LONG = "cow 3. barn road " * 43  # 259 tokens, of which a page of the cache has 256
-MIXTRAL = {"vocab_size": 310, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 pytestmark = pytest.mark.slow
 
@@ -34,20 +34,14 @@ def client(request, folder):
         yield connect(url)
 
 
-class quick_server:
+@contextmanager
+def quick_server(folder, **options):
     """Context of a server with little memory that does not wait at its end; gives the address."""
-
-    def __init__(self, folder, **options):
-        self.patch, self.server = pytest.MonkeyPatch(), serving(folder, port=0, **options)
-
-    def __enter__(self):
-        self.patch.setitem(CPU_BATCHING, "max_memory_percent", 0.01)
-        self.patch.setattr(server, "GRACE", 0.1)
-        return self.server.__enter__()[0]
-
-    def __exit__(self, *error):
-        self.server.__exit__(*error)
-        self.patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CPU_BATCHING, "max_memory_percent", 0.01)
+        patch.setattr(server, "GRACE", 0.1)
+        with serving(folder, port=0, **options) as (url, _):
+            yield url
 
 
 def connect(url):
@@ -134,8 +128,9 @@ def test_relufied_models_have_it_and_other_models_refuse_it(tmp_path):
     import openai
 
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4, "initializer_range": 0.3}
-    model = MixtralForCausalLM(MixtralConfig(**MIXTRAL, **sizes))
+    sizes = {"vocab_size": 310, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, initializer_range=0.3))
     words = "need a ReMoE or a relufied model, not a MixtralForCausalLM"
     with quick_server(save(model, tmp_path / "topk")) as url, pytest.raises(openai.BadRequestError, match=words):
         complete(connect(url), "cow", {"max_experts": 1})
