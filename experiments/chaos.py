@@ -2,12 +2,13 @@
 
     python experiments/chaos.py WORK --out experiments/results/chaos.json
 
-trains a tiny model twice, to the same number of steps. The first run is undisturbed, on 4 ranks. The second starts on 4
-ranks under `torchrun --max-restarts`; at random moments a random rank is killed by SIGKILL. Then torchrun gets SIGTERM,
-and the run is resumed on 2 ranks, gets SIGTERM again, and ends on one process. Every rank records a hash of each window
-that it reads. The result says whether the windows of each step, in its last execution, are those of the undisturbed
-run, each exactly once; how far the losses are from those of the undisturbed run; and whether after every kill all
-folders that are named like checkpoints were whole.
+trains a tiny model three times, to the same number of steps. The first run is undisturbed, on 4 ranks. The second
+starts on 4 ranks under `torchrun --max-restarts`; at random moments a random rank is killed by SIGKILL. Then torchrun
+gets SIGTERM, and the run is resumed on 2 ranks, gets SIGTERM again, and ends on one process. The third, the control, is
+on 4 ranks, 2 and one in the same steps, without kills. Every rank records a hash of each window that it reads. The
+result says whether the windows of each step, in its last execution, are those of the undisturbed run, each exactly
+once; how far the losses are from those of the undisturbed run, and whether all figures equal those of the control; and
+whether after every kill all folders that are named like checkpoints were whole.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,10 +33,11 @@ MODEL = """
 MESHES = {4: "fsdp=4,ep=2", 2: "fsdp=2,ep=2"}
 FEW = 50  # steps, in which rounding has not grown yet
 PATIENCE = 300  # seconds in which something must happen
+MEASURED = re.compile("per_second|share|memory")  # what differs between equal runs
 
 
-def work(records: Path, argv: list[str]) -> int:
-    """Runs `remoe ARGV` as one rank, which records the windows that it reads in a file of its own."""
+def work(records: Path, last: int, argv: list[str]) -> int:
+    """Runs `remoe ARGV` as one rank, which records the windows that it reads; SIGTERM stops it after step `last`."""
     with (records / f"{ATTEMPT:03d}-{RANK}-{os.getpid()}").open("w", buffering=1) as file:
         from remoe.lab.cli.main import main
         from remoe.lab.data import TrainBatches
@@ -46,6 +49,8 @@ def work(records: Path, argv: list[str]) -> int:
             numbers = range(len(token_BS)) if rows is None else rows
             hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in token_BS]
             file.write(json.dumps({"step": step + 1, "windows": dict(zip(numbers, hashes, strict=True))}) + "\n")
+            if step + 1 == last:
+                signal.raise_signal(signal.SIGTERM)
             return token_BS
 
         TrainBatches.batch = recording
@@ -53,9 +58,11 @@ def work(records: Path, argv: list[str]) -> int:
 
 
 class Launch:
-    """One start of a run: by torchrun on several ranks, or of one process."""
+    """One start of a run: by torchrun on several ranks, or of one process; `last` is a step after which it stops."""
 
-    def __init__(self, folder: Path, number: int, ranks: int, steps: int, *flags: str, restarts: int = 0) -> None:
+    def __init__(
+        self, folder: Path, number: int, ranks: int, steps: int, *flags: str, restarts: int = 0, last: int = 0
+    ) -> None:
         self.run, self.records = folder / "run", folder / f"records-{number}"
         self.records.mkdir(parents=True)
         start = [sys.executable]
@@ -66,7 +73,7 @@ class Launch:
         command = ["train", "--data", str(folder.parent / "data"), "--out", str(self.run), "--steps", str(steps)]
         with (folder / f"output-{number}.txt").open("w") as output:
             self.process = subprocess.Popen(
-                [*start, __file__, "--worker", str(self.records), *command, *MODEL.split(), *flags],
+                [*start, __file__, "--worker", str(self.records), str(last), *command, *MODEL.split(), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -156,9 +163,9 @@ def windows(folder: Path) -> tuple[dict[int, dict[str, str]], int]:
 
 
 def metrics(folder: Path) -> dict[int, dict]:
-    """The record of each step."""
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record for record in map(json.loads, lines)}
+    """The record of each step, without time and memory."""
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: {name: record[name] for name in record if not MEASURED.search(name)} for record in records}
 
 
 def prepare(folder: Path) -> None:
@@ -173,7 +180,7 @@ def prepare(folder: Path) -> None:
 
 
 def chaos(folder: Path, *, steps: int, kills: int, ranks: int, seed: int) -> dict:
-    """Both runs and their comparison."""
+    """The three runs and their comparison."""
     prepare(folder)
     quiet = Launch(folder / "undisturbed", 0, ranks, steps)
     if quiet.process.wait():
@@ -192,37 +199,55 @@ def chaos(folder: Path, *, steps: int, kills: int, ranks: int, seed: int) -> dic
         raise SystemExit("the last start failed")
     ends = [stop["step"] for stop in stops] + [steps]
     sizes = [ranks, *(stop["resumed_on"] for stop in stops)]
+    parts = list(zip(sizes, ends, strict=True))
+    control(folder / "control", parts)
     broken = sum(event["broken"] for event in killed + stops)
     events = {"steps": steps, "kills": killed, "stops": stops, "broken_checkpoints": broken}
-    return events | compare(folder, list(zip(sizes, ends, strict=True)))
+    return events | compare(folder, parts)
+
+
+def control(folder: Path, parts: list[tuple[int, int]]) -> None:
+    """A run without kills that changes its number of ranks after the same steps."""
+    steps = parts[-1][1]
+    for number, (ranks, last) in enumerate(parts):
+        launch = Launch(folder, number, ranks, steps, *(["--resume"] if number else []), last=last % steps)
+        if (launch.process.wait() == 0) != (last == steps) or launch.step() != last:
+            raise SystemExit(f"the control did not stop after step {last}")
 
 
 def compare(folder: Path, parts: list[tuple[int, int]]) -> dict:
-    """How the run with kills differs from the other one; `parts` has (ranks, last step) of each start."""
+    """How the run with kills differs from the other ones; `parts` has (ranks, last step) of each start."""
     (expected, _), (found, executed) = windows(folder / "undisturbed"), windows(folder / "disturbed")
-    ours, theirs = metrics(folder / "disturbed"), metrics(folder / "undisturbed")
-    steps, first, differences = parts[-1][1], 1, {}
-    loss = {n: abs(ours[n]["lm_loss"] - theirs[n]["lm_loss"]) / theirs[n]["lm_loss"] for n in theirs}
-    for size, last in parts:
-        for end in sorted({min(first + FEW - 1, last), last}):
-            differences[f"{size} ranks, steps {first} to {end}"] = max(loss[n] for n in range(first, end + 1))
-        first = last + 1
+    ours, theirs, same = (metrics(folder / name) for name in ("disturbed", "undisturbed", "control"))
+    steps = parts[-1][1]
     return {
         "steps_executed": executed,
         "steps_recorded_once": sorted(ours) == list(range(1, steps + 1)),
         "windows": sum(map(len, found.values())),
         "windows_equal": found == expected and len(expected) == steps,
-        "largest_relative_difference_of_losses": differences,
+        "equal_to_control_bit_for_bit": ours == same,
+        "largest_relative_difference_of_losses": differences(ours, theirs, parts),
         "first_step_with_another_sparsity": next(
             (step for step in sorted(ours) if ours[step]["sparsity"] != theirs[step]["sparsity"]), None
         ),
     }
 
 
+def differences(ours: dict[int, dict], theirs: dict[int, dict], parts: list[tuple[int, int]]) -> dict[str, float]:
+    """The largest relative difference of the losses in each part of a run, and in its first steps."""
+    loss = {n: abs(ours[n]["lm_loss"] - theirs[n]["lm_loss"]) / theirs[n]["lm_loss"] for n in theirs}
+    first, found = 1, {}
+    for size, last in parts:
+        for end in sorted({min(first + FEW - 1, last), last}):
+            found[f"{size} ranks, steps {first} to {end}"] = max(loss[n] for n in range(first, end + 1))
+        first = last + 1
+    return found
+
+
 def main() -> int:
     """The command."""
     if sys.argv[1:2] == ["--worker"]:
-        return work(Path(sys.argv[2]), sys.argv[3:])
+        return work(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("work", type=Path, help="a new folder")
     parser.add_argument("--out", type=Path, required=True, help="the result, JSON")
@@ -243,7 +268,8 @@ def main() -> int:
     result["minutes"] = round((time.monotonic() - start) / 60, 1)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    return 0 if result["windows_equal"] and not result["broken_checkpoints"] else 1
+    whole = result["windows_equal"] and result["equal_to_control_bit_for_bit"]
+    return 0 if whole and not result["broken_checkpoints"] else 1
 
 
 if __name__ == "__main__":
