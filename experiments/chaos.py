@@ -8,7 +8,8 @@ gets SIGTERM, and the run is resumed on 2 ranks, gets SIGTERM again, and ends on
 on 4 ranks, 2 and one in the same steps, without kills. Every rank records a hash of each window that it reads. The
 result says whether the windows of each step, in its last execution, are those of the undisturbed run, each exactly
 once; how far the losses are from those of the undisturbed run, and whether all figures equal those of the control; and
-whether after every kill all folders that are named like checkpoints were whole.
+whether after every kill all folders that are named like checkpoints were whole. With `--minutes`, the runs stop after
+about so long; the same command goes on.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +65,7 @@ class Launch:
     def __init__(
         self, folder: Path, number: int, ranks: int, steps: int, *flags: str, restarts: int = 0, last: int = 0
     ) -> None:
-        self.run, self.records = folder / "run", folder / f"records-{number}"
+        self.run, self.records = folder / "run", folder / f"records-{number:02d}"
         self.records.mkdir(parents=True)
         start = [sys.executable]
         if ranks > 1:
@@ -109,10 +111,14 @@ class Launch:
         return time.monotonic() - start
 
 
-def kill_ranks(launch: Launch, ranks: int, kills: int, chance: random.Random) -> list[dict]:
-    """Kills ranks at random moments: two thirds while the run trains, the others at any moment of a start."""
-    killed, ended = [], set()
-    for _ in range(kills):
+def kill_ranks(launch: Launch, ranks: int, kills: list[dict], options: argparse.Namespace) -> None:
+    """Kills ranks at random moments: two thirds while the run trains, the others at any moment of a start.
+
+    Adds to `kills` until there are enough or the time is over.
+    """
+    ended: set[int] = set()
+    while len(kills) < options.kills and time.monotonic() < options.end:
+        chance = random.Random(f"{options.seed} {len(kills)}")
         launch.wait_for(lambda known=ended: len({process for _, process in launch.attempt()} - known) == ranks)
         if training := chance.random() < 2 / 3:
             step = launch.step()
@@ -121,11 +127,10 @@ def kill_ranks(launch: Launch, ranks: int, kills: int, chance: random.Random) ->
         rank, process = chance.choice(launch.attempt())
         ended = {process for _, process in launch.attempt()}
         os.kill(process, signal.SIGKILL)
-        killed.append({"rank": rank, "step": launch.step(), **checkpoints(launch.run)})
-        print(f"kill {len(killed)} of {kills}: {killed[-1]}", flush=True)
+        kills.append({"rank": rank, "step": launch.step(), **checkpoints(launch.run)})
+        print(f"kill {len(kills)} of {options.kills}: {kills[-1]}", flush=True)
     before = launch.step()
     launch.wait_for(lambda: launch.step() > before + 20)
-    return killed
 
 
 def checkpoints(run: Path) -> dict[str, int]:
@@ -179,35 +184,61 @@ def prepare(folder: Path) -> None:
     subprocess.run([*command, "--vocab-size", "300"], check=True, stdout=subprocess.DEVNULL)
 
 
-def chaos(folder: Path, *, steps: int, kills: int, ranks: int, seed: int) -> dict:
+def chaos(folder: Path, options: argparse.Namespace) -> dict:
     """The three runs and their comparison."""
-    prepare(folder)
-    quiet = Launch(folder / "undisturbed", 0, ranks, steps)
-    if quiet.process.wait():
-        raise SystemExit("the undisturbed run failed")
-    killed_folder = folder / "disturbed"
-    launch = Launch(killed_folder, 0, ranks, steps, restarts=kills + 1)
-    killed = kill_ranks(launch, ranks, kills, random.Random(seed))
-    stops = []
-    for number, fewer in enumerate([size for size in (2, 1) if size < ranks], start=1):
-        stops.append({"seconds": round(launch.stop(), 1), "step": launch.step()})
-        launch = Launch(killed_folder, number, fewer, steps, "--resume")
-        stops[-1] |= {"resumed_on": fewer, **checkpoints(launch.run)}
-        if fewer > 1:
-            launch.wait_for(lambda known=launch: known.step() > stops[-1]["step"] + 100)
-    if launch.process.wait():
-        raise SystemExit("the last start failed")
-    ends = [stop["step"] for stop in stops] + [steps]
-    sizes = [ranks, *(stop["resumed_on"] for stop in stops)]
-    parts = list(zip(sizes, ends, strict=True))
+    begun, steps, state = time.monotonic(), options.steps, folder / "state.json"
+    if not state.exists():
+        prepare(folder)
+        if Launch(folder / "undisturbed", 0, options.ranks, steps).process.wait():
+            raise SystemExit("the undisturbed run failed")
+        state.write_text(json.dumps({"kills": [], "starts": [], "seconds": time.monotonic() - begun}))
+        begun = time.monotonic()
+    found = json.loads(state.read_text())
+    kills, starts, before = found["kills"], found["starts"], found["seconds"]
+    while not (starts and starts[-1]["last_step"] == steps):
+        check_time(options)
+        starts.append(disturb(folder / "disturbed", kills, starts, options))
+        found["seconds"] = before + time.monotonic() - begun
+        state.write_text(json.dumps(found))
+    check_time(options)
+    parts = [(start["ranks"], start["last_step"]) for start in starts]
+    parts = [part for part, after in zip(parts, [*parts[1:], (0, 0)], strict=True) if part[0] != after[0]]
     control(folder / "control", parts)
-    broken = sum(event["broken"] for event in killed + stops)
-    events = {"steps": steps, "kills": killed, "stops": stops, "broken_checkpoints": broken}
+    broken = sum(event["broken"] for event in kills + starts)
+    minutes = round((before + time.monotonic() - begun) / 60, 1)
+    events = {"steps": steps, "kills": kills, "starts": starts, "broken_checkpoints": broken, "minutes": minutes}
     return events | compare(folder, parts)
+
+
+def check_time(options: argparse.Namespace) -> None:
+    """Ends the command when its time is over."""
+    if time.monotonic() > options.end:
+        raise SystemExit("the time is over; the same command goes on")
+
+
+def disturb(folder: Path, kills: list[dict], starts: list[dict], options: argparse.Namespace) -> dict:
+    """Starts the run with kills once more: on all ranks until there are enough kills, then on 2, then on one."""
+    ranks = options.ranks
+    if len(kills) == options.kills:
+        ranks = next(size for size in (2, 1) if size < starts[-1]["ranks"])
+    flags = ["--resume"] if starts else []
+    launch = Launch(folder, len(starts), ranks, options.steps, *flags, restarts=options.kills + 1)
+    if ranks == 1:
+        if launch.process.wait():
+            raise SystemExit("the last start failed")
+        return {"ranks": ranks, "last_step": launch.step(), **checkpoints(launch.run)}
+    if len(kills) < options.kills:
+        kill_ranks(launch, ranks, kills, options)
+    else:
+        first = launch.step()
+        launch.wait_for(lambda: launch.step() > first + 100)
+    seconds = round(launch.stop(), 1)
+    return {"ranks": ranks, "last_step": launch.step(), "seconds_to_stop": seconds, **checkpoints(launch.run)}
 
 
 def control(folder: Path, parts: list[tuple[int, int]]) -> None:
     """A run without kills that changes its number of ranks after the same steps."""
+    shutil.rmtree(folder, ignore_errors=True)
     steps = parts[-1][1]
     for number, (ranks, last) in enumerate(parts):
         launch = Launch(folder, number, ranks, steps, *(["--resume"] if number else []), last=last % steps)
@@ -251,21 +282,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("work", type=Path, help="a new folder")
     parser.add_argument("--out", type=Path, required=True, help="the result, JSON")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=4, choices=MESHES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after about so long")
     options = parser.parse_args()
     import torch
 
     from remoe.lab.machine import machine
 
-    start = time.monotonic()
-    result = chaos(
-        options.work.resolve(), steps=options.steps, kills=options.kills, ranks=options.ranks, seed=options.seed
-    )
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(torch.device("cpu")), **result}
-    result["minutes"] = round((time.monotonic() - start) / 60, 1)
+    options.end = time.monotonic() + 60 * options.minutes
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(torch.device("cpu"))}
+    result |= chaos(options.work.resolve(), options)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     whole = result["windows_equal"] and result["equal_to_control_bit_for_bit"]

@@ -45,7 +45,7 @@ MESHES = {
 ONLY_FLOAT32 = ("fsdp=2,ep=2", "replicate=2,fsdp=2,ep=2", "fsdp=2,ep=4,tp=2")
 DTYPES = ("float32", "float64")
 ORDERS = [f"order {number}" for number in range(1, 6)]  # of the micro-batches in the controls
-CONTROLS = [(router, order, "float32") for router in ROUTERS for order in ORDERS]
+CONTROLS = [(router, order, "float32") for order in ORDERS for router in ROUTERS]
 COMPARED = ("lm_loss", "loss", "reg_loss", "lambda", "sparsity", "grad_norm")
 OPTIONS = {
     "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
