@@ -3,13 +3,13 @@
     python experiments/chaos.py WORK --out experiments/results/chaos.json
 
 trains a tiny model three times, to the same number of steps. The first run is undisturbed, on 4 ranks. The second
-starts on 4 ranks under `torchrun --max-restarts`; at random moments a random rank is killed by SIGKILL. Then torchrun
-gets SIGTERM, and the run is resumed on 2 ranks, gets SIGTERM again, and ends on one process. The third, the control, is
-on 4 ranks, 2 and one in the same steps, without kills. Every rank records a hash of each window that it reads. The
-result says whether the windows of each step, in its last execution, are those of the undisturbed run, each exactly
-once; how far the losses are from those of the undisturbed run, and whether all figures equal those of the control; and
-whether after every kill all folders that are named like checkpoints were whole. With `--minutes`, the runs stop after
-about so long; the same command goes on.
+starts on 4 ranks under torchrun's agent, which restarts them; at random moments a random rank is killed by SIGKILL.
+Then the agent gets SIGTERM, and the run is resumed on 2 ranks, gets SIGTERM again, and ends on one process. The third,
+the control, is on 4 ranks, 2 and one in the same steps, without kills. Every rank records a hash of each window that it
+reads. The result says whether the windows of each step, in its last execution, are those of the undisturbed run, each
+exactly once; how far the losses are from those of the undisturbed run, and whether all figures equal those of the
+control; and whether after every kill all folders that are named like checkpoints were whole. With `--minutes`, the
+runs stop after about so long; the same command goes on.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-RANK, ATTEMPT = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 MODEL = """
     --seq-len 16 --batch-size 8 --micro-batch-size 8 --model.hidden-size 16 --model.num-hidden-layers 2
     --model.num-attention-heads 2 --num-experts 4 --device cpu --checkpoint.every 10 --print-every 100
@@ -38,9 +37,21 @@ PATIENCE = 300  # seconds in which something must happen
 MEASURED = re.compile("per_second|share|memory")  # what differs between equal runs
 
 
-def work(records: Path, last: int, argv: list[str]) -> int:
+def launch_ranks(ranks: int, restarts: int, *arguments: object) -> None:
+    """The agent of torchrun, whose ranks are forked: they need not import PyTorch anew after every kill."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from remoe.lab.training import train  # noqa: F401 - imported before the fork
+
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": "chaos"}
+    config = LaunchConfig(1, 1, ranks, start_method="fork", max_restarts=restarts, monitor_interval=0.1, **where)
+    elastic_launch(config, work)(*arguments)
+
+
+def work(records: Path, last: int, argv: list[str]) -> None:
     """Runs `remoe ARGV` as one rank, which records the windows that it reads; SIGTERM stops it after step `last`."""
-    with (records / f"{ATTEMPT:03d}-{RANK}-{os.getpid()}").open("w", buffering=1) as file:
+    rank, attempt = (int(os.environ.get(name, 0)) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    with (records / f"{attempt:03d}-{rank}-{os.getpid()}").open("w", buffering=1) as file:
         from remoe.lab.cli.main import main
         from remoe.lab.data import TrainBatches
 
@@ -56,26 +67,24 @@ def work(records: Path, last: int, argv: list[str]) -> int:
             return token_BS
 
         TrainBatches.batch = recording
-        return main(argv)
+        sys.exit(main(argv))
 
 
 class Launch:
-    """One start of a run: by torchrun on several ranks, or of one process; `last` is a step after which it stops."""
+    """One start of a run: on several ranks, or of one process; `last` is a step after which it stops."""
 
     def __init__(
         self, folder: Path, number: int, ranks: int, steps: int, *flags: str, restarts: int = 0, last: int = 0
     ) -> None:
         self.run, self.records = folder / "run", folder / f"records-{number:02d}"
         self.records.mkdir(parents=True)
-        start = [sys.executable]
         if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            start += [f"--max-restarts={restarts}"]
             flags = ("--mesh", MESHES[ranks], *flags)
+        start = ["--launch", *map(str, (ranks, restarts, self.records, last))]
         command = ["train", "--data", str(folder.parent / "data"), "--out", str(self.run), "--steps", str(steps)]
         with (folder / f"output-{number}.txt").open("w") as output:
             self.process = subprocess.Popen(
-                [*start, __file__, "--worker", str(self.records), str(last), *command, *MODEL.split(), *flags],
+                [sys.executable, __file__, *start, *command, *MODEL.split(), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -120,10 +129,10 @@ def kill_ranks(launch: Launch, ranks: int, kills: list[dict], options: argparse.
     while len(kills) < options.kills and time.monotonic() < options.end:
         chance = random.Random(f"{options.seed} {len(kills)}")
         launch.wait_for(lambda known=ended: len({process for _, process in launch.attempt()} - known) == ranks)
-        if training := chance.random() < 2 / 3:
+        if chance.random() < 2 / 3:
             step = launch.step()
             launch.wait_for(lambda known=step: launch.step() not in (0, known))
-        time.sleep(chance.uniform(0, 4 if training else 8))
+        time.sleep(chance.uniform(0, 4))
         rank, process = chance.choice(launch.attempt())
         ended = {process for _, process in launch.attempt()}
         os.kill(process, signal.SIGKILL)
@@ -275,10 +284,12 @@ def differences(ours: dict[int, dict], theirs: dict[int, dict], parts: list[tupl
     return found
 
 
-def main() -> int:
+def main() -> int | None:
     """The command."""
-    if sys.argv[1:2] == ["--worker"]:
-        return work(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    if sys.argv[1:2] == ["--launch"]:
+        ranks, restarts, records, last, *argv = sys.argv[2:]
+        arguments = (Path(records), int(last), argv)
+        return launch_ranks(int(ranks), int(restarts), *arguments) if int(ranks) > 1 else work(*arguments)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("work", type=Path, help="a new folder")
     parser.add_argument("--out", type=Path, required=True, help="the result, JSON")
