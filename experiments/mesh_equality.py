@@ -44,7 +44,7 @@ MESHES = {
 # Where no two processes share an expert, FSDP2 of torch 2.13 divides its gradient twice unless float32 or bfloat16.
 ONLY_FLOAT32 = ("fsdp=2,ep=2", "replicate=2,fsdp=2,ep=2", "fsdp=2,ep=4,tp=2")
 DTYPES = ("float32", "float64")
-ORDERS = [f"order {number}" for number in range(1, 11)]  # of the micro-batches in the controls
+ORDERS = [f"order {number}" for number in range(1, 9)]  # of the micro-batches in the controls
 CONTROLS = [("threshold", order, "float32") for order in ORDERS]  # the router whose differences are the largest
 COMPARED = ("lm_loss", "loss", "reg_loss", "lambda", "sparsity", "grad_norm")
 OPTIONS = {
