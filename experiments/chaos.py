@@ -304,7 +304,8 @@ def main() -> int | None:
     from remoe.lab.machine import machine
 
     options.end = time.monotonic() + 60 * options.minutes
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(torch.device("cpu"))}
+    sizes = " ".join(f"--{name} {getattr(options, name)}" for name in ("steps", "kills", "ranks", "seed"))
+    result = {"command": f"python experiments/chaos.py WORK {sizes}", "machine": machine(torch.device("cpu"))}
     result |= chaos(options.work.resolve(), options)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
