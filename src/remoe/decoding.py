@@ -17,7 +17,7 @@ from remoe.experts import BACKENDS, Experts, resolve_backend
 from remoe.experts.cpu.backend import few_tokens
 from remoe.experts.packed import is_packed, is_quantised
 from remoe.routing.assignment import LateRouting, Routing, strong
-from remoe.routing.base import GateRule
+from remoe.routing.base import GateRule, Router
 
 MOST_TOKENS, MOST_EXPERTS = 64, 256  # the latter on CUDA
 
@@ -45,7 +45,7 @@ def decode(
         threshold, cap: as `Routing.pruned` takes them.
     """
     router, experts = layer.router, layer.experts
-    if layer.training or type(experts) is not Experts:
+    if layer.training or type(experts) is not Experts or not isinstance(router, Router):
         return None
     on_cpu = x_TD.device.type == "cpu" and experts.backend != "triton"  # or else in Triton's interpreter
     if (
@@ -69,6 +69,7 @@ def decode(
             gate_TE = gate_TE * strong(gate_TE, threshold, cap)
     shared = layer.shared_expert
     if on_cpu:
+        assert gate_TE is not None
         y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), *weights)
         if y_TD is None:
             return None
@@ -106,13 +107,12 @@ def triton(
     x_TD: Tensor, mask_T: Tensor | None, gate_TE: Tensor | None, rule: GateRule | None, *weights: Tensor
 ) -> Tensor:
     """A whole layer by two kernels, from gates or by the rule; weights are the experts' and perhaps a shared one's."""
-    _, router_ED, bias_E, each_E, k, scale, renormalize = rule or GateRule("given", x_TD, None, None, 0)
-    kind, router_ED = ("given", None) if rule is None else (rule.kind, router_ED)
-    shared = (*weights[2:], None, None)[:2]
     run = BACKENDS["triton"].decode
     assert run is not None
-    arguments = (mask_T, gate_TE, router_ED, bias_E, each_E, kind, k, scale, renormalize)
-    return run(x_TD, *arguments, *weights[:2], *shared)
+    return run(x_TD, mask_T, gate_TE, *(rule or _GIVEN), *weights, *(None,) * (4 - len(weights)))
+
+
+_GIVEN = ("given", None, None, None, 0, 1.0, False)  # in place of a rule
 
 
 def takes_triton(x_TD: Tensor, gate_up_E2FD: Any, down_EDF: Any, backend: str = "auto") -> bool:

@@ -27,9 +27,9 @@ def _depth(rows: int, itemsize: int, most: int) -> int:
 
 
 def _decode(
-    x_TD: Tensor, mask_T: Tensor | None, gate_TE: Tensor | None, router_ED: Tensor | None, bias_E: Tensor | None,
-    each_E: Tensor | None, rule: str, k: int, scale: float, renormalize: bool, gate_up_E2FD: Tensor, down_EDF: Tensor,
-    shared_gate_up: Tensor | None, shared_down: Tensor | None,
+    x_TD: Tensor, mask_T: Tensor | None, gate_TE: Tensor | None, rule: str, router_ED: Tensor | None,
+    bias_E: Tensor | None, each_E: Tensor | None, k: int, scale: float, renormalize: bool,
+    gate_up_E2FD: Tensor, down_EDF: Tensor, shared_gate_up: Tensor | None, shared_down: Tensor | None,
 ) -> Tensor:  # fmt: skip
     from remoe.experts.triton import decode_kernels as kernels
 
@@ -73,7 +73,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 decode = torch.library.custom_op(
     operator_name("decode_triton"), _decode, mutates_args=(),
-    schema="(Tensor x_TD, Tensor? mask_T, Tensor? gate_TE, Tensor? router_ED, Tensor? bias_E, Tensor? each_E, str rule,"
+    schema="(Tensor x_TD, Tensor? mask_T, Tensor? gate_TE, str rule, Tensor? router_ED, Tensor? bias_E, Tensor? each_E,"
     " int k, float scale, bool renormalize, Tensor gate_up_E2FD, Tensor down_EDF, Tensor? shared_gate_up,"
     " Tensor? shared_down) -> Tensor",
 )  # fmt: skip
