@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from remoe.lab.bench.step_profile import StepProfile
 
-QUICK_ROUNDS, QUICK_BATCH = 3, 8  # the most with --quick
+QUICK_ROUNDS, QUICK_BATCH, QUICK_LAYERS = 3, 8, 2  # the most with --quick
 # What it leaves out, as the tables say.
 LEFT_OUT = {
     "layer": "other implementations, torch.compile and memory",
     "decode": "other implementations and torch.compile",
-    "generate": f"transformers' Mixtral and batches of more than {QUICK_BATCH}",
+    "generate": f"transformers' Mixtral, batches of more than {QUICK_BATCH} and layers after the second",
     "lora": "128 experts and the larger size",
 }
 MOST_THREADS = 4096  # torch takes any number, and fails later
@@ -210,7 +210,10 @@ def generate_command(argv: list[str]) -> int:
     from remoe.lab.machine import machine
 
     device, dtype, name = _device_and_dtype(arguments)
-    work = Work(**{size: getattr(arguments, size) for size in Work.__dataclass_fields__})
+    sizes = {size: getattr(arguments, size) for size in Work.__dataclass_fields__}
+    if arguments.quick:
+        sizes["layers"] = min(arguments.layers, QUICK_LAYERS)
+    work = Work(**sizes)
     roofline = measure_roofline(device, dtype)
     contestants = Contestants(work, device, dtype, arguments.peers and not arguments.quick)
     facts, rows = machine(device) | libraries(), []

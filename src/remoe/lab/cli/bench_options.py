@@ -102,8 +102,8 @@ class GenerateArguments(Common):
     repetitions: int = 5
     """Number of timed rounds. A contestant that needs more than five times as long as the fastest has one."""
     quick: bool = False
-    """Under a minute on two cores: at most 3 rounds, only our models, and no batch of more than 8 unless --batch-sizes
-    has no smaller one."""
+    """Under a minute on two cores: at most 3 rounds, only our models, with 2 layers, and no batch of more than 8 unless
+    --batch-sizes has no smaller one."""
 
 
 @dataclass(frozen=True)
