@@ -128,7 +128,7 @@ def decode(options: Options) -> Items:
     if options.reduced:
         yield LeftOut("decode: CUDA graphs and the backends triton and grouped", "they need CUDA")
         yield LeftOut("generate: transformers' Mixtral", "it is slow on a CPU")
-    yield Command("decode", bench(options, "decode", *sizes_of(options), *backends(options), name="decode"), 60)
+    yield Command("decode", bench(options, "decode", *sizes_of(options), *backends(options), name="decode"), 120)
     small = ["--d-model", "64", "--d-ffn", "32", "--vocab-size", "512", "--quick"] if options.reduced else []
     for cache in ("dynamic", "static"):
         name = f"generate-{cache}"
