@@ -74,9 +74,9 @@ def decode(
         if y_TD is None:
             return None
     elif shared is not None and _is_plain(shared) and takes_triton(x_TD, *_weights(shared), backend=shared.backend):
-        y_TD, shared = triton(x_TD, mask_T, gate_TE, rule, *weights, *_weights(shared)), None
+        y_TD, shared = run_triton(x_TD, mask_T, gate_TE, rule, *weights, *_weights(shared)), None
     else:
-        y_TD = triton(x_TD, mask_T, gate_TE, rule, *weights)
+        y_TD = run_triton(x_TD, mask_T, gate_TE, rule, *weights)
     if shared is not None:
         y_TD = y_TD + shared(x_TD)
     if torch.compiler.is_compiling():  # what a graph does not use of it, it does not compute
@@ -99,14 +99,17 @@ def decode_by_gates(x_TD: Tensor, gate_TE: Tensor, gate_up_E2FD: Tensor, down_ED
     if takes_few_tokens(x_TD, gate_up_E2FD, down_EDF):
         return few_tokens(x_TD.contiguous(), gate_TE.contiguous(), gate_up_E2FD, down_EDF)
     if takes_triton(x_TD, gate_up_E2FD, down_EDF):
-        return triton(x_TD, None, gate_TE, None, gate_up_E2FD, down_EDF)
+        return run_triton(x_TD, None, gate_TE, None, gate_up_E2FD, down_EDF)
     return None
 
 
-def triton(
+def run_triton(
     x_TD: Tensor, mask_T: Tensor | None, gate_TE: Tensor | None, rule: GateRule | None, *weights: Tensor
 ) -> Tensor:
-    """A whole layer by two kernels, from gates or by the rule; weights are the experts' and perhaps a shared one's."""
+    """A whole layer by two kernels: from gates, or by the rule without the tokens that the mask leaves out.
+
+    The weights are gate_up and down of the experts, and perhaps those of a shared one.
+    """
     run = BACKENDS["triton"].decode
     assert run is not None
     return run(x_TD, mask_T, gate_TE, *(rule or _GIVEN), *weights, *(None,) * (4 - len(weights)))
@@ -116,7 +119,7 @@ _GIVEN = ("given", None, None, None, 0, 1.0, False)  # in place of a rule
 
 
 def takes_triton(x_TD: Tensor, gate_up_E2FD: Any, down_EDF: Any, backend: str = "auto") -> bool:
-    """Whether `triton` can run these tokens and weights."""
+    """Whether `run_triton` can run these tokens and weights."""
     return (
         (x_TD.device.type == "cuda" or backend == "triton")
         and not torch.is_grad_enabled()

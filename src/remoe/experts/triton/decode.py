@@ -38,10 +38,7 @@ def _decode(
     if T == 0:
         return y_TD
     S = 0 if shared_down is None else shared_down.shape[-1]
-    given = rule == "given"
     gate = x_TD.new_empty(T, E, dtype=torch.float32) if gate_TE is None else gate_TE.float().contiguous()
-    if given and mask_T is not None and gate is gate_TE:
-        gate = gate.clone()  # the kernel masks it in place
     hidden_ETF, hidden_TS = x_TD.new_empty(E, T, F), x_TD.new_empty(T, S)
     tokens, experts, itemsize = max(16, power_of_two(T)), max(16, power_of_two(E)), x_TD.element_size()
     router_size = itemsize if router_ED is None else max(itemsize, router_ED.element_size())

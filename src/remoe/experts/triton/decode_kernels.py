@@ -125,7 +125,8 @@ def gates_and_hidden(
     RENORMALIZE: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr, MASK: tl.constexpr, TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROUTER_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """gate (T, E), unless GIVEN; hidden[e, t] = SwiGLU(x[t]) * gate[t, e], of experts with a token; shared_hidden[t].
+    """gate (T, E), unless GIVEN, when the mask is not read; hidden[e, t] = SwiGLU(x[t]) * gate[t, e], of experts with a
+    token; shared_hidden[t].
 
     Grid: any number of programs. SHARED is the width of a shared expert, 0 for none.
     """
@@ -137,12 +138,12 @@ def gates_and_hidden(
             x_ptr, router_ptr, bias_ptr, each_ptr, T, scale,
             E, D, K, RULE, RENORMALIZE, BIAS, EACH, TOKENS, EXPERTS, ROUTER_DEPTH,
         )  # fmt: skip
-    kept_T = t < T
-    if MASK:
-        kept_T = kept_T & (tl.load(mask_ptr + t, mask=t < T, other=0) != 0)
-    gate_TE = tl.where(kept_T[:, None], gate_TE, 0.0)
+        kept_T = t < T
+        if MASK:
+            kept_T = kept_T & (tl.load(mask_ptr + t, mask=t < T, other=0) != 0)
+        gate_TE = tl.where(kept_T[:, None], gate_TE, 0.0)
     e = tl.arange(0, EXPERTS)
-    if (RULE != GIVEN or MASK) and tl.program_id(0) == 0:
+    if RULE != GIVEN and tl.program_id(0) == 0:
         tl.store(gate_ptr + t[:, None] * E + e[None, :], gate_TE, mask=(t < T)[:, None] & (e < E)[None, :])
     active, place_E = _active(gate_TE)
     width: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
