@@ -102,8 +102,12 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
     last: dict[str, dict] = {}
     processes: list[_Contestant] = []
     try:
-        for name in names:  # one after the other, so that each warms up alone
+        for name in names:
             processes.append(_Contestant(name, config, options))
+            if not options.biased:  # each warms up alone; with so few steps, starting is what takes the time
+                processes[-1].wait()
+        for process in processes if options.biased else ():
+            process.wait()
         for _ in range(options.rounds):
             for process in processes:
                 last[process.name] = process.turn()
@@ -183,6 +187,9 @@ class _Contestant:
         self._process = context.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+
+    def wait(self) -> None:
+        """Returns when the process has warmed up."""
         self._receive()
 
     def turn(self) -> dict:
