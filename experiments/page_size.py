@@ -50,10 +50,12 @@ ACTIONS = """() => {
   add(".lines", "key", "arrow key in the curves");
   add("#excerpt", "key", "arrow key in the text");
   add("#excerpt", "scroll", "scroll to the end");
+  add("#excerpt", "frames", "longest frame of 120 while it scrolls by 240 px each");
   add(".csv", "csv", "CSV");
   return found;
 }"""
-# Does one of them; returns the milliseconds until the next frame, or of the longest block of a CSV file.
+# Does one of them; returns the milliseconds until the next frame, of the longest frame, or of the longest block of a
+# CSV file.
 DO = """async ([name, selector, index, kind]) => {
   const one = document.querySelectorAll(selector)[index];
   const frame = () => new Promise((goOn) => requestAnimationFrame(() => setTimeout(goOn)));
@@ -72,7 +74,17 @@ DO = """async ([name, selector, index, kind]) => {
     one.dispatchEvent(new Event("input", { bubbles: true }));
   } else if (kind === "key") one.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
   else if (kind === "scroll") one.scrollTop = one.scrollHeight;
-  else if (kind === "csv") {
+  else if (kind === "frames") {
+    one.scrollTop = 0;
+    let longest = 0, last = await new Promise(requestAnimationFrame);
+    for (let i = 0; i < 120; i++) {
+      one.scrollTop += 240;
+      const now = await new Promise(requestAnimationFrame);
+      longest = Math.max(longest, now - last);
+      last = now;
+    }
+    return longest;
+  } else if (kind === "csv") {
     const saved = new Promise((goOn) => { URL.createObjectURL = () => goOn() || "#"; });
     HTMLAnchorElement.prototype.click = () => {};
     one.click();
@@ -131,7 +143,8 @@ def page_of(layers: int, experts: int, k: int, steps: int, tokens: int) -> str:
         data = page_data(None, None, record, excerpt_tokens=tokens)
     effects = torch.rand(len(DOMAINS), layers, experts).round(decimals=5)
     data["experts"]["effect"] = {
-        "tokens": tokens, "domains": list(DOMAINS), "all": effects[0].tolist(), "byDomain": effects.tolist(),
+        "tokens": tokens, "domains": list(DOMAINS), "domainTokens": [tokens // len(DOMAINS)] * len(DOMAINS),
+        "all": effects[0].tolist(), "byDomain": effects.tolist(),
     }  # fmt: skip
     data["training"] = course_of(records_of_steps(layers, experts, k, steps), experts, k, 1 - k / experts)
     return render(data)

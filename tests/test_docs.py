@@ -29,6 +29,7 @@ OTHER_PROGRAMS |= {
     "--parts",
     "--reduced",
     "--minutes",
+    "--speed",
     "--whole",
     "--processes",
 }  # those of scripts in benchmarks/ and experiments/

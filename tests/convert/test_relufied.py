@@ -8,6 +8,7 @@ from tiny_models import build, token_ids
 from torch.nn import functional as F
 
 import remoe
+from remoe.errors import ConfigError
 from remoe.experts import stored_pairs
 from remoe.routing.regularizers import l1_loss
 
@@ -142,3 +143,57 @@ def test_a_copied_model_counts_for_itself():
     assert other.sparsity._tokens_L.any()
     assert not model.sparsity._tokens_L.any()
     assert model._routing_context is not other._routing_context
+
+
+DIAL = {"gate_threshold": torch.tensor([0.0, 0.05, 0.0]), "max_experts": torch.tensor([9, 9, 1])}  # by row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_each_row_has_its_own_gate_threshold_and_cap(name):
+    model, ids = build(name).eval(), token_ids(3)
+    remoe.relufy(model, [ids], max_loss_increase=None)
+    together, unlimited = model(ids, **DIAL), model(ids)
+    by_token = {name: value.reshape(-1, 1).expand(ids.shape) for name, value in DIAL.items()}
+    assert torch.equal(model(ids, **by_token).logits, together.logits)
+    for i, (threshold, cap) in enumerate(zip(*(value.tolist() for value in DIAL.values()), strict=True)):
+        model.set_gate_threshold(threshold)
+        model.set_max_experts(cap)
+        alone = model(ids[i : i + 1])
+        model.set_gate_threshold(0)
+        model.set_max_experts(None)
+        torch.testing.assert_close(together.logits[i], alone.logits[0], rtol=1e-4, atol=1e-5)
+        assert (i > 0) == any(
+            ours.count_E.sum() < routed.gate_TE.unflatten(0, ids.shape)[i].count_nonzero()
+            for ours, routed in zip(alone.routings, unlimited.routings, strict=True)
+        )
+    assert torch.equal(model(ids).logits, unlimited.logits)  # a call leaves nothing behind
+
+
+def test_generate_takes_the_dial_for_each_row_and_each_beam():
+    model, ids = build("mixtral").eval(), token_ids(3)
+    remoe.relufy(model, [ids], max_loss_increase=None)
+
+    def write(ids, **options):
+        return model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+
+    def alone(**options):
+        rows = [{name: value[i].item() for name, value in DIAL.items()} for i in range(3)]
+        return torch.cat([write(ids[i : i + 1], **row, **options) for i, row in enumerate(rows)])
+
+    assert torch.equal(write(ids, **DIAL), alone())
+    assert torch.equal(write(ids, num_beams=2, **DIAL), alone(num_beams=2))
+    first = write(ids, max_experts=1, output_logits=True, return_dict_in_generate=True).logits[0]
+    model.set_max_experts(1)
+    assert torch.equal(first, model(ids).logits[:, -1])
+    model.set_max_experts(None)
+    assert not torch.allclose(first, model(ids).logits[:, -1])
+
+
+def test_a_wrong_dial_of_a_call_is_refused():
+    model, ids = build("mixtral").eval(), token_ids(2)
+    remoe.relufy(model, [ids], max_loss_increase=None)
+    for given in ({"max_experts": 0}, {"gate_threshold": -1}, {"max_experts": torch.ones(3)}):
+        with pytest.raises(ConfigError, match="must be"):
+            model(ids, **given)
+    assert not model._routing_context.dial

@@ -23,8 +23,9 @@ def opened(browser):
     """Opens a file; at the end, nothing but it was requested, and nothing went wrong."""
     wrong, contexts = [], []
 
-    def opened(path, *, width=1400, scheme="light", place=""):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def opened(path, *, width=1400, scheme="light", place="", touch=False):
+        window = {"width": width, "height": 900}
+        context = browser.new_context(viewport=window, color_scheme=scheme, has_touch=touch, is_mobile=touch)
         contexts.append(context)
         page, address = context.new_page(), f"file://{path}"
         page.on("console", lambda message: wrong.append(message.text))

@@ -37,7 +37,7 @@ from remoe.models.loss import (
 from remoe.models.norm import RMSNorm
 from remoe.models.packing import packed_documents, packed_mask_options
 from remoe.models.rotary import RotaryEmbedding
-from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_rows, keep_statistics_local
+from remoe.models.routed import RoutedModel, add_routing, build_controller, dial_of_tokens, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Router
@@ -163,11 +163,12 @@ class RemoeModel(RemoePreTrainedModel):
             past_key_values, cache: the KV cache, under its older or its newer name.
             token_mask: (B, S), zero for padding, where `attention_mask` is a ready one that does not tell.
             gate_threshold, max_experts: in this call instead of `set_gate_threshold` and `set_max_experts`: one number,
-                or (B,) for each row its own; E experts or more for no limit. They count at evaluation only.
+                (B,) for each row its own, or (B, S) for each token; E experts or more for no limit. They count at
+                evaluation only.
 
         Raises:
-            ConfigError: for a negative `gate_threshold`, a `max_experts` below 1, values that are not one a row, or
-                either with a router that routes no pairs; for `output_attentions` with an attention that does not
+            ConfigError: for a negative `gate_threshold`, a `max_experts` below 1, values of another shape, or either
+                with a router that routes no pairs; for `output_attentions` with an attention that does not
                 compute the weights; for a KV cache with a router that does not support one.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -203,7 +204,9 @@ class RemoeModel(RemoePreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
-        dial = dial_of_rows(self.config, hidden_BSD, gate_threshold=gate_threshold, max_experts=max_experts)
+        dial = dial_of_tokens(hidden_BSD, gate_threshold=gate_threshold, max_experts=max_experts)
+        if dial and not self.config.routes_pairs:
+            raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)

@@ -15,6 +15,8 @@ from remoe.sparsity import SparsityController
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+DIAL = ("gate_threshold", "max_experts")
+
 
 def build_controller(config: RemoeConfig, layers: Sequence[MoE]) -> SparsityController:
     """The controller of a model's layers; where lambda has no part in the loss, it only measures."""
@@ -50,39 +52,47 @@ def add_routing(output: ModelOutput, as_items: bool, **values: object) -> ModelO
     return output
 
 
-def dial_of_rows(config: RemoeConfig, hidden_BSD: Tensor, **given: float | Tensor | None) -> dict[str, Tensor]:
+def check_dial(model: nn.Module) -> None:
+    """Raises ConfigError for a model that has no gates for a gate threshold or a cap to leave out."""
+    if not isinstance(model, Dialled):
+        raise ConfigError(f"gate threshold and cap need a ReMoE or a relufied model, not a {type(model).__name__}")
+    model._routed_layers()
+
+
+def dial_of_tokens(tokens: Tensor, **given: float | Tensor | None) -> dict[str, Tensor]:
     """Those of `gate_threshold` and `max_experts` that are given, as (B, S) tensors.
 
     Args:
-        config: of the model.
-        hidden_BSD: (B, S, D), whose rows they are for.
-        given: by name, one number or (B,).
+        tokens: (B, S) or (B, S, D), the tokens that they are for.
+        given: by name, one number, (B,) or (B, S).
 
     Raises:
-        ConfigError: for values out of range or not one a row, or a model whose tokens are not routed.
+        ConfigError: for values out of range, or neither one number nor one for each row or each token.
     """
     dial = {}
     for name, value in given.items():
         if value is None:
             continue
-        if not config.routes_pairs:
-            raise ConfigError(f"router {config.router!r} routes no pairs: there are no gates to leave out")
-        B, S, _ = hidden_BSD.shape
+        B, S = tokens.shape[:2]
         least, dtype = (0, torch.float32) if name == "gate_threshold" else (1, torch.int64)
         value_B = torch.as_tensor(value)
         if dtype is torch.int64 and value_B.is_floating_point():
             raise ConfigError(f"{name} must be whole numbers, but is {value}")
-        if value_B.ndim > 1 or (value_B.ndim == 1 and len(value_B) != B):
-            raise ConfigError(f"{name} must be one number or {B}, one for each row, but has shape {(*value_B.shape,)}")
+        if value_B.shape not in ((), (B,), (B, S)):
+            raise ConfigError(
+                f"{name} must be one number or {B}, one for each row, or ({B}, {S}), one for each token, but has shape "
+                f"{(*value_B.shape,)}"
+            )
         on_host = value_B.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
         if on_host and not (value_B >= least).all():
             raise ConfigError(f"{name} must be at least {least}, but is {value_B.tolist()}")
-        dial[name] = value_B.to(hidden_BSD.device, dtype).clamp(min=least).reshape(-1, 1).expand(B, S)  # a copy
+        value_B = value_B.to(tokens.device, dtype).clamp(min=least)  # a copy
+        dial[name] = (value_B if value_B.ndim == 2 else value_B.reshape(-1, 1)).expand(B, S)
     return dial
 
 
 class Dialled:
-    """A mixin for models whose layers have a `gate_threshold` and a `max_experts`."""
+    """A mixin for models whose layers have a `gate_threshold` and a `max_experts`; so have `forward` and `generate`."""
 
     def set_gate_threshold(self, threshold: float) -> None:
         """Leaves out, at evaluation, every expert whose gate is at most `threshold`: less compute, a higher loss.
@@ -111,6 +121,17 @@ class Dialled:
     def _routed_layers(self) -> list[nn.Module]:
         raise NotImplementedError
 
+    def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[Tensor, dict[str, object]]:
+        """As transformers does, which repeats tensors for each beam: one without dimensions stays as it is."""
+        for_all = {}
+        for name in DIAL:
+            if isinstance(kwargs.get(name), Tensor | list | tuple):
+                kwargs[name] = torch.as_tensor(kwargs[name])
+                if kwargs[name].ndim == 0:
+                    for_all[name] = kwargs.pop(name)
+        input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        return input_ids, kwargs | for_all
+
 
 class RoutedModel(Dialled):
     """A mixin for models with `config`, `model` (a `RemoeModel`) and `sparsity`."""
@@ -132,14 +153,3 @@ class RoutedModel(Dialled):
         if not self.config.routes_pairs:
             raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
         return [layer.mlp for layer in self.model.layers]
-
-    def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[Tensor, dict[str, object]]:
-        """As transformers does, which repeats tensors for each beam: one without dimensions stays as it is."""
-        for_all = {}
-        for name in ("gate_threshold", "max_experts"):
-            if isinstance(kwargs.get(name), Tensor | list | tuple):
-                kwargs[name] = torch.as_tensor(kwargs[name])
-                if kwargs[name].ndim == 0:
-                    for_all[name] = kwargs.pop(name)
-        input_ids, kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
-        return input_ids, kwargs | for_all

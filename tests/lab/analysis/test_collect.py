@@ -1,15 +1,20 @@
 """A record of routing holds what the model did on each token, in the order of the text."""
 
+import sys
+
 import pytest
 import torch
 
 import remoe
 from remoe.errors import ConfigError
+from remoe.lab.analysis import recording
 from remoe.lab.analysis.collect import active_of, gates_of
 from remoe.lab.analysis.mixture import Mixture
+from remoe.lab.analysis.record import RecordWriter
 from remoe.lab.analysis.recording import record_routing
-from remoe.lab.analysis.texts import PreparedText
+from remoe.lab.analysis.texts import PreparedText, TokenIds
 from remoe.lab.data import ValidationWindows, open_dataset
+from remoe.lab.machine import used_memory
 from remoe.lab.training.validate import evaluate, total
 
 SEQ_LEN = 48
@@ -129,3 +134,23 @@ def test_the_mean_loss_is_that_of_an_evaluation(windows, document_end):
         mean = record.loss_T[record.domain_T == domain].mean().item()
         assert mean == pytest.approx(expected[name].loss, rel=1e-5)
     assert collect(model, windows, 200, losses=False).whole().loss_T.isnan().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = remoe.RemoeConfig(vocab_size=32, num_experts=512, router="topk", num_key_value_heads=1, **sizes)
+    token_NS = torch.randint(32, (512, 64))
+    held, append = [], RecordWriter.append
+
+    def watched(writer, **rows):
+        append(writer, **rows)
+        held.append(used_memory(torch.device("cpu")))
+
+    monkeypatch.setattr(RecordWriter, "append", watched)
+    monkeypatch.setattr(recording, "CPU_BATCH_TOKENS", 256)
+    record = record_routing(Mixture(remoe.RemoeForCausalLM(config)), TokenIds(token_NS), tmp_path / "record.parquet")
+    assert record.about.tokens == token_NS.numel()
+    half = len(held) // 2
+    gates = token_NS.numel() // 2 * 512 * 4  # bytes of those of the second half
+    assert max(held[half:]) - max(held[:half]) < gates / 2

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from tiny_models import build
+import transformers
+from packaging import version
+from tiny_models import MIXTURES, SINCE_5_23, build
 
 from remoe.lab.analysis import between
 from remoe.lab.analysis.mixture import Mixture
@@ -15,6 +17,14 @@ from remoe.lab.cli.main import main
 from remoe.lab.data import Document, load_tokenizer, open_dataset
 
 WORDS = "cow 🐄 hen. road"
+OLD = version.parse(transformers.__version__) < version.parse("5.23")
+TYPES = [
+    pytest.param(
+        name, marks=[pytest.mark.slow, pytest.mark.skipif(OLD and name in SINCE_5_23, reason="transformers 5.23")]
+    )
+    for name in MIXTURES
+    if name != "mixtral"  # which the fast tests use
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +113,23 @@ def test_the_report_of_an_unconverted_mixture(mixtral, tmp_path):
     assert "MixtralForCausalLM" in text
     assert "2 layers of 4; target: 2 per token" in text
     assert "The router decides how many" not in text  # TopK does not
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_report_of_every_mixture_that_relufy_knows(name, corpus, tmp_path):
+    model, page = tmp_path / name, tmp_path / "page.html"
+    build(name, vocab_size=open_dataset(corpus).vocab_size).save_pretrained(model)
+    load_tokenizer(corpus / "tokenizer").save_pretrained(model)
+    flags = ["--prompt", WORDS, "--generate", "2", "--effect-tokens", "9"]
+    assert main(["report", str(model), "--out", str(page), *flags]) == 0
+    content = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    assert [*content] == ["head", "generation", "text", "experts", "between"]
+    assert (content["head"]["experts"], content["head"]["k"]) == (4, 2)
+    assert content["text"]["same"] == 2  # experts of a token, in every layer
+    assert torch.tensor(content["experts"]["share"]).sum(dim=1).tolist() == pytest.approx(
+        [2] * content["head"]["layers"], abs=1e-3
+    )
+    assert any(effect for layer in content["experts"]["effect"]["all"] for effect in layer)
 
 
 def test_the_report_of_a_generation(mixtral, tmp_path):

@@ -141,6 +141,23 @@ def test_a_generation_is_played_paused_and_moved_through(page, opened, written):
 
 
 @pytest.mark.slow
+def test_a_generation_is_played_and_moved_through_by_taps(page, opened):
+    shown = opened(page, width=390, touch=True)
+    slider, play = shown.get_by_label("Tokens written"), shown.locator("#generation-play")
+    box = slider.bounding_box()
+    slider.tap(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    at = int(place(shown).split()[0])
+    assert 0.3 * T < at < 0.7 * T
+    play.tap()
+    assert play.text_content() == "Pause"
+    shown.wait_for_function(f"parseInt(document.getElementById('generation-place').textContent) > {at}")
+    play.tap()
+    assert play.text_content() == "Play"
+    shown.locator("#generation-steps canvas").tap(position={"x": 60, "y": 5})
+    assert shown.locator("#generation-steps .readout").text_content().startswith("Token ")
+
+
+@pytest.mark.slow
 def test_hostile_text_in_a_generation_does_no_harm(page, opened, written):
     shown = opened(page, width=390, scheme="dark")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390

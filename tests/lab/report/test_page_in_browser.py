@@ -57,10 +57,10 @@ def content_of(page):
     return json.loads(page.locator("#content").text_content())
 
 
-def rows_of(page, name):
+def rows_of(page, name, press="click"):
     """The data behind a figure's button, without the names of the columns."""
     with page.expect_download() as download:
-        page.locator(f"#{name} > .tools .csv").click()
+        getattr(page.locator(f"#{name} > .tools .csv"), press)()
     assert download.value.suggested_filename == f"{name}.csv"
     with open(download.value.path(), newline="") as file:
         return list(csv.reader(file))[1:]
@@ -139,6 +139,74 @@ def test_a_token_is_read_by_pointer_keys_and_search(run, opened):
     assert "cow" in "".join(page.locator("#excerpt .hit").all_text_contents())
     page.get_by_label("Search").fill("not there")
     assert page.locator("#hits").text_content() == "not found"
+
+
+def test_a_narrow_page_is_used_by_taps(run, opened):
+    page = opened(run / "report.html", width=390, touch=True)
+    assert page.evaluate("[document.documentElement.scrollWidth, matchMedia('(hover: none)').matches]") == [390, True]
+    farm, *_ = content_of(page)["text"]["texts"]
+    counts, experts, gates = (unpacked(farm[name]) for name in ("counts", "expert", "gate"))
+    for token in (2, 9, 5):
+        page.locator("#excerpt .piece span").nth(token).tap()
+        assert f"token {token + 1} of {len(farm['tokens'])}" in page.locator("#token").text_content()
+        assert page.locator("#excerpt .here").text_content() == farm["tokens"][token]
+        first = int(counts[0, :token].sum())
+        of_layer = slice(first, first + counts[0, token])
+        pairs = sorted(
+            zip(experts[of_layer].tolist(), gates[of_layer].tolist(), strict=True), key=lambda pair: -pair[1]
+        )
+        shown = page.locator("#token li").first.locator("span").nth(1).text_content()
+        found = [(int(expert), float(gate[1:-1])) for expert, gate in map(str.split, shown.split(", "))]
+        assert [expert for expert, _ in found] == [expert for expert, _ in pairs]
+        assert [gate for _, gate in found] == pytest.approx([gate for _, gate in pairs], rel=1e-2)
+    link = page.locator("#token a").first
+    place = link.get_attribute("href")
+    link.tap()
+    _, layer, expert = place.split("-")
+    assert page.url.endswith(place)
+    assert page.locator("#card .name").text_content() == f"Layer {layer}, expert {expert}"
+    seen = "document.getElementById('card').getBoundingClientRect().top < innerHeight"
+    page.wait_for_function(seen)
+    page.locator("#cards").get_by_label("Layer").select_option(str(1 - int(layer)))
+    assert page.url.endswith(f"#expert-{1 - int(layer)}-{expert}")
+    link.tap()
+    assert page.locator("#card .name").text_content() == f"Layer {layer}, expert {expert}"
+    page.locator("#excerpt").scroll_into_view_if_needed()
+    link.tap()  # once more, though the address stays as it is
+    page.wait_for_function(seen)
+    page.locator("#expert-load canvas").tap(position={"x": 60, "y": 5})
+    assert readout(page, "expert-load").startswith("Layer 0, expert 0: ")
+    assert page.locator("#card .name").text_content() == "Layer 0, expert 0"
+    page.locator("#card").get_by_role("button", name="Colour the text by it").tap()
+    assert "Gate of expert 0 in layer 0" in page.locator("#scale").text_content()
+    page.get_by_label("Search").fill("cow")
+    page.get_by_role("button", name="Next").tap()
+    assert page.locator("#hits").text_content().startswith("2 of ")
+    page.get_by_label("steps on a logarithmic scale").tap()
+    assert page.get_by_label("steps on a logarithmic scale").is_checked()
+    assert rows_of(page, "flow", press="tap")
+
+
+def test_a_curve_is_read_and_enlarged_by_taps(run, opened):
+    page = opened(run / "report.html", width=390, touch=True)
+    plot = page.locator("#training-lm_loss")
+    lowest, highest = "1", "12"  # the run's steps
+
+    def value_at(place):
+        over = plot.locator(".u-over")
+        box = over.bounding_box()
+        over.tap(position={"x": 2 + place * (box["width"] - 4), "y": box["height"] / 2})
+        step, value = plot.locator(".u-value").all_text_contents()
+        records = read_metrics(run / "metrics.jsonl")
+        assert value == f"{records[int(step) - 1]['lm_loss']:.3g}"
+        return step
+
+    assert (value_at(0), value_at(1)) == (lowest, highest)
+    plot.get_by_role("button", name="enlarge").tap()  # around the last step
+    assert int(value_at(0)) > 5
+    assert value_at(1) == highest
+    plot.get_by_role("button", name="show the whole range").tap()
+    assert value_at(0) == lowest
 
 
 def test_every_control_is_reached_by_tab_and_framed(run, opened):

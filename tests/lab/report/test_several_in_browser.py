@@ -58,9 +58,9 @@ def test_a_comparison_fits_wide_and_narrow_windows(path, opened):
     for width, scheme in ((1400, "light"), (390, "dark")):
         page = opened(path, width=width, scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        check_figures(page, 20, width)
+        check_figures(page, 21, width)
     saved = page.evaluate(SAVED)
-    assert len(saved) == 20
+    assert len(saved) == 21
     for text in saved:
         names, *rows = csv.reader(io.StringIO(text, newline=""))
         assert rows

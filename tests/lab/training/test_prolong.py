@@ -33,7 +33,8 @@ def runs(corpus, tmp_path_factory):
     """A finished run of 8 steps, which falls from step 4 on; and one of 12 steps with the same warm-up, from 6 on."""
     root = tmp_path_factory.mktemp("wsd")
     assert train(corpus, root / "short", 8, *WSD, "--checkpoint.keep", "1") == 0
-    assert train(corpus, root / "long", 12, *WSD, "--optim.warmup-steps", "2") == 0
+    kept = ["--checkpoint.every", "4", "--checkpoint.keep", "4"]
+    assert train(corpus, root / "long", 12, *WSD, "--optim.warmup-steps", "2", *kept) == 0
     return root
 
 
@@ -47,6 +48,14 @@ def test_a_branch_of_a_finished_run_equals_a_run_that_was_longer_from_the_start(
     assert RunFolder(out).load_config().optim.warmup_steps == 2
     assert json.loads((out / "summary.json").read_text())["steps"] == 12
     assert {path: path.read_bytes() for path in (runs / "short").rglob("*") if path.is_file()} == before
+
+
+def test_a_branch_of_a_longer_run_can_decay_at_once(runs, tmp_path):
+    checkpoint, out = runs / "long" / "checkpoints" / "step-00000004", tmp_path / "branch"  # two steps before it falls
+    assert main(["train", "--resume", "--from", str(checkpoint), "--out", str(out), "--steps", "8"]) == 0
+    same_run(runs / "short", out)
+    rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rates[3] > rates[4] > rates[5] > rates[6] > rates[7]
 
 
 @pytest.mark.slow

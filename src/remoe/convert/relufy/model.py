@@ -20,7 +20,7 @@ from remoe.convert.relufy import experts as experts_function
 from remoe.decoding import limits
 from remoe.errors import ConfigError
 from remoe.models.loss import is_padding_mask
-from remoe.models.routed import Dialled, add_routing, keep_statistics_local
+from remoe.models.routed import DIAL, Dialled, add_routing, dial_of_tokens, keep_statistics_local
 from remoe.models.saving import umask_decides
 from remoe.routing import ReLURouter, Routing
 from remoe.routing.replay import Replay
@@ -73,10 +73,11 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 class _Context:
-    """What the routers of one model share during a forward pass: the mask of padding, and their routings."""
+    """What the routers of one model share during a forward pass: mask of padding, compute dial, their routings."""
 
     def __init__(self) -> None:
         self.mask_BS: Tensor | None = None
+        self.dial: dict[str, Tensor] = {}  # (B, S) each, of this pass alone
         self.routings: dict[int, Routing] | None = None  # by layer, while a forward pass is recorded
 
     def __deepcopy__(self, memo: dict) -> "_Context":
@@ -106,13 +107,25 @@ class RelufiedRouter(ReLURouter):
         routing = super().forward(x_TD, mask_T)
         if self.replay is not None:
             routing = self.replay.apply(self.layer, self, routing, mask_T)
-        if not self.training and limits(self.gate_threshold, self.max_experts):
-            routing = routing.pruned(self.gate_threshold, self.max_experts)
+        threshold, cap = (self._dial(name, x_TD) for name in ("gate_threshold", "max_experts"))
+        if not self.training and limits(threshold, cap):
+            routing = routing.pruned(threshold, cap)
         if self.context.routings is not None:  # recomputation is not recorded: it would keep its activations
             self.context.routings[self.layer] = routing
         # Every expert is listed: ours leave out those of weight zero, the model's own run them without effect.
         index_TE = torch.arange(self.num_experts, device=x_TD.device).expand(x_TD.shape[0], -1)
         return routing.logits_TE, routing.gate_TE.to(hidden_states.dtype), index_TE
+
+    def _dial(self, name: str, x_TD: Tensor) -> Any:
+        """The setting of this name: (T,) where the forward pass has its own, otherwise the router's."""
+        value_BS = self.context.dial.get(name)
+        if value_BS is None:
+            return getattr(self, name)
+        if value_BS.numel() != x_TD.shape[0]:
+            raise ConfigError(
+                f"{name} of one call needs routers that see all tokens of the batch: set it for the model"
+            )
+        return value_BS.flatten().to(x_TD.device)
 
 
 class _Recompute:
@@ -194,20 +207,28 @@ class RelufiedMixin(Dialled):
         """A list that holds, after the block, the routing of each layer in the forward pass that ran in it.
 
         Args:
-            inputs: of that pass: `attention_mask` and `input_ids` or `inputs_embeds`, to know padding.
+            inputs: of that pass: `attention_mask` and `input_ids` or `inputs_embeds`, to know padding;
+                `gate_threshold` and `max_experts` as `RemoeModel` takes them.
+
+        Raises:
+            ConfigError: for a gate threshold or cap that is out of range or has another shape.
         """
         context, mask = self._routing_context, inputs.get("attention_mask")
         ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         tells_padding = is_padding_mask(mask) and ids is not None
         context.mask_BS = mask[:, -ids.shape[1] :].bool() if tells_padding else None
+        dial = {name: inputs[name] for name in DIAL if inputs.get(name) is not None}
+        if dial and ids is None:
+            raise ConfigError("a gate threshold or cap of one call needs input_ids or inputs_embeds")
         before, routings = context.routings, {}
+        context.dial = dial_of_tokens(ids, **dial) if dial else {}
         context.routings = routings
         found: list[Routing] = []
         try:
             yield found
             found.extend(routings[layer] for layer in sorted(routings))
         finally:
-            context.routings = before
+            context.routings, context.dial = before, {}
 
     def observe(self, routings: Sequence[Routing]) -> None:
         """Counts a training step's routings for lambda.
@@ -256,9 +277,10 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         @functools.wraps(cls.forward)
         def forward(self, *args: object, **kwargs: object) -> object:
+            dial = {name: kwargs.pop(name, None) for name in DIAL}
             given = signature.bind(self, *args, **kwargs).arguments
             given = given | given.get("kwargs", {})
-            with self.recorded_routings(given) as routings:
+            with self.recorded_routings(given | dial) as routings:
                 output = super().forward(*args, **kwargs)
             if self.training:
                 self.observe(routings)
@@ -277,9 +299,16 @@ def relufied_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             # As `RemoeForCausalLM` has them, but never items: transformers knows the class of the output.
             return add_routing(output, False, lm_loss=lm_loss, reg_loss=terms.regularizer, routings=tuple(routings))
 
+        forward.__signature__ = _with_dial(signature)  # `generate` asks it which arguments there are
+
     Relufied.__name__ = Relufied.__qualname__ = PREFIX + cls.__name__
     Relufied.__module__ = cls.__module__  # transformers looks up there whether experts can be chosen
     return Relufied
+
+
+def _with_dial(signature: inspect.Signature) -> inspect.Signature:
+    dial = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in DIAL]
+    return signature.replace(parameters=sorted([*signature.parameters.values(), *dial], key=lambda one: one.kind))
 
 
 def _new(cls: type[PreTrainedModel]) -> PreTrainedModel:

@@ -115,7 +115,7 @@ class RecordWriter(AbstractContextManager):
         self.writer = pq.ParquetWriter(sink, self.schema, compression="zstd")
         self.domains: dict[str, None] = dict.fromkeys(about.domains)
         self.hash, self.tokens, self.known = hashlib.sha256(), 0, True
-        self.pending: list[pa.RecordBatch] = []
+        self._begin()
 
     def append(
         self,
@@ -160,15 +160,23 @@ class RecordWriter(AbstractContextManager):
             if self.about.gates:
                 gate_P = gate_LTE[layer][active_TE].float().numpy()
                 columns[f"gates_{layer}"] = pa.ListArray.from_arrays(starts, pa.array(gate_P))
-        self.pending.append(pa.RecordBatch.from_pydict(columns, schema=self.schema))
-        if sum(map(len, self.pending)) >= GROUP_ROWS or sum(b.nbytes for b in self.pending) >= GROUP_BYTES:
+        self.stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=self.schema))
+        self.pending += rows
+        if self.pending >= GROUP_ROWS or self.group.tell() >= GROUP_BYTES:
             self._flush()
 
+    def _begin(self) -> None:
+        # The rows of a group wait in one growing block of Arrow's own allocator. Separate columns, which share memory
+        # with the tensors, would lie between the large blocks of a forward pass and hinder the next in reusing them.
+        self.group, self.pending = pa.BufferOutputStream(), 0
+        self.stream = pa.ipc.new_stream(self.group, self.schema)
+
     def _flush(self) -> None:
+        self.stream.close()
         if self.pending:
-            table = pa.Table.from_batches(self.pending)
+            table = pa.ipc.open_stream(self.group.getvalue()).read_all()
             self.writer.write_table(table, row_group_size=len(table))
-        self.pending = []
+        self._begin()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:

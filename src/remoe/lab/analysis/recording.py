@@ -19,6 +19,7 @@ from remoe.models.modes import evaluating
 from remoe.models.packing import document_positions
 
 BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 2048  # a larger batch is no faster there, and takes more memory
 BATCH_LOGITS = 2**26  # B S V, 256 MiB of float32
 
 
@@ -78,7 +79,8 @@ def about_of(mixture: Mixture, model: dict[str, Any], text: dict[str, Any]) -> A
 
 def batch_rows(mixture: Mixture, seq_len: int) -> int:
     """How many sequences to run at a time, so that the logits fit into memory."""
-    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // mixture.vocabulary) // seq_len)
+    most = CPU_BATCH_TOKENS if mixture.device.type == "cpu" else BATCH_TOKENS
+    return max(1, min(most, BATCH_LOGITS // mixture.vocabulary) // seq_len)
 
 
 def routing_of_batch(

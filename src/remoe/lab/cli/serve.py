@@ -28,6 +28,10 @@ class ServeOptions:
     """Address to listen on: the default is reached from this machine alone, and there is no password."""
     continuous_batching: bool = False
     """Compute concurrent requests together, with transformers' paged attention; by default one after the other."""
+    gate_threshold: float | None = None
+    """Leave out experts whose gate is at most this; a request can say otherwise (`gate_threshold`)."""
+    max_experts: int | None = None
+    """Execute at most so many experts per token; a request can say otherwise (`max_experts`)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -48,6 +52,8 @@ def serve_command(argv: list[str]) -> int:
         port=options.port,
         continuous_batching=options.continuous_batching,
         device=pick_device(options.device),
+        gate_threshold=options.gate_threshold,
+        max_experts=options.max_experts,
     ) as (url, name):
         taken = options.port and f":{options.port}/" not in url
         print(f"serving      {url}" + (f"  (port {options.port} is taken)" if taken else ""))

@@ -21,10 +21,11 @@ from transformers import (
 )
 from transformers.generation import LogitsProcessor
 
-from remoe.errors import ConfigError, check
+from remoe.errors import ConfigError
 from remoe.lab.data.tokenizer import vocabulary_size
 from remoe.lab.generation.options import SamplingOptions, check_prompt
 from remoe.lab.generation.stream import Ending, TextStream
+from remoe.models import routed
 from remoe.models.context import longest_sequence
 from remoe.models.modeling_remoe import RemoeForCausalLM
 from remoe.models.modes import evaluating
@@ -175,11 +176,8 @@ def write_texts(
 
 def check_dial(model: PreTrainedModel, options: SamplingOptions) -> None:
     """Raises ConfigError for a gate threshold or a cap with a model that has no gates to leave out."""
-    if options.gate_threshold is None and options.max_experts is None:
-        return
-    check(isinstance(model, RemoeForCausalLM), "--gate-threshold and --max-experts need a model of remoe's own type")
-    routes = model.config.routes_pairs
-    check(routes, f"router {model.config.router!r} routes no pairs: there are no gates to leave out")
+    if options.gate_threshold is not None or options.max_experts is not None:
+        routed.check_dial(model)
 
 
 def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], options: SamplingOptions) -> None:

@@ -63,11 +63,12 @@ def experts_of(record: RoutingRecord, flows: list[Tensor]) -> dict[str, Any]:
 
 
 def effects_of(source: Source, domains: list[str], max_tokens: int) -> dict[str, Any]:
-    """The effect of each expert: all, (L, E); byDomain, (C, L, E); and tokens and loss of each domain."""
+    """The effect of each expert: all, (L, E); byDomain, (C, L, E); and the tokens, of all domains and of each."""
     assert source.mixture is not None
     found = expert_effects(source.mixture, source.text, domains, max_tokens, document_end=source.document_end)
     return {
         "tokens": int(found.tokens_C.sum()),
+        "domainTokens": found.tokens_C.tolist(),
         "domains": [short_name(domain) for domain in found.domains],
         "all": rounded(found.effect_LE.tolist()),
         "byDomain": rounded(found.effect_CLE.tolist()),

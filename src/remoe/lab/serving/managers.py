@@ -19,11 +19,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from remoe.errors import ConfigError
 from remoe.lab.generation import LONGEST_TEXT, check_length
+from remoe.lab.serving.dial import BatchDial, dial_of
 
 Running = dict[str, Callable[[], None]]
 
 # Settings of generation that each request of a batch has for itself, and those that only sampling uses.
-OF_A_REQUEST = {"max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id"}
+OF_A_REQUEST = {"max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id", "dial"}
 OF_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
@@ -82,6 +83,7 @@ class OneByOne(GenerateManager):
     ) -> tuple[asyncio.Queue, Any]:
         """As transformers does."""
         check_request(model, inputs["input_ids"], gen_config)
+        inputs = {**inputs, **dial_of(gen_config)}
         pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         self.running[request_id] = streamer.cancel
         return pieces, streamer
@@ -105,7 +107,11 @@ class OneByOne(GenerateManager):
             told: tuple[Callable[[Any], None], Any]
             try:
                 rows = model.generate(
-                    **inputs, generation_config=gen_config, tokenizer=processor, stopping_criteria=[_Stop(stopped)]
+                    **inputs,
+                    **dial_of(gen_config),
+                    generation_config=gen_config,
+                    tokenizer=processor,
+                    stopping_criteria=[_Stop(stopped)],
                 )
                 told = answer.set_result, rows[0, inputs["input_ids"].shape[1] :]
             except Exception as error:
@@ -125,11 +131,14 @@ class Together(CBGenerateManager):
     Args:
         running: by id of the request, what stops its generation; filled here, emptied by the `Gate`.
         config: of continuous batching.
+        default: gate threshold and cap of requests without values of their own.
     """
 
-    def __init__(self, running: Running, config: ContinuousBatchingConfig) -> None:
+    def __init__(self, running: Running, config: ContinuousBatchingConfig, default: dict[str, float | int]) -> None:
         super().__init__(config)
-        self.running = running
+        self.running, self.default = running, default
+        self._dial: BatchDial | None = None
+        self._joined = False
 
     def held(self) -> int:
         """Number of texts that have a place in the batch or wait for one."""
@@ -142,10 +151,14 @@ class Together(CBGenerateManager):
         """Starts with the first request, whose settings of sampling are those of all.
 
         Raises:
-            ConfigError: for a later request with others.
+            ConfigError: for a later request with others, or one with a dial if the model is not on a CPU.
         """
         check_request(model, [], gen_config)  # before its settings hold for all
+        if dial_of(gen_config) and model.device.type != "cpu":  # a GPU replays graphs, which have no place for it
+            raise ConfigError("with continuous batching, gate_threshold and max_experts of a request need a CPU")
         super().init_cb(model, gen_config)
+        if self._dial is None:
+            self._dial = BatchDial(self._cb, self.default)
         first, other = (_shared_settings(config) for config in (self._cb.generation_config, gen_config))
         differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
         if differing:
@@ -165,6 +178,7 @@ class Together(CBGenerateManager):
     ) -> tuple[asyncio.Queue, Any]:
         """As transformers does, but a stop word ends the text."""
         self._check_room(check_request(model, inputs["input_ids"], gen_config))
+        self._dial.asked[request_id] = dial_of(gen_config)
         # There already, should the first token be faster than transformers, which adds its own after the request.
         handlers = self._cb.output_router.result_handlers
         self._cb.register_result_handler(request_id, lambda output: handlers[request_id][0](output))
@@ -186,6 +200,7 @@ class Together(CBGenerateManager):
         if gen_config.stop_strings:
             return await self._until_stop(model, processor, inputs, gen_config, request_id)
         self._check_room(check_request(model, inputs["input_ids"], gen_config))
+        self._dial.asked[request_id] = dial_of(gen_config)
         self.running[request_id] = lambda: self._cancel(request_id)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
 
@@ -226,6 +241,9 @@ class Together(CBGenerateManager):
         while self._cb.batch_processor is None and self._cb.is_running():
             time.sleep(0.001)  # the thread makes the cache first of all
         if self._cb.batch_processor is not None:
+            if not self._joined:  # before it has a request
+                self._dial.join(self._cb.batch_processor)
+                self._joined = True
             room = self._cb.batch_processor.cache.max_tokens_read
             if tokens > room:
                 raise ConfigError(f"prompt and text may have {tokens:,} tokens; the server has room for {room:,}")

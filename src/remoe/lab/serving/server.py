@@ -23,6 +23,7 @@ from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedMode
 
 from remoe.errors import ConfigError, check, missing_extra
 from remoe.lab.data.tokenizer import vocabulary_size
+from remoe.lab.serving.dial import set_dial, with_dial
 from remoe.lab.serving.gate import Gate
 from remoe.lab.training.load import load_model
 from remoe.models.modeling_remoe import RemoeForCausalLM
@@ -41,6 +42,7 @@ HANDLERS = {  # by argument of `build_server`: module and class
     "transcription_handler": ("transcription", "TranscriptionHandler"),
     "systemone_handler": ("systemone", "SystemOneHandler"),
 }
+WRITING = ("chat_handler", "completion_handler", "response_handler")  # those that write text
 GRACE = 2.0  # seconds for what is being answered when the server ends
 KEEP_ALIVE = 65  # seconds: longer than clients keep a connection, or one may send a request on it as it is closed
 NEEDED = {  # what else is used of transformers' server: module, function or class, arguments
@@ -101,6 +103,8 @@ def serving(
     port: int = 8000,
     continuous_batching: bool = False,
     device: torch.device | None = None,
+    gate_threshold: float | None = None,
+    max_experts: int | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Context in which threads answer requests; gives the address of the API and the name of the model.
 
@@ -110,10 +114,12 @@ def serving(
         port: to listen on; another free one if it is taken, and any free one for 0.
         continuous_batching: whether requests share forward passes, by transformers' paged attention.
         device: of the model; the CPU by default.
+        gate_threshold, max_experts: the model's, for requests without values of their own.
 
     Raises:
         ExtraError: when a package of the extra `serve` is missing.
-        ConfigError: when this version of transformers has another server, or the server does not start.
+        ConfigError: when this version of transformers has another server, or the server does not start; for a gate
+            threshold or cap out of range, or of a model without gates.
         CheckpointError: when there is no model, or it cannot be loaded.
         DataError: when its tokenizer cannot be loaded.
     """
@@ -123,11 +129,14 @@ def serving(
 
     name, port = Path(folder).resolve().name, _free(host, port)
     model, tokenizer = load_served(folder, device or torch.device("cpu"))
+    default = set_dial(model, gate_threshold=gate_threshold, max_experts=max_experts)
     with _errors_only():
         manager = _holding(theirs["model_manager"], name, model, tokenizer, continuous_batching)
         running: dict[str, Callable[[], None]] = {}
-        state = _state(theirs["utils"], name, running, continuous_batching, model.device)
-        handlers = {key: getattr(theirs[module], kind)(manager, state) for key, (module, kind) in HANDLERS.items()}
+        state = _state(theirs["utils"], name, running, continuous_batching, model.device, default)
+        kinds = {key: getattr(theirs[module], kind) for key, (module, kind) in HANDLERS.items()}
+        kinds |= {key: with_dial(kinds[key], model) for key in WRITING}
+        handlers = {key: kind(manager, state) for key, kind in kinds.items()}
         app = theirs["server"].build_server(manager, **handlers, generation_state=state)
         app.add_exception_handler(ConfigError, _refuse)
         held = state.get_manager(name, use_cb=continuous_batching).held
@@ -200,7 +209,12 @@ def _holding(
 
 
 def _state(
-    module: ModuleType, name: str, running: dict[str, Callable[[], None]], batching: bool, device: torch.device
+    module: ModuleType,
+    name: str,
+    running: dict[str, Callable[[], None]],
+    batching: bool,
+    device: torch.device,
+    default: dict[str, float | int],
 ) -> object:
     """The state of generation of transformers' server, with managers of ours."""
     from remoe.lab.serving.managers import OneByOne, Together
@@ -208,7 +222,7 @@ def _state(
     state = module.GenerationState(continuous_batching=batching)
     state._generate_managers[name] = OneByOne(running)
     config = ContinuousBatchingConfig(**({} if device.type == "cuda" else CPU_BATCHING))
-    state._cb_model_id, state._cb_manager = name, Together(running, config)
+    state._cb_model_id, state._cb_manager = name, Together(running, config, default)
     return state
 
 

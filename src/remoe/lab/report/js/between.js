@@ -65,7 +65,7 @@
     rows);
   const map = remoe.heatmap(figure, {
     rows: experts, columns: experts, value: (from, to) => at(layer - 1, from, to), max: highest(), rowTick: String, columnTick: String,
-    columnLabel: "expert of the next layer", format: percent, unit: "of the row's tokens", hint: "Point at a cell, or use the arrow keys.",
+    columnLabel: "expert of the next layer", format: percent, unit: "of the row's tokens",
     describe: (from, to) => {
       const share = at(layer - 1, from, to);
       return Number.isNaN(share) ? `Layer ${layer - 1}, expert ${from} has no tokens`

@@ -11,6 +11,7 @@
   const names = ["layer", "expert"];
   const cells = (header, value) => [header, ...range(layers).flatMap((l) => range(experts).map((e) => [l, e, ...value(l, e)]))];
   const nats = (value) => `${value < 0 ? "−" : "+"}${short(Math.abs(value))}`;
+  const onTokens = found.effect && `${found.effect.tokens.toLocaleString("en")} tokens`;
   const inactive = (l, e) => found.share[l][e] < found.inactiveBelow;
 
   const map = remoe.figure("experts", "expert-load", "Load of each expert",
@@ -20,14 +21,14 @@
   const loads = remoe.heatmap(map, {
     rows: layers, columns: experts, value: (l, e) => found.share[l][e], max: Math.max(...found.share.flat()),
     rowTick: (l) => `layer ${l}`, columnTick: String, columnLabel: "expert", format: percent, unit: "of the tokens",
-    hint: "Point at an expert, or use the arrow keys.", mark: inactive,
+    mark: inactive,
     describe: (l, e) => `Layer ${l}, expert ${e}: ${percent(found.share[l][e])} of the tokens${inactive(l, e) ? ", inactive" : ""}`,
     choose: (l, e) => open(l, e, true),
   });
 
   const card = element("article", undefined, { class: "card", id: "card", tabindex: -1, "aria-label": "Card of an expert" });
-  const layer = choice("Layer", remoe.layerNames, (value) => open(+value, +expert.select.value));
-  const expert = choice("Expert", range(experts).map((e) => [e, e]), (value) => open(+layer.select.value, +value));
+  const layer = choice("Layer", remoe.layerNames, (value) => open(+value, +expert.select.value, true));
+  const expert = choice("Expert", range(experts).map((e) => [e, e]), (value) => open(+layer.select.value, +value, true));
   const choices = element("div", undefined, { class: "tools" });
   choices.append(layer.label, expert.label);
   const holder = element("section", undefined, { id: "cards", "aria-labelledby": "cards-title" });
@@ -110,7 +111,7 @@
     if (found.next[l]) parts.push(part(`Experts of its tokens in layer ${l + 1}`, others(l + 1, found.next[l][e])));
     if (found.effect) {
       const each = found.effect.domains.map((name, i) => `${name} ${nats(found.effect.byDomain[i][l][e])}`).join(", ");
-      parts.push(part("Change of the loss if it is switched off", element("p", `${nats(found.effect.all[l][e])} nats per token (${each})`)));
+      parts.push(part(`Change of the loss if it is switched off, on ${onTokens}`, element("p", `${nats(found.effect.all[l][e])} nats per token (${each})`)));
     }
     const grid = element("div", undefined, { class: "parts" });
     grid.append(...parts, ...contexts(l, e));
@@ -130,12 +131,13 @@
   if (found.effect) {
     const highest = Math.max(...found.effect.all.flat(), 1e-9);
     const effects = remoe.figure("experts", "expert-effect", "Effect of each expert",
-      `How much the loss rises if the expert is switched off, in nats per token, measured on ${found.effect.tokens.toLocaleString("en")} tokens. ` +
+      `How much the loss rises if the expert is switched off, in nats per token, measured on ${onTokens} ` +
+      `(${found.effect.domains.map((name, i) => `${name} ${found.effect.domainTokens[i].toLocaleString("en")}`).join(", ")}). ` +
       "An expert whose effect is negative has the colour of zero.",
       () => cells([...names, "effect in nats", ...found.effect.domains], (l, e) => [found.effect.all[l][e], ...found.effect.byDomain.map((one) => one[l][e])]));
     remoe.heatmap(effects, {
       rows: layers, columns: experts, value: (l, e) => found.effect.all[l][e], max: highest, rowTick: (l) => `layer ${l}`,
-      columnTick: String, columnLabel: "expert", unit: "nats", hint: "Point at an expert, or use the arrow keys.",
+      columnTick: String, columnLabel: "expert", unit: "nats",
       describe: (l, e) => `Layer ${l}, expert ${e}: ${nats(found.effect.all[l][e])} nats per token`, choose: (l, e) => open(l, e, true),
     });
   }
@@ -148,7 +150,7 @@
   let shown = layers - 1;
   const byDomain = remoe.heatmap(domains, {
     rows: found.domains.length, columns: experts, ...shareOf(shown), rowTick: (i) => found.domains[i].slice(0, 8), columnTick: String,
-    columnLabel: "expert", format: percent, unit: "of the domain's tokens", hint: "Point at a cell, or use the arrow keys.",
+    columnLabel: "expert", format: percent, unit: "of the domain's tokens",
     describe: (i, e) => `${found.domains[i]}, layer ${shown}, expert ${e}: ${percent(found.domainShare[i][shown][e])} of the domain's tokens`,
     choose: (i, e) => open(shown, e, true),
   });
@@ -181,5 +183,9 @@
 
   open(0, found.share[0].indexOf(Math.max(...found.share[0])));
   addEventListener("hashchange", follow);
+  addEventListener("click", ({ target }) => { // a link to where one is already changes no hash
+    const to = target.closest("a[href^='#expert-']");
+    if (to && to.hash === location.hash) follow();
+  });
   follow();
 })();

@@ -163,7 +163,7 @@
 
   const map = remoe.heatmap(figure, {
     ...values(), rowTick: (row) => (state.layer === ALL ? `layer ${row}` : String(row)), columnTick: (column) => number(state.first + column + 1),
-    columnLabel: "token", hint: "Point at a cell, or use the arrow keys.", describe, until: () => state.step - state.first,
+    columnLabel: "token", describe, until: () => state.step - state.first,
   });
 
   function showMap() {

@@ -1,15 +1,16 @@
 "use strict";
-// A map of numbers on a canvas: pointer and arrow keys read its cells, a click or Enter selects one.
+// A map of numbers on a canvas: pointer, tap and arrow keys read its cells; a click, a tap or Enter selects one.
 remoe.heatmap = (figure, options) => {
   const { element, colour, short } = remoe;
   const LEFT = 48, BOTTOM = 34, TICKS = 8;
+  const HINT = "Point at a cell or tap it, or use the arrow keys.";
   let { rows, columns, value, max } = options;
   const holder = element("div", undefined, {
     class: "map", tabindex: 0, role: "group",
     "aria-label": `${figure.title}: arrow keys move between cells${options.choose ? ", Enter selects" : ""}`,
   });
   const canvas = element("canvas", undefined, { "aria-hidden": "true" });
-  const readout = element("p", options.hint || " ", { class: "readout", "aria-live": "polite" });
+  const readout = element("p", HINT, { class: "readout", "aria-live": "polite" });
   const scale = element("p", undefined, { class: "scale" });
   holder.append(canvas);
   figure.body.append(holder, scale, readout);
@@ -44,7 +45,7 @@ remoe.heatmap = (figure, options) => {
       }
     }
     context.putImageData(pixels, 0, 0);
-    const strip = remoe.range(9).map((i) => `rgb(${colours[Math.round((i / 8) * 255)].join(",")})`);
+    const strip = remoe.range(33).map((i) => `rgb(${colours[Math.round(255 * strength((max * i) / 32))].join(",")})`);
     const bar = element("span", undefined, { class: "strip", "aria-hidden": "true" });
     bar.style.background = `linear-gradient(to right, ${strip.join(",")})`;
     const format = options.format || short;
@@ -148,7 +149,7 @@ remoe.heatmap = (figure, options) => {
     set(changed) {
       ({ rows, columns, value, max } = { rows, columns, value, max, ...changed });
       at = null;
-      readout.textContent = options.hint || " ";
+      readout.textContent = HINT;
       paint();
     },
     select(row, column) {

@@ -1,10 +1,11 @@
 "use strict";
-// Curves and dots, drawn by uPlot: drag to enlarge, arrow keys to read.
+// Curves and dots, drawn by uPlot: drag to enlarge, or by a button; pointer, tap or arrow keys to read.
 (() => {
   const { element, colour, short } = remoe;
   const HEIGHT = 250;
   const COLOURS = ["line-1", "line-2", "line-3", "line-4", "line-5", "line-6"];
   const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]];
+  const BORDERS = ["solid", "dashed", "dotted", "double"]; // of the legend's squares, like the dashes of the curves
 
   // A series has a colour of its own, or, if there are more, its place between two
   function stroke(index, count) {
@@ -57,7 +58,7 @@
       label, stroke: () => colour("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
       grid: { stroke: () => colour("line"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 },
       values: (u, splits) => splits.map((value) => (value === null ? "" : short(value))),
-      size: log ? 56 : 48, labelSize: 18,
+      size: (u, shown) => Math.max(48, 19 + 7 * Math.max(0, ...(shown || []).map((text) => text.length))), labelSize: 18,
     };
   }
 
@@ -69,36 +70,38 @@
       "aria-label": `${figure.title}: left and right arrow keys read values, plus and minus enlarge, Escape shows all`,
     });
     figure.body.append(holder);
-    let u = null, index = 0, stale = false;
+    let u = null, at = null, stale = false; // at: index of the value that was read last
     const seen = new IntersectionObserver((entries) => {
       if (stale && entries.at(-1).isIntersecting) make(); // others are drawn again when they are seen
     }, { rootMargin: "100px" });
 
     function make() {
-      stale = false;
-      const at = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
-      const kept = at.map((value) => value !== null);
+      [stale, at] = [false, null];
+      const x = Array.from(options.x, (value) => (options.logX && !(value > 0) ? null : value));
+      const kept = x.map((value) => value !== null);
       const only = (values) => clean(values, options.log).filter((_, i) => kept[i]);
       const count = options.names.length;
       const colours = options.colours || remoe.range(count);
       const hues = options.colours ? COLOURS.length : count;
+      const isDot = (i) => Boolean(options.dots && options.dots[i]);
+      const pattern = (i) => (count > 1 && hues <= COLOURS.length && !isDot(i) ? colours[i] % DASHES.length : 0);
       if (u) u.destroy();
       u = new uPlot({
         width: width(), height: HEIGHT, ms: 1,
         scales: { x: { time: false, distr: options.logX ? 3 : 1 }, y: { distr: options.log ? 3 : 1, ...options.scaleY } },
         axes: [{ ...axis(options.xName, false, !options.fraction), size: 30 }, axis(options.unit, options.log)],
-        legend: { live: true },
+        legend: { live: true, markers: { width: (u, i) => (isDot(i - 1) ? 0 : 3), dash: (u, i) => BORDERS[pattern(i - 1)], fill: (u, i) => (isDot(i - 1) ? u.series[i].stroke(u, i) : null) } },
         cursor: { sync: options.sync ? { key: options.sync } : undefined, points: { size: 6 } },
         series: [
           { label: options.xName, value: (_, value) => short(value) },
           ...options.names.map((label, i) => ({
             label, stroke: stroke(colours[i], hues), width: hues > COLOURS.length ? 1 : 1.5, spanGaps: true, value: (_, value) => short(value),
-            dash: count > 1 && hues <= COLOURS.length && !(options.dots && options.dots[i]) ? DASHES[colours[i] % DASHES.length] : [],
-            ...(options.dots && options.dots[i] ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
+            dash: DASHES[pattern(i)],
+            ...(isDot(i) ? { paths: () => null, points: { show: true, size: 4 } } : { points: { show: false } }),
           })),
         ],
-        hooks: { drawClear: [(made) => background(made, options)] },
-      }, [at.filter((value) => value !== null), ...options.values.map(only)], holder);
+        hooks: { drawClear: [(made) => background(made, options)], setCursor: [({ cursor }) => (at = cursor.idx ?? at)] },
+      }, [x.filter((value) => value !== null), ...options.values.map(only)], holder);
     }
 
     function width() {
@@ -107,13 +110,13 @@
 
     function read(step) {
       const last = u.data[0].length - 1;
-      index = Math.max(0, Math.min(last, index + step));
-      u.setCursor({ left: u.valToPos(u.data[0][index], "x"), top: u.over.clientHeight / 2 });
+      at = Math.max(0, Math.min(last, (at ?? 0) + step));
+      u.setCursor({ left: u.valToPos(u.data[0][at], "x"), top: u.over.clientHeight / 2 });
     }
 
     function zoom(factor) {
       const { min, max } = u.scales.x;
-      const middle = u.cursor.idx === null ? (min + max) / 2 : u.data[0][u.cursor.idx];
+      const middle = at === null ? (min + max) / 2 : u.data[0][at];
       u.setScale("x", {
         min: Math.max(u.data[0][0], middle - (middle - min) * factor),
         max: Math.min(u.data[0].at(-1), middle + (max - middle) * factor),
@@ -132,9 +135,12 @@
       event.preventDefault();
       action();
     });
-    const button = element("button", "Show all", { type: "button", "aria-label": `${figure.title}: show the whole range` });
-    button.addEventListener("click", () => whole());
-    figure.tools.prepend(button);
+    const button = (text, label, act) => {
+      const made = element("button", text, { type: "button", "aria-label": `${figure.title}: ${label}` });
+      made.addEventListener("click", act);
+      return made;
+    };
+    figure.tools.prepend(button("Enlarge", "enlarge around the value that is read", () => zoom(0.5)), button("Show all", "show the whole range", whole));
     make();
     const resize = () => u.setSize({ width: width(), height: HEIGHT });
     const resized = new ResizeObserver(resize);

@@ -117,7 +117,7 @@
     title.append(
       element("code", visible(text.tokens[token]) || "part of a character", { class: "token", dir: "auto" }),
       ` token ${(token + 1).toLocaleString("en")} of ${text.T.toLocaleString("en")}` +
-      (text.seen[token] ? `, occurs ${text.seen[token].toLocaleString("en")} times` : "") +
+      (text.seen[token] ? `, occurs ${text.seen[token] === 1 ? "once" : `${text.seen[token].toLocaleString("en")} times`}` : "") +
       (Number.isNaN(text.loss[token]) ? "" : `, loss of the next ${short(text.loss[token])} nats`),
     );
     const list = element("ul");

@@ -65,7 +65,7 @@
   const max = Math.min(1, 4 * (remoe.data.head.k || 1) / experts);
   const map = remoe.heatmap(figure, {
     rows: experts, columns, value: (e, i) => at(layer, e, i), max, rowTick: String, columnTick: (i) => steps[i].toLocaleString("en"),
-    columnLabel: "step", format: percent, unit: "of the tokens or more", hint: "Point at a cell, or use the arrow keys.",
+    columnLabel: "step", format: percent, unit: "of the tokens or more",
     describe: (e, i) => `Layer ${layer}, expert ${e}, from step ${steps[i].toLocaleString("en")}: ${percent(at(layer, e, i))} of the tokens`,
   });
   const pick = choice("Layer", range(layers).map((l) => [l, `layer ${l}`]), (value) => {

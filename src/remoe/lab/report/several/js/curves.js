@@ -11,7 +11,7 @@
   if (data.layers) {
     const place = pairs("layers");
     const words = {
-      active: ["Active experts by layer", "Mean number of experts of a token in each layer. With TopK it is the same in all layers; ReMoE spreads the compute itself.", "experts per token"],
+      active: ["Active experts by layer", "Mean number of experts of a token in each layer (Fig. 8 of the paper). With TopK it is the same in all layers; ReMoE spreads the compute itself.", "experts per token"],
       imbalance: ["Load balance by layer", "Load of the busiest expert divided by the mean load. 1 is even; a high value is a layer that uses few of its experts.", "busiest / mean"],
       specialisation: ["Specialisation by layer", "How much a token's expert reveals about its domain, from 0 (nothing) to 1 (everything).", "share of the domain's entropy"],
       reuse: ["Reuse by layer", "Share of a token's experts that the next token also uses. High values save loading of weights when text is generated.", "share reused"],
@@ -32,8 +32,9 @@
   const words = {
     lm_loss: ["Training loss", "Loss of the language model at each step, without what is added to it (Fig. 4 of the paper). Lower is better.", "nats per token"],
     sparsity: ["Sparsity S", "Share of (token, expert) pairs that are inactive (Fig. 3 of the paper). ReLU routing starts dense and becomes sparse; TopK has the same sparsity at every step.", "share of inactive pairs"],
-    lambda: ["Coefficient λ", "Weight of the router's term in the loss. It moves where it controls the sparsity, and is constant for other routers.", "λ (log scale)"],
-    penalty: ["Penalty", "λ times the router's term: what training adds to the loss. The term differs between routers.", "nats (log scale)"],
+    lambda: ["Coefficient λ", "Weight of the router's term in the loss (Fig. 4 of the paper). It moves where it controls the sparsity, and is constant for other routers.", "λ (log scale)"],
+    reg_loss: ["Regulariser", "The router's term before λ multiplies it (Fig. 4 of the paper); with ReLU routing the sum of gates. The term differs between routers.", "regulariser"],
+    penalty: ["Penalty", "λ times the router's term: what training adds to the loss (Fig. 4 of the paper).", "nats (log scale)"],
     imbalance: ["Load imbalance", "Load of the busiest expert divided by the mean load, of all layers; 1 is even.", "busiest / mean"],
     dead: ["Dead experts", "Share of the experts that take less than an eighth of the target load at a step.", "share of experts"],
     flip_rate: ["Flips", "Share of (token, expert) pairs of a fixed text that change in one training step (Fig. 10 of the paper): the lower, the more stable the routing.", "share of pairs"],

@@ -15,7 +15,7 @@
   const highest = Math.max(...models.flatMap((one) => one.share.flat()));
   remoe.maps(load, (model, i) => ({
     rows: model.layers, columns: model.experts, value: (l, e) => models[i].share[l][e], max: highest, rowTick: layerTick, columnTick: String,
-    columnLabel: "expert", format: percent, unit: "of the tokens", hint: "Point at an expert, or use the arrow keys.",
+    columnLabel: "expert", format: percent, unit: "of the tokens",
     mark: (l, e) => models[i].share[l][e] < models[i].inactiveBelow,
     describe: (l, e) => `Layer ${l}, expert ${e}: ${percent(models[i].share[l][e])} of the tokens`,
   }));
@@ -30,7 +30,7 @@
   const most = () => Math.max(...models.flatMap((one) => one.domainShare.flatMap((rows) => rows[shown])));
   const maps = remoe.maps(byDomain, (model, i) => ({
     rows: domains.length, columns: model.experts, value: (c, e) => models[i].domainShare[c][shown][e], max: most(), rowTick: (c) => domains[c].slice(0, 8),
-    columnTick: String, columnLabel: "expert", format: percent, unit: "of the domain's tokens", hint: "Point at a cell, or use the arrow keys.",
+    columnTick: String, columnLabel: "expert", format: percent, unit: "of the domain's tokens",
     describe: (c, e) => `${domains[c]}, layer ${shown}, expert ${e}: ${percent(models[i].domainShare[c][shown][e])} of the domain's tokens`,
   }));
   const layer = choice("Layer", range(shared).map((l) => [l, layerTick(l)]), (value) => {
@@ -49,7 +49,7 @@
   const top = Math.max(...active.flat(2));
   remoe.maps(perDomain, (model, i) => ({
     rows: domains.length, columns: model.layers, value: (c, l) => active[i][c][l], max: top, linear: true, rowTick: (c) => domains[c].slice(0, 8),
-    columnTick: String, columnLabel: "layer", unit: "experts", hint: "Point at a cell, or use the arrow keys.",
+    columnTick: String, columnLabel: "layer", unit: "experts",
     describe: (c, l) => `${domains[c]}, layer ${l}: ${short(active[i][c][l])} experts per token`,
   }));
 

@@ -162,7 +162,7 @@
   }
 
   const words = "The same text in all models. A token is coloured by how much a model differs from the reference: in its number of experts, or in " +
-    "how well it predicts the token. Point at a token, or move with the arrow keys, to see its experts, their gates and its loss in each model.";
+    "how well it predicts the token. Point at a token or tap it, or move with the arrow keys, to see its experts, their gates and its loss in each model.";
   const figure = remoe.figure("text", "text-tokens", "Differences in the text", words, rows);
   figure.body.append($("text-body").content);
   const known = found.some((one) => one.models.every((model) => unpack(model.loss).some((value) => !Number.isNaN(value))));
