@@ -4,6 +4,7 @@ The launches of a forward and a backward pass are recorded, and each kernel is c
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.experts.contract import Problem
-from remoe.experts.triton import backend, launch
+from remoe.experts.triton import backend, decode, decode_kernels, launch
 from remoe.experts.triton import kernels as triton_kernels
 from remoe.experts.triton import plan as triton_plan
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -63,7 +64,7 @@ def launches(tiles, T, D, F, E, monkeypatch):
 
 
 def compiled(name, args, named, capability):
-    kernel = getattr(triton_kernels if hasattr(triton_kernels, name) else triton_plan, name)
+    kernel = next(getattr(m, name) for m in (triton_kernels, triton_plan, decode_kernels) if hasattr(m, name))
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
     assert set(values) == set(names), name
@@ -79,7 +80,7 @@ def compiled(name, args, named, capability):
             signature[argument] = TYPES[value.dtype]
             aligned[place,] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "i32"
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
     options = {option: named[option] for option in OPTIONS if option in named}
     source = ASTSource(kernel, signature, constants, aligned)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -101,4 +102,29 @@ def test_every_kernel_compiles_and_fits(tiles, T, F, monkeypatch):
     assert len({key[0] for key in seen}) == 8  # all there are
     for (name, *_), binary in seen.items():
         assert binary.metadata.shared <= SHARED[tiles] * 1024, name
+        assert "cubin" in binary.asm, name
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted here")
+@pytest.mark.parametrize(
+    ("rule", "T", "E", "dtype"),
+    [
+        ("softmax", 64, 256, torch.bfloat16),
+        ("relu", 1, 8, torch.bfloat16),
+        ("cutoff", 1, 8, torch.bfloat16),
+        ("sigmoid", 16, 64, torch.float32),
+    ],
+)
+def test_the_kernels_of_few_tokens_compile_and_fit(rule, T, E, dtype, monkeypatch):
+    recorder, D, F, S = Recorder(), 576, 712, 40
+    monkeypatch.setattr("remoe.experts.triton.decode_kernels", recorder)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    x_TD, mask_T = torch.zeros(T, D, dtype=dtype), torch.ones(T, dtype=torch.bool)
+    router_ED, bias_E, each_E = torch.zeros(E, D, dtype=dtype), torch.zeros(E), torch.zeros(E)
+    weights = [torch.zeros(*shape, dtype=dtype) for shape in ((E, 2 * F, D), (E, D, F), (1, 2 * S, D), (1, D, S))]
+    decode._decode(x_TD, mask_T, None, rule, router_ED, bias_E, each_E, 8, 1.0, True, *weights)
+    assert [name for name, *_ in recorder.launches] == ["gates_and_hidden", "down_and_sum"]
+    for name, args, named in recorder.launches:
+        binary = compiled(name, args, named, 80)
+        assert binary.metadata.shared <= SHARED["small"] * 1024, name
         assert "cubin" in binary.asm, name
