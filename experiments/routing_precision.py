@@ -1,16 +1,18 @@
 """Measures how many routed pairs change when a trained model runs in bfloat16, or with int8 weights.
 
-    remoe train --preset tiny --router relu --steps 150 --data DATA --out RELU
-    remoe train --preset tiny --router topk --steps 150 --data DATA --out TOPK
+    remoe train --preset tiny --router relu --steps 150 --seed SEED --out RELU
+    remoe train --preset tiny --router topk --steps 150 --seed SEED --out TOPK
     python experiments/routing_precision.py RELU TOPK --out experiments/results/routing-precision.json
 
-Every model reads the same validation tokens. The reference is its own float32 pass.
+Every model reads the same validation tokens. The reference is its own float32 pass. Runs of other seeds that the file
+has already stay in it; the summary is over all seeds of a router.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
@@ -32,6 +34,13 @@ PRECISIONS: dict[str, Callable[[RemoeForCausalLM], RemoeForCausalLM]] = {
 }
 
 
+SHARES = (
+    "share of pairs that differ",
+    "share of tokens with a pair that differs",
+    "share of the gates' sum in pairs that differ",
+)
+
+
 def gates_by_layer(model: RemoeForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """(L, T, E) float32, the gates of all batches; no gate of an executed pair is zero in these models."""
     return torch.cat([gates_of(model.eval(), input_NS, mask_NS) for input_NS, mask_NS in batches], dim=1)
@@ -47,6 +56,7 @@ def measure(run: Path, max_tokens: int) -> dict:
     L, T, _ = active_LTE.shape
     result = {
         "router": options.router,
+        "seed": options.seed,
         "steps": options.steps,
         "tokens": T,
         "active experts per token": float(active_LTE.sum() / (L * T)),
@@ -56,12 +66,27 @@ def measure(run: Path, max_tokens: int) -> dict:
         differs_LTE = active_LTE != (gate_LTE != 0)
         share_L = disagreement(list(active_LTE), list(gate_LTE != 0))
         both_LTE = reference_LTE + gate_LTE
+        tokens = differs_LTE.any(dim=2).any(dim=0).float().mean()
+        shares = share_L.mean(), tokens, both_LTE[differs_LTE].sum() / both_LTE.sum()
         result[name] = {
             "share of pairs that differ, by layer": share_L.tolist(),
-            "share of pairs that differ": float(share_L.mean()),
-            "share of tokens with a pair that differs": float(differs_LTE.any(dim=2).any(dim=0).float().mean()),
-            "share of the gates' sum in pairs that differ": float(both_LTE[differs_LTE].sum() / both_LTE.sum()),
+            **{share: float(value) for share, value in zip(SHARES, shares, strict=True)},
         }
+    return result
+
+
+def summary(runs: list[dict]) -> dict:
+    """By router and precision: mean and standard deviation over the seeds."""
+    result = {}
+    for router in dict.fromkeys(run["router"] for run in runs):
+        ours = [run for run in runs if run["router"] == router]
+        result[router] = {"seeds": [run["seed"] for run in ours]}
+        for name in PRECISIONS:
+            values = {share: [run[name][share] for run in ours] for share in SHARES}
+            result[router][name] = {
+                share: {"mean": mean(found), "deviation": stdev(found) if len(found) > 1 else None}
+                for share, found in values.items()
+            }
     return result
 
 
@@ -71,7 +96,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=20_000)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    results = {"machine": machine(torch.device("cpu")), "runs": [measure(run, args.max_tokens) for run in args.runs]}
+    before = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    runs = {
+        (run["router"], run["seed"]): run for run in (*before, *(measure(one, args.max_tokens) for one in args.runs))
+    }
+    ordered = [runs[key] for key in sorted(runs)]
+    results = {"machine": machine(torch.device("cpu")), "summary": summary(ordered), "runs": ordered}
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

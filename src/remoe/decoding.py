@@ -19,7 +19,8 @@ from remoe.experts.packed import is_packed, is_quantised
 from remoe.routing.assignment import LateRouting, Routing, strong
 from remoe.routing.base import GateRule, Router
 
-MOST_TOKENS, MOST_EXPERTS = 64, 256  # the latter on CUDA
+MOST_TOKENS = 64
+MOST_EXPERTS = {2: 256, 4: 64}  # on CUDA, by bytes of a number: more of float32 take half a minute to compile
 
 
 def limits(threshold: float | Tensor, cap: int | Tensor | None) -> bool:
@@ -130,7 +131,7 @@ def takes_triton(x_TD: Tensor, gate_up_E2FD: Any, down_EDF: Any, backend: str = 
         and gate_up_E2FD.dtype is down_EDF.dtype is x_TD.dtype
         and gate_up_E2FD.is_contiguous()
         and down_EDF.is_contiguous()
-        and down_EDF.shape[0] <= MOST_EXPERTS
+        and down_EDF.shape[0] <= MOST_EXPERTS.get(x_TD.element_size(), 0)
         and _resolved(backend, x_TD.device.type, x_TD.dtype, *down_EDF.shape[1:]) == "triton"
     )
 

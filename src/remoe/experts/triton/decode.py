@@ -12,7 +12,6 @@ from torch import Tensor
 from remoe.experts.triton.launch import interpreted, power_of_two
 from remoe.operators import operator_name
 
-MOST_TOKENS, MOST_EXPERTS = 64, 256
 RULES = ("given", "relu", "softmax", "sigmoid", "cutoff")  # numbered as in `decode_kernels.py`
 COLUMNS = 16  # of a tile, the fewest that a product may have: as many programs as possible read weights
 PROGRAMS = 2  # of the first launch, for each multiprocessor
