@@ -3,8 +3,10 @@
     python experiments/mesh_equality.py WORK --out experiments/results/mesh-equality.json
 
 Every run computes the same micro-batches, several per process and step, in float32 and again in float64. Rounding can
-make a token choose another expert where two logits are nearly equal; in float64 it is too small for that. The processes
-communicate by gloo on the CPU. Runs that are finished stay in WORK; the same command goes on with the others.
+make a token choose another expert where two logits are nearly equal; in float64 it is too small for that. The control
+is one process that computes the micro-batches of each step in another order, so that only the order in which gradients
+are summed differs. The processes communicate by gloo on the CPU. Runs that are finished stay in WORK; the same command
+goes on with the others.
 """
 
 import argparse
@@ -42,6 +44,8 @@ MESHES = {
 # Where no two processes share an expert, FSDP2 of torch 2.13 divides its gradient twice unless float32 or bfloat16.
 ONLY_FLOAT32 = ("fsdp=2,ep=2", "replicate=2,fsdp=2,ep=2", "fsdp=2,ep=4,tp=2")
 DTYPES = ("float32", "float64")
+ORDERS = [f"order {number}" for number in range(1, 9)]  # of the micro-batches in the controls
+CONTROLS = [("threshold", order, "float32") for order in ORDERS]  # the router whose differences are the largest
 COMPARED = ("lm_loss", "loss", "reg_loss", "lambda", "sparsity", "grad_norm")
 OPTIONS = {
     "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -55,6 +59,17 @@ OPTIONS = {
     "validate": {"every": STEPS, "max_tokens": 1000},
     "checkpoint": {"every": STEPS},
 }
+
+
+class ReorderedTrainer(Trainer):
+    """A trainer that computes the rows of each batch, which are micro-batches here, in another order."""
+
+    order = 0
+
+    def _batch(self):
+        input_BS, target_BS, items = super()._batch()
+        order = torch.randperm(len(input_BS), generator=torch.Generator().manual_seed(self.order * STEPS + self.step))
+        return input_BS[order], target_BS[order], items
 
 
 class Float64Trainer(Trainer):
@@ -99,10 +114,13 @@ def config(data: Path, router: str, mesh: str | None) -> TrainConfig:
 
 def train(work: Path, router: str, mesh: str | None, dtype: str) -> None:
     """One run, on every rank; rank 0 writes it to a folder."""
-    options, out = config(work / "data", router, mesh), folder_of(work, router, mesh, dtype)
+    options = config(work / "data", router, None if mesh in ORDERS else mesh)
+    out = folder_of(work, router, mesh, dtype)
     dataset, ranks = open_dataset(work / "data"), Ranks(mesh_of(options), "cpu")
     norm = LlamaRMSNorm.forward
-    trainer = TRAINERS[dtype](options, dataset, RunFolder(out), ranks)
+    trainer = (ReorderedTrainer if mesh in ORDERS else TRAINERS[dtype])(options, dataset, RunFolder(out), ranks)
+    if isinstance(trainer, ReorderedTrainer):
+        trainer.order = ORDERS.index(mesh)
     if ranks.first:
         shutil.rmtree(out, ignore_errors=True)
         trainer.run.create(options, dataset.tokenizer_path)
@@ -173,13 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="a folder that keeps the runs")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--meshes", nargs="+", default=[mesh for meshes in MESHES.values() for mesh in meshes])
+    parser.add_argument("--meshes", nargs="*", default=[mesh for meshes in MESHES.values() for mesh in meshes])
     parser.add_argument("--report", action="store_true", help="run nothing: write what the finished runs give")
     options = parser.parse_args()
     work = options.work.resolve()
     if not options.report:
         run_all(work, options.meshes)
-    chosen = runs_on(options.meshes)
+    chosen = runs_on(options.meshes) + CONTROLS
     done = [run for run in chosen if finished(folder_of(work, *run))]
     found = [
         {"router": router, "mesh": mesh, "dtype": dtype}
@@ -203,7 +221,7 @@ def run_all(work: Path, chosen: list[str]) -> None:
     torch.set_num_threads(1)
     if not (work / "data").exists():
         write_data(work)
-    for run in product(ROUTERS, [None], DTYPES):
+    for run in [*product(ROUTERS, [None], DTYPES), *CONTROLS]:
         if not finished(folder_of(work, *run)):
             train(work, *run)
     for world_size, meshes in MESHES.items():

@@ -133,8 +133,8 @@ class MoE(nn.Module):
                 y_TD = self.experts(x_TD)
             else:
                 y_TD = self.experts(x_TD, *self._slots(routing))
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            if self.shared_expert is not None:
+                y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x.shape), routing
 
     def _limited(self, routing: Routing, threshold: float | Tensor, cap: int | Tensor | None) -> Routing:

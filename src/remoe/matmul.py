@@ -125,6 +125,13 @@ def is_intel() -> bool:
     return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
 
 
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (Intel's AMX); False where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " amx_bf16 " in cpuinfo.read_text()
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """Contiguous and from a multiple of 16 bytes on: GPUs read in such units, and a view may start anywhere."""
     tensor = tensor.contiguous()

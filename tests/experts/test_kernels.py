@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -74,13 +75,22 @@ def test_switched_off(fresh, monkeypatch):
 def test_a_product_that_is_not_there_is_refused(fresh, monkeypatch):
     monkeypatch.setenv("REMOE_PRODUCT", "mlk")
     with pytest.raises(ConfigError, match="unknown REMOE_PRODUCT 'mlk'; choose one of: own"):
-        kernels._library_sgemm()
+        kernels._library_gemm(torch.float32)
+    monkeypatch.delenv("REMOE_PRODUCT")
+    for amx in (True, False):
+        monkeypatch.setattr(kernels, "has_amx", lambda amx=amx: amx)
+        found = kernels._library_gemm(torch.bfloat16)
+        assert (found is not None) == (amx and kernels.is_intel() and torch.backends.mkl.is_available())
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.setenv("REMOE_PRODUCT", "mkl")
     with pytest.raises(ConfigError, match="unknown REMOE_PRODUCT 'mkl'; choose one of: own"):
-        kernels._library_sgemm()
+        kernels._library_gemm(torch.float32)
     monkeypatch.delenv("REMOE_PRODUCT")
-    assert kernels._library_sgemm() is None
+    assert kernels._library_gemm(torch.float32) is None
+    library = SimpleNamespace(experts_forward_bfloat16=None, use_library_bfloat16=lambda gemm: None)
+    monkeypatch.setattr(kernels, "_library", lambda: library)
+    monkeypatch.setattr(kernels, "has_amx", lambda: True)
+    assert kernels.compiled_passes(torch.bfloat16) is None  # oneDNN's products are faster than ours
 
 
 @pytest.mark.parametrize("trouble", ["none", "fails"])

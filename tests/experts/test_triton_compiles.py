@@ -4,6 +4,7 @@ The launches of a forward and a backward pass are recorded, and each kernel is c
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from remoe.experts.contract import Problem
-from remoe.experts.triton import backend, launch
+from remoe.experts.triton import backend, decode_kernels, launch
+from remoe.experts.triton import decode as decoding
 from remoe.experts.triton import kernels as triton_kernels
 from remoe.experts.triton import plan as triton_plan
 
@@ -23,7 +25,8 @@ pytestmark = pytest.mark.slow
 
 SHARED = {"large": 227, "large, few": 227, "small": 99, "float32": 99}  # KiB that one program may take
 CAPABILITY = {"large": 90, "large, few": 90, "small": 80, "float32": 80}
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+MODULES = (triton_kernels, triton_plan, decode_kernels)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -63,7 +66,7 @@ def launches(tiles, T, D, F, E, monkeypatch):
 
 
 def compiled(name, args, named, capability):
-    kernel = getattr(triton_kernels if hasattr(triton_kernels, name) else triton_plan, name)
+    kernel = next(getattr(module, name) for module in MODULES if hasattr(module, name))
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
     assert set(values) == set(names), name
@@ -79,7 +82,7 @@ def compiled(name, args, named, capability):
             signature[argument] = TYPES[value.dtype]
             aligned[place,] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "i32"
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
     options = {option: named[option] for option in OPTIONS if option in named}
     source = ASTSource(kernel, signature, constants, aligned)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -102,3 +105,18 @@ def test_every_kernel_compiles_and_fits(tiles, T, F, monkeypatch):
     for (name, *_), binary in seen.items():
         assert binary.metadata.shared <= SHARED[tiles] * 1024, name
         assert "cubin" in binary.asm, name
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted here")
+def test_both_kernels_for_few_tokens_compile_and_fit(monkeypatch):
+    recorder, T, E, D, F = Recorder(), 33, 8, 576, 328
+    monkeypatch.setattr("remoe.experts.triton.decode_kernels", recorder)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    x, router, gate_up, down = (torch.zeros(*s).bfloat16() for s in ((T, D), (E, D), (E, 2 * F, D), (E, D, F)))
+    shared = gate_up[:1].clone(), down[:1].clone()
+    rule = ("sigmoid", router, None, torch.zeros(E), 3, 2.0, True)
+    decoding._decode(x, torch.ones(T, dtype=torch.bool), None, *rule, gate_up, down, *shared)
+    assert [name for name, *_ in recorder.launches] == ["gates_and_hidden", "down_and_sum"]
+    for name, args, named in recorder.launches:
+        binary = compiled(name, args, named, CAPABILITY["small"])
+        assert binary.metadata.shared <= SHARED["small"] * 1024, name

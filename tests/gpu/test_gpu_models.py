@@ -8,7 +8,7 @@ import remoe
 from remoe.experts import run_experts
 from remoe.lab.training.config import OptimOptions
 from remoe.lab.training.optimizer import build_optimizer
-from remoe.routing.assignment import Assignment
+from remoe.routing.assignment import Assignment, LateRouting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -55,10 +55,31 @@ def test_generation_of_a_left_padded_batch_is_the_same_with_every_cache(place):
     assert torch.equal(model.generate(ids * mask, cache_implementation="static", **given), dynamic)
 
 
+@pytest.mark.parametrize("T", [1, 33, 64])
+@pytest.mark.parametrize("router", ["relu", "relu_scaled", "topk", "sigmoid", "threshold", "relu_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_tokens_without_lists_give_what_lists_give(router, T, dtype, monkeypatch):
+    layer = remoe.MoE(272, 200, 12, 3, router, shared_expert_size=72).to("cuda", dtype).eval()
+    x, mask = torch.randn(T, 272, dtype=dtype, device="cuda"), torch.rand(T, device="cuda") < 0.8
+    mask[0] = True
+    with torch.no_grad():
+        y, routing = layer(x, mask)  # compiles
+        with no_waiting():
+            again, _ = layer(x, mask)
+    assert isinstance(routing, LateRouting)
+    assert torch.equal(y[mask], again[mask])
+    monkeypatch.setattr("remoe.decoding.MOST_TOKENS", -1)
+    with torch.no_grad():
+        expected, _ = layer(x, mask)
+    error = (y[mask] - expected[mask]).float().norm() / expected[mask].float().norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("T", [64, 128], ids=["without lists", "with lists"])
 @pytest.mark.parametrize("router", ["relu", "topk", "expert_choice", "threshold"])
-def test_a_layer_in_a_cuda_graph(router):
+def test_a_layer_in_a_cuda_graph(router, T):
     layer = remoe.MoE(256, 384, 8, 2, router, backend="triton").to("cuda", torch.bfloat16).eval()
-    x = torch.randn(64, 256, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(T, 256, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         expected, _ = layer(x)
         graph = torch.cuda.CUDAGraph()

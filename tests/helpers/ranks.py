@@ -1,6 +1,7 @@
 """Functions on several processes that form one group of gloo."""
 
 import os
+from datetime import timedelta
 
 import forked
 import torch
@@ -31,11 +32,18 @@ def run_ranks(function, folder, *arguments, world_size=2):
     assert codes == [0] * world_size
 
 
+def timeouts():
+    """After how many seconds the collectives of each group fail to which this process and another one belong."""
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group.size() > 1]
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
 def _rank(rank, world_size, function, folder, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # as torchrun sets them; the ranks meet in a file
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    options = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=600)}  # as --mesh-timeout's default
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **options)
     function(rank, folder, *arguments)
     dist.barrier()
     os._exit(0)  # gloo's threads may wait forever for each other where Python takes the group apart

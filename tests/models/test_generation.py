@@ -8,7 +8,6 @@ from packaging import version
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 import remoe
-import remoe.convert.relufy.experts
 import remoe.decoding
 from remoe.experts.cpu.build import compiled_kernels
 from remoe.models.attention import CACHE_NAME
@@ -136,16 +135,15 @@ def test_generation_stops_at_the_end_and_config_is_saved(tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """The number of tokens in each call of the experts' kernel for a few tokens that gave an output."""
-    found = []
-    for module in (remoe.decoding, remoe.convert.relufy.experts):
+    found, kernel = [], remoe.decoding.few_tokens
 
-        def noted(x_TD, *args, kernel=module.few_tokens):
-            y_TD = kernel(x_TD, *args)
-            if y_TD is not None:
-                found.append(len(x_TD))
-            return y_TD
+    def noted(x_TD, *args):
+        y_TD = kernel(x_TD, *args)
+        if y_TD is not None:
+            found.append(len(x_TD))
+        return y_TD
 
-        monkeypatch.setattr(module, "few_tokens", noted)
+    monkeypatch.setattr(remoe.decoding, "few_tokens", noted)
     return found
 
 

@@ -67,6 +67,8 @@ class Backend:
         adapted_forward: (stored, adapters, *problem) -> y_TD, pre_C2F: as `forward`, with low-rank `Adapters`.
         adapted_backward: (dy_TD, pre_C2F, adapters, *problem) -> dx_TD, dgate_N, and the gradients of the adapters, all
             contiguous. The weights are frozen.
+        decode: (x_TD, mask_T, gate_TE, *gate_rule, gate_up_E2FD, down_EDF, shared_gate_up, shared_down) -> y_TD:
+            a whole layer on few tokens without gradients, from gates or from a `GateRule`; see `remoe.decoding`.
     """
 
     obstacle: Callable[[torch.device, torch.dtype, int, int], str | None]
@@ -75,3 +77,4 @@ class Backend:
     function: Callable[..., Tensor] | None = None
     adapted_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     adapted_backward: Callable[..., tuple[Tensor, ...]] | None = None
+    decode: Callable[..., Tensor] | None = None

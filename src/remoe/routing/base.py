@@ -4,7 +4,7 @@ Legend: T tokens, D model width, E experts.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,30 @@ def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int)
     """Experts, width of each, and target experts per token, after granularity G has split every expert into G."""
     E, G = num_experts, granularity
     return E * G, d_ffn // G, k * G  # Eq. 12 and 13: E G experts of width d_ffn / G, k G of them active
+
+
+class GateRule(NamedTuple):
+    """How the gates of a router follow from x at evaluation, for kernels that compute them with the experts.
+
+    Attributes:
+        kind: with logits = x W^T + bias: "relu", scale * each_E * ReLU(logits); "softmax", scale times the k largest
+            probabilities; "sigmoid", scale times sigmoid(logits) where sigmoid(logits) + each_E is among the k largest;
+            "cutoff", sigmoid(logits) where it lies above each_E, everywhere with k = E.
+        weight_ED: W, (E, D).
+        bias_E: (E,), or None for none.
+        each_E: (E,), one number for each expert, or None where the kind needs none.
+        k: experts per token.
+        scale: factor on the gates.
+        renormalize: divide a token's gates by the sum of the chosen probabilities or sigmoids.
+    """
+
+    kind: str
+    weight_ED: Tensor
+    bias_E: Tensor | None
+    each_E: Tensor | None
+    k: int
+    scale: float = 1.0
+    renormalize: bool = False
 
 
 class Router(Float32State, ABC):
@@ -97,6 +121,10 @@ class Router(Float32State, ABC):
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         """(T, E) gates of `forward` at evaluation, zero where there is no pair; None where only `forward` knows."""
+        return None
+
+    def gate_rule(self) -> GateRule | None:
+        """The rule of `gates`; None where it is none of those that kernels know."""
         return None
 
     def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
-from remoe.routing.base import LinearRouter
+from remoe.routing.base import GateRule, LinearRouter
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
@@ -68,6 +68,11 @@ class ReLURouter(LinearRouter):
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None
+
+    def gate_rule(self) -> GateRule | None:
+        if self.cap is not None or type(self) is not ReLURouter:  # subclasses change gates
+            return None
+        return GateRule("relu", self.weight, self.bias, None, self.k, self.gate_scale)
 
     def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         """0-dim: what lambda multiplies."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from remoe.errors import check, check_choice
 from remoe.routing.auxiliary_losses import gate_entropy
+from remoe.routing.base import GateRule
 from remoe.routing.relu import ReLURouter
 
 PENALTIES = ("entropy", "l1")
@@ -57,6 +58,11 @@ class ReLUScaledRouter(ReLURouter):
     def reset_parameters(self, std: float) -> None:
         super().reset_parameters(std)
         nn.init.constant_(self.scale, self.scale_init)
+
+    def gate_rule(self) -> GateRule | None:
+        if self.cap is not None or type(self) is not ReLUScaledRouter:
+            return None
+        return GateRule("relu", self.weight, self.bias, self.scale, self.k, self.gate_scale)
 
     def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         if self.penalty_kind == "entropy":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
-from remoe.routing.base import LinearRouter
+from remoe.routing.base import GateRule, LinearRouter
 
 
 class SigmoidRouter(LinearRouter):
@@ -62,6 +62,11 @@ class SigmoidRouter(LinearRouter):
     def gates(self, x_TD: Tensor) -> Tensor:
         score_TE = self.logits(x_TD).sigmoid()
         return self._gates(score_TE, largest(score_TE + self.bias_E, self.k))
+
+    def gate_rule(self) -> GateRule | None:
+        if type(self) is not SigmoidRouter:
+            return None
+        return GateRule("sigmoid", self.weight, None, self.bias_E, self.k, self.gate_scale, self.renormalize)
 
     def _gates(self, score_TE: Tensor, active_TE: Tensor) -> Tensor:
         gate_TE = score_TE * active_TE * self.gate_scale

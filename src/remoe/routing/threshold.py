@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remoe.errors import check
 from remoe.routing.assignment import Routing
+from remoe.routing.base import GateRule
 from remoe.routing.cutoffs import CutoffRouter
 
 
@@ -39,6 +40,11 @@ class ThresholdRouter(CutoffRouter):
         logits_TE = self.logits(x_TD)
         by_choice = self.updates < self.warmup_steps if self.training else False
         return self.route(x_TD, mask_T, logits_TE, logits_TE.sigmoid(), by_choice)
+
+    def gate_rule(self) -> GateRule | None:
+        if type(self) is not ThresholdRouter:
+            return None
+        return GateRule("cutoff", self.weight, None, self.cutoff_E, self.k)
 
     def gates(self, x_TD: Tensor) -> Tensor:
         score_TE = self.logits(x_TD).sigmoid()

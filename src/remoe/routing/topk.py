@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
 from remoe.routing.auxiliary_losses import switch_loss
-from remoe.routing.base import LinearRouter
+from remoe.routing.base import GateRule, LinearRouter
 
 
 class TopKRouter(LinearRouter):
@@ -78,6 +78,11 @@ class TopKRouter(LinearRouter):
             return None
         prob_TE = self.logits(x_TD).softmax(dim=1)
         return self._gates(prob_TE, largest(prob_TE, self.k))
+
+    def gate_rule(self) -> GateRule | None:
+        if self.warmup_k is not None or type(self) is not TopKRouter:
+            return None
+        return GateRule("softmax", self.weight, None, None, self.k, self.gate_scale, self.renormalize)
 
     def _gates(self, prob_TE: Tensor, active_TE: Tensor) -> Tensor:
         gate_TE = prob_TE * active_TE

@@ -83,6 +83,7 @@ def test_the_command_prints_tables_and_writes_a_file_that_diff_reads(tmp_path, m
     out = " ".join(capsys.readouterr().out.split())
     assert "generate, batch 2" in out
     assert "generate, batch 9" not in out
+    assert "Left out by --quick: transformers' Mixtral" in out
     assert "prompts of 16 tokens, 3 new ones, static cache" in out
     assert main(["bench", "diff", file, file]) == 0
     assert "T, D, F, E, k = 2, 64, 24, 4, 1" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from remoe.lab.bench import decode
+from remoe.lab.bench import decode, layer, roofline
 from remoe.lab.bench.decode import bench_decode
 from remoe.lab.bench.layer import Case, bench_layer, ratio_beyond_weights, relu_layer, tokens
 from remoe.lab.bench.peers import peer_layers
@@ -67,6 +67,23 @@ def test_decode(monkeypatch):
     assert set(row["milliseconds"]) == OURS | {"remoe naive relu", "remoe naive topk"}
     assert all(1 <= active <= 3 for active in row["active_experts"].values())
     json.dumps(row)
+
+
+@pytest.mark.parametrize("kind", ["layer", "decode"])
+def test_the_quick_command_says_what_it_leaves_out_and_writes_a_file_that_diff_reads(
+    kind, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(roofline, "measure_roofline", lambda device, dtype: Roofline(1, 1, 1))
+    monkeypatch.setattr(layer, "CASES", {"cpu": (Case(20, 16, 8, 4, 1),)})
+    monkeypatch.setattr(decode, "CASES", (Case(3, 16, 8, 4, 1),))
+    monkeypatch.setattr(decode, "RESIDENT_BYTES", 2**14)
+    file = tmp_path / "a.json"
+    assert main(["bench", kind, "--quick", "--device", "cpu", "--out", str(file)]) == 0
+    assert "Left out by --quick: other implementations" in " ".join(capsys.readouterr().out.split())
+    (row,) = json.loads(file.read_text())["rows"]
+    assert set(row["milliseconds"]) == OURS | ({"remoe dense"} if kind == "layer" else set())
+    assert not row.get("peak_megabytes")
+    assert main(["bench", "diff", str(file), str(file)]) == 0
 
 
 @pytest.mark.parametrize("density", [0.125, 0.5, 1])

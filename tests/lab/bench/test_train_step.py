@@ -54,10 +54,11 @@ def flops_per_token(vocabulary: int, sparsity: float | None) -> float:
 
 
 def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, capsys):
+    asked = []
     row = {"name": "remoe relu", "tokens_per_second": 9.0, "ms_per_step": 1.0, "ratio_to_reference": 2.0}
     row["model_flops"] = 5e10
     result = TrainStepResult([row | {"sparsity": None}], {"steps": 5})
-    monkeypatch.setattr(module, "train_step", lambda options: result)
+    monkeypatch.setattr(module, "train_step", lambda options: asked.append(options) or result)
     monkeypatch.setattr(roofline, "measure_roofline", lambda device, dtype: roofline.Roofline(2e11, 1e11, 3e10))
     assert main(["bench", "train-step", "--out", str(tmp_path / "step.json")]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -68,6 +69,10 @@ def test_the_command_prints_a_table_and_writes_the_json(tmp_path, monkeypatch, c
     assert written["rows"][0]["share_of_gemm_rate"] == 0.25
     assert written["machine"]["torch"]
     assert written["roofline"]["gemm_flops"] == 2e11
+    assert main(["bench", "train-step", "--quick"]) == 0
+    assert "Left out by --quick: remoe topk, remoe dense, " in " ".join(capsys.readouterr().out.split())
+    quick = asked[1]
+    assert (quick.contestants, quick.rounds, quick.steps, quick.biased) == (("remoe relu",), 3, 1, True)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from remoe.decoding import takes_few_tokens
+from remoe.decoding import decode_by_gates
 from remoe.errors import ConfigError
 from remoe.experts import autocast_tensors, run_experts, stored_pairs
 from remoe.experts.adapters import take_adapters
-from remoe.experts.cpu.backend import few_tokens
 from remoe.routing.assignment import Assignment
 
 NAME = "remoe"
@@ -41,8 +40,8 @@ def remoe_experts_forward(self: nn.Module, x_TD: Tensor, index_TK: Tensor, weigh
     """
     gate_TE, plain = _gates(index_TK, weight_TK, self.num_experts), is_plain_swiglu(self)
     adapters = take_adapters(self)
-    if plain and adapters is None and takes_few_tokens(x_TD, self.gate_up_proj, self.down_proj):
-        y_TD = few_tokens(x_TD.contiguous(), gate_TE.contiguous(), self.gate_up_proj, self.down_proj)
+    if plain and adapters is None:
+        y_TD = decode_by_gates(x_TD, gate_TE, self.gate_up_proj, self.down_proj)
         if y_TD is not None:
             return y_TD
     most = index_TK.shape[0] * min(index_TK.shape[1], self.num_experts)

@@ -1,6 +1,6 @@
 """Experts on a CPU: whole passes in C++, and where those cannot be built, a loop of matrix products.
 
-The C++ passes (passes.cpp) are the default, in float32, and in bfloat16 on processors that multiply it. The machine's
+The C++ passes (passes.cpp) are the default, in float32, and in bfloat16 on processors with AVX512-BF16. The machine's
 compiler builds them once (`remoe.experts.cpu.build`). Each thread takes a block of one expert's pairs through gather,
 up projection, SwiGLU with the gate and down projection in its own scratch memory; then each token's rows are summed by
 one thread, in the order of the experts. A few tokens without gradients, as in decoding, go through a kernel of their

@@ -2,7 +2,7 @@
 
 The shared library is kept in the user's cache folder (`remoe.experts.cpu.cache`), named by a hash of its source,
 compiler, flags and processor. `REMOE_KERNELS=0` switches compiled kernels off. `REMOE_PRODUCT` says whose matrix
-product the passes use in float32: `own` or `mkl`; the default follows from the processor's brand.
+product the passes use: `own` or `mkl`. By default it is MKL's on Intel's processors, in bfloat16 on those with AMX.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import torch
 
 from remoe.errors import check_choice
 from remoe.experts.cpu.cache import find_library, is_kept, make_library
-from remoe.matmul import is_intel
+from remoe.matmul import has_amx, is_intel
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,10 @@ def compiled_passes(dtype: torch.dtype) -> Passes | None:
     library = _library() if dtype in _SUFFIXES else None
     if library is None or not hasattr(library, f"experts_forward_{_SUFFIXES[dtype]}"):
         return None
-    library.use_library(_library_sgemm())
+    gemm = _library_gemm(dtype)
+    if dtype is torch.bfloat16 and gemm is None and has_amx() and not os.environ.get("REMOE_PRODUCT"):
+        return None  # our product has no AMX, oneDNN's has
+    getattr(library, f"use_library_{_SUFFIXES[dtype]}")(gemm)
     return Passes(library, _SUFFIXES[dtype])
 
 
@@ -109,18 +112,20 @@ def time_products(on: bool) -> float:
     return library.time_products(on) / 1e9
 
 
-def _library_sgemm() -> ctypes.c_void_p | None:
-    """The address of MKL's sgemm in PyTorch where the experts' products are MKL's: by default on Intel's processors.
+def _library_gemm(dtype: torch.dtype) -> ctypes.c_void_p | None:
+    """The address of MKL's product of this dtype in PyTorch, where the experts' products are MKL's; None for ours.
 
     Raises:
         ConfigError: REMOE_PRODUCT is neither `own` nor `mkl`, or it is `mkl` and this PyTorch has no MKL.
     """
     carried = torch.backends.mkl.is_available()
-    choice = os.environ.get("REMOE_PRODUCT") or ("mkl" if carried and is_intel() else "own")
+    fastest = is_intel() and (dtype is torch.float32 or has_amx())
+    choice = os.environ.get("REMOE_PRODUCT") or ("mkl" if carried and fastest else "own")
     check_choice("REMOE_PRODUCT", choice, ("own", "mkl") if carried else ("own",))
     if choice == "own":
         return None
-    return ctypes.cast(ctypes.CDLL(str(_TORCH / "lib" / "libtorch_cpu.so")).sgemm_, ctypes.c_void_p)
+    name = {torch.float32: "sgemm_", torch.bfloat16: "gemm_bf16bf16f32_"}[dtype]
+    return ctypes.cast(getattr(ctypes.CDLL(str(_TORCH / "lib" / "libtorch_cpu.so")), name), ctypes.c_void_p)
 
 
 @cache

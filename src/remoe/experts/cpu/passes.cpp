@@ -361,7 +361,9 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
                  ddown, dgate);                                                                                        \
     }
 
-extern "C" void use_library(void *sgemm) { library_sgemm = (Sgemm)sgemm; }
+// Addresses of the library's products; null where ours are taken.
+extern "C" void use_library_float32(void *gemm) { library_gemm<float> = (Gemm<float>)gemm; }
+extern "C" void use_library_bfloat16(void *gemm) { library_gemm<bfloat16> = (Gemm<bfloat16>)gemm; }
 
 // Nanoseconds that all threads together have spent in matrix products since the last call; `on` times further ones.
 extern "C" int64_t time_products(bool on) {
@@ -370,6 +372,6 @@ extern "C" int64_t time_products(bool on) {
 }
 
 EXPORT(float, float32)
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the latter's products are faster, and oneDNN's
+#if defined(__AVX512BF16__)
 EXPORT(bfloat16, bfloat16)
 #endif

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from remoe.experts.contract import Backend, Problem
+from remoe.experts.triton.decode import decode
 from remoe.experts.triton.launch import (
     FEW,
     GROUP,
@@ -255,4 +256,4 @@ class Launcher:
         return (min(items, tile.programs * self.processors),)
 
 
-BACKEND = Backend(obstacle, forward, backward)
+BACKEND = Backend(obstacle, forward, backward, decode=decode)

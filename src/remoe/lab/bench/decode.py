@@ -57,6 +57,9 @@ def bench_decode(
         stacks = {name: [make().to(device, dtype).eval() for _ in range(layers)] for name, make in factories.items()}
     inputs = {name: [_input(layer, case, device, dtype) for layer in stack] for name, stack in stacks.items()}
     steps = {name: _step(stack, inputs[name]) for name, stack in stacks.items()}
+    if device.type == "cuda":  # without the time of launches
+        captured = [name for name in steps if name == "dense" or name.startswith("remoe")]
+        steps |= {f"{name}, CUDA graph": _captured(steps[name]) for name in captured}
     rounds = round_seconds(steps, device, repetitions, ahead=False)
     times = comparison({name: [s / layers for s in seconds] for name, seconds in rounds.items()}, tuple(dense))
     active = {
@@ -85,6 +88,15 @@ def _input(layer: nn.Module, case: Case, device: torch.device, dtype: torch.dtyp
 
 def _active_experts(layer: Output, x_TD: Tensor) -> int:
     return int((layer(x_TD, routing=True).count_E > 0).sum())
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _step(stack: list[nn.Module], inputs: list[Tensor]) -> Callable[[], None]:

@@ -89,6 +89,7 @@ def bench_layer(
     repetitions: int,
     roofline: Roofline,
     compiled: bool = False,
+    memory: bool = True,
 ) -> dict[str, object]:
     """Times each implementation, and measures its memory.
 
@@ -101,6 +102,7 @@ def bench_layer(
         repetitions: number of timed rounds.
         roofline: of the same device and dtype.
         compiled: whether one of the dense layers is compiled.
+        memory: whether to measure memory, for which each implementation runs again, and ours with every expert active.
 
     Returns:
         The case, statistics of the pairs, and by implementation: milliseconds, their spread, ratios to the dense
@@ -126,7 +128,7 @@ def bench_layer(
     steps = {name: Step(layer.to(device, dtype), x, dy) for name, layer in layers.items()}
     times = comparison(round_seconds(steps, device, repetitions), tuple(dense))
     host = host_seconds(steps, repetitions) if device.type == "cuda" else {}
-    peak = {name: peak_bytes(step, device) for name, step in steps.items()}
+    peak = {name: peak_bytes(step, device) for name, step in steps.items()} if memory else {}
     return {
         **asdict(case),
         "active_pairs_per_token": active_T.sum().item() / case.T,
@@ -143,7 +145,7 @@ def bench_layer(
         "host_milliseconds": {name: 1e3 * s for name, s in host.items()},
         "peak_megabytes": {name: p / 1e6 for name, p in peak.items()},
         "activation_megabytes": {name: (p - steps[name].gradient_bytes) / 1e6 for name, p in peak.items()},
-        "dense_stage_peak_megabytes": _dense_stage_peaks(case, device, dtype, backends, x, dy),
+        "dense_stage_peak_megabytes": _dense_stage_peaks(case, device, dtype, backends, x, dy) if memory else {},
     }
 
 

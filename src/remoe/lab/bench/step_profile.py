@@ -103,7 +103,7 @@ def profile_step(options: TrainStepOptions) -> StepProfile:
     keep_freed_memory()
     profiler = _Profiler(warm_up(CONTESTANTS[contestant], options), options.steps)
     with tempfile.TemporaryDirectory() as folder, suppress(_Finished):
-        train_remoe(CONTESTANTS[contestant][1], config, dataset, Path(folder), profiler)
+        train_remoe(CONTESTANTS[contestant][1], config, dataset, Path(folder), profiler, options.biased)
     seconds, operators = times(profiler.events)
     products = min(profiler.product_seconds / torch.get_num_threads(), seconds[EXPERTS])
     seconds[EXPERTS] -= products

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from remoe.errors import ConfigError, RemoeError, missing_extra
+from remoe.lab.bench.generate import settle
 from remoe.lab.bench.peers import mixtral_model
 from remoe.lab.data import Dataset, TrainBatches, open_dataset
 from remoe.lab.data.corpus import open_data
@@ -29,6 +30,7 @@ from remoe.lab.training.build import model_config, wants_bfloat16
 from remoe.lab.training.config import TrainConfig, config_from_dict
 from remoe.lab.training.data import default_dataset
 from remoe.lab.training.trainer import Trainer
+from remoe.models.modes import evaluating
 from remoe.models.plan import flops_per_sequence
 
 REMOE, MIXTRAL = "remoe", "mixtral"
@@ -43,7 +45,6 @@ CONTESTANTS = {
     "mixtral eager": (MIXTRAL, "eager", False),
 }
 REFERENCE = "mixtral grouped_mm"
-WARM_UP = 5
 
 
 @dataclass
@@ -60,6 +61,10 @@ class TrainStepOptions:
     """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
     """Steps per turn."""
+    biased: bool = False
+    """Whether ReLU routers start with biases that give them their target density, instead of `settle` steps."""
+    warm_up: int = 5
+    """Training steps before the others are measured."""
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
     """Contestants to measure; "mixtral grouped_mm" is the reference and always measured."""
     config: dict = field(default_factory=dict)
@@ -97,8 +102,12 @@ def train_step(options: TrainStepOptions) -> TrainStepResult:
     last: dict[str, dict] = {}
     processes: list[_Contestant] = []
     try:
-        for name in names:  # one after the other, so that each warms up alone
+        for name in names:
             processes.append(_Contestant(name, config, options))
+            if not options.biased:  # each warms up alone; with so few steps, starting is what takes the time
+                processes[-1].wait()
+        for process in processes if options.biased else ():
+            process.wait()
         for _ in range(options.rounds):
             for process in processes:
                 last[process.name] = process.turn()
@@ -155,7 +164,7 @@ def check_options(options: TrainStepOptions) -> None:
     for name in options.contestants:
         if name not in CONTESTANTS:
             raise ConfigError(f"unknown contestant {name!r}; choose from: {', '.join(CONTESTANTS)}")
-    for name in ("settle", "rounds", "steps"):
+    for name in ("settle", "warm_up", "rounds", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, but is {getattr(options, name)}")
 
@@ -178,6 +187,9 @@ class _Contestant:
         self._process = context.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+
+    def wait(self) -> None:
+        """Returns when the process has warmed up."""
         self._receive()
 
     def turn(self) -> dict:
@@ -221,7 +233,7 @@ class _Pace:
 
 def warm_up(what: tuple[str, str, bool], options: TrainStepOptions) -> int:
     """Steps of a contestant, a value of CONTESTANTS, before it is measured."""
-    return options.settle if what[:2] == (REMOE, "relu") else WARM_UP
+    return options.settle if what[:2] == (REMOE, "relu") and not options.biased else options.warm_up
 
 
 def _work(
@@ -238,8 +250,10 @@ def _work(
         pace = _Pace(pipe, warm_up(what, options), options.steps, device)
         dataset = open_dataset(Path(config.data))
         with tempfile.TemporaryDirectory() as folder:
-            train = train_remoe if whose == REMOE else _train_mixtral
-            train(variant, config, dataset, Path(folder), pace)
+            if whose == REMOE:
+                train_remoe(variant, config, dataset, Path(folder), pace, options.biased)
+            else:
+                _train_mixtral(variant, config, dataset, Path(folder), pace)
     except RemoeError as error:
         pipe.send(error)
     except EOFError:  # the last turn is over
@@ -249,7 +263,9 @@ def _work(
 Pace = Callable[[float | None, float | None], None]
 
 
-def train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: Pace) -> None:
+def train_remoe(
+    router: str, config: TrainConfig, dataset: Dataset, folder: Path, pace: Pace, biased: bool = False
+) -> None:
     """Trains as `remoe train` does, without validation and checkpoints, until `pace` raises an exception.
 
     Args:
@@ -257,10 +273,13 @@ def train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path
         config, dataset: of the run.
         folder: for the run's files.
         pace: called before every step but the first, with the loss and the sparsity of the step before.
+        biased: as in `TrainStepOptions`.
     """
     from remoe.lab.training.folder import RunFolder
 
     config.router = router
+    if biased and router == "relu":
+        config.router_options = {**config.router_options, "bias": True}
     config.validate.every = config.checkpoint.every = sys.maxsize
 
     class Paced(Trainer):
@@ -271,6 +290,9 @@ def train_remoe(router: str, config: TrainConfig, dataset: Dataset, folder: Path
             return self.last
 
     trainer = Paced(config, dataset, RunFolder(folder))
+    if biased and router == "relu":
+        with evaluating(trainer.model):
+            settle(trainer.model, trainer.batches.batch(0)[:, :-1].to(trainer.device))
     trainer.train()
 
 

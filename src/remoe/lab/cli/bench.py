@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 
     from remoe.lab.bench.step_profile import StepProfile
 
-QUICK_ROUNDS, QUICK_BATCH = 3, 8  # the most with --quick
+QUICK_ROUNDS, QUICK_BATCH, QUICK_LAYERS = 3, 8, 2  # the most with --quick
+# What it leaves out, as the tables say.
+LEFT_OUT = {
+    "layer": "other implementations, torch.compile and memory",
+    "decode": "other implementations and torch.compile",
+    "generate": f"transformers' Mixtral, batches of more than {QUICK_BATCH} and layers after the second",
+    "lora": "128 experts and the larger size",
+}
 MOST_THREADS = 4096  # torch takes any number, and fails later
 
 
@@ -95,6 +103,7 @@ def lora_command(argv: list[str]) -> int:
     for case in lora.CASES[:2] if arguments.quick else lora.CASES:
         rows.append(lora.bench_lora(case, arguments.rank, device, dtype, repetitions))
         caption = f"{describe(facts, roofline, name)}. Adapters: {rows[-1]['adapter_megabytes']:.1f} MB."
+        caption += _left_out(arguments, "lora")
         console.print(_table(f"T, D, F, E, k = {case}", rows[-1], caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
         _write(arguments, {**measured, "repetitions": repetitions})
@@ -118,8 +127,11 @@ def train_step_command(argv: list[str]) -> int:
     for name in ("num_experts", "batch_size", "compile"):
         if (value := given.pop(name)) not in (None, False):
             config[name] = value
-    given["contestants"] = given["contestants"] or ((DEFAULT,) if arguments.profile else tuple(CONTESTANTS))
-    del given["out"], given["threads"], given["profile"]
+    one = arguments.profile or arguments.quick
+    given["contestants"] = given["contestants"] or ((DEFAULT,) if one else tuple(CONTESTANTS))
+    del given["out"], given["threads"], given["profile"], given["quick"]
+    if arguments.quick:
+        given |= {"rounds": min(arguments.rounds, QUICK_ROUNDS), "steps": 1, "warm_up": 2, "biased": True}
     if arguments.profile:
         return _show_profile(arguments, profile_step(TrainStepOptions(**given, config=config)))
     result = train_step(TrainStepOptions(**given, config=config))
@@ -137,6 +149,9 @@ def train_step_command(argv: list[str]) -> int:
     }
     table = Table(title="training step", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption, table.caption_justify = roofline.describe(facts, rates, dtype), "left"
+    if arguments.quick:
+        absent = ", ".join(name for name in CONTESTANTS if name not in {row["name"] for row in result.rows})
+        table.caption += f"\nLeft out by --quick: {absent}; ReLU routers have biases instead of settling."
     table.add_column("implementation", no_wrap=True)
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -195,7 +210,10 @@ def generate_command(argv: list[str]) -> int:
     from remoe.lab.machine import machine
 
     device, dtype, name = _device_and_dtype(arguments)
-    work = Work(**{size: getattr(arguments, size) for size in Work.__dataclass_fields__})
+    sizes = {size: getattr(arguments, size) for size in Work.__dataclass_fields__}
+    if arguments.quick:
+        sizes["layers"] = min(arguments.layers, QUICK_LAYERS)
+    work = Work(**sizes)
     roofline = measure_roofline(device, dtype)
     contestants = Contestants(work, device, dtype, arguments.peers and not arguments.quick)
     facts, rows = machine(device) | libraries(), []
@@ -205,6 +223,7 @@ def generate_command(argv: list[str]) -> int:
         row = bench_generate(contestants, batch, repetitions, roofline)
         rows.append(row)
         caption = f"{work}.\n{describe(facts, roofline, name)}."
+        caption += _left_out(arguments, "generate")
         if row["left_out"]:
             caption += f"\nLeft out, for the memory that copies of weights would need: {', '.join(row['left_out'])}."
         Console().print(_table(f"generate, batch {batch}", row, caption))
@@ -218,6 +237,10 @@ def _rounds(arguments: LayerArguments | GenerateArguments) -> int:
     if arguments.repetitions < 1:
         raise ConfigError(f"--repetitions must be at least 1, but is {arguments.repetitions}")
     return min(arguments.repetitions, QUICK_ROUNDS) if arguments.quick else arguments.repetitions
+
+
+def _left_out(arguments: LayerArguments | GenerateArguments | LoraArguments, kind: str) -> str:
+    return f"\nLeft out by --quick: {LEFT_OUT[kind]}." if arguments.quick else ""
 
 
 def _device_and_dtype(arguments: LayerArguments | GenerateArguments) -> tuple["torch.device", "torch.dtype", str]:
@@ -244,7 +267,9 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
     for backend in arguments.backends:
         check_backend(backend)
     device, dtype, name = _device_and_dtype(arguments)
-    bench: Callable = decode.bench_decode if kind == "decode" else layer.bench_layer
+    bench: Callable = decode.bench_decode
+    if kind == "layer":
+        bench = partial(layer.bench_layer, memory=not arguments.quick)
     cases = layer.CASES[device.type if arguments.cases == "auto" else arguments.cases]
     cases = decode.CASES if kind == "decode" else cases
     for backend, case in itertools.product(arguments.backends, cases):  # checked before the work, not after it
@@ -262,6 +287,7 @@ def _layer_or_decode(arguments: LayerArguments, kind: str) -> int:
         if arguments.cases == "experts":
             row["ratio_beyond_weights"] = layer.ratio_beyond_weights(row, rows[0])
         caption = f"{describe(facts, roofline, name)}. Fastest dense layer: {row['fastest_dense']}."
+        caption += _left_out(arguments, kind)
         console.print(_table(f"T, D, F, E, k = {case}", row, caption))
         measured = {"machine": facts, "dtype": name, "roofline": asdict(roofline), "rows": rows}
         _write(arguments, {**measured, "repetitions": repetitions})  # after every case: a later one may be interrupted

@@ -45,7 +45,8 @@ class LayerArguments(Common):
     repetitions: int = 15
     """Number of timed rounds."""
     quick: bool = False
-    """At most 3 rounds, and only our layers and the dense ones, without torch.compile."""
+    """About a minute on two cores: at most 3 rounds, only our layers and the dense ones, without torch.compile and
+    memory."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class GenerateArguments(Common):
     repetitions: int = 5
     """Number of timed rounds. A contestant that needs more than five times as long as the fastest has one."""
     quick: bool = False
-    """At most 3 rounds, only our models, and no batch of more than 8 unless --batch-sizes has no smaller one."""
+    """About a minute on two cores: at most 3 rounds, only our models, with 2 layers, and no batch of more than 8 unless
+    --batch-sizes has no smaller one."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class LoraArguments(Common):
     repetitions: int = 9
     """Number of timed rounds."""
     quick: bool = False
-    """At most 3 rounds, and only 8 and 32 experts of the smaller size."""
+    """About a minute on two cores: at most 3 rounds, and only 8 and 32 experts of the smaller size."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class TrainStepArguments(Common):
     """Number of turns of each contestant; the table shows the median."""
     steps: int = 5
     """Steps per turn."""
+    quick: bool = False
+    """About a minute on two cores, once the data is prepared: at most 3 rounds of one step, only "remoe relu" and the
+    reference unless --contestants names others, and biases that give ReLU routers their target density in place of
+    --settle steps."""
     profile: bool = False
     """Show where the time of a step of one contestant goes ("remoe relu" unless --contestants names another one of
     ours), by PyTorch's profiler over --steps steps on the CPU. It needs no further packages."""
