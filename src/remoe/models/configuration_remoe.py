@@ -211,6 +211,11 @@ class RemoeConfig(PreTrainedConfig):
                 f"tokenizer_size must be between 1 and vocab_size = {self.vocab_size}, but is {self.tokenizer_size}"
             )
 
+    def check_gates(self) -> None:
+        """Raises ConfigError for a router without gates that a gate threshold or a cap could leave out."""
+        if not self.routes_pairs:
+            raise ConfigError(f"router {self.router!r} routes no pairs: there are no gates to leave out")
+
     def _check_bits(self) -> None:
         if self.expert_bits != 4:
             raise ConfigError(f"expert_bits must be 4 or None, but is {self.expert_bits!r}")

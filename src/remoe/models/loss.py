@@ -15,6 +15,7 @@ from remoe.experts.cpu.build import compiled_kernels
 from remoe.matmul import add_product, product
 from remoe.operators import operator_name
 
+UNUSED_LOGIT = -1e30  # of an id that no token has
 IGNORED_TARGET = -100
 # Logits of one chunk: few enough to stay in a CPU's cache, and many where a chunk must fill a GPU. The least number
 # of tokens keeps the sum over chunks of the weight's gradient, (D, V) each, from costing more than the products.
@@ -193,3 +194,10 @@ def shifted_targets(labels: Tensor | None, shift_labels: Tensor | None, mask: Te
     if padding_BS is not None:
         shift_labels = shift_labels.masked_fill(padding_BS[:, -shift_labels.shape[1] :], IGNORED_TARGET)
     return shift_labels
+
+
+def without_unused_ids(logits: Tensor, tokens: int) -> Tensor:
+    """(..., V): the logits of ids below `tokens`; those of the others, which no token has, become very low."""
+    # Finite, and still so when divided by a temperature: 0 * log 0 in an entropy stays 0.
+    low = max(UNUSED_LOGIT, torch.finfo(logits.dtype).min)
+    return nn.functional.pad(logits[..., :tokens], (0, logits.shape[-1] - tokens), value=low)

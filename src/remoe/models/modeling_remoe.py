@@ -33,6 +33,7 @@ from remoe.models.loss import (
     linear_cross_entropy,
     padding_mask,
     shifted_targets,
+    without_unused_ids,
 )
 from remoe.models.norm import RMSNorm
 from remoe.models.packing import packed_documents, packed_mask_options
@@ -42,8 +43,6 @@ from remoe.models.saving import umask_decides
 from remoe.routing import Routing
 from remoe.routing.base import Router
 from remoe.sparsity import SparsityController
-
-UNUSED_LOGIT = -1e30  # of an id that no token has
 
 
 @dataclass
@@ -205,8 +204,8 @@ class RemoeModel(RemoePreTrainedModel):
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(S, device=device) + past).unsqueeze(0)
         dial = dial_of_tokens(hidden_BSD, gate_threshold=gate_threshold, max_experts=max_experts)
-        if dial and not self.config.routes_pairs:
-            raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
+        if dial:
+            self.config.check_gates()
         if self.training:
             _refuse_reentrant_recomputation(self.layers[0])
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids=position_ids)
@@ -324,7 +323,9 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
         logits = None
         if return_logits or target_BS is None or not self._fuses_loss():
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._without_unused_ids(self.lm_head(outputs.last_hidden_state[:, kept]))
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            if self._has_unused_ids():
+                logits = without_unused_ids(logits, self.config.tokenizer_size)
 
         loss = lm_loss = None
         if target_BS is not None:
@@ -367,14 +368,6 @@ class RemoeForCausalLM(RoutedModel, RemoePreTrainedModel, GenerationMixin):
 
     def _has_unused_ids(self) -> bool:
         return self.config.tokenizer_size not in (None, self.vocab_size)
-
-    def _without_unused_ids(self, logits: Tensor) -> Tensor:
-        if not self._has_unused_ids():
-            return logits
-        size = self.config.tokenizer_size
-        # Finite, and still so when divided by a temperature: 0 * log 0 in an entropy stays 0.
-        low = max(UNUSED_LOGIT, torch.finfo(logits.dtype).min)
-        return nn.functional.pad(logits[..., :size], (0, logits.shape[-1] - size), value=low)
 
     def _fuses_loss(self) -> bool:
         return is_plain_head(self.lm_head) and self.loss_function is ForCausalLMLoss

@@ -150,6 +150,5 @@ class RoutedModel(Dialled):
         self.sparsity.update(group, lr_fraction=lr_fraction)
 
     def _routed_layers(self) -> list[nn.Module]:
-        if not self.config.routes_pairs:
-            raise ConfigError(f"router {self.config.router!r} routes no pairs: there are no gates to leave out")
+        self.config.check_gates()
         return [layer.mlp for layer in self.model.layers]
