@@ -116,16 +116,15 @@ def _library_gemm(dtype: torch.dtype) -> ctypes.c_void_p | None:
     """The address of MKL's product of this dtype in PyTorch, where the experts' products are MKL's; None for ours.
 
     Raises:
-        ConfigError: REMOE_PRODUCT is neither `own` nor `mkl`, or it is `mkl` and this PyTorch has no MKL.
+        ConfigError: REMOE_PRODUCT is neither `own` nor `mkl`, or it is `mkl` and this PyTorch has no such product.
     """
-    carried = torch.backends.mkl.is_available()
-    fastest = is_intel() and (dtype is torch.float32 or has_amx())
-    choice = os.environ.get("REMOE_PRODUCT") or ("mkl" if carried and fastest else "own")
-    check_choice("REMOE_PRODUCT", choice, ("own", "mkl") if carried else ("own",))
-    if choice == "own":
-        return None
-    name = {torch.float32: "sgemm_", torch.bfloat16: "gemm_bf16bf16f32_"}[dtype]
-    return ctypes.cast(getattr(ctypes.CDLL(str(_TORCH / "lib" / "libtorch_cpu.so")), name), ctypes.c_void_p)
+    name, address = {torch.float32: "sgemm_", torch.bfloat16: "gemm_bf16bf16f32_"}[dtype], None
+    if torch.backends.mkl.is_available():
+        address = getattr(ctypes.CDLL(str(_TORCH / "lib" / "libtorch_cpu.so")), name, None)
+    fastest = "mkl" if address is not None and is_intel() and (dtype is torch.float32 or has_amx()) else "own"
+    choice = os.environ.get("REMOE_PRODUCT") or fastest
+    check_choice("REMOE_PRODUCT", choice, ("own",) if address is None else ("own", "mkl"))
+    return None if choice == "own" else ctypes.cast(address, ctypes.c_void_p)
 
 
 @cache

@@ -45,7 +45,7 @@ class LayerArguments(Common):
     repetitions: int = 15
     """Number of timed rounds."""
     quick: bool = False
-    """About a minute on two cores: at most 3 rounds, only our layers and the dense ones, without torch.compile and
+    """Less than a minute on two cores: at most 3 rounds, only our layers and the dense ones, without torch.compile and
     memory."""
 
 
@@ -102,8 +102,8 @@ class GenerateArguments(Common):
     repetitions: int = 5
     """Number of timed rounds. A contestant that needs more than five times as long as the fastest has one."""
     quick: bool = False
-    """About a minute on two cores: at most 3 rounds, only our models, with 2 layers, and no batch of more than 8 unless
-    --batch-sizes has no smaller one."""
+    """Less than a minute on two cores: at most 3 rounds, only our models, with 2 layers, and no batch of more than 8
+    unless --batch-sizes has no smaller one."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LoraArguments(Common):
     repetitions: int = 9
     """Number of timed rounds."""
     quick: bool = False
-    """About a minute on two cores: at most 3 rounds, and only 8 and 32 experts of the smaller size."""
+    """Less than a minute on two cores: at most 3 rounds, and only 8 and 32 experts of the smaller size."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class TrainStepArguments(Common):
     steps: int = 5
     """Steps per turn."""
     quick: bool = False
-    """About a minute on two cores, once the data is prepared: at most 3 rounds of one step, only "remoe relu" and the
-    reference unless --contestants names others, and biases that give ReLU routers their target density in place of
+    """Less than a minute on two cores, once the data is prepared: at most 3 rounds of one step, only "remoe relu" and
+    the reference unless --contestants names others, and biases that give ReLU routers their target density in place of
     --settle steps."""
     profile: bool = False
     """Show where the time of a step of one contestant goes ("remoe relu" unless --contestants names another one of
