@@ -124,7 +124,7 @@ def _library_gemm(dtype: torch.dtype) -> ctypes.c_void_p | None:
     fastest = "mkl" if address is not None and is_intel() and (dtype is torch.float32 or has_amx()) else "own"
     choice = os.environ.get("REMOE_PRODUCT") or fastest
     check_choice("REMOE_PRODUCT", choice, ("own",) if address is None else ("own", "mkl"))
-    return None if choice == "own" else ctypes.cast(address, ctypes.c_void_p)
+    return None if choice == "own" or address is None else ctypes.cast(address, ctypes.c_void_p)
 
 
 @cache
