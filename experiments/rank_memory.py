@@ -30,12 +30,12 @@ def build(ranks: Ranks, *, whole: bool) -> RemoeForCausalLM:
     torch.manual_seed(0)
     if whole:
         model = RemoeForCausalLM(RemoeConfig(**MODEL))
-        ranks.shard(model, global_load=True)
+        ranks.shard(model)
         return model
     with Deferred() as deferred:
         model = RemoeForCausalLM(RemoeConfig(**MODEL))
     deferred.remember(model)
-    ranks.shard(model, global_load=True)
+    ranks.shard(model)
     allocate(model, ranks.device)
     deferred.fill(model)
     return model

@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 import torch.utils.checkpoint
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import remoe
 from remoe.routing import ROUTERS
@@ -40,6 +41,30 @@ def test_model_compiles_into_one_graph(router):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     model.sparsity.update()
     assert torch.equal(model.sparsity.load_LE, seen)
+
+
+@pytest.mark.slow
+def test_the_load_of_a_step_so_far_compiles_once():
+    torch.compiler.reset()
+    model = tiny_model("relu").train()
+    for router in model.sparsity.routers:
+        router.global_load = True
+    counter = CompileCounterWithBackend("eager")
+    batches = torch.randint(0, 128, (3, 3, 2, 17))  # steps of three micro-batches
+
+    def course(call):
+        values = []
+        for step_MBS in batches:
+            for token_BS in step_MBS:
+                out = call(token_BS, labels=token_BS, use_cache=False)
+                values += [out.reg_loss.detach(), *torch.autograd.grad(out.reg_loss, model.sparsity.routers[0].weight)]
+                model.sparsity.carry_load(out.routings)
+            model.sparsity.discard_statistics()
+        return values
+
+    for a, b in zip(course(model), course(torch.compile(model, fullgraph=True, backend=counter)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 2  # the first micro-batch of a step, and all others
 
 
 @pytest.mark.slow

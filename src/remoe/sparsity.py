@@ -207,6 +207,18 @@ class SparsityController(Float32State):
         self._passes += 1
 
     @torch.no_grad()
+    def carry_load(self, routings: Sequence[Routing]) -> None:
+        """Has routers with `global_load` count the load of a micro-batch in the later ones of its step too.
+
+        Call it after the backward pass, in which a recomputed forward must find what the first one found.
+        """
+        for router, routing in zip(self.routers, routings, strict=bool(self.layers)):
+            if router.global_load:
+                load_E = routing.count_E if routing.load_E is None else routing.load_E
+                load_E1 = torch.cat((load_E, routing.num_tokens.reshape(1)))
+                router.earlier_load = load_E1 if router.earlier_load is None else router.earlier_load + load_E1
+
+    @torch.no_grad()
     def update(self, group: dist.ProcessGroup | None = None, *, lr_fraction: float = 1.0) -> None:
         """Moves lambda, and every router's own state, by the statistics since the last call; no host sync.
 
@@ -275,6 +287,8 @@ class SparsityController(Float32State):
         self.penalised = False
         for name in self.statistics():
             getattr(self, name).zero_()
+        for router in self.routers:
+            router.earlier_load = None
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -89,6 +89,7 @@ class Routing:
             constant coefficient multiplies it.
         extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
         statistic_E: (E,) float32 for `Router.update_state`, no gradient; None where a router has no use for it.
+        load_E: (E,) int64, tokens of each expert that the regulariser counts; None where they are `count_E`.
     """
 
     assignment: Assignment
@@ -98,6 +99,7 @@ class Routing:
     regularizer: Tensor
     extra_loss: Tensor | None = None
     statistic_E: Tensor | None = None
+    load_E: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:

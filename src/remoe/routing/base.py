@@ -65,8 +65,11 @@ class Router(Float32State, ABC):
         supports_cache: a token's routing needs no more of the past than a KV cache holds.
         causal: at evaluation no token's routing depends on a later token.
         looks_ahead: in training it does, at least in some steps: the training loss does not compare.
-        global_load: in training, losses balance the load of all ranks of torch.distributed, scaled to as many tokens as
-            this rank has; all must then run the router equally often. Set on an instance; otherwise each its own.
+        global_load: in training, losses balance the load of the step's tokens so far, those of `earlier_load` included,
+            of all ranks of torch.distributed, scaled to as many tokens as the pass has. All ranks must then run the
+            router equally often. Set on an instance; otherwise each pass balances its own load.
+        earlier_load: (E + 1,) int64, tokens of each expert, and all tokens, in the step's earlier micro-batches on this
+            rank; None for none. `SparsityController.carry_load` sets it.
 
     Raises:
         ConfigError: when k is not in 1..E.
@@ -82,6 +85,7 @@ class Router(Float32State, ABC):
     looks_ahead = False
     merges = False
     global_load = False
+    earlier_load: Tensor | None = None
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
@@ -130,10 +134,15 @@ class Router(Float32State, ABC):
     def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
         """(E,) tokens of each expert, from which a balanced loss takes the load; see `global_load`."""
         count_E = active_TE.sum(dim=0)
-        if self.global_load and self.training:
-            dist.all_reduce(total := torch.cat((count_E, num_tokens.reshape(1))))
-            count_E = total[:-1] * (num_tokens / total[-1].clamp(min=1))
-        return count_E
+        spread = dist.is_available() and dist.is_initialized()
+        if not (self.global_load and self.training and (spread or self.earlier_load is not None)):
+            return count_E
+        total_E1 = torch.cat((count_E, num_tokens.reshape(1)))
+        if self.earlier_load is not None:
+            total_E1 = total_E1 + self.earlier_load.to(total_E1.device)
+        if spread:
+            dist.all_reduce(total_E1)
+        return total_E1[:-1] * (num_tokens / total_E1[-1].clamp(min=1))
 
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""

@@ -60,11 +60,13 @@ class ReLURouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         regularizer = self.penalty(gate_TE, active_TE, num_tokens)
         gate_TE = self.scaled(gate_TE)
-        most = None
+        most = load_E = None
         if self.cap is not None:
+            load_E = active_TE.sum(dim=0)
             active_TE = unmasked(active_TE & largest(gate_TE.abs(), self.cap), mask_T)
             gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * self.cap
-        return Routing(Assignment.from_gates(gate_TE, active_TE, most), gate_TE, logits_TE, num_tokens, regularizer)
+        pairs = Assignment.from_gates(gate_TE, active_TE, most)
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, load_E=load_E)
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None

@@ -114,5 +114,5 @@ def test_each_part_has_rows_of_its_own():
     for rank in range(6):
         ranks = Ranks(Mesh(), "cpu")
         ranks.mesh, ranks.part = Mesh(fsdp=3, tp=2), rank // 2
-        parts.append(ranks.rows(6))
-    assert parts == [range(0, 2)] * 2 + [range(2, 4)] * 2 + [range(4, 6)] * 2
+        parts.append(ranks.rows(12, 2))
+    assert parts == [[0, 1, 6, 7]] * 2 + [[2, 3, 8, 9]] * 2 + [[4, 5, 10, 11]] * 2

@@ -57,7 +57,7 @@ RUNS = OTHERS | {  # options; with 8 sequences in a step, two processes have two
     "closed-relu fsdp=2,ep=2": {},
     "bfloat16-relu fsdp=2,ep=2": {"dtype": "bfloat16"},
 }
-GLOBAL = {"mesh_load": "global", "micro_batch_size": 4}  # of the last two: equal to one micro-batch of 8
+GLOBAL = {"mesh_load": "global"}  # of the balanced ones: two micro-batches, each equal to one of 4 on one process
 WIDE = {  # four processes
     "relu replicate=2,fsdp=2,ep=2": {},
     "relu fsdp=2,tp=2": {},
@@ -195,8 +195,8 @@ def _resumed(rank, folder, data):
 def alone(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name in RUNS:
-        whole = {"micro_batch_size": 8} if name.startswith("balanced") else {}
-        train(options(name, corpus, recompute=False, compile=False, **whole), folder / name.split()[0])
+        load = {**GLOBAL, "micro_batch_size": 4} if name.startswith("balanced") else {}
+        train(options(name, corpus, recompute=False, compile=False, **load), folder / name.split()[0])
     return folder
 
 

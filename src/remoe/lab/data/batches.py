@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, N windows, T tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class TrainBatches:
         """Number of windows in an epoch."""
         return int(self._first_window[-1])
 
-    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """The batch of a step, counted from 0: int64 (B, S + 1), whose targets are its inputs shifted by one.
 
         With `rows`, only the rows with these numbers, of which each is the same whoever asks for it; no others are
@@ -63,14 +63,14 @@ class TrainBatches:
             check_ids(shard, start, tokens_BS[i], self.split.vocab_size)
         return torch.from_numpy(tokens_BS)
 
-    def target_mask(self, step: int, rows: range | None = None) -> torch.Tensor | None:
+    def target_mask(self, step: int, rows: Sequence[int] | None = None) -> torch.Tensor | None:
         """Which targets of `batch(step, rows)` count in the loss: bool (B, S); None where all do."""
         if not self.split.masked:
             return None
         targets = [shard.targets[start + 1 : start + self.seq_len + 1] for shard, start in self._places(step, rows)]
         return torch.from_numpy(np.stack(targets).astype(bool))
 
-    def _places(self, step: int, rows: range | None) -> list[tuple[Shard, int]]:
+    def _places(self, step: int, rows: Sequence[int] | None) -> list[tuple[Shard, int]]:
         """The shard and the first token of each window of a batch."""
         sequence_B = sequence_numbers(step, self.batch_size, rows)
         places = []
@@ -91,7 +91,7 @@ class TrainBatches:
         return self._order[1]
 
 
-def sequence_numbers(step: int, batch_size: int, rows: range | None = None) -> np.ndarray:
+def sequence_numbers(step: int, batch_size: int, rows: Sequence[int] | None = None) -> np.ndarray:
     """int64 (B): numbers, counted over the whole run, of the sequences in all or some rows of a step's batch.
 
     Raises ConfigError for a row that the batch does not have.

@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 
@@ -66,17 +66,17 @@ class MixedBatches:
         """Number of windows of a domain."""
         return int(self._first_window[domain][-1])
 
-    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """The batch of a step, or some rows of it, as `TrainBatches.batch`: int64 (B, S + 1)."""
         return torch.from_numpy(self._filled(step, rows, "tokens"))
 
-    def target_mask(self, step: int, rows: range | None = None) -> torch.Tensor | None:
+    def target_mask(self, step: int, rows: Sequence[int] | None = None) -> torch.Tensor | None:
         """Which targets of a batch count in the loss, as `TrainBatches.target_mask`: bool (B, S), or None."""
         if not self.split.masked:
             return None
         return torch.from_numpy(self._filled(step, rows, TARGETS)[:, 1:].astype(bool))
 
-    def _filled(self, step: int, rows: range | None, name: str) -> np.ndarray:
+    def _filled(self, step: int, rows: Sequence[int] | None, name: str) -> np.ndarray:
         """int64 (B, S + 1): what an array of the shards has for the tokens of a batch."""
         drawn = [draw(int(number), self._weights) for number in sequence_numbers(step, self.batch_size, rows)]
         values_BS = np.empty((len(drawn), self.seq_len + 1), np.int64)

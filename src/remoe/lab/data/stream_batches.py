@@ -9,7 +9,7 @@ Shape suffixes: B batch, S sequence, T tokens.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ class StreamBatches:
         """Into how many parts the files and the rows of a batch are divided."""
         return len(self._parts)
 
-    def batch(self, step: int, rows: range | None = None) -> torch.Tensor:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """The batch of a step, or some rows of it, as `TrainBatches.batch`: int64 (B, S + 1).
 
         Raises DataError for text that cannot be read.
@@ -93,7 +93,7 @@ class StreamBatches:
         windows = [self._parts[row // size].window(step * size + row % size) for row in rows]
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
-    def target_mask(self, step: int, rows: range | None = None) -> None:
+    def target_mask(self, step: int, rows: Sequence[int] | None = None) -> None:
         """None: all targets count."""
 
     def state(self) -> list[dict[str, Any]]:

@@ -217,8 +217,9 @@ class TrainConfig:
     cut; replicate: copies of the model. Each process has an equal part of every batch, and --micro-batch-size is of one
     process. docs/distributed.md has more."""
     mesh_load: str = "global"
-    """With --mesh, the tokens among which the load of experts is counted for the router's balanced loss. 'global':
-    those that all processes compute at the same time; 'official': each process's own, as in the authors' code."""
+    """The tokens among which the load of experts is counted for the router's balanced loss. 'global': those of the
+    step's micro-batches so far, on all processes; 'official': those of one micro-batch on one process, as in the
+    authors' code. Without gradient accumulation and --mesh, both are the whole batch."""
     mesh_timeout: int = 600
     """With --mesh, seconds that a process waits for the others before it stops, for example because one hangs."""
     compile: bool = False

@@ -121,25 +121,22 @@ class Ranks:
         if self._joined:
             dist.destroy_process_group()
 
-    def shard(self, model: RemoeForCausalLM, *, global_load: bool) -> None:
-        """Spreads a model, the same on every rank and perhaps without values, over the mesh, in place.
-
-        Args:
-            model: whole; its parameters may be on the meta device.
-            global_load: see `Router.global_load`.
-        """
+    def shard(self, model: RemoeForCausalLM) -> None:
+        """Spreads a model, the same on every rank and perhaps on the meta device, over the mesh, in place."""
         if self.count > 1:
-            for layer in model.model.layers:
-                layer.mlp.router.global_load = global_load
             from remoe.models.sharding import set_timeout, shard
 
             shard(model, self.device, **asdict(self.mesh))
             set_timeout(model, self.timeout)
 
-    def rows(self, batch_size: int) -> range:
-        """The rows of a batch that this rank reads and computes."""
-        size = batch_size // self.mesh.parts
-        return range(self.part * size, (self.part + 1) * size)
+    def rows(self, batch_size: int, micro_batch_size: int) -> list[int]:
+        """The rows of a batch that this rank reads and computes, one micro-batch after the other.
+
+        What all ranks compute at the same time are consecutive rows, as in a larger micro-batch of one process.
+        """
+        parts = self.mesh.parts
+        micro = min(micro_batch_size, batch_size // parts)
+        return [first + row for first in range(self.part * micro, batch_size, parts * micro) for row in range(micro)]
 
     def begin_step(self, seed: int, step: int) -> None:
         """Begins a step. Routers that draw random numbers get others for each part, by seed, step and part alone."""

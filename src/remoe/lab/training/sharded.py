@@ -31,7 +31,7 @@ def build_sharded(
         model = RemoeForCausalLM(shape)
     deferred.remember(model)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(ranks.device))
-    ranks.shard(model, global_load=config.mesh_load == "global")
+    ranks.shard(model)
     allocate(model, ranks.device)
     if origin is not None and not read_later:
         origin.fill(model, config)

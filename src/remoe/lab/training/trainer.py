@@ -97,6 +97,8 @@ class Trainer:
         self.model = build_sharded(config, dataset, run, self.ranks, origin) if sharded else self._build()
         self.shape = self.model.config if origin is None or not origin.relufied else origin.configured(config)
         self.model.train()
+        for router in self.model.sparsity.routers:
+            router.global_load = config.mesh_load == "global"
         if config.recompute:
             enable_recomputation(self.model)
         self.forward = compiled(self.model, spread=self.ranks.count > 1) if config.compile else self.model
@@ -268,7 +270,8 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor, int]:
         """This rank's rows of the next batch: inputs and targets, (B, S) each; and the targets of the whole batch."""
-        config, rows = self.config, self.ranks.rows(self.config.batch_size)
+        config = self.config
+        rows = self.ranks.rows(config.batch_size, config.micro_batch_size)
         token_BS, mask_BS = self.batches.batch(self.step, rows), self.batches.target_mask(self.step, rows)
         if self.device.type == "cuda":
             token_BS = token_BS.pin_memory()  # otherwise the copy synchronises with the device
@@ -308,6 +311,7 @@ class Trainer:
                     **share,
                 )
             self.ranks.backward(out.loss)
+            self.model.sparsity.carry_load(out.routings)
             lm_loss = lm_loss + out.lm_loss.detach()
             reg_loss = reg_loss + out.reg_loss.detach()
             loss = loss + out.loss.detach()
