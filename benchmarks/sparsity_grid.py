@@ -36,7 +36,7 @@ class Options:
     """Prepared data."""
     out: Path
     """CSV file to write."""
-    experts: tuple[int, ...] = (4, 32, 128)
+    experts: tuple[int, ...] = (4, 8, 32, 128)
     """Numbers of experts."""
     sequences: tuple[int, ...] = (1, 16, 512)
     """Sequences of 128 tokens in a batch."""
@@ -58,7 +58,6 @@ def course(dataset: Dataset, options: Options, experts: int, sequences: int, len
         "num_hidden_layers": options.layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "router_std": None,
     }
     sizes = {"seq_len": 128, "batch_size": sequences, "micro_batch_size": min(sequences, 64)}
     config = config_from_dict({"steps": length, "num_experts": experts, **sizes, "model": model}, "grid")

@@ -1,6 +1,7 @@
 """The controller: lambda's course, statistics, state, and the plain loop that a user writes."""
 
 import math
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -154,7 +155,7 @@ def route_toy_data(num_experts, warmup, steps, lr):
 
 @pytest.mark.parametrize(
     ("num_experts", "warmup", "steps", "lr"),
-    [(16, 1000, 430, 4e-3), (8, 10, 200, 8e-3)],
+    [(16, 1000, 430, 4e-3), (16, 10, 200, 8e-3)],
     ids=["slow warm-up", "large learning rate"],
 )
 def test_smooth_rule_holds_the_target_at_every_pace_of_the_learning_rate(num_experts, warmup, steps, lr):
@@ -164,6 +165,42 @@ def test_smooth_rule_holds_the_target_at_every_pace_of_the_learning_rate(num_exp
     assert settled < len(error) - 40
     assert error[settled:].max() < 0.02
     assert largest < 1  # what holds S is 0.1; a lambda that grew at its own pace would pass 1e4 in the slow warm-up
+
+
+def test_the_smooth_rule_counts_how_far_logits_must_move():
+    controller = SparsityController(1, 4, 1, rule="smooth")
+    controller.observe([batch(200, experts=4)])
+    controller.update()
+    normal = statistics.NormalDist()
+    assert controller.mean_error.item() == pytest.approx(normal.inv_cdf(0.5) - normal.inv_cdf(0.25), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rule", "pairs", "opening"), [("smooth", 80, 0.004), ("smooth", 97, 0), ("sign", 0, 0)])
+def test_only_the_smooth_rule_opens_experts_and_only_far_above_the_target(rule, pairs, opening):
+    controller = SparsityController(1, 4, 1, rule=rule)  # 100 of 400 pairs are the target
+    controller.observe([batch(pairs, experts=4)])
+    controller.update()
+    assert controller.opening.item() == pytest.approx(opening, rel=1e-3)  # 0.1 * (0.8 - 0.75 - 0.01)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu_scaled", "relu_norm"])
+def test_experts_that_are_closed_for_every_token_open_again(kind):
+    layer = remoe.MoE(8, 8, 4, 1, kind, init_std=0.02)
+    controller = SparsityController.of([layer], rule="smooth")
+    x, mask = torch.rand(64, 8) + 0.5, torch.arange(64) < 50
+    x[50:] = -x[50:]  # padding, for which the same weights are open
+    with torch.no_grad():
+        layer.router.weight.copy_(-layer.router.weight.abs() - 0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    for _ in range(100):
+        routing = layer(x, mask)[1]
+        optimizer.zero_grad()
+        controller.loss_terms([routing]).total.backward()
+        optimizer.step()
+        controller.observe([routing])
+        controller.update()
+    assert routing.sparsity.item() < 0.99
+    assert layer.eval()(x, mask)[1].closed_loss is None
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])

@@ -17,6 +17,7 @@ from remoe.errors import ConfigError, check, check_choice, check_integers, check
 from remoe.routing.assignment import Routing
 from remoe.routing.base import Router
 from remoe.routing.float32 import Float32State
+from remoe.stages import SETTLED_WITHIN
 
 if TYPE_CHECKING:
     from remoe.layer import MoE
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 RULES = ("sign", "official", "smooth", "none")
 NORMALIZATIONS = ("paper", "official")
 
-# Smooth rule: weight of the newest batch in the averaged error of log density (batches differ); step of log lambda
-# per unit of that average and per unit of its change; largest step, of the first of these two and of both; and the
-# least lambda, a penalty that does nothing but from which lambda is quickly back when experts open again.
-SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_DAMPING = 0.3, 0.4, 2.0
+# Smooth rule: weight of the newest batch in the averaged error (batches differ); step of log lambda per unit of that
+# average while too many experts are open and while too few are, and per unit of its change; largest step, of the pull
+# and of both; the least lambda, a penalty that does nothing but from which lambda is quickly back when experts open
+# again; and the coefficient of `closed_loss` per unit by which S is further above its target than counts as settled.
+SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED, SMOOTH_DAMPING = 0.3, 0.9, 0.225, 4.5
 SMOOTH_MAX_STEP = math.log(1.5)
 SMOOTH_LAMBDA_MIN = 1e-8
+SMOOTH_OPENING = 0.1
 FAST_START_PENALTY = 3e-3  # lambda * L_reg after the first update, in units of the task's loss
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30  # normal float32 numbers, from which lambda can come back
 AUX_LOSS_COEF = 0.01  # of the Switch loss (arXiv 2101.03961, section 2.2)
@@ -43,6 +46,11 @@ def sparsity(pairs_LE: Tensor, tokens_L: Tensor) -> Tensor:
     return 1 - pairs_LE.sum().to(exact) / LTE  # Eq. 8: S = 1 - 1/(L T E) sum 1{R > 0}
 
 
+def normal_quantile(p: Tensor) -> Tensor:
+    """Where the standard normal distribution function is p; by erfinv, which all of torch's devices have."""
+    return math.sqrt(2) * torch.erfinv(2 * p - 1)
+
+
 def sign_rule(S: Tensor, target: float, alpha: float) -> Tensor:
     """What the paper multiplies lambda by: alpha while too many experts are active, 1/alpha while too few."""
     return alpha ** torch.sign(target - S)  # Eq. 7: lambda_{i+1} = lambda_i alpha^sign((1 - k/E) - S_i)
@@ -52,7 +60,8 @@ class LossTerms(NamedTuple):
     """What a loss has besides the task's, 0-dim float32 each: `total` = coefficient * regularizer + extra.
 
     `coefficient` is lambda, or the constant of routers that lambda does not steer; `regularizer` is L_reg over all
-    layers; `extra` is what routers add with a weight of their own, averaged over layers.
+    layers; `extra` is what routers add with a weight of their own, averaged over layers, and with the smooth rule
+    `opening` times the layers' mean `closed_loss`.
     """
 
     regularizer: Tensor
@@ -71,19 +80,21 @@ class SparsityController(Float32State):
     Args:
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
-            code. "smooth": a step of log lambda proportional to the averaged error of log density and to the learning
-            rate, bounded and damped; lambda stays at or above 1e-8, or its start if that is lower. "none": lambda
-            stays; S is only measured.
+            code. "smooth": a step of log lambda proportional to the averaged error and to the learning rate, bounded
+            and damped; lambda stays at or above 1e-8, or its start if that is lower; while S is more than 0.01 above
+            its target, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
         regularizer_normalization: "paper": L_reg is the mean over layers; "official": the sum, as in the authors'
             code, where lambda is L times smaller at equal penalty.
         router_aux_loss_coef: coefficient of the regulariser, summed over layers, if lambda does not steer the routers.
-        layers: see `of`, which passes them; without layers, `update` moves lambda alone.
+        layers: see `of`, which passes them; without layers, `update` moves lambda alone, and nothing opens experts.
 
     Attributes:
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
+        mean_error: 0-dim float32, averaged error of the density: how much farther from zero the threshold of a standard
+            normal logit must be to have the target density, positive where too many experts are active.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean
             of the routings' `statistic_E`.
@@ -120,6 +131,8 @@ class SparsityController(Float32State):
         self.rule, self.alpha, self.lambda_init = rule if self.steered else "none", alpha, float(lambda_init)
         smooth_min = max(LAMBDA_MIN, min(SMOOTH_LAMBDA_MIN, lambda_init))
         self.lambda_min = smooth_min if self.rule == "smooth" else LAMBDA_MIN
+        for router in self.routers:
+            router.opens = self.rule == "smooth"
         self.fast_start = fast_start and self.rule != "none" and k < num_experts
         self.sum_layers = regularizer_normalization == "official" or not self.steered
         self.router_aux_loss_coef = router_aux_loss_coef
@@ -165,6 +178,18 @@ class SparsityController(Float32State):
         """What multiplies the regulariser, 0-dim float32: a copy of lambda, or the constant."""
         return self.lam.clone() if self.steered else torch.full_like(self.lam, self.router_aux_loss_coef)
 
+    @property
+    def opening(self) -> Tensor:
+        """0-dim float32, below 0.1: what multiplies the layers' mean `closed_loss`; zero but with the smooth rule.
+
+        No penalty can open experts that closed on their own, as they do with few experts and small batches.
+        """
+        if self.rule != "smooth":
+            return torch.zeros_like(self.lam)
+        target = self._quantile(torch.full_like(self.lam, self.target_density))
+        mean_density = torch.special.erfc(-(target + self.mean_error) / math.sqrt(2)) / 2
+        return SMOOTH_OPENING * (self.target_density - mean_density - SETTLED_WITHIN).clamp(min=0)
+
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
         """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9, 11), or their sum; one routing a layer."""
         self.keep_float32()
@@ -187,7 +212,9 @@ class SparsityController(Float32State):
         total = lam * L_reg  # Eq. 6: L = L_lm + lambda_i L_reg
         if self.training and routings[0].extra_loss is not None:
             extra = self._stacked(routings, "extra_loss").mean() * share
-            total = total + extra
+        if self.training and routings[0].closed_loss is not None:
+            extra = extra + self.opening * self._stacked(routings, "closed_loss").mean() * share
+        total = total + extra
         return LossTerms(L_reg, lam, extra, total)
 
     @torch.no_grad()
@@ -258,14 +285,17 @@ class SparsityController(Float32State):
             router.step(load_E, statistic_E, seen)
 
     def _factor(self, S: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
-        """0-dim float32 each: what lambda is multiplied by, and the averaged error of log density."""
-        density = (1 - S).float().clamp(min=self.target_density / 100)  # an empty batch is very sparse, not infinitely
-        error = (density / self.target_density).log()  # positive: too dense, lambda must rise
+        """0-dim float32 each: what lambda is multiplied by, and `mean_error`."""
+        # In standard deviations of the logits, were they normal: so far has a router to move them, whatever E is.
+        target = torch.full_like(self.lam, self.target_density)
+        error = self._quantile((1 - S).float()) - self._quantile(target)  # positive: too dense, lambda must rise
         last = torch.where(self.sparsity == UNKNOWN, error, self.mean_error)
         mean = last + SMOOTH_AVERAGE * (error - last)
         if self.rule == "smooth":
-            # Bounded by itself: with many experts the first term would outweigh any damping.
-            pull = (SMOOTH_GAIN * mean).clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP) * lr_fraction
+            # Bounded by itself: with many experts the pull would outweigh any damping. It is weaker downwards, because
+            # there experts are opened, and lambda would have to come back a long way.
+            gain = torch.where(mean > 0, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED)
+            pull = (gain * mean).clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP) * lr_fraction
             step = pull + SMOOTH_DAMPING * (mean - last)
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean
         if self.rule == "none":
@@ -273,6 +303,11 @@ class SparsityController(Float32State):
         if self.rule == "official":  # as in the authors' code: S equal to the target counts as too sparse
             return torch.where(self.target - S > 0, self.alpha, 1 / self.alpha).float(), mean
         return sign_rule(S, self.target, self.alpha).float(), mean
+
+    def _quantile(self, density: Tensor) -> Tensor:
+        """Of density, bounded: an empty batch is very sparse, not infinitely, and a full one not infinitely dense."""
+        target = self.target_density
+        return normal_quantile(density.clamp(target / 100, min(1 - (1 - target) / 100, 1 - 1e-4)))
 
     def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
         return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])

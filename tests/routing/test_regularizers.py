@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, gate_entropy, locality_loss
+from remoe.routing.regularizers import closed_loss
 
 
 def test_losses_of_blockffn_on_hand_made_cases():
@@ -39,3 +40,14 @@ def test_entropy_has_finite_gradients_at_closed_gates():
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) / 3, abs=1e-4)
     assert torch.isfinite(gate.grad).all()
+
+
+def test_the_closed_loss_pulls_on_closed_pairs_of_experts_below_their_share():
+    # Four tokens, k = 1 of E = 2: a balanced expert has two. The first has three, the second one.
+    logits = torch.tensor([[1.0, -1.0], [2.0, -0.5], [3.0, 4.0], [-2.0, -0.25]], requires_grad=True)
+    count = (logits > 0).sum(dim=0)
+    loss = closed_loss(logits, count, k=1, num_tokens=4)
+    assert loss.item() == pytest.approx((1 - 1 / 2) * (1 + 0.5 + 0.25) / 4)
+    loss.backward()
+    assert logits.grad.tolist() == [[0, -0.125], [0, -0.125], [0, 0], [0, -0.125]]
+    assert closed_loss(logits, None, k=1, num_tokens=4).item() == pytest.approx((1 + 0.5 + 2 + 0.25) / 4)

@@ -85,6 +85,7 @@ class MegatronReLURouter(ReLURouter):
         super().__init__(*sizes, load_balance=load_balance)
         self.layer_number: int | None = None
         self.per_token_loss = config.calculate_per_token_loss
+        self.opens = controller.rule == "smooth"
         self._controller = (controller,)  # in a tuple, because lambda is of all layers, and none of this module's
         if config.perform_initialization:
             config.init_method(self.weight)
@@ -122,11 +123,13 @@ class MegatronReLURouter(ReLURouter):
         return routing
 
     def penalty_term(self, routing: Routing) -> Tensor:
-        """0-dim float32: this layer's part of lambda * L_reg (Eq. 6), which the layers' losses add up to."""
+        """0-dim float32: this layer's part of lambda * L_reg (Eq. 6) and of what the smooth rule opens experts with."""
         controller = self._on(routing.regularizer.device)
-        layers = 1 if controller.sum_layers else len(controller.dead_steps_L)
+        L = len(controller.dead_steps_L)
         controller.penalised = True
-        term = controller.coefficient * routing.regularizer / layers
+        term = controller.coefficient * routing.regularizer / (1 if controller.sum_layers else L)
+        if routing.closed_loss is not None:
+            term = term + controller.opening * routing.closed_loss / L
         # With this setting megatron-core divides all gradients by the number of tokens.
         return term * routing.num_tokens if self.per_token_loss else term
 

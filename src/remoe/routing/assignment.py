@@ -89,6 +89,7 @@ class Routing:
             constant coefficient multiplies it.
         extra_loss: 0-dim float32, added to the layer's loss as it is, its weight applied; None for none.
         statistic_E: (E,) float32 for `Router.update_state`, no gradient; None where a router has no use for it.
+        closed_loss: 0-dim float32, how far closed pairs are from opening, of a router that `opens`; None for none.
         load_E: (E,) int64, tokens of each expert that the regulariser counts; None where they are `count_E`.
     """
 
@@ -100,6 +101,7 @@ class Routing:
     extra_loss: Tensor | None = None
     statistic_E: Tensor | None = None
     load_E: Tensor | None = None
+    closed_loss: Tensor | None = None
 
     @property
     def count_E(self) -> Tensor:

@@ -14,6 +14,7 @@ from remoe.errors import check, check_integers
 from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 from remoe.routing.float32 import Float32State
+from remoe.routing.regularizers import closed_loss
 
 
 def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int) -> tuple[int, int, int]:
@@ -71,6 +72,9 @@ class Router(Float32State, ABC):
         earlier_load: (E + 1,) int64, tokens of each expert, and all tokens, in the step's earlier micro-batches on this
             rank; None for none. `SparsityController.carry_load` sets it.
 
+        opens: in training, a steered router also returns `Routing.closed_loss`, with which the smooth rule of
+            `SparsityController` opens experts. The controller sets it on its routers.
+
     Raises:
         ConfigError: when k is not in 1..E.
     """
@@ -86,6 +90,7 @@ class Router(Float32State, ABC):
     merges = False
     global_load = False
     earlier_load: Tensor | None = None
+    opens = False
 
     def __init__(self, d_model: int, num_experts: int, k: int) -> None:
         super().__init__()
@@ -183,6 +188,16 @@ class LinearRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) router logits, float32 (float64 for float64 input), whatever autocast says."""
         return float32_linear(x_TD, self.weight, self.bias)
+
+    def closed_loss(
+        self, logits_TE: Tensor, count_E: Tensor | None, num_tokens: Tensor, mask_T: Tensor | None
+    ) -> Tensor | None:
+        """0-dim, or None where none is needed; see `opens`. `count_E` is None where load is not balanced."""
+        if not (self.opens and self.training):
+            return None
+        if mask_T is not None:
+            logits_TE = logits_TE.masked_fill(~mask_T[:, None], 0)
+        return closed_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

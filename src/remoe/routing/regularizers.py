@@ -1,4 +1,6 @@
-"""The paper's penalty on the gates (arXiv 2412.14711, Eq. 9 to 11), as pure functions with explicit normalisers.
+"""The paper's penalty on the gates (arXiv 2412.14711, Eq. 9 to 11) and its opposite, which opens experts.
+
+These are pure functions with explicit normalisers.
 
 Each is the L_reg of ONE layer; `SparsityController.regularizer` takes the mean over layers, the 1/L of the equations.
 
@@ -6,6 +8,7 @@ Legend: T tokens, E experts.
 """
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def l1_loss(gate_TE: Tensor, *, num_tokens: Tensor | int) -> Tensor:
@@ -38,6 +41,23 @@ def load_balanced_l1_loss(
     if power != 1:
         f_E = f_E**power
     return (gate_TE.abs().sum(dim=0) * f_E).sum() / at_least_one(num_tokens)  # Eq. 10: 1/T sum_t sum_e f_e R(x_t)_e
+
+
+def closed_loss(logits_TE: Tensor, count_E: Tensor | None, *, k: int, num_tokens: Tensor | int) -> Tensor:
+    """How far closed pairs are from opening, 0-dim: the opposite of the L1 penalty, ours.
+
+    1/T sum_t sum_e w_e max(0, -logit). With loads, w_e = max(0, 1 - f_e): only experts with less than their share open,
+    those without tokens first; otherwise w_e = 1.
+
+    Args:
+        logits_TE: (T, E), zero for padding.
+        count_E: (E,) tokens routed to each expert, or None.
+        k, num_tokens: as `load_balanced_l1_loss`.
+    """
+    closed_E = F.relu(-logits_TE).sum(dim=0)
+    if count_E is not None:
+        closed_E = closed_E * (1 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)
+    return closed_E.sum() / at_least_one(num_tokens)
 
 
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:

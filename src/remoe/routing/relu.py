@@ -58,7 +58,9 @@ class ReLURouter(LinearRouter):
             gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
         active_TE = gate_TE != 0  # positive or NaN, which must stay visible in the output
         num_tokens = count_tokens(x_TD, mask_T)
-        regularizer = self.penalty(gate_TE, active_TE, num_tokens)
+        count_E = self.load(active_TE, num_tokens) if self.balances else None
+        regularizer = self.penalty(gate_TE, count_E, num_tokens)
+        closed_loss = self.closed_loss(logits_TE, count_E, num_tokens, mask_T)
         gate_TE = self.scaled(gate_TE)
         most = load_E = None
         if self.cap is not None:
@@ -66,7 +68,7 @@ class ReLURouter(LinearRouter):
             active_TE = unmasked(active_TE & largest(gate_TE.abs(), self.cap), mask_T)
             gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * self.cap
         pairs = Assignment.from_gates(gate_TE, active_TE, most)
-        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, load_E=load_E)
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, load_E=load_E, closed_loss=closed_loss)
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None
@@ -76,11 +78,16 @@ class ReLURouter(LinearRouter):
             return None
         return GateRule("relu", self.weight, self.bias, None, self.k, self.gate_scale)
 
-    def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
-        """0-dim: what lambda multiplies."""
-        if not self.load_balance:
+    @property
+    def balances(self) -> bool:
+        """Whether the penalty is weighted by load."""
+        return self.load_balance
+
+    def penalty(self, gate_TE: Tensor, count_E: Tensor | None, num_tokens: Tensor) -> Tensor:
+        """0-dim: what lambda multiplies. `count_E` is `load`, or None where the penalty is not weighted by it."""
+        if count_E is None:
             return l1_loss(gate_TE, num_tokens=num_tokens)
-        count_E, p = self.load(active_TE, num_tokens), self.load_balance_power
+        p = self.load_balance_power
         return load_balanced_l1_loss(gate_TE, count_E, k=self.k, num_tokens=num_tokens, power=p)
 
     def scaled(self, gate_TE: Tensor) -> Tensor:

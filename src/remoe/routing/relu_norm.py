@@ -84,12 +84,12 @@ class ReLUNormRouter(LinearRouter):
         gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = x_TD.shape[0] if seq_len is None else seq_len
-        if self.penalty == "chunk":
+        count_E = self.load(active_TE, num_tokens) if self.penalty == "l1" else None
+        if count_E is None:
             regularizer = chunk_sparsity_loss(
                 open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens, document_T=document_T
             )
         else:
-            count_E = self.load(active_TE, num_tokens)
             regularizer = load_balanced_l1_loss(normed_TE, count_E, k=self.k, num_tokens=num_tokens)
         extra_loss = None
         if self.locality and self.training:
@@ -97,4 +97,5 @@ class ReLUNormRouter(LinearRouter):
                 logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness, document_T=document_T
             )
         assignment = Assignment.from_gates(gate_TE, active_TE)
-        return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss)
+        closed_loss = self.closed_loss(logits_TE, count_E, num_tokens, mask_T)
+        return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss, closed_loss=closed_loss)

@@ -64,10 +64,14 @@ class ReLUScaledRouter(ReLURouter):
             return None
         return GateRule("relu", self.weight, self.bias, self.scale, self.k, self.gate_scale)
 
-    def penalty(self, gate_TE: Tensor, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+    @property
+    def balances(self) -> bool:
+        return self.load_balance and self.penalty_kind == "l1"
+
+    def penalty(self, gate_TE: Tensor, count_E: Tensor | None, num_tokens: Tensor) -> Tensor:
         if self.penalty_kind == "entropy":
             return gate_entropy(self.scaled(gate_TE), num_tokens=num_tokens)
-        return super().penalty(gate_TE, active_TE, num_tokens)
+        return super().penalty(gate_TE, count_E, num_tokens)
 
     def scaled(self, gate_TE: Tensor) -> Tensor:
         return super().scaled(gate_TE) * self.scale.to(gate_TE.dtype)

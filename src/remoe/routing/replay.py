@@ -81,9 +81,10 @@ class Replay:
             if known_T1 is not None:
                 gate_TE = torch.where(known_T1, gate_TE, own.gate_TE)
         load_E = own.count_E if own.load_E is None else own.load_E
-        values = own.logits_TE, own.num_tokens, own.regularizer, own.extra_loss, own.statistic_E, load_E
+        values = own.logits_TE, own.num_tokens, own.regularizer, own.extra_loss, own.statistic_E
         known_T = None if self.known_T is None else self.known_T.to(device)
-        return ReplayedRouting(Assignment.from_gates(gate_TE, active_TE), gate_TE, *values, own, known_T)
+        pairs = Assignment.from_gates(gate_TE, active_TE)
+        return ReplayedRouting(pairs, gate_TE, *values, load_E, own.closed_loss, own, known_T)
 
 
 @tree

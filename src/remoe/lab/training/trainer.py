@@ -229,16 +229,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ranks.begin_step(config.seed, step)
         self.speed.start()
-        coefficient = controller.coefficient
+        coefficient, opening = controller.coefficient, controller.opening
         lm_loss, reg_loss, loss = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
-        scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, grad_norm, controller.sparsity])
+        scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, opening, grad_norm, controller.sparsity])
         L, E = controller.load_LE.shape
         values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
         n = len(scalars)
-        (lm_loss, reg_loss, loss, coefficient, grad_norm, sparsity), dead_steps_L = values[:n], values[n : n + L]
+        lm_loss, reg_loss, loss, coefficient, opening, grad_norm, sparsity = values[:n]
+        dead_steps_L = values[n : n + L]
         load_LE = [values[first : first + E] for first in range(n + L, len(values), E)]
         if not (math.isfinite(lm_loss + reg_loss) and math.isfinite(grad_norm)):
             raise self._non_finite(step, lm_loss, reg_loss, grad_norm)
@@ -256,6 +257,7 @@ class Trainer:
             "reg_loss": reg_loss,
             "loss": loss,
             "lambda": coefficient,
+            "opening": opening,
             "sparsity": sparsity,
             "stage": stage(sparsity, controller.target),
             "sparsity_per_layer": [1 - sum(load_E) / len(load_E) for load_E in load_LE],
