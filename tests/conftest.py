@@ -47,13 +47,8 @@ def forked_runs(monkeypatch):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """`remoe compare` in this process writes its tables alone: drawing takes longer than tiny runs."""
-
-    def draw(experiment, results, records, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return {}
-
-    monkeypatch.setattr("remoe.lab.compare.output.draw", draw)
+    """`remoe compare` in this process writes its tables alone."""
+    monkeypatch.setattr("remoe.lab.compare.output.draw", forked.no_figures)
 
 
 @pytest.fixture(scope="session")

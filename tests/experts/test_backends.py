@@ -170,8 +170,10 @@ def test_triton_in_its_interpreter():
     old, new = version.parse("3.7"), version.parse("2.4")
     if version.parse(triton.__version__) < old and version.parse(np.__version__) >= new:
         pytest.skip("the interpreter of triton 3.6 fails with numpy 2.4")
-    files = [__file__, str(Path(__file__).with_name("test_triton_decode.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", "triton", *files]
+    pairs = Path(__file__).parents[1] / "routing" / "test_pairs.py"
+    files = [__file__, str(Path(__file__).with_name("test_triton_decode.py")), str(pairs)]
+    chosen = "triton or test_pairs"
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", chosen, *files]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 

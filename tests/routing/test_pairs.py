@@ -1,13 +1,9 @@
 """The operators that list the routed pairs: plain, as kernels in Triton's interpreter, and compiled for GPUs."""
 
 import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 
 from remoe.routing.assignment import Assignment
 from remoe.routing.pairs import _gate_gradient, _list_pairs, list_pairs
@@ -45,17 +41,6 @@ def test_lists_and_gradient_are_those_of_the_eager_way(T, E, density):
 def test_no_more_is_written_than_there_is_room_for():
     token_N, *_ = list_pairs(torch.rand(40, 4), torch.ones(40, 4, dtype=torch.bool), 50)
     assert torch.equal(token_N, torch.cat((torch.arange(40), torch.arange(10))))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="runs already")
-def test_in_the_interpreter():
-    triton = pytest.importorskip("triton")
-    if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
-        pytest.skip("the interpreter of triton 3.6 fails with numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs without kernels")

@@ -144,7 +144,7 @@ class Router(Float32State, ABC):
             return count_E
         total_E1 = torch.cat((count_E, num_tokens.reshape(1)))
         if self.earlier_load is not None:
-            total_E1 = total_E1 + self.earlier_load.to(total_E1.device)
+            total_E1 = total_E1 + self.earlier_load
         if spread:
             dist.all_reduce(total_E1)
         return total_E1[:-1] * (num_tokens / total_E1[-1].clamp(min=1))

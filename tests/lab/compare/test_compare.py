@@ -28,6 +28,7 @@ BASE = {
     "model": {"hidden_size": 32, "num_hidden_layers": 2}, "validate": {"every": 20, "flips_every": 10},
     "checkpoint": {"every": 10},
 }  # fmt: skip
+SHORT = {**BASE, "steps": 10}
 
 
 def write_experiment(folder, **given):
@@ -123,9 +124,8 @@ def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_p
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
-    path = write_experiment(
-        tmp_path, variants={"bad": {"optim": {"lr": 1e30}}, "topk": {"router": "topk"}}, reference="topk"
-    )
+    variants = {"bad": {"optim": {"lr": 1e30}}, "topk": {"router": "topk"}}
+    path = write_experiment(tmp_path, base=SHORT, variants=variants, reference="topk")
     assert main(arguments(path, corpus, tmp_path)) == 1
     out = capfd.readouterr().out
     assert "failed: remoe: error: step 2: not finite" in out
@@ -136,7 +136,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(corpus, tmp_path, capfd):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_without_a_record_gets_one(corpus, tmp_path, capfd):
-    path = write_experiment(tmp_path, seeds=[0, 1], variants={"topk": {"router": "topk"}})
+    path = write_experiment(tmp_path, base=SHORT, seeds=[0, 1], variants={"topk": {"router": "topk"}})
     command = arguments(path, corpus, tmp_path)
     assert main(command) == 0
     files = list((tmp_path / "pool").glob("*.json"))
@@ -178,7 +178,7 @@ def test_a_model_that_cannot_be_built_is_named_before_any_training(corpus, tmp_p
 def start(path, corpus, folder, *flags):
     """The process, and the file with its output."""
     output = folder / f"output-{time.monotonic_ns()}"
-    return forked.start([*arguments(path, corpus, folder), *flags], output, output), output
+    return forked.Compare([*arguments(path, corpus, folder), *flags], output), output
 
 
 def wait_for(condition, process=None):
@@ -224,12 +224,12 @@ def test_two_processes_share_the_work_and_the_preparation(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(12):
         (tmp_path / "text" / f"{i}.txt").write_text(" ".join(f"word{i * j % 11} and" for j in range(300)))
-    path = write_experiment(tmp_path, base={**BASE, "vocab_size": 300})
+    path = write_experiment(tmp_path, base={**BASE, "steps": 20, "vocab_size": 300})
     command = ["compare", str(path), "--corpus", str(tmp_path / "text"), "--pool", str(tmp_path / "pool")]
     command += ["--device", "cpu", "--out"]
     names = ("one", "other")
     files = [tmp_path / f"{name}.log" for name in names]
-    both = [forked.start([*command, str(tmp_path / name)], file, file) for name, file in zip(names, files, strict=True)]
+    both = [forked.Compare([*command, str(tmp_path / name)], file) for name, file in zip(names, files, strict=True)]
     codes, outputs = [process.wait(300) for process in both], [file.read_text() for file in files]
     assert codes == [0, 0], outputs
     started = re.findall(r"(\S+): started at step 0", "".join(outputs))

@@ -32,23 +32,24 @@ def _end(rank, folder, fault):
     try:
         with last_words(ranks, folder):
             if rank == 1:
-                fault(ranks)
+                fault(ranks, folder)
             ranks.check_equal([torch.ones(1)], "nothing")
     except BaseException as error:
         (folder / f"raised-{rank}").write_text(f"{type(error).__name__}: {error}")
     os._exit(0)  # no collective can end this
 
 
-def hang(ranks):
-    time.sleep(6)
+def hang(ranks, folder):
+    while len(raised(folder)) < 2:  # until the others have noticed
+        time.sleep(0.1)
     os._exit(0)
 
 
-def die(ranks):
+def die(ranks, folder):
     os._exit(0)
 
 
-def fail(ranks):
+def fail(ranks, folder):
     raise DataError("a shard is missing")
 
 

@@ -49,22 +49,19 @@ OTHERS = {  # where processes read other rows, sparsemixer draws other numbers
 }
 RUNS = OTHERS | {  # options; with 8 sequences in a step, two processes have two micro-batches of two each
     "relu fsdp=2,ep=2": {},
-    "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True},
-    "sigmoid fsdp=2": {"router": "sigmoid"},
-    "threshold fsdp=2,ep=2": {"router": "threshold", "compile": True},
-    "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}},
-    "balanced-topk fsdp=2": {"router": "topk", "recompute": True},
-    "closed-relu fsdp=2,ep=2": {},
-    "bfloat16-relu fsdp=2,ep=2": {"dtype": "bfloat16"},
+    "topk fsdp=2,ep=2": {"router": "topk", "k": 2, "recompute": True, **FEW},
+    "sigmoid fsdp=2": {"router": "sigmoid", **FEW},
+    "threshold fsdp=2,ep=2": {"router": "threshold", "compile": True, **FEW},
+    "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}, "recompute": True, **FEW},
+    "closed-relu fsdp=2,ep=2": FEW,
+    "bfloat16-relu fsdp=2,ep=2": {"dtype": "bfloat16", **FEW},
+    "few-relu fsdp=2": FEW,
 }
-GLOBAL = {"mesh_load": "global"}  # of the balanced ones: two micro-batches, each equal to one of 4 on one process
-WIDE = {  # four processes
-    "relu replicate=2,fsdp=2,ep=2": {},
-    "relu fsdp=2,tp=2": {},
-    "relu fsdp=2,ep=4,tp=2": {"recompute": True},
-    "topk fsdp=2,ep=4,tp=2": {"router": "topk", "k": 2},
-    "sigmoid replicate=2,fsdp=2,ep=2": {"router": "sigmoid"},
-    "threshold fsdp=4,ep=2": {"router": "threshold"},
+GLOBAL = {"mesh_load": "global"}  # of the balanced one: two micro-batches, each equal to one of 4 on one process
+WIDE = {  # four processes; `test_mesh_equality.py` has other routers
+    "few-relu replicate=2,fsdp=2,ep=2": FEW,
+    "few-relu fsdp=2,tp=2": FEW,
+    "few-relu fsdp=2,ep=4,tp=2": {"recompute": True, **FEW},
 }
 RELU = "relu fsdp=2,ep=2"
 BFLOAT16 = {"lm_loss": 1e-4, "loss": 1e-4, "validation_loss": 1e-4}  # relative; others 2e-2, as gates near 0 differ
@@ -118,7 +115,7 @@ def _on_ranks(rank, folder, data, names):
     _saving(rank, trainer)
     if rank == 1:
         trainer.model.sparsity.lam *= 1 + 1e-6
-    with pytest.raises(RemoeError, match=f"step {STEPS}: lambda, S or the state of a router of rank 1 differs"):
+    with pytest.raises(RemoeError, match=f"step {trainer.step}: lambda, S or the state of a router of rank 1 differs"):
         trainer.save()
     error, words = (CheckpointError, "full") if rank == 0 else (RemoeError, "because rank 0 failed")
     with pytest.raises(error, match=words):
@@ -127,7 +124,7 @@ def _on_ranks(rank, folder, data, names):
 
 def _saving(rank, trainer):
     """A checkpoint is of the step at which it was begun, and a rank that cannot write its part stops all."""
-    run, may_write = trainer.run, Event()
+    run, step, may_write = trainer.run, trainer.step, Event()
     expected, _ = stored(run.last_checkpoint())
     trainer.run = RunFolder(run.path.with_name("saving"))
     with pytest.MonkeyPatch.context() as patch:
@@ -151,8 +148,8 @@ def _saving(rank, trainer):
         words = "rank 1: .*No space left.*the last good checkpoint is" if rank == 1 else "because rank 1 failed"
         with pytest.raises(RemoeError, match=words):
             trainer.saving.wait()
-    assert [path.name for path in trainer.run.checkpoints.iterdir()] == [f"step-{STEPS:08}"]
-    trainer.run, trainer.step = run, STEPS
+    assert [path.name for path in trainer.run.checkpoints.iterdir()] == [f"step-{step:08}"]
+    trainer.run, trainer.step = run, step
 
 
 def _full_disk(*_):
@@ -170,9 +167,18 @@ def _read_and_saved(data, source, target, mesh):
     return trainer
 
 
+def _eight(rank, folder, data):
+    """On each process one sequence of a batch; some of them have no part of a router's weight."""
+    few = {"steps": 4, "checkpoint": {"every": 2}, "validate": {"every": 4}}
+    train(options(RELU, data, mesh="fsdp=8", micro_batch_size=1, **few, **GLOBAL), folder / "eight")
+
+
 def _resumed(rank, folder, data):
-    """Runs of one and of four processes, and a damaged one of two, go on with two."""
-    _read_and_saved(data, folder / "wide", folder / "wide again", "fsdp=2")
+    """Runs of one, four and eight processes, and a damaged one of two, go on with two."""
+    for name in ("wide", "eight"):
+        _read_and_saved(data, folder / name, folder / f"{name} again", "fsdp=2")
+    more = ["--resume", "--mesh", "fsdp=2", "--micro-batch-size", "4"]  # the whole batch at once, as on eight
+    assert main(["train", "--out", str(folder / "eight"), *more]) == 0
     trainer = _read_and_saved(data, folder / "resumed", folder / "again", "fsdp=2,ep=2")
     assert trainer.step == STEPS // 2
     trainer.step += 1
@@ -318,19 +324,29 @@ def test_a_run_of_two_processes_with_a_damaged_shard_goes_on_with_one(corpus, al
     check_equal_courses(alone / "relu", run)
 
 
-def test_runs_of_one_two_and_four_processes_go_on_with_two(corpus, alone, together, wide, tmp_path):
-    shutil.copytree(alone / "relu", tmp_path / "resumed")
-    shutil.rmtree(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1])
-    shutil.copytree(wide / "relu fsdp=2,ep=4,tp=2", tmp_path / "wide")
+def test_runs_of_one_two_four_and_eight_processes_go_on_with_two(corpus, alone, together, wide, eight, tmp_path):
+    for before, name in ((alone / "relu", "resumed"), (eight, "eight")):
+        shutil.copytree(before, tmp_path / name)
+        shutil.rmtree(list_checkpoints(tmp_path / name / "checkpoints")[-1])
+    shutil.copytree(wide / "few-relu fsdp=2,ep=4,tp=2", tmp_path / "wide")
     damaged = damaged_copy(together / RELU, tmp_path / "damaged")
     run_ranks(_resumed, tmp_path, corpus)
-    for before, again in ((alone / "relu", "again"), (wide / "relu fsdp=2,ep=4,tp=2", "wide again")):
+    read = {"again": alone / "relu", "wide again": wide / "few-relu fsdp=2,ep=4,tp=2", "eight again": eight}
+    for again, before in read.items():
         ours = list_checkpoints(tmp_path / again / "checkpoints")[0]
         check_same_tensors(before / "checkpoints" / ours.name, ours)  # what was read is written, bit for bit
     for run in ("resumed", "damaged"):
         check_equal_courses(alone / "relu", tmp_path / run)
         assert (tmp_path / run / "summary.json").exists()
+    check_equal_courses(eight, tmp_path / "eight", steps=4)
     check_said((tmp_path / "errors-0").read_text(), damaged, tmp_path / "damaged")
+
+
+@pytest.fixture(scope="module")
+def eight(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    run_ranks(_eight, folder, corpus, world_size=8)
+    return folder / "eight"
 
 
 @pytest.fixture(scope="module")
@@ -342,5 +358,5 @@ def wide(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("name", WIDE)
 def test_four_processes_train_as_one_does(alone, wide, name):
-    check_equal_courses(alone / name.split()[0], wide / name)
+    check_equal_courses(alone / name.split()[0], wide / name, FEW["steps"])
     check_equal_checkpoints(alone / name.split()[0], wide / name)
