@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from remoe.experts.cpu.build import compiled_kernels
-from remoe.models.norm import RMSNorm
+from remoe.models.norm import RMSNorm, residual_norm
 
 KERNELS = pytest.mark.skipif(compiled_kernels(torch.float32) is None, reason="no compiled kernels here")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -40,6 +40,35 @@ def test_output_and_gradients_are_the_formulas(shape, dtype):
         assert torch.equal(ours(x), got[0])
 
 
+def results_of_sum(norm: LlamaRMSNorm, x: Tensor, added: Tensor | None, ds: Tensor, dy: Tensor) -> list[Tensor]:
+    leaves = [x, norm.weight] if added is None else [x, added, norm.weight]
+    s, y = residual_norm(norm, x, added)
+    return [s, y, *torch.autograd.grad((s, y), leaves, (ds, dy))]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("alone", [True, False], ids=["x", "x + added"])
+def test_norm_beside_a_residual_connection(alone, dtype):
+    x, added = (torch.randn(3, 65, 48).to(dtype).requires_grad_() for _ in range(2))
+    ds, dy = torch.randn(3, 65, 48).to(dtype), torch.randn(65, 48, 3).to(dtype).permute(2, 0, 1)
+    ours, theirs = norms(48, dtype)  # the second is not ours and takes the formula
+    got, expected = (results_of_sum(norm, x, None if alone else added, ds, dy) for norm in (ours, theirs))
+    for mine, other in zip(got, expected, strict=True):
+        assert mine.dtype is other.dtype
+        assert reference.relative_error(mine, other) < TOLERANCE[dtype]
+    with torch.no_grad():
+        assert all(map(torch.equal, residual_norm(ours, x, None if alone else added), got[:2]))
+    s, _ = residual_norm(ours, x, added)  # of which the norm is not used
+    assert torch.equal(*torch.autograd.grad(s, (x, added), ds))
+
+
+def test_a_hook_on_a_norm_beside_a_residual_connection_is_called():
+    ours, _ = norms(8)
+    ours.register_forward_hook(lambda module, inputs, y: y * 2)
+    s, y = residual_norm(ours, torch.ones(2, 8), torch.ones(2, 8))
+    torch.testing.assert_close(y, 2 * ours.forward(s))
+
+
 def test_transposed_tokens_and_other_dtypes():
     ours, theirs = norms(6)
     x_DT = torch.randn(6, 4, requires_grad=True)
@@ -57,7 +86,8 @@ def test_gradients_of_gradients():
 
 
 def second_gradients(norm: LlamaRMSNorm, x: Tensor) -> tuple[Tensor, ...]:
-    (dx,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
+    s, y = residual_norm(norm, x, x.sin())
+    (dx,) = torch.autograd.grad((norm(x).pow(3) + s.pow(3) * y.pow(2)).sum(), x, create_graph=True)
     return torch.autograd.grad(dx.pow(2).sum(), (x, norm.weight))
 
 

@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from remoe.matmul import Linear, joined_linear
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.kernels import kernels_for
+from remoe.models.kernels import is_bare, kernels_for
 from remoe.models.rotary import rotate, rotate_packed
 
 # transformers calls a model's KV cache `cache` since 5.24, `past_key_values` before: as argument and in outputs.
@@ -58,7 +58,7 @@ class _Attention(nn.Module):
     def _heads(self, hidden_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, join: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries (B, H, S, d) and keys (B, G, S, d), and values (B, G, S, d)."""
         projections, d = (self.q_proj, self.k_proj, self.v_proj), self.head_dim
-        if join and not self.config.qk_norm and all(_is_bare(projection) for projection in projections):
+        if join and not self.config.qk_norm and all(is_bare(p, Linear) and p.bias is None for p in projections):
             weights = [projection.weight for projection in projections]
             autocast = torch.is_autocast_enabled("cpu")
             if not autocast and kernels_for(hidden_BSD, cos_BSd, sin_BSd, *weights) is not None:
@@ -69,17 +69,6 @@ class _Attention(nn.Module):
         if self.config.qk_norm:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         return *rotate(q_BSHd.transpose(1, 2), k_BSGd.transpose(1, 2), cos_BSd, sin_BSd), v_BSGd.transpose(1, 2)
-
-
-def _is_bare(projection: nn.Module) -> bool:
-    """Whether a call of the projection is its product and nothing more: no adapter, no hook, no bias."""
-    hooks = projection._forward_hooks, projection._forward_pre_hooks, projection._backward_hooks
-    return (
-        type(projection) is Linear
-        and projection.bias is None
-        and not any((*hooks, projection._backward_pre_hooks))
-        and "forward" not in vars(projection)
-    )
 
 
 class PlainAttention(_Attention, LlamaAttention):

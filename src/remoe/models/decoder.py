@@ -11,7 +11,7 @@ from remoe.layer import MoE
 from remoe.models.attention import build_attention
 from remoe.models.capped import build_mixture
 from remoe.models.configuration_remoe import RemoeConfig
-from remoe.models.norm import RMSNorm
+from remoe.models.norm import RMSNorm, residual_norm
 from remoe.routing import Routing
 
 
@@ -62,9 +62,9 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         **attention,
     ) -> tuple[Tensor, Routing, Tensor | None]:
         # The routing is an output, not a side effect: recomputing the layer in the backward pass cannot count twice.
-        attended_BSD, weights_BHSS = self.self_attn(self.input_layernorm(hidden_BSD), **attention)
-        hidden_BSD = hidden_BSD + attended_BSD
-        normed_BSD = self.post_attention_layernorm(hidden_BSD)
+        hidden_BSD, normed_BSD = residual_norm(self.input_layernorm, hidden_BSD)
+        attended_BSD, weights_BHSS = self.self_attn(normed_BSD, **attention)
+        hidden_BSD, normed_BSD = residual_norm(self.post_attention_layernorm, hidden_BSD, attended_BSD)
         given = {} if document_BS is None else {"documents": document_BS}
         expert_BSD, routing = self.mlp(normed_BSD, token_mask_BS, token_ids=ids_BS, **given, **(dial or {}))
         return hidden_BSD + expert_BSD, routing, weights_BHSS

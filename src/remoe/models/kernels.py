@@ -18,3 +18,9 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
         for tensor in tensors
     )
     return compiled_kernels(dtype) if plain else None
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is the forward pass of its class, `kind`, and nothing more: no adapter, no hook."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)

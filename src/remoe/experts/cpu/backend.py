@@ -47,7 +47,7 @@ def forward(stored: int, *problem: Tensor | None, adapters: Adapters | None = No
         inputs, L = addresses(*p[:5], *experts_3L), experts_3L.shape[1]
         by_few.few_tokens(*inputs, L, D, F_, *addresses(hidden_NF, y_TD))
     elif passes := _passes(p.x_TD):
-        sizes, low_rank = divide(p, pre_C2F.shape[0], count), adapter_arguments(adapters)
+        sizes, low_rank = divide(p, pre_C2F.shape[0], count, False), adapter_arguments(adapters)
         scratch = torch.empty(passes.forward_scratch(sizes, low_rank), dtype=torch.uint8)
         passes.experts_forward(*addresses(*p[:6]), sizes, low_rank, *addresses(scratch, pre_C2F, y_TD))
     else:

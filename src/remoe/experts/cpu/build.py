@@ -45,8 +45,8 @@ _ARGUMENTS = {
     "few_tokens_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
     "scaled_by_gates": (_P,) * 6 + (_I,) * 5 + (_P,),
     "packed_by_gates": (_P,) * 4 + (_I,) * 5 + (_P,),
-    "rms_norm": (_P, _P, _I, _I, _F, _P, _P),
-    "rms_norm_backward": (_P, _P, _P, _P, _I, _I, _P, _P),
+    "rms_norm": (_P, _P, _P, _I, _I, _F, _P, _P, _P),
+    "rms_norm_backward": (_P,) * 5 + (_I, _I, _P, _P),
     "rotate": (Heads, _P, _P, Heads) + (_I,) * 5 + (ctypes.c_bool,),
 }
 _FLOAT32_ARGUMENTS = {"cross_entropy": (_P, _P, _I, _I, _P)}

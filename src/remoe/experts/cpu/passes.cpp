@@ -6,8 +6,8 @@
 // Windows of blocks bound the memory for what threads hand to each other: the rows to be summed per token, and what
 // the weight gradients are made of. Each sum is done by one thread in the order of the pairs, whatever their number.
 //
-// Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W pairs
-// of a window; it has room for W + m.
+// Legend: T tokens, D model width, F expert width, E experts, N pairs, C stored pairs, m most pairs of a block, W of
+// a window.
 
 #include "adapters.h"
 #include "gemm.h"
@@ -66,11 +66,14 @@ std::vector<Block> split(const int64_t *count_E, const Sizes &n) {
     return blocks;
 }
 
-// End of the window of blocks that begins at `first`: the first W pairs from there, and what their last block has more.
+// End of the window of blocks that begins at `first`: of at most W pairs, and equally many blocks for each thread, which
+// otherwise would wait for the one that has a block more.
 size_t window_end(const std::vector<Block> &blocks, size_t first, int64_t W) {
     size_t end = first;
-    while (end < blocks.size() && blocks[end].start - blocks[first].start < W) end++;
-    return end;
+    int64_t pairs = 0;
+    while (end < blocks.size() && (pairs += blocks[end].rows) <= W) end++;
+    const size_t threads = omp_get_max_threads(), count = end - first;
+    return end < blocks.size() && count > threads ? end - count % threads : end;
 }
 
 // Blocks [first, end), the largest first: whoever is done early takes a small one.
@@ -166,7 +169,7 @@ std::vector<Tile> weight_tiles(const std::vector<Block> &blocks, size_t first, s
 // Scratch memory: rows to be summed over experts, in float32, and behind them the numbers of windows and threads.
 template <typename X>
 int64_t scratch_bytes(int64_t numbers, const Sizes &n) {
-    return (n.W + n.m) * n.D * sizeof(float) + numbers * sizeof(X);
+    return n.W * n.D * sizeof(float) + numbers * sizeof(X);
 }
 
 template <typename X>
@@ -194,7 +197,7 @@ void forward(const X *x_TD, const X *gate_up_E2FD, const X *down_EDF, const floa
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
     float *out_WD = (float *)scratch;
-    X *of_threads = (X *)(out_WD + (n.W + m) * D);
+    X *of_threads = (X *)(out_WD + n.W * D);
     for (size_t first = 0, end; first < blocks.size(); first = end) {
         end = window_end(blocks, first, n.W);
         const std::vector<size_t> order = by_size(blocks, first, end);
@@ -274,7 +277,7 @@ void backward(const X *dy_TD, const X *x_TD, const X *gate_up_E2FD, const X *dow
     const int64_t D = n.D, F = n.F, m = n.m;
     const std::vector<Block> blocks = split(count_E, n);
     const int64_t of_thread = backward_thread(n, adapters);
-    float *dx_WD = (float *)scratch, *partials = dx_WD + (n.W + m) * D;
+    float *dx_WD = (float *)scratch, *partials = dx_WD + n.W * D;
     X *of_window = (X *)(partials + n.partials * adapters.numbers());
     X *of_threads = of_window + Factors<X>::numbers(n.window_factors, n);
     const Factors<X> window = Factors<X>::in(of_window, n.window_factors, n);

@@ -43,7 +43,7 @@ def adapter_arguments(adapters: Adapters | None, gradients: Adapters | None = No
 def divide(p: Problem, stored: int, count: list[int], weights: bool = True) -> ctypes.Array:
     """T, D, F, E, C and what scratch memory is for: W, m, window_factors, thread_factors, partials (see passes.cpp).
 
-    Without `weights` the backward pass needs no rows that outlive a block.
+    Without `weights` (also in the forward pass) no factors of their gradients outlive a block.
 
     Blocks follow from the counts, C and the number of threads, so that both passes have the same, unless that number
     is changed in between: a pre-activation that is computed again is bit for bit the one that was not stored.
@@ -54,13 +54,12 @@ def divide(p: Problem, stored: int, count: list[int], weights: bool = True) -> c
     if 0 < C < pairs:  # more experts are active than the target: scratch memory must not grow
         # Of many threads none has enough for a fast product, but all together must not hold more than C.
         least = max(LEAST_BLOCK, min(MIN_BLOCK, C // (4 * threads)))
-        block = min(block, max(C // (8 * threads), least))
-        window = min(window, max(C // 8, threads * block))
+        block = min(block, max(C // (6 * threads), least))
+        window = min(window, threads * block if weights else max(C // 2, threads * block))
     block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
-    windows = max(1, -(-pairs // window))
-    window = -(-pairs // windows)
+    window = min(window, pairs)
     divided = any(pairs > block for pairs in count)
-    window_factors = window + block if divided and weights else 0
+    window_factors = window if divided and weights else 0
     thread_factors = block if any(0 < pairs <= block for pairs in count) or not weights else 0
     # Parts of an expert's pairs have more than half of a block.
     partials = -(-window // ((block + 1) // 2)) if divided else 0

@@ -16,12 +16,21 @@ namespace {
 const int64_t PARALLEL = 16384;   // fewer elements than this are not worth waking the other threads for
 const int64_t ROWS_OF_A_SUM = 64;  // rows whose weight gradients one thread adds up
 
+// y is the norm of x; with `added`, of the sum of both, which is written too.
 template <typename X>
-void rms_norm(const X *x_TD, const X *weight_D, int64_t T, int64_t D, float eps, X *y_TD, float *scale_T) {
+void rms_norm(const X *x_TD, const X *added_TD, const X *weight_D, int64_t T, int64_t D, float eps, X *sum_TD, X *y_TD,
+              float *scale_T) {
 #pragma omp parallel for schedule(static) if (T * D >= PARALLEL)
     for (int64_t t = 0; t < T; t++) {
         const X *x = x_TD + t * D;
         X *y = y_TD + t * D;
+        if (added_TD) {
+            const X *added = added_TD + t * D;
+            X *sum = sum_TD + t * D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) store(sum + d, load(x[d]) + load(added[d]));
+            x = sum;
+        }
         float squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t d = 0; d < D; d++) squares += load(x[d]) * load(x[d]);
@@ -36,17 +45,18 @@ void rms_norm(const X *x_TD, const X *weight_D, int64_t T, int64_t D, float eps,
     }
 }
 
-// dx, and for each ROWS_OF_A_SUM rows the sum of their weight gradients.
+// dx, and for each ROWS_OF_A_SUM rows the sum of their weight gradients. `other`, unless null, is added to dx: the
+// gradient that x has from elsewhere.
 template <typename X>
-void rms_norm_backward(const X *dy_TD, const X *x_TD, const X *weight_D, const float *scale_T, int64_t T, int64_t D,
-                       X *dx_TD, float *dweight_sD) {
+void rms_norm_backward(const X *dy_TD, const X *x_TD, const X *weight_D, const float *scale_T, const X *other_TD,
+                       int64_t T, int64_t D, X *dx_TD, float *dweight_sD) {
     const int64_t sums = (T + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM;
 #pragma omp parallel for schedule(static) if (T * D >= PARALLEL)
     for (int64_t s = 0; s < sums; s++) {
         float *dweight = dweight_sD + s * D;
         std::fill(dweight, dweight + D, 0.0f);
         for (int64_t t = s * ROWS_OF_A_SUM; t < std::min(T, (s + 1) * ROWS_OF_A_SUM); t++) {
-            const X *dy = dy_TD + t * D, *x = x_TD + t * D;
+            const X *dy = dy_TD + t * D, *x = x_TD + t * D, *other = other_TD ? other_TD + t * D : nullptr;
             X *dx = dx_TD + t * D;
             const float scale = scale_T[t];
             float dot = 0;
@@ -56,7 +66,8 @@ void rms_norm_backward(const X *dy_TD, const X *x_TD, const X *weight_D, const f
 #pragma omp simd
             for (int64_t d = 0; d < D; d++) {
                 dweight[d] += load(dy[d]) * load(x[d]) * scale;
-                store(dx + d, (load(dy[d]) * load(weight_D[d]) - load(x[d]) * along) * scale);
+                const float gradient = (load(dy[d]) * load(weight_D[d]) - load(x[d]) * along) * scale;
+                store(dx + d, other ? load(other[d]) + gradient : gradient);
             }
         }
     }
@@ -131,13 +142,13 @@ bool cross_entropy(float *logits_tV, const int64_t *target_t, int64_t t, int64_t
 }  // namespace
 
 #define EXPORT(X, suffix)                                                                                             \
-    extern "C" void rms_norm_##suffix(const X *x, const X *weight, int64_t T, int64_t D, float eps, X *y,             \
-                                      float *scale) {                                                                 \
-        rms_norm(x, weight, T, D, eps, y, scale);                                                                     \
+    extern "C" void rms_norm_##suffix(const X *x, const X *added, const X *weight, int64_t T, int64_t D, float eps,   \
+                                      X *sum, X *y, float *scale) {                                                   \
+        rms_norm(x, added, weight, T, D, eps, sum, y, scale);                                                         \
     }                                                                                                                 \
     extern "C" void rms_norm_backward_##suffix(const X *dy, const X *x, const X *weight, const float *scale,          \
-                                               int64_t T, int64_t D, X *dx, float *dweight) {                         \
-        rms_norm_backward(dy, x, weight, scale, T, D, dx, dweight);                                                   \
+                                               const X *other, int64_t T, int64_t D, X *dx, float *dweight) {         \
+        rms_norm_backward(dy, x, weight, scale, other, T, D, dx, dweight);                                            \
     }                                                                                                                 \
     extern "C" void rotate_##suffix(const Heads<X> *from, const X *cos, const X *sin, const Heads<X> *to, int64_t T,  \
                                     int64_t P, int64_t H, int64_t G, int64_t d, bool back) {                          \

@@ -48,6 +48,7 @@ LARGEST = 3  # operators of each category to show
 SCOPES = {
     ("remoe.experts.module", "Experts", "forward"): EXPERTS,
     ("remoe.models.norm", "RMSNorm", "forward"): NORMS,
+    ("remoe.models.decoder", "residual_norm", ""): NORMS,
     ("remoe.models.rotary", "RotaryEmbedding", "forward"): ROTARY,
     ("remoe.models.attention", "rotate", ""): ROTARY,
     ("remoe.models.attention", "rotate_packed", ""): ROTARY,

@@ -152,7 +152,7 @@ class Ranks:
         """Clips the gradient; returns the norm that it had, 0-dim float32."""
         if self.count == 1:
             parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            norm = _total_norm([parameter.grad for parameter in parameters])
             # A factor of one would be a pass over all gradients. To compare is to wait for a GPU, which is spared here.
             if norm.device.type != "cpu" or not norm + NORM_EPSILON <= max_norm:
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -204,3 +204,12 @@ class Ranks:
         waiting = iter(batches)
         while turn := list(itertools.islice(waiting, self.mesh.parts)):
             yield turn[min(self.part, len(turn) - 1)], self.part < len(turn)
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, 0-dim."""
+    if any(gradient.device.type != "cpu" for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    # On a CPU, PyTorch's norm of a whole tensor runs on one thread, and that of rows on all.
+    rows = [gradient.flatten(1) if gradient.ndim > 1 else gradient[None] for gradient in gradients]
+    return torch.linalg.vector_norm(torch.cat([torch.linalg.vector_norm(row, dim=1) for row in rows]))
