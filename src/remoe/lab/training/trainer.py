@@ -295,7 +295,7 @@ class Trainer:
         input_BS, target_BS, items = self._batch()
         tokens = config.batch_size * config.seq_len
         share = {} if items == tokens or self._relufied else {"num_tokens_in_batch": tokens}
-        lm_loss = reg_loss = loss = torch.zeros((), device=self.device)
+        losses = torch.zeros(3, device=self.device)
         parts = (tensor.split(config.micro_batch_size) for tensor in (input_BS, target_BS))
         for input_bS, target_bS in zip(*parts, strict=True):
             positions_bS = None
@@ -314,10 +314,8 @@ class Trainer:
                 )
             self.ranks.backward(out.loss)
             self.model.sparsity.carry_load(out.routings)
-            lm_loss = lm_loss + out.lm_loss.detach()
-            reg_loss = reg_loss + out.reg_loss.detach()
-            loss = loss + out.loss.detach()
-        lm_loss, reg_loss, loss = self.ranks.sum(torch.stack([lm_loss, reg_loss, loss])).unbind()
+            losses = losses + torch.stack([out.lm_loss, out.reg_loss, out.loss]).detach()
+        lm_loss, reg_loss, loss = self.ranks.sum(losses).unbind()
         return lm_loss, reg_loss, loss
 
     def validate(self, final: bool) -> dict[str, Evaluation]:
