@@ -54,7 +54,7 @@ def divide(p: Problem, stored: int, count: list[int], weights: bool = True) -> c
     if 0 < C < pairs:  # more experts are active than the target: scratch memory must not grow
         # Of many threads none has enough for a fast product, but all together must not hold more than C.
         least = max(LEAST_BLOCK, min(MIN_BLOCK, C // (4 * threads)))
-        block = min(block, max(C // (6 * threads), least))
+        block = min(block, max(C // (10 * threads), least))
         window = min(window, threads * block if weights else max(C // 2, threads * block))
     block = max(1, min(block, -(-pairs // (BLOCKS_PER_THREAD * threads)), max(count, default=0)))
     window = min(window, pairs)
