@@ -141,6 +141,7 @@ def test_training_has_the_loss_of_the_answers(data, tokenizer, tmp_path):
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     flags = ["--steps", "1", "--batch-size", "4", "--micro-batch-size", "2", "--seq-len", "16", "--device", "cpu"]
+    flags += ["--mesh-load", "official"]  # so that the penalty of a micro-batch is that of the micro-batch alone
     assert main(["train", "--from", str(tmp_path / "model"), "--data", str(data), "--out", str(out), *flags]) == 0
     batches = training_batches(open_dataset(data).train, 16, 4, 0, {})
     token_BS, mask_BS = batches.batch(0), batches.target_mask(0)
