@@ -93,8 +93,8 @@ class SparsityController(Float32State):
 
     Attributes:
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
-        mean_error: 0-dim float32, averaged error of the density: how much farther from zero the threshold of a standard
-            normal logit must be to have the target density, positive where too many experts are active.
+        mean_error: 0-dim float32, averaged error of the density 1 - S, in standard deviations of the logits if they are
+            normally distributed; positive where too many experts are active.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean
             of the routings' `statistic_E`.
@@ -187,7 +187,7 @@ class SparsityController(Float32State):
         if self.rule != "smooth":
             return torch.zeros_like(self.lam)
         target = self._quantile(torch.full_like(self.lam, self.target_density))
-        mean_density = torch.special.erfc(-(target + self.mean_error) / math.sqrt(2)) / 2
+        mean_density = (1 + torch.erf((target + self.mean_error) / math.sqrt(2))) / 2
         return SMOOTH_OPENING * (self.target_density - mean_density - SETTLED_WITHIN).clamp(min=0)
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:

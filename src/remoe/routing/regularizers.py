@@ -1,8 +1,7 @@
 """The paper's penalty on the gates (arXiv 2412.14711, Eq. 9 to 11) and its opposite, which opens experts.
 
-These are pure functions with explicit normalisers.
-
-Each is the L_reg of ONE layer; `SparsityController.regularizer` takes the mean over layers, the 1/L of the equations.
+These are pure functions with explicit normalisers. Each is of ONE layer; `SparsityController.loss_terms` takes the mean
+over layers, the 1/L of the equations.
 
 Legend: T tokens, E experts.
 """
