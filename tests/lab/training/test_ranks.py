@@ -53,15 +53,19 @@ RUNS = OTHERS | {  # options; with 8 sequences in a step, two processes have two
     "sigmoid fsdp=2": {"router": "sigmoid", **FEW},
     "threshold fsdp=2,ep=2": {"router": "threshold", "compile": True, **FEW},
     "balanced-relu fsdp=2,ep=2": {"sparsity": {"lambda_init": 0.1}, "recompute": True, **FEW},
+    "balanced-topk fsdp=2": {"router": "topk", "recompute": True, **FEW},
     "closed-relu fsdp=2,ep=2": FEW,
     "bfloat16-relu fsdp=2,ep=2": {"dtype": "bfloat16", **FEW},
     "few-relu fsdp=2": FEW,
 }
 GLOBAL = {"mesh_load": "global"}  # of the balanced one: two micro-batches, each equal to one of 4 on one process
-WIDE = {  # four processes; `test_mesh_equality.py` has other routers
+WIDE = {  # four processes
     "few-relu replicate=2,fsdp=2,ep=2": FEW,
     "few-relu fsdp=2,tp=2": FEW,
     "few-relu fsdp=2,ep=4,tp=2": {"recompute": True, **FEW},
+    "topk fsdp=2,ep=4,tp=2": {"router": "topk", "k": 2, **FEW},
+    "sigmoid replicate=2,fsdp=2,ep=2": {"router": "sigmoid", **FEW},
+    "threshold fsdp=4,ep=2": {"router": "threshold", **FEW},
 }
 RELU = "relu fsdp=2,ep=2"
 BFLOAT16 = {"lm_loss": 1e-4, "loss": 1e-4, "validation_loss": 1e-4}  # relative; others 2e-2, as gates near 0 differ

@@ -230,11 +230,11 @@ class Trainer:
         self.ranks.begin_step(config.seed, step)
         self.speed.start()
         coefficient, opening = controller.coefficient, controller.opening
-        lm_loss, reg_loss, loss = self._backward()
+        losses = self._backward()
         grad_norm = self.ranks.clip(self.model, config.optim.clip)
         self.model.update_routing(lr_fraction=min(1.0, lr / config.optim.lr))  # rounding must not exceed 1
         # The only transfer to the host in a step: all that the record and the checks need.
-        scalars = torch.stack([lm_loss, reg_loss, loss, coefficient, opening, grad_norm, controller.sparsity])
+        scalars = torch.stack([*losses, coefficient, opening, grad_norm, controller.sparsity])
         L, E = controller.load_LE.shape
         values = torch.cat([scalars, controller.dead_steps_L, controller.load_LE.flatten()]).tolist()
         n = len(scalars)
@@ -285,11 +285,10 @@ class Trainer:
         target_BS = target_BS.masked_fill(~mask_BS.to(self.device), IGNORED_TARGET)
         return input_BS, target_BS, max(1, int(whole_BS.sum()))
 
-    def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self) -> Tensor:
         """Accumulates the gradients of this rank's rows of the next batch.
 
-        Returns:
-            Language model loss, regulariser and total loss of the whole batch, 0-dim float32.
+        Returns the language model's loss, regulariser and total loss of the whole batch, (3,) float32.
         """
         config = self.config
         input_BS, target_BS, items = self._batch()
@@ -298,9 +297,7 @@ class Trainer:
         losses = torch.zeros(3, device=self.device)
         parts = (tensor.split(config.micro_batch_size) for tensor in (input_BS, target_BS))
         for input_bS, target_bS in zip(*parts, strict=True):
-            positions_bS = None
-            if config.mask_documents:
-                positions_bS = document_positions(input_bS, self.dataset.eos_token_id)
+            positions_bS = document_positions(input_bS, self.dataset.eos_token_id) if config.mask_documents else None
             target_bS = target_bS.contiguous()
             with self.autocast:
                 out = self.forward(
@@ -315,8 +312,7 @@ class Trainer:
             self.ranks.backward(out.loss)
             self.model.sparsity.carry_load(out.routings)
             losses = losses + torch.stack([out.lm_loss, out.reg_loss, out.loss]).detach()
-        lm_loss, reg_loss, loss = self.ranks.sum(losses).unbind()
-        return lm_loss, reg_loss, loss
+        return self.ranks.sum(losses)
 
     def validate(self, final: bool) -> dict[str, Evaluation]:
         """Evaluation of each domain: on all tokens when final, otherwise on a prefix of each domain."""
