@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -219,13 +220,25 @@ def check_said(said, log, lines):
         assert re.search(f"rank {0 if 'rank 1' in line else 1} of 2, {line}", log)
 
 
-def test_a_rank_that_hangs_is_named_in_one_line_and_in_the_log(corpus, tmp_path):
+HANGS = r"step 3: all_gather\w* failed: rank 1 did not take part within 2 s \(--mesh-timeout\)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [(0, r"step \d+: \w+ failed: rank 0 has ended"), ("hangs", HANGS)],
+    ids=["rank 0 is killed", "rank 1 hangs"],
+)
+def test_without_restarts_the_rank_at_fault_is_named_and_torchrun_fails(fault, line, corpus, tmp_path):
     run, said = tmp_path / "run", tmp_path / "said"
     command = ["train", "--data", str(corpus), *FLAGS, "--steps", "4000", "--mesh", "fsdp=2,ep=2", "--out", str(run)]
     command += ["--mesh-timeout", str(MANY)]
-    process = forked.context().Process(target=_torchrun_into, args=(said, _hanging, command))
+    function = _hanging if fault == "hangs" else _command
+    process = forked.context().Process(target=_torchrun_into, args=(said, function, command))
     process.start()
+    if fault != "hangs":
+        wait_for_steps(run, 3)
+        ranks = sorted(child.pid for child in psutil.Process(process.pid).children())
+        os.kill(ranks[fault], signal.SIGKILL)
     process.join(PATIENCE)
     assert process.exitcode == 1
-    line = r"step 3: all_gather\w* failed: rank 1 did not take part within 2 s \(--mesh-timeout\)"
     check_said(said.read_text(), (run / LOG).read_text(), [line])
