@@ -123,6 +123,7 @@ def hub(monkeypatch):
     files = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # of an earlier test, with its address
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
     server.shutdown()
