@@ -155,7 +155,7 @@ def route_toy_data(num_experts, warmup, steps, lr, seed=0):
 
 @pytest.mark.parametrize(
     ("num_experts", "warmup", "steps", "lr"),
-    [(16, 1000, 430, 4e-3), (16, 10, 200, 8e-3)],
+    [(16, 1000, 430, 4e-3), (8, 10, 200, 8e-3)],
     ids=["slow warm-up", "large learning rate"],
 )
 def test_smooth_rule_holds_the_target_at_every_pace_of_the_learning_rate(num_experts, warmup, steps, lr):
@@ -172,7 +172,7 @@ def test_smooth_rule_overshoots_less_with_few_experts_and_a_large_learning_rate(
     for seed in range(3):
         error = (route_toy_data(8, 10, 200, 8e-3, seed)[1] - 7 / 8).abs()
         deviations.append(error[(error < 0.01).nonzero()[0].item() :].max().item())
-    assert sum(deviations) / 3 < 0.03  # 0.034 with the error in log density, and nothing that opens experts
+    assert sum(deviations) / 3 < 0.02  # 0.034 with the error in log density, and nothing that opens experts
 
 
 def test_the_smooth_rule_counts_how_far_logits_must_move():
@@ -183,12 +183,12 @@ def test_the_smooth_rule_counts_how_far_logits_must_move():
     assert controller.mean_error.item() == pytest.approx(normal.inv_cdf(0.5) - normal.inv_cdf(0.25), rel=1e-5)
 
 
-@pytest.mark.parametrize(("rule", "pairs", "opening"), [("smooth", 80, 0.004), ("smooth", 97, 0), ("sign", 0, 0)])
+@pytest.mark.parametrize(("rule", "pairs", "opening"), [("smooth", 80, 0.0135), ("smooth", 99, 0), ("sign", 0, 0)])
 def test_only_the_smooth_rule_opens_experts_and_only_far_above_the_target(rule, pairs, opening):
     controller = SparsityController(1, 4, 1, rule=rule)  # 100 of 400 pairs are the target
     controller.observe([batch(pairs, experts=4)])
     controller.update()
-    assert controller.opening.item() == pytest.approx(opening, rel=1e-3)  # 0.1 * (0.8 - 0.75 - 0.01)
+    assert controller.opening.item() == pytest.approx(opening, rel=1e-3)  # 0.3 * (0.8 - 0.75 - 0.005)
 
 
 @pytest.mark.parametrize("kind", ["relu", "relu_scaled", "relu_norm"])
