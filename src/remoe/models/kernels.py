@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from remoe.experts.cpu.build import Kernels, compiled_kernels
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
     """The kernels for these tensors of one dtype on the CPU; None where PyTorch operations must run."""
@@ -13,11 +15,10 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return None
     dtype = tensors[0].dtype
-    plain = all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype is dtype
-        for tensor in tensors
-    )
-    return compiled_kernels(dtype) if plain else None
+    for tensor in tensors:  # a loop, because in generation a call of `all` would take as long as a token's norm
+        if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.dtype is not dtype:
+            return None
+    return compiled_kernels(dtype)
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
