@@ -1,7 +1,10 @@
 """Steps on meshes of two and four processes are those of one process, with two micro-batches in each.
 
-`experiments/mesh_equality.py` does the same on more meshes, and in float64.
+Every router and every mesh has 50 steps in one cell at least; with REMOE_LONG_TESTS=1 all cells have them, and one mesh
+is added, which takes three minutes. `experiments/mesh_equality.py` does the same on more meshes, and in float64.
 """
+
+import os
 
 import pytest
 import torch
@@ -20,10 +23,18 @@ from remoe.lab.training.trainer import Trainer
 TOO_OLD = version.parse(transformers.__version__) < version.parse("5.24")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(TOO_OLD, reason="sharding needs transformers 5.24")]
 
-STEPS, FEW = 50, 4  # the experiment has 50 steps of all cells, on more meshes
-LONG = {("fsdp=2,ep=2", "relu"), ("fsdp=2,tp=2", "relu")}
+STEPS = 50
+ALL = bool(os.environ.get("REMOE_LONG_TESTS"))
+FEW = STEPS if ALL else 4
+LONG = {
+    ("fsdp=2,ep=2", "relu"),
+    ("fsdp=2,tp=2", "relu"),
+    ("fsdp=2,tp=2", "topk"),
+    ("replicate=2", "sigmoid"),
+    ("fsdp=2", "threshold"),
+}
 OPTIONS = {"relu": {"sparsity": {"lambda_init": 1e-3}}, "topk": {"k": 2}, "sigmoid": {}, "threshold": {}}
-MESHES = {2: ["replicate=2", "fsdp=2", "fsdp=2,ep=2"], 4: ["fsdp=2,tp=2"]}
+MESHES = {2: ["replicate=2", "fsdp=2", "fsdp=2,ep=2"], 4: ["fsdp=2,tp=2", *(["fsdp=4,ep=2"] if ALL else [])]}
 CELLS = [(mesh, router) for meshes in MESHES.values() for mesh in meshes for router in OPTIONS]
 BATCH = 8
 
@@ -56,7 +67,7 @@ def _on_ranks(rank, folder, data, meshes):
 @pytest.fixture(scope="module")
 def courses(corpus, tmp_path_factory):
     references = {(router, sequences(mesh, router)) for mesh, router in CELLS}
-    found = {key: course(corpus, *key, STEPS if key[0] == "relu" else FEW) for key in references}
+    found = {key: course(corpus, *key, STEPS) for key in references}
     for processes, meshes in MESHES.items():
         folder = tmp_path_factory.mktemp("courses")
         run_ranks(_on_ranks, folder, corpus, meshes, world_size=processes)
