@@ -4,10 +4,12 @@
 
 DATA is a folder that `remoe data prepare` wrote, with a vocabulary of 512 tokens. Before each update, S is measured on
 64 other training windows at the current weights, 8192 tokens. The rule gets this S, or that of the batch as always.
+Runs that the file has are not computed again.
 """
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -91,14 +93,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="prepared data")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
-    dataset, rows = open_dataset(options.data), []
-    for name, known in (("as it is", False), *((name, True) for name in GAINS)):
-        for seed in (0, 1):
-            with patch.multiple(sparsity, **GAINS[name]):
-                found = figures(*course(dataset, seed, known))
-            rows.append({"gains": name, "known": known, "seed": seed, **found})
-            print(rows[-1], flush=True)
-            options.out.write_text(json.dumps({"machine": machine(torch.device("cpu")), "rows": rows}, indent=1) + "\n")
+    dataset = open_dataset(options.data)
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    done = {(row["gains"], row["known"], row["seed"]) for row in rows}
+    for name, known, seed in product(GAINS, (False, True), (0, 1)):
+        if (name, known, seed) in done:
+            continue
+        with patch.multiple(sparsity, **GAINS[name]):
+            found = figures(*course(dataset, seed, known))
+        rows.append({"gains": name, "known": known, "seed": seed, **found})
+        print(rows[-1], flush=True)
+        options.out.write_text(json.dumps({"machine": machine(torch.device("cpu")), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
