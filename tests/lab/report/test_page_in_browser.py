@@ -164,13 +164,14 @@ def test_a_narrow_page_is_used_by_taps(run, opened):
     link.tap()
     _, layer, expert = place.split("-")
     assert page.url.endswith(place)
-    assert page.locator("#card .name").text_content() == f"Layer {layer}, expert {expert}"
+    card = page.locator(f'#card .name:text-is("Layer {layer}, expert {expert}")')
+    card.wait_for()  # the page hears of the new address later
     seen = "document.getElementById('card').getBoundingClientRect().top < innerHeight"
     page.wait_for_function(seen)
     page.locator("#cards").get_by_label("Layer").select_option(str(1 - int(layer)))
     assert page.url.endswith(f"#expert-{1 - int(layer)}-{expert}")
     link.tap()
-    assert page.locator("#card .name").text_content() == f"Layer {layer}, expert {expert}"
+    card.wait_for()
     page.locator("#excerpt").scroll_into_view_if_needed()
     link.tap()  # once more, though the address stays as it is
     page.wait_for_function(seen)
