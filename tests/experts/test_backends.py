@@ -26,7 +26,21 @@ EVERYWHERE = ["cpu", "cpu with the other product", "cpu without passes", "cpu wi
 # `test_triton_in_its_interpreter` starts. tests/gpu runs the compiled kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RAGGED = ["grouped", "triton"] if INTERPRETED else ["grouped"]
-if INTERPRETED:  # the interpreter is slow; a tile has 16 pairs there, of which "all on" makes two an expert
+if INTERPRETED:
+    from triton import language
+    from triton.runtime import interpreter
+
+    make_interpretable = interpreter._patch_lang
+
+    def make_interpretable_once(function):
+        """Triton does it at each call of a function in a kernel too, which takes a quarter of all time."""
+        used = [value for value in function.__globals__.values() if value is language or value is language.core]
+        if any(language.core.is_builtin(module.load) for module in used):
+            return make_interpretable(function)
+        return None
+
+    interpreter._patch_lang = make_interpretable_once
+    # The interpreter is slow; a tile has 16 pairs there, of which "all on" makes two an expert.
     SHAPES = {
         name: (min(T, 20 if density == 1 else 12), D, F, min(E, 20), density)
         for name, (T, D, F, E, density) in SHAPES.items()
