@@ -34,23 +34,7 @@ def drive(controller, course_of_pairs):
     return values
 
 
-COURSE = [
-    400,
-    420,
-    380,
-    300,
-    160,
-    90,
-    100,
-    100,
-    80,
-    110,
-    120,
-    99,
-    101,
-    0,
-    800,
-] * 4  # 100 of 800 is the target
+COURSE = [400, 420, 380, 300, 160, 90, 100, 100, 80, 110, 120, 99, 101, 0, 800] * 4  # 100 of 800 is the target
 
 
 def test_sign_rule_is_equation_7():

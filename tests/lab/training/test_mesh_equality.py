@@ -1,7 +1,7 @@
 """Steps on meshes of two and four processes are those of one process, with two micro-batches in each.
 
-Every router and every mesh has 50 steps in one cell at least; with REMOE_LONG_TESTS=1 all cells have them, and one mesh
-is added, which takes three minutes. `experiments/mesh_equality.py` does the same on more meshes, and in float64.
+`relu` has 50 steps on every mesh, every other router on one; with REMOE_LONG_TESTS=1 all cells have them, in two to
+three minutes. `experiments/mesh_equality.py` does the same on more meshes, and in float64.
 """
 
 import os
@@ -24,17 +24,11 @@ TOO_OLD = version.parse(transformers.__version__) < version.parse("5.24")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(TOO_OLD, reason="sharding needs transformers 5.24")]
 
 STEPS = 50
-ALL = bool(os.environ.get("REMOE_LONG_TESTS"))
-FEW = STEPS if ALL else 4
-LONG = {
-    ("fsdp=2,ep=2", "relu"),
-    ("fsdp=2,tp=2", "relu"),
-    ("fsdp=2,tp=2", "topk"),
-    ("replicate=2", "sigmoid"),
-    ("fsdp=2", "threshold"),
-}
+FEW = STEPS if os.environ.get("REMOE_LONG_TESTS") else 6
 OPTIONS = {"relu": {"sparsity": {"lambda_init": 1e-3}}, "topk": {"k": 2}, "sigmoid": {}, "threshold": {}}
-MESHES = {2: ["replicate=2", "fsdp=2", "fsdp=2,ep=2"], 4: ["fsdp=2,tp=2", *(["fsdp=4,ep=2"] if ALL else [])]}
+MESHES = {2: ["replicate=2", "fsdp=2", "fsdp=2,ep=2"], 4: ["fsdp=4,ep=2", "fsdp=2,tp=2"]}
+LONG = {("fsdp=2,ep=2", "topk"), ("replicate=2", "sigmoid"), ("fsdp=2", "threshold")}
+LONG |= {(mesh, "relu") for meshes in MESHES.values() for mesh in meshes}
 CELLS = [(mesh, router) for meshes in MESHES.values() for mesh in meshes for router in OPTIONS]
 BATCH = 8
 
