@@ -18,15 +18,6 @@ import functools
 
 import forked
 import pytest
-import torch
-from tyro import _docstrings
-
-from remoe.lab.data import PrepareOptions, prepare
-from remoe.lab.training import train
-
-train.SAMPLE_TOKENS = 12  # the text at its end would take longer than a tiny run
-# tyro reads the source of the options' classes anew at each call; a process has one call, and the tests a thousand.
-_docstrings._ClassTokenization.make = staticmethod(functools.cache(_docstrings._ClassTokenization.make))
 
 # As in a terminal, even if the tests run in the background or under nohup: commands inherit what is ignored here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,8 +25,23 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_collection(session):
+    """Before the tests are collected, by processes that do: those that only start others need not import torch."""
+    if session.config.getoption("numprocesses", None):
+        return
+    from tyro import _docstrings
+
+    from remoe.lab.training import train
+
+    train.SAMPLE_TOKENS = 12  # the text at its end would take longer than a tiny run
+    # tyro reads the source of the options' classes anew at each call; a process has one call, and the tests a thousand.
+    _docstrings._ClassTokenization.make = staticmethod(functools.cache(_docstrings._ClassTokenization.make))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -54,6 +60,8 @@ def no_figures(monkeypatch):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Prepared data for training: two domains of made-up, regular text."""
+    from remoe.lab.data import PrepareOptions, prepare
+
     root = tmp_path_factory.mktemp("corpus")
     for domain, words in {"farm": "cow sheep hen goat barn", "town": "road shop bus tram lamp"}.items():
         names = words.split()

@@ -93,20 +93,13 @@ def _measure(rank, folder, data, world_size):
     torch.save((sent, held), folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def measured(request, corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("measured")
-    run_ranks(_measure, folder, corpus, request.param, world_size=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
-
-
-def test_every_byte_that_a_step_sends_is_planned(measured):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bytes_of_a_step_and_memory_of_a_process_are_planned(corpus, tmp_path, processes):
+    run_ranks(_measure, tmp_path, corpus, processes, world_size=processes)
+    measured = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for sent, _ in measured:
         for mesh, (counted, planned) in sent.items():
             assert counted == pytest.approx(planned, rel=1e-9), mesh  # the density is a float32
-
-
-def test_memory_of_a_process_is_planned(measured):
     # The plan is of equally many pairs for each expert, and a process has more or fewer: their mean is the plan's.
     for mesh, (_, planned) in measured[0][1].items():
         found = statistics.mean(held[mesh][0] for _, held in measured)
