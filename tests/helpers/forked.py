@@ -1,6 +1,7 @@
 """`remoe` in processes of its own that start at once, by the server that `remoe compare` uses.
 
-Each test process has one server; it ends with the process.
+Each test process has one process that has imported everything, of which all others, the server too, are forks; it ends
+with the test process.
 """
 
 import functools
@@ -16,7 +17,7 @@ from remoe.lab.compare.starter import MODULES, Starter
 
 @functools.cache
 def starter() -> Starter:
-    return Starter()
+    return _Ready() if sys.platform == "linux" else Starter()
 
 
 class Shared(Starter):
@@ -46,6 +47,21 @@ def start(argv, output, errors):
         return starter().start(argv, os.environ, stdout=out.fileno(), stderr=err.fileno())
 
 
+class _Ready(Starter):
+    """Its server is a fork of what `context` has started."""
+
+    def __init__(self):
+        super().__init__()
+        self._channel, theirs = socket.socketpair()
+        context().Process(target=_serve, args=(theirs,), daemon=True).start()
+        theirs.close()
+
+
+def _serve(channel):
+    os.setsid()
+    starters._serve(channel)
+
+
 class _Child(Starter):
     """In a process that is forked itself, and so has imported everything: its server is one more fork."""
 
@@ -54,8 +70,7 @@ class _Child(Starter):
         self._channel, theirs = socket.socketpair()
         if os.fork() == 0:  # now, before there are locks, which it would hold
             self._channel.close()
-            os.setsid()
-            starters._serve(theirs)
+            _serve(theirs)
             os._exit(0)
         theirs.close()
 
