@@ -22,10 +22,10 @@ from remoe.lab.training.progress import ProgressLine
 from remoe.lab.training.trainer import Trainer
 from remoe.stages import settled_within
 
-WINDOW = 50  # steps over which S is averaged: at 128 tokens, batches alone differ by 0.02
+WINDOW, LONG_WINDOW = 50, 200  # steps over which S is averaged; see experiments/batch_noise.py for the longer one
 SHOWN = (50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800)
-COLUMNS = ("width", "layers", "batch_tokens", "experts", "length", "steps_run", "target", "settled_at")
-COLUMNS += ("largest_deviation_after", "largest_lambda", "lm_loss", *(f"S_{step}" for step in SHOWN))
+COLUMNS = ("width", "layers", "batch_tokens", "experts", "length", "seed", "steps_run", "target", "settled_at")
+COLUMNS += ("largest_deviation_after", "of_200_steps", "largest_lambda", "lm_loss", *(f"S_{step}" for step in SHOWN))
 
 
 @dataclass
@@ -48,9 +48,11 @@ class Options:
     """Width of the model; its experts are twice as wide."""
     layers: int = 2
     """Layers of the model."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, one run for each."""
 
 
-def course(dataset: Dataset, options: Options, experts: int, sequences: int, length: int) -> list[dict]:
+def course(dataset: Dataset, options: Options, experts: int, sequences: int, length: int, seed: int) -> list[dict]:
     """The records of the first steps of a run."""
     model = {
         "hidden_size": options.width,
@@ -60,7 +62,7 @@ def course(dataset: Dataset, options: Options, experts: int, sequences: int, len
         "num_key_value_heads": 1,
     }
     sizes = {"seq_len": 128, "batch_size": sequences, "micro_batch_size": min(sequences, 64)}
-    config = config_from_dict({"steps": length, "num_experts": experts, **sizes, "model": model}, "grid")
+    config = config_from_dict({"steps": length, "num_experts": experts, "seed": seed, **sizes, "model": model}, "grid")
     trainer = Trainer(config, dataset, RunFolder(Path(tempfile.gettempdir()) / "unused"))
     progress = ProgressLine(config, 0)
     return [trainer._train_step(progress) for _ in range(min(length, options.most_steps))]
@@ -72,12 +74,16 @@ def figures(records: list[dict], target: float) -> dict[str, object]:
     mean_S = S.unfold(0, WINDOW, 1).mean(dim=1)  # the first is that of step WINDOW
     near = ((mean_S - target).abs() <= settled_within(target)).nonzero()
     first = near[0].item() if len(near) else None
+    long = (
+        S[first:].unfold(0, LONG_WINDOW, 1).mean(dim=1) if first is not None and len(S) - first >= LONG_WINDOW else []
+    )
     losses = [record["lm_loss"] for record in records[-WINDOW:]]
     return {
         "steps_run": len(records),
         "target": f"{target:.4f}",
         "settled_at": "" if first is None else first + WINDOW,
         "largest_deviation_after": "" if first is None else f"{(mean_S[first:] - target).abs().max():.4f}",
+        "of_200_steps": f"{(long - target).abs().max():.4f}" if len(long) else "",
         "largest_lambda": f"{max(record['lambda'] for record in records):.1e}",
         "lm_loss": f"{sum(losses) / len(losses):.3f}",
         **{f"S_{step}": f"{mean_S[step - WINDOW]:.4f}" for step in SHOWN if step <= len(records)},
@@ -88,12 +94,13 @@ def main() -> None:
     options = tyro.cli(Options)
     dataset = open_dataset(options.data)
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    done = {tuple(int(row[name]) for name in COLUMNS[:5]) for row in rows}
-    for sequences, experts, length in itertools.product(options.sequences, options.experts, options.lengths):
-        place = (options.width, options.layers, sequences * 128, experts, length)
+    done = {tuple(int(row[name]) for name in COLUMNS[:6]) for row in rows}
+    runs = itertools.product(options.sequences, options.experts, options.lengths, options.seeds)
+    for sequences, experts, length, seed in runs:
+        place = (options.width, options.layers, sequences * 128, experts, length, seed)
         if place in done:
             continue
-        records = course(dataset, options, experts, sequences, length)
+        records = course(dataset, options, experts, sequences, length, seed)
         rows.append({**dict(zip(COLUMNS, place, strict=False)), **figures(records, 1 - 1 / experts)})
         print(rows[-1], flush=True)
         with options.out.open("w", newline="") as file:

@@ -167,12 +167,15 @@ def test_the_smooth_rule_counts_how_far_logits_must_move():
     assert controller.mean_error.item() == pytest.approx(normal.inv_cdf(0.5) - normal.inv_cdf(0.25), rel=1e-5)
 
 
-@pytest.mark.parametrize(("rule", "pairs", "opening"), [("smooth", 80, 0.0135), ("smooth", 99, 0), ("sign", 0, 0)])
+@pytest.mark.parametrize(
+    ("rule", "pairs", "opening"),
+    [("smooth", 92, 4 * 0.25 * (0.02 - 0.005)), ("smooth", 0, 0.03), ("smooth", 99, 0), ("sign", 0, 0)],
+)
 def test_only_the_smooth_rule_opens_experts_and_only_far_above_the_target(rule, pairs, opening):
     controller = SparsityController(1, 4, 1, rule=rule)  # 100 of 400 pairs are the target
     controller.observe([batch(pairs, experts=4)])
     controller.update()
-    assert controller.opening.item() == pytest.approx(opening, rel=1e-3)  # 0.3 * (0.8 - 0.75 - 0.005)
+    assert controller.opening.item() == pytest.approx(opening, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["relu", "relu_scaled", "relu_norm"])

@@ -27,11 +27,12 @@ NORMALIZATIONS = ("paper", "official")
 # Smooth rule: weight of the newest batch in the averaged error (batches differ); step of log lambda per unit of that
 # average while too many experts are open and while too few are, and per unit of its change; largest step, of the pull
 # and of both; the least lambda, a penalty that does nothing but from which lambda is quickly back when experts open
-# again; and the coefficient of `closed_loss` per unit by which S is above its target by more than `SMOOTH_SPARSER`.
-SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED, SMOOTH_DAMPING = 0.3, 0.9, 0.45, 4.5
+# again; the coefficient of `closed_loss` per k/E and unit by which the density 1 - S is too low by more than a share of
+# k/E, this share, and the largest coefficient.
+SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED, SMOOTH_DAMPING = 0.3, 0.9, 0.65, 4.5
 SMOOTH_MAX_STEP = math.log(1.5)
 SMOOTH_LAMBDA_MIN = 1e-8
-SMOOTH_OPENING, SMOOTH_SPARSER = 0.3, 0.005
+SMOOTH_OPENING, SMOOTH_SPARSER, SMOOTH_MAX_OPENING = 4.0, 0.02, 0.03
 FAST_START_PENALTY = 3e-3  # lambda * L_reg after the first update, in units of the task's loss
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30  # normal float32 numbers, from which lambda can come back
 AUX_LOSS_COEF = 0.01  # of the Switch loss (arXiv 2101.03961, section 2.2)
@@ -80,8 +81,8 @@ class SparsityController(Float32State):
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
             code. "smooth": a step of log lambda proportional to the averaged error and to the learning rate, bounded
-            and damped; lambda stays at or above 1e-8, or its start if that is lower; while S is more than 0.005 above
-            its target, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
+            and damped; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S is more
+            than 2 % below k/E, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
@@ -179,7 +180,7 @@ class SparsityController(Float32State):
 
     @property
     def opening(self) -> Tensor:
-        """0-dim float32, below 0.3: what multiplies the layers' mean `closed_loss`; zero but with the smooth rule.
+        """0-dim float32, at most 0.03: what multiplies the layers' mean `closed_loss`; zero but with the smooth rule.
 
         No penalty can open experts that closed on their own, as they do with few experts and small batches.
         """
@@ -187,7 +188,8 @@ class SparsityController(Float32State):
             return torch.zeros_like(self.lam)
         target = self._quantile(torch.full_like(self.lam, self.target_density))
         mean_density = (1 + torch.erf((target + self.mean_error) / math.sqrt(2))) / 2
-        return SMOOTH_OPENING * (self.target_density - mean_density - SMOOTH_SPARSER).clamp(min=0)
+        missing = self.target_density * (1 - SMOOTH_SPARSER) - mean_density
+        return (SMOOTH_OPENING * self.target_density * missing).clamp(0, SMOOTH_MAX_OPENING)
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
         """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9, 11), or their sum; one routing a layer."""
