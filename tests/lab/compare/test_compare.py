@@ -45,6 +45,7 @@ def arguments(path, corpus, folder):
 
 def test_the_matrix_ends_in_tables_and_figures_and_repeats_nothing(corpus, tmp_path, capfd, monkeypatch, request):
     monkeypatch.setattr("remoe.lab.compare.live.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("remoe.lab.compare.runner.POLL_SECONDS", 0.05)  # a run may last less than the default second
     path = write_experiment(tmp_path, variants={"relu": {}, "topk": {"router": "topk"}, "dense": {"router": "dense"}})
     command = arguments(path, corpus, tmp_path)
     assert main([*command, "--list"]) == 0
