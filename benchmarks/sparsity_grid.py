@@ -4,6 +4,11 @@
 
 DATA is a folder that `remoe data prepare` wrote; a vocabulary of 512 tokens keeps it quick. Rows that the file has are
 not computed again, so the script can be stopped and started again.
+
+The rows of sparsity-control.csv are those of three commands: `--sequences 1 --seeds 0 1 2 3`, `--sequences 16`, and
+`--sequences 512 --lengths 200 --width 8 --layers 1`. Those of sparsity-whole-runs.csv are of `--sequences 1 --lengths
+5000 --most-steps 5000`, with `--experts 4 --seeds 0 1 2 3` and with `--experts 8 --seeds 0 1`. Each process has one
+thread (OMP_NUM_THREADS=1); two ran at a time.
 """
 
 import csv

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 RULES = ("sign", "official", "smooth", "none")
 NORMALIZATIONS = ("paper", "official")
 
-# Smooth rule: weight of the newest batch in the averaged error (batches differ); step of log lambda per unit of that
-# average while too many experts are open and while too few are, and per unit of its change; largest step, of the pull
-# and of both; the least lambda, a penalty that does nothing but from which lambda is quickly back when experts open
-# again; the coefficient of `closed_loss` per k/E and unit by which the density 1 - S is too low by more than a share of
-# k/E, this share, and the largest coefficient.
-SMOOTH_AVERAGE, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED, SMOOTH_DAMPING = 0.3, 0.9, 0.65, 4.5
-SMOOTH_MAX_STEP = math.log(1.5)
+# The smooth rule; docs/architecture.md, "Sparsity control", has what each was measured against.
+SMOOTH_AVERAGE = 0.3  # weight of the newest batch in the averaged density, because batches differ
+SMOOTH_GAIN, SMOOTH_GAIN_CLOSED = 0.9, 0.65  # step of log lambda per unit of the averaged error, up and down
+SMOOTH_DAMPING = 4.5  # and per unit of its change
+SMOOTH_MAX_STEP = math.log(1.5)  # of both together, and of the first alone
 SMOOTH_LAMBDA_MIN = 1e-8
-SMOOTH_OPENING, SMOOTH_SPARSER, SMOOTH_MAX_OPENING = 4.0, 0.02, 0.03
+SMOOTH_IDLE_PENALTY = 3e-4  # lambda * L_reg, in units of the task's loss, below which lambda rises by largest steps
+SMOOTH_OPENING, SMOOTH_SPARSER = 64.0, 0.02  # `opening` per (k/E)^3 and unit of density that lacks to 98 % of k/E
+SMOOTH_MAX_OPENING = 0.054  # per k/E
 FAST_START_PENALTY = 3e-3  # lambda * L_reg after the first update, in units of the task's loss
 LAMBDA_MIN, LAMBDA_MAX = 1e-30, 1e30  # normal float32 numbers, from which lambda can come back
 AUX_LOSS_COEF = 0.01  # of the Switch loss (arXiv 2101.03961, section 2.2)
@@ -80,9 +80,9 @@ class SparsityController(Float32State):
     Args:
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
-            code. "smooth": a step of log lambda proportional to the averaged error and to the learning rate, bounded
-            and damped; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S is more
-            than 2 % below k/E, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
+            code. "smooth": a step of log lambda proportional to the averaged error, damped, and bounded in proportion
+            to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S
+            is more than 2 % below k/E, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
@@ -180,16 +180,15 @@ class SparsityController(Float32State):
 
     @property
     def opening(self) -> Tensor:
-        """0-dim float32, at most 0.03: what multiplies the layers' mean `closed_loss`; zero but with the smooth rule.
+        """0-dim float32, at most 0.054 k/E: what multiplies the mean `closed_loss`; zero but with the smooth rule.
 
         No penalty can open experts that closed on their own, as they do with few experts and small batches.
         """
         if self.rule != "smooth":
             return torch.zeros_like(self.lam)
-        target = self._quantile(torch.full_like(self.lam, self.target_density))
-        mean_density = (1 + torch.erf((target + self.mean_error) / math.sqrt(2))) / 2
-        missing = self.target_density * (1 - SMOOTH_SPARSER) - mean_density
-        return (SMOOTH_OPENING * self.target_density * missing).clamp(0, SMOOTH_MAX_OPENING)
+        target = self.target_density
+        missing = target * (1 - SMOOTH_SPARSER) - self._mean_density()
+        return target * (SMOOTH_OPENING * target**2 * missing).clamp(0, SMOOTH_MAX_OPENING)
 
     def regularizer(self, routings: Sequence[Routing]) -> Tensor:
         """L_reg, 0-dim float32: the mean of the layers' regularisers (Eq. 9, 11), or their sum; one routing a layer."""
@@ -252,8 +251,8 @@ class SparsityController(Float32State):
 
         Without any token since then nothing changes. If torch.distributed is initialised, statistics are summed over
         the ranks of `group`, by default all. `lr_fraction`, 0 to 1, is the step's learning rate over the peak of its
-        schedule: the smooth rule moves lambda in proportion to it, because S does not answer where routers can hardly
-        move, and lambda would rise far too high.
+        schedule: the smooth rule's largest step is in proportion to it, because S does not answer where routers can
+        hardly move, and lambda would rise far too high; and it averages over more batches where it is low.
         """
         check(0 <= lr_fraction <= 1, f"lr_fraction must be between 0 and 1, but is {lr_fraction}")
         if dist.is_available() and dist.is_initialized():  # one collective; float64 holds counts exactly up to 2^53
@@ -263,12 +262,12 @@ class SparsityController(Float32State):
                 tensor.copy_(part.view_as(tensor))
         pairs_LE, tokens_L, passes = self._pairs_LE, self._tokens_L, self._passes.clamp(min=1)
         seen, S = tokens_L.sum() > 0, sparsity(pairs_LE, tokens_L)
-        factor, mean_error = self._factor(S, lr_fraction)
+        L_reg = self._regularizer_sum / passes
+        factor, mean_error = self._factor(S, self.lam * L_reg, lr_fraction)
         lam = self.lam * factor
         if self.fast_start:
-            penalty = self._regularizer_sum / passes
-            first = (self.sparsity == UNKNOWN) & (penalty > 0)
-            lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / penalty), lam)
+            first = (self.sparsity == UNKNOWN) & (L_reg > 0)
+            lam = torch.where(first, torch.maximum(lam, FAST_START_PENALTY / L_reg), lam)
         dead_L = (self.dead_steps_L + 1) * (pairs_LE.sum(dim=1) == 0)
         new = {
             "lam": lam.clamp(self.lambda_min, LAMBDA_MAX),
@@ -285,19 +284,22 @@ class SparsityController(Float32State):
         for router, load_E, statistic_E in zip(self.routers, self.load_LE, self.statistic_LE, strict=bool(self.layers)):
             router.step(load_E, statistic_E, seen)
 
-    def _factor(self, S: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
+    def _factor(self, S: Tensor, penalty: Tensor, lr_fraction: float) -> tuple[Tensor, Tensor]:
         """0-dim float32 each: what lambda is multiplied by, and `mean_error`."""
+        # Routers at a low learning rate leave the time to average over more batches, and so to trust smaller errors.
+        pace, density = math.sqrt(lr_fraction), (1 - S).float()
+        last = torch.where(self.sparsity == UNKNOWN, density, self._mean_density())
         # In standard deviations of the logits, were they normal: so far has a router to move them, whatever E is.
-        target = torch.full_like(self.lam, self.target_density)
-        error = self._quantile((1 - S).float()) - self._quantile(target)  # positive: too dense, lambda must rise
-        last = torch.where(self.sparsity == UNKNOWN, error, self.mean_error)
-        mean = last + SMOOTH_AVERAGE * (error - last)
+        # Positive: too dense, lambda must rise.
+        mean = self._error(last + SMOOTH_AVERAGE * pace * (density - last))
         if self.rule == "smooth":
-            # Bounded by itself: with many experts the pull would outweigh any damping. It is weaker downwards, because
+            # Bounded on its own: with many experts the pull would outweigh any damping. It is weaker downwards, because
             # there experts are opened, and lambda would have to come back a long way.
+            largest = SMOOTH_MAX_STEP * lr_fraction
             gain = torch.where(mean > 0, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED)
-            pull = (gain * mean).clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP) * lr_fraction
-            step = pull + SMOOTH_DAMPING * (mean - last)
+            pull = (gain * math.sqrt(pace) * mean).clamp(-largest, largest)
+            pull = torch.where((mean > 0) & (penalty < SMOOTH_IDLE_PENALTY), largest, pull)
+            step = pull + SMOOTH_DAMPING * (mean - self._error(last))
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean
         if self.rule == "none":
             return torch.ones_like(self.lam), mean
@@ -305,10 +307,16 @@ class SparsityController(Float32State):
             return torch.where(self.target - S > 0, self.alpha, 1 / self.alpha).float(), mean
         return sign_rule(S, self.target, self.alpha).float(), mean
 
-    def _quantile(self, density: Tensor) -> Tensor:
-        """Of density, bounded: an empty batch is very sparse, not infinitely, and a full one not infinitely dense."""
-        target = self.target_density
-        return normal_quantile(density.clamp(target / 100, min(1 - (1 - target) / 100, 1 - 1e-4)))
+    def _error(self, density: Tensor) -> Tensor:
+        """Of a density, bounded: an empty batch is very sparse, not infinitely, and a full one not infinitely dense."""
+        target = torch.full_like(self.lam, self.target_density)
+        least, most = target / 100, (1 - (1 - target) / 100).clamp(max=1 - 1e-4)
+        return normal_quantile(density.clamp(least, most)) - normal_quantile(target.clamp(least, most))
+
+    def _mean_density(self) -> Tensor:
+        """Of which `mean_error` is the error."""
+        target = torch.full_like(self.lam, self.target_density).clamp(max=1 - 1e-4)
+        return (1 + torch.erf((normal_quantile(target) + self.mean_error) / math.sqrt(2))) / 2
 
     def _stacked(self, routings: Sequence[Routing], name: str) -> Tensor:
         return torch.stack([getattr(routing, name).to(self.lam.device) for routing in routings])

@@ -42,12 +42,12 @@ def test_entropy_has_finite_gradients_at_closed_gates():
     assert torch.isfinite(gate.grad).all()
 
 
-def test_the_closed_loss_pulls_on_closed_pairs_of_experts_below_their_share():
-    # Four tokens, k = 1 of E = 2: a balanced expert has two. The first has three, the second one.
-    logits = torch.tensor([[1.0, -1.0], [2.0, -0.5], [3.0, 4.0], [-2.0, -0.25]], requires_grad=True)
+def test_the_closed_loss_pulls_the_more_the_less_of_its_share_an_expert_has():
+    # Four tokens, k = 1 of E = 4: a balanced expert has one, as the third. The others have three, none and none.
+    logits = torch.tensor([[1.0, -1, -1, -1], [2, -0.5, -1, -1], [3, -2, 4, -1], [-2, -0.25, -1, -1]]).requires_grad_()
     count = (logits > 0).sum(dim=0)
     loss = closed_loss(logits, count, k=1, num_tokens=4)
-    assert loss.item() == pytest.approx((1 - 1 / 2) * (1 + 0.5 + 0.25) / 4)
+    assert loss.item() == pytest.approx((2 * (1 + 0.5 + 2 + 0.25) + 1 * 3 + 2 * 4) / 4)
     loss.backward()
-    assert logits.grad.tolist() == [[0, -0.125], [0, -0.125], [0, 0], [0, -0.125]]
-    assert closed_loss(logits, None, k=1, num_tokens=4).item() == pytest.approx((1 + 0.5 + 2 + 0.25) / 4)
+    assert (-4 * logits.grad).tolist() == [[0, 2, 1, 2], [0, 2, 1, 2], [0, 2, 0, 2], [0, 2, 1, 2]]
+    assert closed_loss(logits, None, k=1, num_tokens=4).item() == pytest.approx((2 + 3.75 + 3 + 4) / 4)

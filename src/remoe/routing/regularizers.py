@@ -45,8 +45,8 @@ def load_balanced_l1_loss(
 def closed_loss(logits_TE: Tensor, count_E: Tensor | None, *, k: int, num_tokens: Tensor | int) -> Tensor:
     """How far closed pairs are from opening, 0-dim: the opposite of the L1 penalty, ours.
 
-    1/T sum_t sum_e w_e max(0, -logit). With loads, w_e = max(0, 1 - f_e): only experts with less than their share open,
-    those without tokens first; otherwise w_e = 1.
+    1/T sum_t sum_e w_e max(0, -logit). With loads, w_e = max(0, 2 - f_e), which is 1 at balance: experts without tokens
+    open first, and those with twice their share do not. Otherwise w_e = 1.
 
     Args:
         logits_TE: (T, E), zero for padding.
@@ -55,7 +55,7 @@ def closed_loss(logits_TE: Tensor, count_E: Tensor | None, *, k: int, num_tokens
     """
     closed_E = F.relu(-logits_TE).sum(dim=0)
     if count_E is not None:
-        closed_E = closed_E * (1 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)
+        closed_E = closed_E * (2 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)
     return closed_E.sum() / at_least_one(num_tokens)
 
 
