@@ -176,3 +176,26 @@ def test_experts_that_are_closed_for_every_token_open_again(kind):
         controller.update()
     assert routing.sparsity.item() < 0.99
     assert layer.eval()(x, mask)[1].closed_loss is None
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu_scaled", "relu_norm"])
+@pytest.mark.parametrize("rule", ["smooth", "sign"])
+def test_the_smooth_rule_lifts_a_starved_expert_though_s_is_on_target(kind, rule):
+    T, E = 96, 4
+    options = {"penalty": "l1"} if kind == "relu_scaled" else {}
+    layer = remoe.MoE(E, 8, E, 1, kind, init_std=0.02, router_options=options)
+    controller = SparsityController.of([layer], rule=rule)
+    x, mask = torch.eye(E).repeat(T // E + 8, 1), torch.arange(T + 8 * E) < T
+    with torch.no_grad():  # a third of the tokens for each of three experts, and none for the last
+        layer.router.weight.copy_(torch.tensor([[1, -1, -1, -1], [-1, 1, -1, -1], [-1, -1, 1, 1], [-1, -1, -1, -1]]))
+    routing = layer(x, mask)[1]
+    controller.observe([routing])
+    controller.update()
+    assert routing.count_E.tolist() == [24, 24, 48, 0]
+    assert controller.opening == 0
+    (controller.loss_terms([routing]).total - controller.coefficient * routing.regularizer).backward()
+    grad = layer.router.weight.grad
+    assert not grad[:3].any()
+    # 0.002 times the mean over the tokens of max(0, -logit): 24 of 96 tokens have each of the four inputs
+    assert grad[3].tolist() == pytest.approx([-0.002 / 4 if rule == "smooth" else 0] * 4)
+    assert layer.eval()(x, mask)[1].extra_loss is None

@@ -82,7 +82,8 @@ class SparsityController(Float32State):
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
             code. "smooth": a step of log lambda proportional to the averaged error, damped, and bounded in proportion
             to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S
-            is more than 2 % below k/E, closed experts are opened (`opening`). "none": lambda stays; S is only measured.
+            is more than 2 % below k/E, closed experts are opened (`opening`), and at any S those with less than a
+            quarter of their share (`routing.regularizers.starved_loss`). "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
@@ -297,7 +298,7 @@ class SparsityController(Float32State):
             # there experts are opened, and lambda would have to come back a long way.
             largest = SMOOTH_MAX_STEP * lr_fraction
             gain = torch.where(mean > 0, SMOOTH_GAIN, SMOOTH_GAIN_CLOSED)
-            pull = (gain * math.sqrt(pace) * mean).clamp(-largest, largest)
+            pull = (gain * pace * mean).clamp(-largest, largest)
             pull = torch.where((mean > 0) & (penalty < SMOOTH_IDLE_PENALTY), largest, pull)
             step = pull + SMOOTH_DAMPING * (mean - self._error(last))
             return step.clamp(-SMOOTH_MAX_STEP, SMOOTH_MAX_STEP).exp(), mean

@@ -66,6 +66,26 @@ def test_gates_penalty_and_lambda_equal_the_formulas_and_our_own(normalization):
         assert torch.equal(routers.controller.state_dict()[name], value), name
 
 
+def test_experts_are_opened_and_lifted_as_our_own():
+    options = {"rule": "smooth", "lambda_init": 0.1}
+    routers, x_TD = MegatronRouters(**options), torch.rand(40 * E, D)
+    layers, own = build(routers), [ReLURouter(D, E, K) for _ in range(L)]
+    for ours, theirs in zip(own, layers, strict=True):
+        with torch.no_grad():
+            theirs.weight.copy_(-theirs.weight.abs())  # all are closed
+        ours.load_state_dict(theirs.state_dict())
+    controller = SparsityController.of(own, **options)
+    for _ in range(2):  # at the second pass, `opening` is above zero
+        routings, expected = [layer.route(x_TD) for layer in layers], [layer(x_TD) for layer in own]
+        terms = sum(layer.penalty_term(routing) for layer, routing in zip(layers, routings, strict=True))
+        assert terms > 0
+        torch.testing.assert_close(terms, controller.loss_terms(expected).total)
+        controller.observe(expected)
+        controller.update()
+        routers.update()
+    assert controller.opening > 0
+
+
 def test_evaluation_counts_nothing_and_losses_per_token_are_scaled():
     routers = MegatronRouters(lambda_init=0.5)
     (first, *_), x_TD = build(routers, calculate_per_token_loss=True), torch.randn(T, D)

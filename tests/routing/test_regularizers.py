@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, gate_entropy, locality_loss
-from remoe.routing.regularizers import closed_loss
+from remoe.routing.regularizers import closed_loss, starved_loss
 
 
 def test_losses_of_blockffn_on_hand_made_cases():
@@ -51,3 +51,23 @@ def test_the_closed_loss_pulls_the_more_the_less_of_its_share_an_expert_has():
     loss.backward()
     assert (-4 * logits.grad).tolist() == [[0, 2, 1, 2], [0, 2, 1, 2], [0, 2, 0, 2], [0, 2, 1, 2]]
     assert closed_loss(logits, None, k=1, num_tokens=4).item() == pytest.approx((2 + 3.75 + 3 + 4) / 4)
+
+
+def test_the_starved_loss_pulls_at_experts_with_less_than_a_quarter_of_their_share():
+    # 80 tokens, k = 1 of E = 4, whose share is 20: the experts have 76, 2, 1 and none. With three more, five are too many.
+    logits = torch.full((80, 4), -0.5)
+    logits[:76, 0] = logits[:2, 1] = logits[2:3, 2] = 1.0
+    count = (logits.requires_grad_() > 0).sum(dim=0)
+    loss = starved_loss(logits, count, k=1, num_tokens=80)
+    assert loss.item() == pytest.approx(0.5 * (79 + 80) / 80)
+    loss.backward()
+    pulled = -80 * logits.grad
+    assert not pulled[:, :2].any()
+    assert (pulled[:, 2] == (logits[:, 2] < 0)).all()
+    assert (pulled[:, 3] == 1).all()
+
+
+def test_a_batch_that_is_too_small_to_tell_has_no_starved_expert():
+    logits, count = torch.full((48, 4), -0.5), torch.zeros(4)
+    assert starved_loss(logits[:48], count, k=1, num_tokens=48) == 0  # 12 tokens each, a quarter of which are three
+    assert starved_loss(logits, count, k=1, num_tokens=52) > 0

@@ -130,6 +130,8 @@ class MegatronReLURouter(ReLURouter):
         term = controller.coefficient * routing.regularizer / (1 if controller.sum_layers else L)
         if routing.closed_loss is not None:
             term = term + controller.opening * routing.closed_loss / L
+        if routing.extra_loss is not None:
+            term = term + routing.extra_loss / L
         # With this setting megatron-core divides all gradients by the number of tokens.
         return term * routing.num_tokens if self.per_token_loss else term
 

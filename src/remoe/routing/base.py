@@ -14,7 +14,9 @@ from remoe.errors import check, check_integers
 from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 from remoe.routing.float32 import Float32State
-from remoe.routing.regularizers import closed_loss
+from remoe.routing.regularizers import closed_loss, starved_loss
+
+STARVED_COEF = 0.002  # of `starved_loss`, per layer, in units of the task's loss
 
 
 def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int) -> tuple[int, int, int]:
@@ -73,7 +75,8 @@ class Router(Float32State, ABC):
             rank; None for none. `SparsityController.carry_load` sets it.
 
         opens: in training, a steered router also returns `Routing.closed_loss`, with which the smooth rule of
-            `SparsityController` opens experts. The controller sets it on its routers.
+            `SparsityController` opens experts, and adds to `extra_loss` what lifts experts that hardly get tokens. The
+            controller sets it on its routers.
 
     Raises:
         ConfigError: when k is not in 1..E.
@@ -189,15 +192,21 @@ class LinearRouter(Router):
         """(T, E) router logits, float32 (float64 for float64 input), whatever autocast says."""
         return float32_linear(x_TD, self.weight, self.bias)
 
-    def closed_loss(
+    def opening_losses(
         self, logits_TE: Tensor, count_E: Tensor | None, num_tokens: Tensor, mask_T: Tensor | None
-    ) -> Tensor | None:
-        """0-dim, or None where none is needed; see `opens`. `count_E` is None where load is not balanced."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """0-dim each, or None where not needed: `Routing.closed_loss`, and what lifts starved experts, weighted.
+
+        See `opens`. `count_E` is None where load is not balanced; then no expert counts as starved.
+        """
         if not (self.opens and self.training):
-            return None
+            return None, None
         if mask_T is not None:
             logits_TE = logits_TE.masked_fill(~mask_T[:, None], 0)
-        return closed_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
+        closed = closed_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
+        if count_E is None:
+            return closed, None
+        return closed, STARVED_COEF * starved_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

@@ -1,4 +1,4 @@
-"""The paper's penalty on the gates (arXiv 2412.14711, Eq. 9 to 11) and its opposite, which opens experts.
+"""The paper's penalty on the gates (arXiv 2412.14711, Eq. 9 to 11) and its opposites, which open experts.
 
 These are pure functions with explicit normalisers. Each is of ONE layer; `SparsityController.loss_terms` takes the mean
 over layers, the 1/L of the equations.
@@ -57,6 +57,21 @@ def closed_loss(logits_TE: Tensor, count_E: Tensor | None, *, k: int, num_tokens
     if count_E is not None:
         closed_E = closed_E * (2 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)
     return closed_E.sum() / at_least_one(num_tokens)
+
+
+def starved_loss(logits_TE: Tensor, count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tensor:
+    """How far the closed pairs of experts with less than a quarter of their share are from opening, 0-dim, ours.
+
+    1/T sum_t sum_e [f_e + 3 E/(k T) < 1/4] max(0, -logit). Three tokens more than were counted: an expert that gets
+    three per batch in the mean gets none in one batch of 20 (Poisson), so that in small batches few are taken for
+    starved, and none if k T/E, their share, is 12 tokens or less.
+
+    Args:
+        logits_TE: (T, E), zero for padding.
+        count_E, k, num_tokens: as `load_balanced_l1_loss`.
+    """
+    starved_E = relative_load(count_E + 3, k=k, num_tokens=num_tokens) < 0.25
+    return (F.relu(-logits_TE).sum(dim=0) * starved_E).sum() / at_least_one(num_tokens)
 
 
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:

@@ -60,7 +60,7 @@ class ReLURouter(LinearRouter):
         num_tokens = count_tokens(x_TD, mask_T)
         count_E = self.load(active_TE, num_tokens) if self.balances else None
         regularizer = self.penalty(gate_TE, count_E, num_tokens)
-        closed_loss = self.closed_loss(logits_TE, count_E, num_tokens, mask_T)
+        closed_loss, lift = self.opening_losses(logits_TE, count_E, num_tokens, mask_T)
         gate_TE = self.scaled(gate_TE)
         most = load_E = None
         if self.cap is not None:
@@ -68,7 +68,7 @@ class ReLURouter(LinearRouter):
             active_TE = unmasked(active_TE & largest(gate_TE.abs(), self.cap), mask_T)
             gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * self.cap
         pairs = Assignment.from_gates(gate_TE, active_TE, most)
-        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, load_E=load_E, closed_loss=closed_loss)
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, lift, None, load_E, closed_loss)
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None

@@ -91,11 +91,11 @@ class ReLUNormRouter(LinearRouter):
             )
         else:
             regularizer = load_balanced_l1_loss(normed_TE, count_E, k=self.k, num_tokens=num_tokens)
-        extra_loss = None
+        closed_loss, extra_loss = self.opening_losses(logits_TE, count_E, num_tokens, mask_T)
         if self.locality and self.training:
-            extra_loss = self.locality * locality_loss(
+            locality = self.locality * locality_loss(
                 logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness, document_T=document_T
             )
+            extra_loss = locality if extra_loss is None else extra_loss + locality
         assignment = Assignment.from_gates(gate_TE, active_TE)
-        closed_loss = self.closed_loss(logits_TE, count_E, num_tokens, mask_T)
         return Routing(assignment, gate_TE, logits_TE, num_tokens, regularizer, extra_loss, closed_loss=closed_loss)
