@@ -162,7 +162,7 @@ def test_only_the_smooth_rule_opens_experts_and_only_far_above_the_target(rule, 
 def test_experts_that_are_closed_for_every_token_open_again(kind):
     layer = remoe.MoE(8, 8, 4, 1, kind, init_std=0.02)
     controller = SparsityController.of([layer], rule="smooth")
-    x, mask = torch.rand(64, 8) + 0.5, torch.arange(64) < 50
+    x, mask = torch.rand(64, 8) + 0.5, torch.arange(64) < 50  # too few tokens for the loss of starved experts
     x[50:] = -x[50:]  # padding, for which the same weights are open
     with torch.no_grad():
         layer.router.weight.copy_(-layer.router.weight.abs() - 0.1)
@@ -181,21 +181,49 @@ def test_experts_that_are_closed_for_every_token_open_again(kind):
 @pytest.mark.parametrize("kind", ["relu", "relu_scaled", "relu_norm"])
 @pytest.mark.parametrize("rule", ["smooth", "sign"])
 def test_the_smooth_rule_lifts_a_starved_expert_though_s_is_on_target(kind, rule):
-    T, E = 96, 4
+    T, E = 192, 4
     options = {"penalty": "l1"} if kind == "relu_scaled" else {}
     layer = remoe.MoE(E, 8, E, 1, kind, init_std=0.02, router_options=options)
     controller = SparsityController.of([layer], rule=rule)
     x, mask = torch.eye(E).repeat(T // E + 8, 1), torch.arange(T + 8 * E) < T
-    with torch.no_grad():  # a third of the tokens for each of three experts, and none for the last
+    with torch.no_grad():  # none for the last expert
         layer.router.weight.copy_(torch.tensor([[1, -1, -1, -1], [-1, 1, -1, -1], [-1, -1, 1, 1], [-1, -1, -1, -1]]))
     routing = layer(x, mask)[1]
     controller.observe([routing])
     controller.update()
-    assert routing.count_E.tolist() == [24, 24, 48, 0]
+    assert routing.count_E.tolist() == [48, 48, 96, 0]
     assert controller.opening == 0
     (controller.loss_terms([routing]).total - controller.coefficient * routing.regularizer).backward()
     grad = layer.router.weight.grad
     assert not grad[:3].any()
-    # 0.002 times the mean over the tokens of max(0, -logit): 24 of 96 tokens have each of the four inputs
+    # 0.008 k/E times the mean over the tokens of max(0, -logit): a quarter of the tokens have each of the four inputs
     assert grad[3].tolist() == pytest.approx([-0.002 / 4 if rule == "smooth" else 0] * 4)
     assert layer.eval()(x, mask)[1].extra_loss is None
+
+
+def test_an_expert_is_starved_by_the_tokens_of_the_step_so_far():
+    layer, x = remoe.MoE(4, 8, 4, 1), torch.eye(4).repeat(30, 1)  # a share of 30 tokens is too small to tell
+    with torch.no_grad():
+        layer.router.weight.copy_(2 * torch.eye(4) - torch.tensor([1.0, 1, 1, 3])[:, None])
+    controller = SparsityController.of([layer], rule="smooth")
+    layer.router.global_load = True
+    lifts = []
+    for _ in range(2):
+        routing = layer(x)[1]
+        lifts.append(routing.extra_loss.item())
+        controller.carry_load([routing])
+    assert lifts == [0, pytest.approx(0.002 * (3 * 3 + 1) / 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("relu", {"load_balance": False}), ("relu_scaled", {}), ("relu_norm", {"penalty": "chunk"})],
+)
+def test_a_router_that_does_not_balance_opens_all_experts_alike_and_lifts_none(kind, options):
+    layer = remoe.MoE(4, 8, 4, 1, kind, router_options=options, init_std=0.02)
+    SparsityController.of([layer], rule="smooth")
+    with torch.no_grad():
+        layer.router.weight.copy_(-layer.router.weight.abs())
+    routing = layer(torch.rand(200, 4))[1]
+    assert routing.extra_loss is None
+    assert routing.closed_loss.item() == pytest.approx(-4 * routing.logits_TE.mean().item())

@@ -26,7 +26,7 @@ NORMALIZATIONS = ("paper", "official")
 
 # The smooth rule; docs/architecture.md, "Sparsity control", has what each was measured against.
 SMOOTH_AVERAGE = 0.3  # weight of the newest batch in the averaged density, because batches differ
-SMOOTH_GAIN, SMOOTH_GAIN_CLOSED = 0.9, 0.65  # step of log lambda per unit of the averaged error, up and down
+SMOOTH_GAIN, SMOOTH_GAIN_CLOSED = 0.9, 0.65  # step of log lambda per unit of the error, up and down
 SMOOTH_DAMPING = 4.5  # and per unit of its change
 SMOOTH_MAX_STEP = math.log(1.5)  # of both together, and of the first alone
 SMOOTH_LAMBDA_MIN = 1e-8
@@ -80,10 +80,10 @@ class SparsityController(Float32State):
     Args:
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
-            code. "smooth": a step of log lambda proportional to the averaged error, damped, and bounded in proportion
-            to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S
-            is more than 2 % below k/E, closed experts are opened (`opening`), and at any S those with less than a
-            quarter of their share (`routing.regularizers.starved_loss`). "none": lambda stays; S is only measured.
+            code. "smooth": a step of log lambda proportional to the error of the averaged density, damped, and
+            bounded in proportion to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S
+            is more than 2 % below k/E, closed experts are opened (`opening`), and with a balanced penalty, at any S,
+            those with less than a quarter of their share (`routing.regularizers.starved_loss`). "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).
@@ -94,7 +94,7 @@ class SparsityController(Float32State):
 
     Attributes:
         lam, sparsity: 0-dim float32, lambda, and S of the last update, -1 before the first.
-        mean_error: 0-dim float32, averaged error of the density 1 - S, in standard deviations of the logits if they are
+        mean_error: 0-dim float32, error of the averaged density 1 - S, in standard deviations of the logits if they are
             normally distributed; positive where too many experts are active.
         dead_steps_L: (L,) float32, updates in a row in which a layer had no pair.
         load_LE, statistic_LE: (L, E) float32, of the last update: share of the tokens routed to each expert, and mean

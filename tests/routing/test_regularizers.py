@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, gate_entropy, locality_loss
-from remoe.routing.regularizers import closed_loss, starved_loss
+from remoe.routing.regularizers import closed_distance, closed_loss, starved_loss
 
 
 def test_losses_of_blockffn_on_hand_made_cases():
@@ -46,28 +46,22 @@ def test_the_closed_loss_pulls_the_more_the_less_of_its_share_an_expert_has():
     # Four tokens, k = 1 of E = 4: a balanced expert has one, as the third. The others have three, none and none.
     logits = torch.tensor([[1.0, -1, -1, -1], [2, -0.5, -1, -1], [3, -2, 4, -1], [-2, -0.25, -1, -1]]).requires_grad_()
     count = (logits > 0).sum(dim=0)
-    loss = closed_loss(logits, count, k=1, num_tokens=4)
+    distance = closed_distance(logits, num_tokens=4)
+    assert distance.tolist() == pytest.approx([2 / 4, 3.75 / 4, 3 / 4, 4 / 4])
+    loss = closed_loss(distance, count, k=1, num_tokens=4)
     assert loss.item() == pytest.approx((2 * (1 + 0.5 + 2 + 0.25) + 1 * 3 + 2 * 4) / 4)
     loss.backward()
     assert (-4 * logits.grad).tolist() == [[0, 2, 1, 2], [0, 2, 1, 2], [0, 2, 0, 2], [0, 2, 1, 2]]
-    assert closed_loss(logits, None, k=1, num_tokens=4).item() == pytest.approx((2 + 3.75 + 3 + 4) / 4)
+    assert closed_loss(distance, 2 * count, k=1, num_tokens=8).item() == pytest.approx(loss.item())
 
 
-def test_the_starved_loss_pulls_at_experts_with_less_than_a_quarter_of_their_share():
-    # 80 tokens, k = 1 of E = 4, whose share is 20: the experts have 76, 2, 1 and none. With three more, five are too many.
-    logits = torch.full((80, 4), -0.5)
-    logits[:76, 0] = logits[:2, 1] = logits[2:3, 2] = 1.0
-    count = (logits.requires_grad_() > 0).sum(dim=0)
-    loss = starved_loss(logits, count, k=1, num_tokens=80)
-    assert loss.item() == pytest.approx(0.5 * (79 + 80) / 80)
-    loss.backward()
-    pulled = -80 * logits.grad
-    assert not pulled[:, :2].any()
-    assert (pulled[:, 2] == (logits[:, 2] < 0)).all()
-    assert (pulled[:, 3] == 1).all()
+def test_the_starved_loss_is_of_experts_with_less_than_a_quarter_of_their_share():
+    # 240 tokens, k = 1 of E = 4, whose share is 60: with ten more than were counted, 15 are too many.
+    distance = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    assert starved_loss(distance, torch.tensor([200, 5, 4, 0]), k=1, num_tokens=240) == 1100
 
 
 def test_a_batch_that_is_too_small_to_tell_has_no_starved_expert():
-    logits, count = torch.full((48, 4), -0.5), torch.zeros(4)
-    assert starved_loss(logits[:48], count, k=1, num_tokens=48) == 0  # 12 tokens each, a quarter of which are three
-    assert starved_loss(logits, count, k=1, num_tokens=52) > 0
+    distance, count = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    assert starved_loss(distance, count, k=1, num_tokens=160) == 0  # 40 tokens each, a quarter of which are ten
+    assert starved_loss(distance, count, k=1, num_tokens=161) == 4

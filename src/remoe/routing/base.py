@@ -14,9 +14,14 @@ from remoe.errors import check, check_integers
 from remoe.matmul import float32_linear
 from remoe.routing.assignment import Routing
 from remoe.routing.float32 import Float32State
-from remoe.routing.regularizers import closed_loss, starved_loss
+from remoe.routing.regularizers import closed_distance, closed_loss, starved_loss
 
-STARVED_COEF = 0.002  # of `starved_loss`, per layer, in units of the task's loss
+STARVED_COEF = 0.008  # of `starved_loss`, per layer and k/E, in units of the task's loss
+
+
+def scaled_load(counted_E1: Tensor, num_tokens: Tensor) -> Tensor:
+    """(E,) float32: the tokens of each expert among `num_tokens`, from those among all that were counted."""
+    return counted_E1[:-1] * (num_tokens / counted_E1[-1].clamp(min=1))
 
 
 def split_by_granularity(num_experts: int, d_ffn: int, k: int, granularity: int) -> tuple[int, int, int]:
@@ -139,18 +144,20 @@ class Router(Float32State, ABC):
         """The rule of `gates`; None where it is none of those that kernels know."""
         return None
 
-    def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
-        """(E,) tokens of each expert, from which a balanced loss takes the load; see `global_load`."""
-        count_E = active_TE.sum(dim=0)
-        spread = dist.is_available() and dist.is_initialized()
-        if not (self.global_load and self.training and (spread or self.earlier_load is not None)):
-            return count_E
-        total_E1 = torch.cat((count_E, num_tokens.reshape(1)))
+    def counted(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+        """(E + 1,) int64, tokens of each expert and all tokens, from which losses take the load; see `global_load`."""
+        counted_E1 = torch.cat((active_TE.sum(dim=0), num_tokens.reshape(1)))
+        if not (self.global_load and self.training):
+            return counted_E1
         if self.earlier_load is not None:
-            total_E1 = total_E1 + self.earlier_load
-        if spread:
-            dist.all_reduce(total_E1)
-        return total_E1[:-1] * (num_tokens / total_E1[-1].clamp(min=1))
+            counted_E1 = counted_E1 + self.earlier_load
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counted_E1)
+        return counted_E1
+
+    def load(self, active_TE: Tensor, num_tokens: Tensor) -> Tensor:
+        """(E,) float32, `counted` for as many tokens as the pass has."""
+        return scaled_load(self.counted(active_TE, num_tokens), num_tokens)
 
     def reset_parameters(self, std: float) -> None:
         """Draws new weights from a normal distribution of this standard deviation; scales start at their own value."""
@@ -193,20 +200,23 @@ class LinearRouter(Router):
         return float32_linear(x_TD, self.weight, self.bias)
 
     def opening_losses(
-        self, logits_TE: Tensor, count_E: Tensor | None, num_tokens: Tensor, mask_T: Tensor | None
+        self, logits_TE: Tensor, counted_E1: Tensor | None, num_tokens: Tensor, mask_T: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """0-dim each, or None where not needed: `Routing.closed_loss`, and what lifts starved experts, weighted.
 
-        See `opens`. `count_E` is None where load is not balanced; then no expert counts as starved.
+        See `opens`. `counted_E1` is `counted`, or None where the penalty is not balanced: then all experts are opened
+        alike, and none is lifted.
         """
         if not (self.opens and self.training):
             return None, None
         if mask_T is not None:
             logits_TE = logits_TE.masked_fill(~mask_T[:, None], 0)
-        closed = closed_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
-        if count_E is None:
-            return closed, None
-        return closed, STARVED_COEF * starved_loss(logits_TE, count_E, k=self.k, num_tokens=num_tokens)
+        distance_E = closed_distance(logits_TE, num_tokens=num_tokens)
+        if counted_E1 is None:
+            return distance_E.sum(), None
+        counts = {"k": self.k, "num_tokens": counted_E1[-1]}
+        lift = STARVED_COEF * self.k / self.num_experts * starved_loss(distance_E, counted_E1[:-1], **counts)
+        return closed_loss(distance_E, counted_E1[:-1], **counts), lift
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

@@ -42,36 +42,37 @@ def load_balanced_l1_loss(
     return (gate_TE.abs().sum(dim=0) * f_E).sum() / at_least_one(num_tokens)  # Eq. 10: 1/T sum_t sum_e f_e R(x_t)_e
 
 
-def closed_loss(logits_TE: Tensor, count_E: Tensor | None, *, k: int, num_tokens: Tensor | int) -> Tensor:
-    """How far closed pairs are from opening, 0-dim: the opposite of the L1 penalty, ours.
-
-    1/T sum_t sum_e w_e max(0, -logit). With loads, w_e = max(0, 2 - f_e), which is 1 at balance: experts without tokens
-    open first, and those with twice their share do not. Otherwise w_e = 1.
-
-    Args:
-        logits_TE: (T, E), zero for padding.
-        count_E: (E,) tokens routed to each expert, or None.
-        k, num_tokens: as `load_balanced_l1_loss`.
-    """
-    closed_E = F.relu(-logits_TE).sum(dim=0)
-    if count_E is not None:
-        closed_E = closed_E * (2 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)
-    return closed_E.sum() / at_least_one(num_tokens)
+def closed_distance(logits_TE: Tensor, *, num_tokens: Tensor | int) -> Tensor:
+    """How far each expert's closed pairs are from opening, (E,): 1/T sum_t max(0, -logit), logits zero for padding."""
+    return F.relu(-logits_TE).sum(dim=0) / at_least_one(num_tokens)
 
 
-def starved_loss(logits_TE: Tensor, count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tensor:
-    """How far the closed pairs of experts with less than a quarter of their share are from opening, 0-dim, ours.
+def closed_loss(distance_E: Tensor, count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tensor:
+    """What opens experts, 0-dim: the opposite of the load-balanced L1 penalty, ours.
 
-    1/T sum_t sum_e [f_e + 3 E/(k T) < 1/4] max(0, -logit). Three tokens more than were counted: an expert that gets
-    three per batch in the mean gets none in one batch of 20 (Poisson), so that in small batches few are taken for
-    starved, and none if k T/E, their share, is 12 tokens or less.
+    sum_e max(0, 2 - f_e) distance_e, whose weight is 1 at balance: experts without tokens open first, and those with
+    twice their share do not.
 
     Args:
-        logits_TE: (T, E), zero for padding.
-        count_E, k, num_tokens: as `load_balanced_l1_loss`.
+        distance_E: (E,) `closed_distance`.
+        count_E: (E,) tokens routed to each expert.
+        k: target experts per token, a mean.
+        num_tokens: those that `count_E` counts.
     """
-    starved_E = relative_load(count_E + 3, k=k, num_tokens=num_tokens) < 0.25
-    return (F.relu(-logits_TE).sum(dim=0) * starved_E).sum() / at_least_one(num_tokens)
+    return (distance_E * (2 - relative_load(count_E, k=k, num_tokens=num_tokens)).clamp(min=0)).sum()
+
+
+def starved_loss(distance_E: Tensor, count_E: Tensor, *, k: int, num_tokens: Tensor | int) -> Tensor:
+    """What lifts experts with less than a quarter of their share, 0-dim, ours: the sum of their distances.
+
+    The share is k T/E tokens. Ten tokens more than were counted must lie below its quarter, because in small batches an
+    expert can have none by chance. So none is starved where the share is 40 tokens or less.
+
+    Args:
+        distance_E, count_E, k, num_tokens: as `closed_loss`.
+    """
+    E = count_E.shape[0]
+    return (distance_E * (4 * E * (count_E + 10) < k * num_tokens)).sum()  # integers, the same on any number of ranks
 
 
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from remoe.errors import check
 from remoe.routing.assignment import Assignment, Routing, count_tokens, largest, unmasked
-from remoe.routing.base import GateRule, LinearRouter
+from remoe.routing.base import GateRule, LinearRouter, scaled_load
 from remoe.routing.regularizers import l1_loss, load_balanced_l1_loss
 
 
@@ -58,9 +58,10 @@ class ReLURouter(LinearRouter):
             gate_TE = gate_TE.masked_fill(~mask_T[:, None], 0)
         active_TE = gate_TE != 0  # positive or NaN, which must stay visible in the output
         num_tokens = count_tokens(x_TD, mask_T)
-        count_E = self.load(active_TE, num_tokens) if self.balances else None
+        counted_E1 = self.counted(active_TE, num_tokens) if self.balances else None
+        count_E = None if counted_E1 is None else scaled_load(counted_E1, num_tokens)
         regularizer = self.penalty(gate_TE, count_E, num_tokens)
-        closed_loss, lift = self.opening_losses(logits_TE, count_E, num_tokens, mask_T)
+        closed_loss, lift = self.opening_losses(logits_TE, counted_E1, num_tokens, mask_T)
         gate_TE = self.scaled(gate_TE)
         most = load_E = None
         if self.cap is not None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from remoe.errors import check, check_choice
 from remoe.routing.assignment import Assignment, Routing, count_tokens
 from remoe.routing.auxiliary_losses import chunk_sparsity_loss, locality_loss
-from remoe.routing.base import LinearRouter
+from remoe.routing.base import LinearRouter, scaled_load
 from remoe.routing.regularizers import load_balanced_l1_loss
 
 PENALTIES = ("l1", "chunk")
@@ -84,14 +84,15 @@ class ReLUNormRouter(LinearRouter):
         gate_TE = normed_TE * self.scale.to(normed_TE.dtype)
         num_tokens = count_tokens(x_TD, mask_T)
         seq_len = x_TD.shape[0] if seq_len is None else seq_len
-        count_E = self.load(active_TE, num_tokens) if self.penalty == "l1" else None
-        if count_E is None:
+        counted_E1 = self.counted(active_TE, num_tokens) if self.penalty == "l1" else None
+        if counted_E1 is None:
             regularizer = chunk_sparsity_loss(
                 open_TE, mask_T, seq_len=seq_len, chunk=self.chunk, num_tokens=num_tokens, document_T=document_T
             )
         else:
+            count_E = scaled_load(counted_E1, num_tokens)
             regularizer = load_balanced_l1_loss(normed_TE, count_E, k=self.k, num_tokens=num_tokens)
-        closed_loss, extra_loss = self.opening_losses(logits_TE, count_E, num_tokens, mask_T)
+        closed_loss, extra_loss = self.opening_losses(logits_TE, counted_E1, num_tokens, mask_T)
         if self.locality and self.training:
             locality = self.locality * locality_loss(
                 logits_TE, mask_T, seq_len=seq_len, sharpness=self.sharpness, document_T=document_T
