@@ -201,6 +201,20 @@ def test_the_smooth_rule_lifts_a_starved_expert_though_s_is_on_target(kind, rule
     assert layer.eval()(x, mask)[1].extra_loss is None
 
 
+def test_the_lift_is_added_to_the_locality_loss():
+    extra = []
+    for rule in ("sign", "smooth"):
+        torch.manual_seed(0)
+        layer = remoe.MoE(4, 8, 4, 1, "relu_norm", router_options={"locality": 0.5})
+        SparsityController.of([layer], rule=rule)
+        with torch.no_grad():
+            layer.router.weight.copy_(torch.tensor([1.0, 1, 1, -1])[:, None].expand(4, 4))
+        routing = layer(torch.rand(200, 4))[1]
+        extra.append(routing.extra_loss.item())
+    assert routing.count_E.tolist() == [200, 200, 200, 0]
+    assert extra[1] - extra[0] == pytest.approx(-0.002 * routing.logits_TE[:, 3].mean().item(), rel=1e-3)
+
+
 def test_an_expert_is_starved_by_the_tokens_of_the_step_so_far():
     layer, x = remoe.MoE(4, 8, 4, 1), torch.eye(4).repeat(30, 1)  # a share of 30 tokens is too small to tell
     with torch.no_grad():

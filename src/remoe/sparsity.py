@@ -80,10 +80,11 @@ class SparsityController(Float32State):
     Args:
         num_layers, num_experts, k: L, E, and the target number of experts per token, a mean.
         rule: "sign" (Eq. 7). "official": the same, but S equal to the target counts as too sparse, as in the authors'
-            code. "smooth": a step of log lambda proportional to the error of the averaged density, damped, and
-            bounded in proportion to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the density 1 - S
-            is more than 2 % below k/E, closed experts are opened (`opening`), and with a balanced penalty, at any S,
-            those with less than a quarter of their share (`routing.regularizers.starved_loss`). "none": lambda stays; S is only measured.
+            code. "smooth": a step of log lambda proportional to the error of the averaged density, damped, and bounded
+            in proportion to the learning rate; lambda stays at or above 1e-8, or its start if that is lower; while the
+            density 1 - S is more than 2 % below k/E, closed experts are opened (`opening`), and with a balanced
+            penalty, at any S, those with less than a quarter of their share (`routing.regularizers.starved_loss`).
+            "none": lambda stays; S is only measured.
         lambda_init, alpha: lambda_0, and the factor of the sign rules, above 1.
         fast_start: at the first update, raise lambda to where the penalty is 0.003 in units of the loss. That leaves
             out the dense stage, which costs loss when training from random weights (docs/results.md).

@@ -123,7 +123,7 @@ class MegatronReLURouter(ReLURouter):
         return routing
 
     def penalty_term(self, routing: Routing) -> Tensor:
-        """0-dim float32: this layer's part of lambda * L_reg (Eq. 6), and of what opens and lifts experts (smooth rule)."""
+        """0-dim float32: this layer's part of lambda * L_reg (Eq. 6), and of what opens and lifts experts."""
         controller = self._on(routing.regularizer.device)
         L = len(controller.dead_steps_L)
         controller.penalised = True

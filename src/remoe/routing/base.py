@@ -214,9 +214,10 @@ class LinearRouter(Router):
         distance_E = closed_distance(logits_TE, num_tokens=num_tokens)
         if counted_E1 is None:
             return distance_E.sum(), None
-        counts = {"k": self.k, "num_tokens": counted_E1[-1]}
-        lift = STARVED_COEF * self.k / self.num_experts * starved_loss(distance_E, counted_E1[:-1], **counts)
-        return closed_loss(distance_E, counted_E1[:-1], **counts), lift
+        k, count_E, counted = self.k, counted_E1[:-1], counted_E1[-1]
+        closed = closed_loss(distance_E, count_E, k=k, num_tokens=counted)
+        starved = starved_loss(distance_E, count_E, k=k, num_tokens=counted)
+        return closed, STARVED_COEF * k / self.num_experts * starved
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
