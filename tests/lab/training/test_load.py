@@ -7,7 +7,7 @@ from remoe.lab.data import open_dataset
 from remoe.lab.training.config import config_from_dict
 from remoe.lab.training.folder import RunFolder
 from remoe.lab.training.trainer import Trainer
-from remoe.routing.base import Router
+from remoe.routing.base import Router, scaled_load
 
 MICRO_BATCHES = 3
 
@@ -21,15 +21,15 @@ def trainer_on(corpus, folder, micro_batches=MICRO_BATCHES, **changed):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(router, tokens of each expert in the micro-batch, load that its loss takes) of each call of `Router.load`."""
-    found, load = [], Router.load
+    """(router, tokens of each expert in the micro-batch, load that its loss takes) of each call of `Router.counted`."""
+    found, counted = [], Router.counted
 
     def recorded(router, active_TE, num_tokens):
-        load_E = load(router, active_TE, num_tokens)
-        found.append((router, active_TE.sum(dim=0), load_E))
-        return load_E
+        counted_E1 = counted(router, active_TE, num_tokens)
+        found.append((router, active_TE.sum(dim=0), scaled_load(counted_E1, num_tokens)))
+        return counted_E1
 
-    monkeypatch.setattr(Router, "load", recorded)
+    monkeypatch.setattr(Router, "counted", recorded)
     return found
 
 
