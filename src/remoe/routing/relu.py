@@ -69,7 +69,8 @@ class ReLURouter(LinearRouter):
             active_TE = unmasked(active_TE & largest(gate_TE.abs(), self.cap), mask_T)
             gate_TE, most = gate_TE * active_TE, x_TD.shape[0] * self.cap
         pairs = Assignment.from_gates(gate_TE, active_TE, most)
-        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, lift, None, load_E, closed_loss)
+        losses = {"extra_loss": lift, "closed_loss": closed_loss}
+        return Routing(pairs, gate_TE, logits_TE, num_tokens, regularizer, load_E=load_E, **losses)
 
     def gates(self, x_TD: Tensor) -> Tensor | None:
         return self.scaled(F.relu(self.logits(x_TD))) if self.cap is None else None

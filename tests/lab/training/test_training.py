@@ -42,8 +42,8 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(corpus, tmp_path, caps
     assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
     for record in records:
         penalised = record["lm_loss"] + record["lambda"] * record["reg_loss"]
-        assert record["opening"] == 0  # and the batches are too small to tell starved experts
-        assert record["loss"] == pytest.approx(penalised, rel=1e-6)
+        opened = record["loss"] - penalised  # by `opening` times a loss that is never negative
+        assert opened == pytest.approx(0, abs=1e-6 * penalised) or (opened > 0 and record["opening"] > 0)
         assert len(record["sparsity_per_layer"]) == len(record["load_per_expert"]) == 2
         mean = sum(record["sparsity_per_layer"]) / 2
         assert record["sparsity"] == pytest.approx(mean, abs=1e-5)

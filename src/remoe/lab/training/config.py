@@ -99,7 +99,7 @@ class SparsityOptions:
     rule: str = "smooth"
     """How lambda moves after each step. 'sign': the paper's Eq. 7; 'official': as in the authors' code; 'smooth':
     proportional to the error of the sparsity, damped and bounded; where the sparsity is too high, it opens experts,
-    and always those with less than a quarter of their share of the tokens; 'none': lambda is constant."""
+    and with a balanced penalty always those with less than a quarter of their share; 'none': lambda is constant."""
     lambda_init: float = 1e-8
     """Initial lambda."""
     alpha: float = 1.2
